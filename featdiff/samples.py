@@ -1,0 +1,54 @@
+"""A small built-in image set, so that everything can be tried with no download and no folder.
+
+In-domain: disjoint square tiles of the two photographs that scikit-learn ships (a temple, a flower).
+Far OOD: scikit-learn's handwritten digits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TILE = 32  # pixels; gives 520 tiles
+_TEST_SHARE = 4  # every fourth tile is kept for testing
+
+
+def tiles() -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
+    """(train, test) tiles by name. Neighbouring tiles look alike, but no pixel is in both."""
+    from sklearn.datasets import load_sample_images
+
+    data = load_sample_images()
+    train: dict[str, Image.Image] = {}
+    test: dict[str, Image.Image] = {}
+    for file, photograph in zip(data.filenames, data.images, strict=True):
+        rows, columns = photograph.shape[0] // TILE, photograph.shape[1] // TILE
+        for number in range(rows * columns):
+            row, column = divmod(number, columns)
+            tile = photograph[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+            group = test if number % _TEST_SHARE == 0 else train
+            group[f"{Path(file).stem}_{row:02d}_{column:02d}.png"] = Image.fromarray(tile)
+    return train, test
+
+
+def digits(count: int = 200) -> dict[str, Image.Image]:
+    """Handwritten digits (8 x 8, grey) brought to the size of the tiles, by name."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = (np.asarray(data.images[:count]) * (255 / 16)).astype(np.uint8)
+    big = [Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC) for image in images]
+    return {f"digit_{i:04d}_{label}.png": image for i, (image, label) in enumerate(zip(big, data.target, strict=False))}
+
+
+def write(folder: Path) -> dict[str, Path]:
+    """Write the set as PNG files into ``train``, ``test`` and ``digits`` below ``folder``; returns the three folders."""
+    train, test = tiles()
+    folders = {}
+    for name, images in (("train", train), ("test", test), ("digits", digits())):
+        folders[name] = folder / name
+        folders[name].mkdir(parents=True, exist_ok=True)
+        for file, image in images.items():
+            image.save(folders[name] / file)
+    return folders

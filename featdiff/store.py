@@ -1,0 +1,224 @@
+"""Features on disk: the backbone runs once per image content; vectors are memory-mapped afterwards.
+
+A store is a folder of shards, each a NumPy file of (digest, vector) records written in one rename. Shards are never
+changed, so several runs may write at once, an interrupted run resumes, and a second run finds its vectors by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .exceptions import FeatdiffError
+from .features import FeatureExtractor
+from .images import Batch
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+_SHARD_BYTES = 4 << 20
+
+
+def default_cache() -> Path:
+    """``$FEATDIFF_CACHE``, or featdiff's folder in the user's cache directory."""
+    import platformdirs
+
+    return Path(os.environ.get("FEATDIFF_CACHE") or platformdirs.user_cache_dir("featdiff"))
+
+
+class FeatureStore:
+    """Vectors of one width, found by the digest of the image they came from.
+
+    Parameters
+    ----------
+    folder : Path
+        One folder per extractor (see :meth:`FeatureExtractor.key`); made when missing.
+    width : int
+        Length of a vector.
+    """
+
+    def __init__(self, folder: Path, width: int) -> None:
+        self.folder, self.width = Path(folder), width
+        self._record = np.dtype([("digest", "V16"), ("vector", "<f4", (width,))])
+        self._capacity = max(1, _SHARD_BYTES // self._record.itemsize)
+        self._pending: list[tuple[bytes, np.ndarray]] = []
+        self._shards: list[np.ndarray] = []
+        self._where: dict[bytes, tuple[int, int]] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _full(self.folder, error) from None
+        for file in sorted(self.folder.glob("*.npy")):
+            self._open(file)
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._where
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def add(self, digest: bytes, vector: np.ndarray) -> None:
+        """Keep one vector (width,) float32; written to disk when a shard is full, or by :meth:`flush`."""
+        if digest in self._where:
+            return
+        self._where[digest] = (len(self._shards), len(self._pending))
+        self._pending.append((digest, vector))
+        if len(self._pending) == self._capacity:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as a shard of its own."""
+        if not self._pending:
+            return
+        records = np.array(self._pending, dtype=self._record)
+        stream = io.BytesIO()
+        np.save(stream, records, allow_pickle=False)
+        file = self.folder / f"{uuid.uuid4().hex}.npy"
+        write_atomically(file, stream.getvalue())
+        self._pending.clear()
+        self._shards.append(np.load(file, mmap_mode="r"))
+
+    def table(self, digests: Sequence[bytes]) -> FeatureTable:
+        """The vectors of ``digests``, in that order, as a table on disk."""
+        self.flush()
+        where = np.array([self._where[digest] for digest in digests], dtype=np.int32).reshape(-1, 2)
+        return FeatureTable(self._shards, where, self.width)
+
+    def _open(self, file: Path) -> None:
+        try:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            return  # not a shard, or one damaged by a dying disk: its images are computed again
+        if shard.dtype != self._record:
+            return
+        for row, digest in enumerate(shard["digest"].tolist()):
+            self._where.setdefault(digest, (len(self._shards), row))
+        self._shards.append(shard)
+
+
+@dataclass
+class FeatureTable:
+    """(N, D) features that stay on disk; ``table[rows]`` reads just those rows."""
+
+    shards: list[np.ndarray]
+    where: np.ndarray  # (N, 2) shard and row
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        """Rows (n,) of integers -> (n, D) float32 on the CPU."""
+        where = self.where[rows]
+        out = np.empty((len(where), self.width), dtype=np.float32)
+        for shard in np.unique(where[:, 0]):
+            mine = where[:, 0] == shard
+            out[mine] = self.shards[shard]["vector"][where[mine, 1]]
+        return torch.from_numpy(out)
+
+    def digest(self) -> bytes:
+        """A hash of which images these are, in order."""
+        hasher = hashlib.sha256()
+        for shard, row in self.where.tolist():
+            hasher.update(self.shards[shard][row]["digest"].tobytes())
+        return hasher.digest()
+
+    def chunks(self, size: int = 1024) -> Iterator[Tensor]:
+        """All rows in order, (<= size, D) at a time."""
+        for start in range(0, len(self), size):
+            yield self[np.arange(start, min(start + size, len(self)))]
+
+
+@dataclass
+class Extraction:
+    """What came of a set of images: paths and digests of the good ones, path and reason of the others."""
+
+    paths: list[str] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    computed: int = 0  # how many went through the backbone just now
+
+
+def featurise(batch: Batch, extractor: FeatureExtractor) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+    """Run the backbone over a batch: vectors and failures, both by position in ``batch.loaded``."""
+    failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
+    if batch.pixels is None:
+        return {}, failed
+    vectors = extractor(batch.pixels).cpu().numpy()
+    finite = np.isfinite(vectors).all(axis=1)
+    for i, good in zip(batch.decoded, finite, strict=True):
+        if not good:
+            failed[i] = "the backbone gives NaN or infinite features for it"
+    return {i: vectors[k] for k, i in enumerate(batch.decoded) if finite[k]}, failed
+
+
+def extract(
+    batches: Iterable[Batch],
+    extractor: FeatureExtractor,
+    store: FeatureStore,
+    total: int = 0,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Features of all images, each content computed once, kept in ``store`` as they come.
+
+    Whatever ends the run (Ctrl-C, a full disk), the vectors written so far stay in the store.
+
+    Parameters
+    ----------
+    batches : batches in which images already in ``store`` need not be decoded
+    total : number of images if known, for ``progress``
+    """
+    found = Extraction()
+    done = 0
+    try:
+        for batch in batches:
+            vectors, failed = featurise(batch, extractor)
+            for i, item in enumerate(batch.loaded):
+                if i in failed:
+                    found.unreadable.append((item.ref.path, failed[i]))
+                    continue
+                if i in vectors:
+                    store.add(item.digest, vectors[i])
+                found.paths.append(item.ref.path)
+                found.digests.append(item.digest)
+            found.computed += len(vectors)
+            done += len(batch.loaded)
+            if progress:
+                progress("features", done, max(total, done))
+    finally:
+        store.flush()
+    return found
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises
+    ------
+    FeatdiffError
+        The disk is full or the place cannot be written.
+    """
+    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _full(file.parent, error) from None
+
+
+def _full(folder: Path, error: OSError) -> FeatdiffError:
+    return FeatdiffError(
+        f"the feature cache {folder} cannot be written: {error.strerror}. Free space or choose another with --cache; "
+        "what was computed so far is kept"
+    )
