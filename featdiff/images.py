@@ -217,6 +217,19 @@ def _batch(group: list[LoadedImage], decoded: list[int]) -> Batch:
     return Batch(group, torch.stack(stack) if stack else None, decoded)
 
 
+def short_sides(refs: Sequence[ImageRef]) -> np.ndarray:
+    """Shorter side of each picture in pixels (N,), from its header; NaN where there is none."""
+    sides = np.full(len(refs), np.nan)
+    for i, ref in enumerate(refs):
+        try:
+            content = ref.read()
+            picture = content if isinstance(content, Image.Image) else _open(content, MAX_PIXELS)
+            sides[i] = min(picture.size)
+        except Exception:  # whatever is wrong with it is reported when it is scored
+            continue
+    return sides
+
+
 def is_loader(source: object) -> bool:
     """Whether ``source`` gives ready batches (a DataLoader, a generator) rather than naming images."""
     named = isinstance(source, str | os.PathLike | list | tuple | np.ndarray | Tensor | Image.Image)

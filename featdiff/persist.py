@@ -29,7 +29,7 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[s
     ModelError
         The disk is full or the place cannot be written; nothing is left behind, an older model stays.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     target = Path(folder)
     check_target(target)
@@ -38,16 +38,12 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[s
         temporary.mkdir(parents=True)
         text = json.dumps({"format": "featdiff", "format_version": FORMAT_VERSION, **config}, indent=2)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary / TENSORS)
+        (temporary / TENSORS).write_bytes(to_bytes({name: value.cpu().contiguous() for name, value in tensors.items()}))
         for name in (CONFIG, TENSORS):
             _sync(temporary / name)
         _swap(temporary, target)
     except OSError as error:
         raise ModelError(f"the model could not be written to {target}: {error.strerror or error}") from None
-    except Exception as error:  # safetensors wraps I/O errors in its own type
-        if "I/O error" not in str(error) and "IoError" not in str(error):
-            raise
-        raise ModelError(f"the model could not be written to {target}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

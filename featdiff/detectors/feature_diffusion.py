@@ -66,7 +66,7 @@ class Detector:
         Stored noise draws for each start time.
     stride : int, optional
         Reconstruct by DDIM steps of this stride; default: in one step.
-    head : "featdiff", "mse", "mfsim" or "lr"
+    head : "layerwise", "mse", "mfsim" or "lr"
         Which score becomes ``ood_score``; see :meth:`featdiff.detectors.heads.DiffusionHeads.forward`.
     recipe : Recipe or mapping of its fields
         How the denoisers are trained.
@@ -106,7 +106,7 @@ class Detector:
         start_times: Sequence[int] = (20, 60, 95),
         draws: int = 2,
         stride: int | None = None,
-        head: str = "featdiff",
+        head: str = "layerwise",
         recipe: Recipe | Mapping[str, Any] | None = None,
         calibration: float = 0.2,
         validation: float = 0.05,
@@ -238,6 +238,8 @@ class Detector:
     def iter_scores(self, images: object, fpr: float | None = None, progress: Progress | None = None) -> Iterator[Scores]:
         """Score images batch by batch, in their order; memory does not grow with their number.
 
+        The request is checked at once, images are read as the iterator is used.
+
         Parameters
         ----------
         images : as for :meth:`fit`
@@ -254,7 +256,9 @@ class Detector:
         self._check_fitted()
         fpr = self.fpr if fpr is None else fpr
         check_fpr(fpr, len(self.calibration_))
-        batches, total = self._batches(images)
+        return self._stream(*self._batches(images), fpr, progress)
+
+    def _stream(self, batches: Iterator[Batch], total: int, fpr: float, progress: Progress | None) -> Iterator[Scores]:
         done = 0
         for batch in batches:
             vectors, failed = featurise(batch, self.extractor_)
@@ -268,8 +272,9 @@ class Detector:
         return self.heads_(features, (self.head,))[0][self.head].double().cpu().numpy()  # type: ignore[no-any-return]
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
-        """Pooled features (B, D) -> every score (B,): ``featdiff``, ``mse``, ``mfsim``, ``lr``, ``layer_<name>``."""
+        """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (the ood_score), the other heads, ``layer_<name>``."""
         scores, layers = self.heads_(features)
+        scores = {"featdiff": scores.pop(self.head)} | scores
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.extractor_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}
 

@@ -16,7 +16,7 @@ from ..reconstruct import reconstruct
 from ..residuals import likelihood_regret, mfsim, mse
 
 #: Scores that can be asked for; all come from the same reconstructions.
-HEADS = ("featdiff", "mse", "mfsim", "lr")
+HEADS = ("layerwise", "mse", "mfsim", "lr")
 
 
 class DiffusionHeads(nn.Module):
@@ -78,7 +78,7 @@ class DiffusionHeads(nn.Module):
     def forward(self, features: Tensor, names: Sequence[str] = HEADS) -> tuple[dict[str, Tensor], Tensor]:
         """Pooled features (B, D) -> ({name: (B,)}, layer scores (B, L)); higher = more OOD.
 
-        Layer scores are log errors in in-domain standard deviations. ``featdiff`` sums them with weights sqrt(C_l):
+        Layer scores are log errors in in-domain standard deviations. ``layerwise`` sums them with weights sqrt(C_l):
         an error summed over C_l channels shows a shift sqrt(C_l) times as clearly as one channel does. ``mse``,
         ``mfsim`` and ``lr`` are DLSR's scores.
         """
@@ -88,8 +88,8 @@ class DiffusionHeads(nn.Module):
         channels = torch.tensor(self.widths, device=x.device, dtype=x.dtype)
         share = channels / channels.sum()  # mean over all channels, as in the paper
         out: dict[str, Tensor] = {}
-        if "featdiff" in names:
-            out["featdiff"] = weighted_sum(layers, channels.sqrt())
+        if "layerwise" in names:
+            out["layerwise"] = weighted_sum(layers, channels.sqrt())
         if "mse" in names:
             out["mse"] = (_stacked_mse(x, late, self.widths) @ share).mean(1)
         if "mfsim" in names:

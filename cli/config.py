@@ -1,0 +1,59 @@
+"""A TOML file -> arguments of a detector and names of images; unknown keys are refused."""
+
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_TABLES = {"detector": "arguments of featdiff.Detector", "data": "images = [...]"}
+
+
+@dataclass
+class Config:
+    """``detector``: constructor arguments; ``images``: what to train on, may be empty."""
+
+    detector: dict[str, Any] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+
+
+def preset_folder() -> Path:
+    """Where the presets lie, installed or in a checkout."""
+    try:
+        return Path(str(importlib.resources.files(f"{__package__}.configs")))
+    except ModuleNotFoundError:  # python -m cli
+        return Path(__file__).parents[1] / "configs"
+
+
+def load_config(name: str) -> Config:
+    """A preset by name, or a TOML file; relative image paths count from the file's folder.
+
+    Raises
+    ------
+    UsageError
+        No such preset or file, not TOML, or an unknown key.
+    """
+    from featdiff.detectors import Detector
+    from featdiff.exceptions import UsageError, did_you_mean
+
+    presets = sorted(file.stem for file in preset_folder().glob("*.toml"))
+    file = preset_folder() / f"{name}.toml" if name in presets else Path(name)
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = did_you_mean(name, presets)
+        raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {error}") from None
+    known = list(inspect.signature(Detector).parameters)
+    detector, data = content.pop("detector", {}), content.pop("data", {})
+    for kind, keys, valid in (("table", content, list(_TABLES)), ("key", detector, known), ("key", data, ["images"])):
+        for key in keys:
+            if key not in valid:
+                raise UsageError(f"{file}: unknown {kind} {key!r}{did_you_mean(key, valid)}; known: {', '.join(valid)}")
+    images = data.get("images", [])
+    images = [images] if isinstance(images, str) else images
+    return Config(detector, [str(file.parent / image) for image in images])

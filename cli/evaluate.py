@@ -1,0 +1,79 @@
+"""``featdiff eval``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .options import model_option, runtime_arguments, runtime_options, weights_option
+from .progress import Bars
+
+
+@click.command("eval")
+@click.option("--id", "in_domain", multiple=True, required=True, metavar="IMAGES", help="In-domain test images, not used for training.")
+@click.option("--ood", multiple=True, required=True, metavar="NAME=IMAGES", help="An out-of-distribution set; repeat for more.")
+@model_option
+@weights_option
+@click.option(
+    "--protocol",
+    type=click.Choice(["matched", "as-published", "both"]),
+    default="both",
+    show_default=True,
+    help="matched: bring both sets to the smaller resolution first; as-published: straight to the model's size.",
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@runtime_options
+def command(
+    in_domain: tuple[str, ...], ood: tuple[str, ...], model: str, protocol: str, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Measure how well a model separates in-domain test images from OOD sets.
+
+    Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
+    score (featdiff) and for every other head.
+
+    \b
+    Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
+    """
+    from featdiff import Detector
+    from featdiff.allocator import keep_freed_memory
+    from featdiff.evaluation import PROTOCOLS, evaluate_detector
+
+    keep_freed_memory()
+    sets = dict(_named(item) for item in ood)
+    detector = Detector.from_pretrained(model, weights=options["weights"], **runtime_arguments(options))
+    protocols = PROTOCOLS if protocol == "both" else (protocol,)
+    with Bars(quiet) as bars:
+        result = evaluate_detector(detector, list(in_domain), sets, protocols, bars)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_table(result)
+
+
+def _named(item: str) -> tuple[str, str]:
+    name, separator, source = item.partition("=")
+    if not separator or not name or not source:
+        raise click.UsageError(f"--ood takes NAME=IMAGES, not {item!r}")
+    return name, source
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Percentages, one line per head, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)")
+    for column in ("OOD set", "protocol", "head"):
+        table.add_column(column)
+    for column in ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out"):
+        table.add_column(column, justify="right")
+    for pair in result["pairs"]:
+        for i, (head, m) in enumerate(pair["heads"].items()):
+            names = (f"{pair['ood']} ({pair['n_ood']:,})", pair["protocol"]) if i == 0 else ("", "")
+            low, high = m["auroc_ci"]
+            numbers = [f"{100 * m[key]:.1f}" for key in ("fpr95", "aupr_in", "aupr_out")]
+            table.add_row(*names, head, f"{100 * m['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", *numbers)
+        table.add_section()
+    Console(width=None if Console().is_terminal else 120).print(table)

@@ -1,0 +1,99 @@
+"""The command group: commands are imported when they are used, and every error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+# command name -> (module, one line for the overview); the overview must not import torch
+COMMANDS = {
+    "train": ("train", "Learn what is normal from a folder of ordinary images."),
+    "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
+    "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
+    "demo": ("demo", "Train, score and evaluate on a built-in sample set, with a picture."),
+    "info": ("info", "Show what a saved model is."),
+    "backbones": ("backbones", "List backbones with pretrained weights."),
+    "doctor": ("doctor", "Check this installation."),
+}
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_OOD, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+
+class Commands(click.Group):
+    """A group that loads commands on demand and turns errors into single lines."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f".{COMMANDS[name][0]}", __package__).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            from featdiff.exceptions import did_you_mean
+
+            ctx.fail(f"no such command {name!r}{did_you_mean(name, list(COMMANDS))}")
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line that helps
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context else ""
+            click.echo(f"Error: {' '.join(error.format_message().split())}{hint}", err=True)
+            code = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted", err=True)
+            code = EXIT_INTERRUPTED
+        except BrokenPipeError:  # the reader (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_FAILED
+        except Exception as error:
+            code = _report(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    from featdiff.exceptions import FeatdiffError, UsageError
+
+    if os.environ.get("FEATDIFF_DEBUG"):
+        traceback.print_exc()
+    if isinstance(error, FeatdiffError | OSError):
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+    else:
+        hint = "(a bug: please report it; featdiff --debug shows where)"
+        click.echo(f"Error: {type(error).__name__}: {' '.join(str(error).split())} {hint}", err=True)
+    return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FEATDIFF", "max_content_width": 100},
+    epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 some images unreadable, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
+)
+@click.version_option(package_name="featdiff")
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+def main(debug: bool) -> None:
+    """Tell when an image is something your model was never made for.
+
+    \b
+    featdiff train photos/          learn what is normal
+    featdiff score new_images/      one row per image, with a p-value
+    """
+    if debug:
+        os.environ["FEATDIFF_DEBUG"] = "1"

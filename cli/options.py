@@ -1,0 +1,47 @@
+"""Options that several commands share, and what they mean for a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MODEL_FOLDER = "featdiff-model"
+_RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
+
+
+def model_option(function: F) -> F:
+    """``-m``: the folder of a saved model."""
+    return click.option(
+        "-m", "--model", default=MODEL_FOLDER, show_default=True, metavar="DIR", help="Folder of a saved model, or org/name."
+    )(function)
+
+
+def weights_option(function: F) -> F:
+    """``--weights``: a local weights file of the backbone."""
+    return click.option(
+        "--weights", type=click.Path(path_type=Path), help="Weights of the backbone: a safetensors or state-dict file."
+    )(function)
+
+
+def runtime_options(function: F) -> F:
+    """How to run: device, batch size, threads, limits, cache, quiet."""
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
+        click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
+        click.option("--workers", type=click.IntRange(1), help="Decoding threads [one per core]."),
+        click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images per backbone pass [32]."),
+        click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto]."),
+    ):
+        function = option(function)
+    return function
+
+
+def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The runtime options that were given, as arguments of a detector."""
+    return {name: options[name] for name in _RUNTIME if options.get(name) is not None}

@@ -1,0 +1,71 @@
+"""Progress bars and summaries on standard error; data never goes there, and bars only on a terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Bars:
+    """One bar per stage. Call it with (stage, done, total), as detectors do.
+
+    ``seconds`` and ``counts`` tell afterwards how long each stage took and how far it came.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal or console.is_dumb_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self.counts[stage] = done
+        self._last = now
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
+        rate = f"{self.rate(stage):,.0f}/s"
+        self._bars.update(self._tasks[stage], completed=done, total=total, rate=rate)
+
+    def rate(self, stage: str) -> float:
+        """Items per second of a stage."""
+        return self.counts.get(stage, 0) / max(self.seconds.get(stage, 0.0), 1e-9)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        self._last = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A line for people, on standard error."""
+    if not quiet:
+        click.echo(text, err=True)
+
+
+def list_unreadable(unreadable: list[tuple[str, str]], quiet: bool = False, most: int = 10) -> None:
+    """Name the files that could not be read."""
+    for path, reason in unreadable[:most]:
+        say(f"  unreadable: {path}: {reason}", quiet)
+    if len(unreadable) > most:
+        say(f"  ... and {len(unreadable) - most} more", quiet)

@@ -1,0 +1,83 @@
+"""``featdiff score``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from .main import EXIT_OOD, EXIT_UNREADABLE
+from .options import model_option, runtime_arguments, runtime_options, weights_option
+from .progress import Bars, say
+
+
+@click.command("score")
+@click.argument("images", nargs=-1, required=True)
+@model_option
+@weights_option
+@click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl", "parquet"]), help="[by -o; table on a terminal, else csv]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the rows [standard output].")
+@click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
+@click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
+@runtime_options
+def command(
+    images: tuple[str, ...], model: str, format_: str | None, output: Path | None, fpr: float | None, fail_on_ood: bool, quiet: bool, **options: Any
+) -> int:
+    """Score IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
+
+    One row per image: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
+    is_ood means p_value <= fpr: of images like those trained on, this share is flagged.
+
+    \b
+    Example: featdiff score images/ --fpr 0.01 -o scores.csv
+    """
+    from featdiff import Detector
+    from featdiff.allocator import keep_freed_memory
+    from featdiff.report import open_writer
+    from featdiff.scores import UNREADABLE
+
+    keep_freed_memory()
+    detector = Detector.from_pretrained(model, weights=options["weights"], **runtime_arguments(options))
+    bars = Bars(quiet or (output is None and sys.stdout.isatty()))
+    rows = detector.iter_scores(list(images), fpr, bars)
+    flagged = unreadable = total = 0
+    with _open(output) as stream, bars:
+        writer = open_writer(format_ or _guess(output), stream)
+        try:
+            for part in rows:
+                writer.write(part)
+                flagged += int(part.is_ood.sum())
+                unreadable += part.status.count(UNREADABLE)
+                total += len(part)
+        except KeyboardInterrupt:
+            say(f"stopped; {total:,} rows are written")
+            raise
+        finally:
+            writer.close()
+    rate = fpr if fpr is not None else detector.fpr
+    seconds = bars.seconds.get("scoring", 0.0)
+    bad = f", {unreadable:,} unreadable" if unreadable else ""
+    say(f"{total:,} images in {seconds:.1f} s ({bars.rate('scoring'):,.0f} images/s): {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
+    if flagged and fail_on_ood:
+        return EXIT_OOD
+    return EXIT_UNREADABLE if unreadable else 0
+
+
+def _guess(output: Path | None) -> str:
+    by_suffix = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".txt": "table"}
+    if output is not None:
+        return by_suffix.get(output.suffix.lower(), "csv")
+    return "table" if sys.stdout.isatty() else "csv"
+
+
+@contextmanager
+def _open(output: Path | None) -> Iterator[IO[bytes]]:
+    if output is None:
+        yield click.get_binary_stream("stdout")
+        return
+    with output.open("wb") as stream:
+        yield stream

@@ -1,0 +1,111 @@
+"""A fitted detector + an in-domain set + OOD sets -> metrics for every head, under named protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .detectors import Detector
+from .exceptions import UsageError, did_you_mean
+from .images import Downscale, iter_batches, iter_loaded, short_sides
+from .metrics import evaluate
+from .sources import ImageRef, list_images
+from .store import FeatureStore, Progress, extract
+
+#: matched: every set is first brought to the smaller resolution of the pair; as-published: straight to the model.
+PROTOCOLS = ("matched", "as-published")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A named set of images and the short sides (N,) of its pictures in pixels, NaN where unreadable."""
+
+    name: str
+    refs: Sequence[ImageRef]
+    sides: np.ndarray
+
+    @property
+    def resolution(self) -> int:
+        """The median short side in pixels."""
+        return int(np.nanmedian(self.sides))
+
+
+def evaluate_detector(
+    detector: Detector,
+    in_domain: object,
+    ood: Mapping[str, object],
+    protocols: Sequence[str] = PROTOCOLS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score an in-domain test set against OOD sets.
+
+    Features are extracted once for each set and resolution, and kept in the detector's cache.
+
+    Parameters
+    ----------
+    in_domain, ood : sources as for :func:`featdiff.sources.list_images`; ``ood`` by name
+
+    Returns
+    -------
+    dict
+        ``{"id": .., "model": .., "pairs": [{"ood", "protocol", "n_id", "n_ood", "heads": {name: metrics}}]}``, the
+        contract of ``featdiff eval --json``. The head ``featdiff`` is the detector's own ``ood_score``.
+
+    Raises
+    ------
+    UsageError
+        An unknown protocol, or a set without a readable image.
+    """
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise UsageError(f"unknown protocol {protocol!r}{did_you_mean(protocol, list(PROTOCOLS))}")
+    home = _image_set("id", in_domain)
+    pairs = []
+    for name, source in ood.items():
+        away = _image_set(name, source)
+        for protocol in protocols:
+            size = min(home.resolution, away.resolution) if protocol == "matched" else None
+            home_heads, away_heads = (_heads(detector, images, size, progress) for images in (home, away))
+            pairs.append(_pair(name, protocol, home_heads, away_heads))
+    tag = detector.extractor_.backbone.tag
+    return {"id": _label(in_domain), "model": tag, "pairs": pairs}
+
+
+def _label(source: object) -> str:
+    return str(source[0] if isinstance(source, list | tuple) and len(source) == 1 else source)
+
+
+def _image_set(name: str, source: object) -> ImageSet:
+    refs = list_images(source)
+    sides = short_sides(refs)
+    if np.isnan(sides).all():
+        raise UsageError(f"none of the images of the set {name!r} could be read")
+    return ImageSet(name, refs, sides)
+
+
+def _heads(detector: Detector, images: ImageSet, size: int | None, progress: Progress | None) -> dict[str, np.ndarray]:
+    """Every head's scores of the readable images of a set, first shrunk to ``size`` if any is larger."""
+    extractor = detector.extractor_
+    shrink = size is not None and np.nanmax(images.sides) > size
+    transform = Downscale(size, extractor.transform) if shrink and size else extractor.transform
+    folder = detector.cache / "features" / extractor.key(f"matched {size}" if shrink else "")
+    store = FeatureStore(folder, sum(extractor.widths))
+    loaded = iter_loaded(images.refs, transform, detector.workers, detector.max_pixels, store, ahead=2 * detector.image_batch)
+    found = extract(iter_batches(loaded, detector.image_batch), extractor, store, len(images.refs), progress)
+    if not found.digests:
+        raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")
+    parts = [detector.all_heads(rows) for rows in store.table(found.digests).chunks()]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _pair(name: str, protocol: str, home: dict[str, np.ndarray], away: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "ood": name,
+        "protocol": protocol,
+        "n_id": len(home["featdiff"]),
+        "n_ood": len(away["featdiff"]),
+        "heads": {head: evaluate(home[head], away[head]).to_dict() for head in home},
+    }

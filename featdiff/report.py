@@ -1,0 +1,168 @@
+"""Scores -> CSV, JSON lines, Parquet or a table, written as they come; and a picture of histograms."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from .exceptions import UsageError
+from .scores import OK, Scores
+
+FORMATS = ("table", "csv", "jsonl", "parquet")
+
+
+class Writer(Protocol):
+    """Takes parts of a run in order; every row is on disk or on screen when :meth:`write` returns."""
+
+    def write(self, scores: Scores) -> None:
+        """Append the rows of one part."""
+
+    def close(self) -> None:
+        """Finish the file; also after an interrupted run."""
+
+
+def open_writer(format: str, stream: IO[bytes]) -> Writer:
+    """A writer of one of ``FORMATS`` onto a binary stream.
+
+    Raises
+    ------
+    UsageError
+        An unknown format, or Parquet without pyarrow.
+    """
+    kinds: dict[str, type[Any]] = {"table": TableWriter, "csv": CsvWriter, "jsonl": JsonlWriter, "parquet": ParquetWriter}
+    if format not in kinds:
+        raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    writer: Writer = kinds[format](stream)
+    return writer
+
+
+class CsvWriter:
+    """Comma-separated values with a header; empty cells for what an unreadable image lacks."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._started = stream, False
+
+    def write(self, scores: Scores) -> None:
+        if not self._started:
+            self._line(scores.columns)
+            self._started = True
+        for row in scores.rows():
+            self._line([str(cell).lower() if isinstance(cell, bool) else cell for cell in row.values()])
+        self._stream.flush()
+
+    def _line(self, cells: list[Any]) -> None:
+        import io
+
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        self._stream.write(text.getvalue().encode())
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+class JsonlWriter:
+    """One JSON object per line; null for what an unreadable image lacks."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def write(self, scores: Scores) -> None:
+        for row in scores.rows():
+            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+class ParquetWriter:
+    """Apache Parquet, one row group per 10,000 rows or so (needs pyarrow)."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UsageError("Parquet needs pyarrow: pip install 'featdiff[parquet]'") from None
+        self._arrow, self._parquet = pyarrow, pyarrow.parquet
+        self._stream, self._writer = stream, None
+        self._rows: list[dict[str, object]] = []
+        self._columns: list[str] = []
+
+    def write(self, scores: Scores) -> None:
+        self._columns = scores.columns
+        self._rows += scores.rows()
+        if len(self._rows) >= 10_000:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        arrow = self._arrow
+        kinds = {"path": arrow.string(), "status": arrow.string(), "reason": arrow.string(), "is_ood": arrow.bool_()}
+        schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in self._columns])
+        if self._writer is None:
+            self._writer = self._parquet.ParquetWriter(self._stream, schema)
+        self._writer.write_table(arrow.Table.from_pylist(self._rows, schema=schema))
+        self._rows.clear()
+
+    def close(self) -> None:
+        if self._rows:
+            self._write_group()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class TableWriter:
+    """Lines for people: verdict, p-value, score, path; the reason for unreadable images."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._started = stream, False
+
+    def write(self, scores: Scores) -> None:
+        if not self._started:
+            self._stream.write(b"verdict      p-value    score  path\n")
+            self._started = True
+        for row in scores.rows():
+            if row["status"] == OK:
+                verdict = "OOD" if row["is_ood"] else "-"
+                line = f"{verdict:<10} {row['p_value']:>9.4f} {row['ood_score']:>8.2f}  {row['path']}"
+            else:
+                line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
+            self._stream.write(line.encode() + b"\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+def save_histograms(
+    file: str | Path, scores: Mapping[str, np.ndarray], threshold: float, fpr: float, title: str = ""
+) -> None:
+    """A picture of one histogram of ``ood_score`` per set, with the threshold; the first set is the in-domain one.
+
+    Parameters
+    ----------
+    file : path ending in .png, .svg or .pdf
+    scores : {set name: (N,) scores}; sets without a score are left out
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sets = {name: values[np.isfinite(values)] for name, values in scores.items()}
+    sets = {name: values for name, values in sets.items() if len(values)}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=60)
+    for name, values in sets.items():
+        share = np.full(len(values), 100 / len(values))
+        axes.hist(values, edges, weights=share, alpha=0.55, label=f"{name} ({len(values):,})")
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold at fpr {fpr:g}")
+    axes.set(xlabel="ood_score (higher = more out-of-distribution)", ylabel="share of the set (%)", title=title)
+    axes.legend()
+    figure.savefig(file, dpi=150)

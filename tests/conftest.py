@@ -1,0 +1,106 @@
+"""Shared fixtures: real classes at tiny size, no network, nothing outside pytest's temporary folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from featdiff import Detector, samples
+
+#: Keyword arguments of a detector that fits in a second: a real timm network of 0.4 M weights at 160 px.
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "pretrained": False,
+    "layers": "layer1,layer2,layer4",
+    "recipe": {"epochs": 2, "min_steps": 20, "batch_size": 64},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A feature cache of this run alone (also for sub-processes)."""
+    os.environ["FEATDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def sample_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The built-in sample set as PNG files: folders ``train`` (390), ``test`` (130) and ``digits`` (200)."""
+    return samples.write(tmp_path_factory.mktemp("samples"))
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    """A folder of 6 small images whose sorted order is a.png .. f.png."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seeded_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file of ``test_resnet`` with seeded random weights, as a user's local file would be."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", pretrained=False)
+    file = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
+    save_file(model.state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(seeded_backbone: Path) -> dict[str, Any]:
+    """Arguments of a tiny detector whose backbone is the same in every process."""
+    return {**TINY, "pretrained": True, "weights": seeded_backbone}
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(sample_folders: dict[str, Path], tiny_arguments: dict[str, Any]) -> Detector:
+    """A tiny detector fitted on the sample tiles; do not change it."""
+    return Detector(**tiny_arguments).fit(sample_folders["train"])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the saved tiny detector; do not change it."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_detector.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def featdiff_cli() -> Callable[..., Result]:
+    """Run the installed command in this process: ``featdiff_cli("score", folder, "-m", model)``."""
+    (script,) = entry_points(group="console_scripts", name="featdiff")
+    main = script.load()
+
+    def run(*arguments: object, **options: Any) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="featdiff", **options)
+
+    return run
