@@ -50,7 +50,11 @@ def load_config(name: str) -> Config:
         raise UsageError(f"{file} is not TOML: {error}") from None
     known = list(inspect.signature(Detector).parameters)
     detector, data = content.pop("detector", {}), content.pop("data", {})
-    for kind, keys, valid in (("table", content, list(_TABLES)), ("key", detector, known), ("key", data, ["images"])):
+    for kind, keys, valid in (
+        ("table", content, list(_TABLES)),
+        ("key", detector, known),
+        ("key", data, ["images"]),
+    ):
         for key in keys:
             if key not in valid:
                 raise UsageError(f"{file}: unknown {kind} {key!r}{did_you_mean(key, valid)}; known: {', '.join(valid)}")

@@ -12,7 +12,14 @@ from .progress import Bars, say
 
 
 @click.command("demo")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="featdiff-demo", show_default=True, help="Folder for the results.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="featdiff-demo",
+    show_default=True,
+    help="Folder for the results.",
+)
 @runtime_options
 def command(output: Path, quiet: bool, **options: Any) -> None:
     """Train, score and evaluate on a built-in sample set; under two minutes on two cores, no download.

@@ -40,11 +40,17 @@ def _checks() -> Iterator[tuple[str, str]]:
     yield _device(), ""
     yield _faiss()
     pyarrow = _version("pyarrow")
-    yield f"{'parquet':<14} {'pyarrow ' + pyarrow if pyarrow else 'not installed (pip install featdiff[parquet])'}", ""
+    yield (
+        f"{'parquet':<14} {'pyarrow ' + pyarrow if pyarrow else 'not installed (pip install featdiff[parquet])'}",
+        "",
+    )
     yield _embedded()
     yield _cache()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    yield f"{'hub':<14} {'offline (HF_HUB_OFFLINE): cached weights and files only' if offline else 'online'}", ""
+    yield (
+        f"{'hub':<14} {'offline (HF_HUB_OFFLINE): cached weights and files only' if offline else 'online'}",
+        "",
+    )
 
 
 def _version(name: str) -> str:
@@ -93,4 +99,7 @@ def _cache() -> tuple[str, str]:
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     writable = os.access(parent, os.W_OK)
     line = f"{'cache':<14} {folder} ({size:,.1f} MB; may be deleted at any time)"
-    return line, "" if writable else f"the cache {folder} cannot be written: set FEATDIFF_CACHE to a folder of yours"
+    return (
+        line,
+        "" if writable else f"the cache {folder} cannot be written: set FEATDIFF_CACHE to a folder of yours",
+    )

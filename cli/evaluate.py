@@ -12,8 +12,21 @@ from .progress import Bars
 
 
 @click.command("eval")
-@click.option("--id", "in_domain", multiple=True, required=True, metavar="IMAGES", help="In-domain test images, not used for training.")
-@click.option("--ood", multiple=True, required=True, metavar="NAME=IMAGES", help="An out-of-distribution set; repeat for more.")
+@click.option(
+    "--id",
+    "in_domain",
+    multiple=True,
+    required=True,
+    metavar="IMAGES",
+    help="In-domain test images, not used for training.",
+)
+@click.option(
+    "--ood",
+    multiple=True,
+    required=True,
+    metavar="NAME=IMAGES",
+    help="An out-of-distribution set; repeat for more.",
+)
 @model_option
 @weights_option
 @click.option(
@@ -26,7 +39,13 @@ from .progress import Bars
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @runtime_options
 def command(
-    in_domain: tuple[str, ...], ood: tuple[str, ...], model: str, protocol: str, as_json: bool, quiet: bool, **options: Any
+    in_domain: tuple[str, ...],
+    ood: tuple[str, ...],
+    model: str,
+    protocol: str,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Measure how well a model separates in-domain test images from OOD sets.
 
@@ -64,7 +83,9 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)")
+    table = Table(
+        title=f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)"
+    )
     for column in ("OOD set", "protocol", "head"):
         table.add_column(column)
     for column in ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out"):

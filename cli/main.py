@@ -83,7 +83,11 @@ def _report(error: Exception) -> int:
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FEATDIFF", "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "FEATDIFF",
+        "max_content_width": 100,
+    },
     epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 some images unreadable, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
 )
 @click.version_option(package_name="featdiff")

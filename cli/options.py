@@ -17,14 +17,21 @@ _RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
 def model_option(function: F) -> F:
     """``-m``: the folder of a saved model."""
     return click.option(
-        "-m", "--model", default=MODEL_FOLDER, show_default=True, metavar="DIR", help="Folder of a saved model, or org/name."
+        "-m",
+        "--model",
+        default=MODEL_FOLDER,
+        show_default=True,
+        metavar="DIR",
+        help="Folder of a saved model, or org/name.",
     )(function)
 
 
 def weights_option(function: F) -> F:
     """``--weights``: a local weights file of the backbone."""
     return click.option(
-        "--weights", type=click.Path(path_type=Path), help="Weights of the backbone: a safetensors or state-dict file."
+        "--weights",
+        type=click.Path(path_type=Path),
+        help="Weights of the backbone: a safetensors or state-dict file.",
     )(function)
 
 

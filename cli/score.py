@@ -19,13 +19,25 @@ from .progress import Bars, say
 @click.argument("images", nargs=-1, required=True)
 @model_option
 @weights_option
-@click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl", "parquet"]), help="[by -o; table on a terminal, else csv]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["table", "csv", "jsonl", "parquet"]),
+    help="[by -o; table on a terminal, else csv]",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the rows [standard output].")
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
 @click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
 @runtime_options
 def command(
-    images: tuple[str, ...], model: str, format_: str | None, output: Path | None, fpr: float | None, fail_on_ood: bool, quiet: bool, **options: Any
+    images: tuple[str, ...],
+    model: str,
+    format_: str | None,
+    output: Path | None,
+    fpr: float | None,
+    fail_on_ood: bool,
+    quiet: bool,
+    **options: Any,
 ) -> int:
     """Score IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
 
@@ -61,7 +73,8 @@ def command(
     rate = fpr if fpr is not None else detector.fpr
     seconds = bars.seconds.get("scoring", 0.0)
     bad = f", {unreadable:,} unreadable" if unreadable else ""
-    say(f"{total:,} images in {seconds:.1f} s ({bars.rate('scoring'):,.0f} images/s): {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
+    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} images/s)"
+    say(f"{total:,} images in {speed}: {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
     if flagged and fail_on_ood:
         return EXIT_OOD
     return EXIT_UNREADABLE if unreadable else 0
@@ -77,7 +90,7 @@ def _guess(output: Path | None) -> str:
 @contextmanager
 def _open(output: Path | None) -> Iterator[IO[bytes]]:
     if output is None:
-        yield click.get_binary_stream("stdout")
+        yield sys.stdout.buffer
         return
-    with output.open("wb") as stream:
-        yield stream
+    with output.open("wb") as file:
+        yield file

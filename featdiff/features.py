@@ -68,7 +68,14 @@ class FeatureExtractor:
 
     def key(self, note: str = "") -> str:
         """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``."""
-        facts = [_FEATURE_VERSION, self.backbone.fingerprint, self.layers, self.backbone.data_config, self.mixed_precision, note]
+        facts = [
+            _FEATURE_VERSION,
+            self.backbone.fingerprint,
+            self.layers,
+            self.backbone.data_config,
+            self.mixed_precision,
+            note,
+        ]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
@@ -86,7 +93,12 @@ class FeatureExtractor:
                 self.model(pixels)
             return maps
         found = self.model.forward_intermediates(  # type: ignore[operator]
-            pixels, indices=self._indices, intermediates_only=True, output_fmt="NCHW", norm=False, stop_early=True
+            pixels,
+            indices=self._indices,
+            intermediates_only=True,
+            output_fmt="NCHW",
+            norm=False,
+            stop_early=True,
         )
         ordered = sorted(self._indices)  # timm returns them in network order
         return {name: found[ordered.index(index)] for name, index in zip(self.layers, self._indices, strict=True)}
@@ -100,7 +112,9 @@ class FeatureExtractor:
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"{self.backbone.tag} cannot take images of {size[1]} x {size[2]} pixels: {reason}") from None
+            raise UsageError(
+                f"{self.backbone.tag} cannot take images of {size[1]} x {size[2]} pixels: {reason}"
+            ) from None
         return tuple(pool(maps[name], name).shape[1] for name in self.layers)
 
 
@@ -200,5 +214,8 @@ def block_normalise(features: Tensor, widths: Sequence[int], delta: float = 1e-6
 
     DLSR (arXiv 2411.10701), section 3: (f - mean(f)) / sqrt(Var(f) + delta).
     """
-    parts = [(p - p.mean(1, keepdim=True)) / (p.var(1, keepdim=True, correction=0) + delta).sqrt() for p in features.split(list(widths), 1)]
+    parts = [
+        (p - p.mean(1, keepdim=True)) / (p.var(1, keepdim=True, correction=0) + delta).sqrt()
+        for p in features.split(list(widths), 1)
+    ]
     return torch.cat(parts, dim=1)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .exceptions import UnreadableImage, UsageError
-from .sources import ImageRef
+from .sources import HeldRef, ImageRef, MissingRef
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -77,7 +78,7 @@ def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
     except Image.DecompressionBombError:
         raise UnreadableImage(f"more than the limit of {max_pixels:,} pixels (--max-pixels)") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UnreadableImage(f"damaged image: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise UnreadableImage(f"damaged image: {_one_line(error)}") from None
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -129,7 +130,6 @@ def load(
     transform: Transform,
     max_pixels: int = MAX_PIXELS,
     known: Container[bytes] = (),
-    content: bytes | Image.Image | None = None,
 ) -> LoadedImage:
     """Read, hash, decode and transform one image; a failure is a reason, never an exception.
 
@@ -137,8 +137,7 @@ def load(
     """
     digest = b""
     try:
-        if content is None:
-            content = ref.read()
+        content = ref.read()
         digest = _digest(content)
         if digest in known:
             return LoadedImage(ref, digest)
@@ -148,7 +147,11 @@ def load(
     except OSError as error:
         return LoadedImage(ref, digest, reason=(error.strerror or str(error)).lower())
     except Exception as error:  # damaged archives raise zlib and zip errors; one bad file must not end the run
-        return LoadedImage(ref, digest, reason=f"cannot be read: {' '.join(str(error).split())}")
+        return LoadedImage(ref, digest, reason=f"cannot be read: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _digest(content: bytes | Image.Image) -> bytes:
@@ -177,11 +180,8 @@ def iter_loaded(
     pending: deque[Future[LoadedImage]] = deque()
     try:
         for ref in refs:
-            content = _read_now(ref) if ref.sequential else None
-            if isinstance(content, LoadedImage):
-                pending.append(pool.submit(lambda failed=content: failed))
-            else:
-                pending.append(pool.submit(load, ref, transform, max_pixels, known, content))
+            source = _in_order(ref) if ref.sequential else ref
+            pending.append(pool.submit(load, source, transform, max_pixels, known))
             if len(pending) >= ahead:
                 yield pending.popleft().result()
         while pending:
@@ -190,11 +190,12 @@ def iter_loaded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_now(ref: ImageRef) -> bytes | Image.Image | LoadedImage:
+def _in_order(ref: ImageRef) -> ImageRef:
+    """Read on the calling thread, so that an archive that can only be read front to back is."""
     try:
-        return ref.read()
-    except Exception as error:
-        return LoadedImage(ref, reason=f"cannot be read: {' '.join(str(error).split())}")
+        return HeldRef(ref.path, ref.read())
+    except Exception as error:  # damaged archives raise nearly anything
+        return MissingRef(ref.path, f"cannot be read: {_one_line(error)}")
 
 
 def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
@@ -230,7 +231,7 @@ def short_sides(refs: Sequence[ImageRef]) -> np.ndarray:
     return sides
 
 
-def is_loader(source: object) -> bool:
+def is_loader(source: object) -> TypeGuard[Iterable[object]]:
     """Whether ``source`` gives ready batches (a DataLoader, a generator) rather than naming images."""
     named = isinstance(source, str | os.PathLike | list | tuple | np.ndarray | Tensor | Image.Image)
     return hasattr(source, "__iter__") and not named
@@ -255,17 +256,10 @@ def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) 
         loaded = []
         for i, image in enumerate(pixels):
             digest = hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
-            loaded.append(LoadedImage(ArrayName(f"loader[{count + i}]"), digest))
+            loaded.append(LoadedImage(ImageRef(f"loader[{count + i}]"), digest))
         count += len(loaded)
         fresh = [i for i, image in enumerate(loaded) if image.digest not in known]
         yield Batch(loaded, pixels[fresh].float() if fresh else None, fresh)
-
-
-@dataclass(frozen=True)
-class ArrayName(ImageRef):
-    """The name of an image that came ready from a loader."""
-
-    path: str
 
 
 class Downscale:

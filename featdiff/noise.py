@@ -33,7 +33,7 @@ def add_noise(scheduler: DDIMScheduler, x: Tensor, noise: Tensor, t: Tensor) -> 
 
     x, noise : (B, D); t : (B,) integers in 0 .. timesteps - 1. Returns (B, D).
     """
-    return scheduler.add_noise(x, noise, t)  # type: ignore[no-any-return]
+    return scheduler.add_noise(x, noise, t)
 
 
 def draw_noise(draws: int, width: int, seed: int) -> Tensor:

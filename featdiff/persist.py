@@ -96,7 +96,8 @@ def check_config(config: Any, folder: Path) -> None:
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ModelError(
-            f"the model at {folder} has format {version}, this featdiff reads up to {FORMAT_VERSION}: pip install -U featdiff"
+            f"the model at {folder} has format {version}, this featdiff reads up to {FORMAT_VERSION}: "
+            "pip install -U featdiff"
         )
 
 
@@ -104,7 +105,11 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
     """Compare names and shapes with what the config calls for; ``-1`` in a shape fits any length."""
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     shapes = [name for name in expected if name in tensors and not _fits(tuple(tensors[name].shape), expected[name])]
-    for kind, names in (("lacks tensor", missing), ("has an unknown tensor", extra), ("has another shape for tensor", shapes)):
+    for kind, names in (
+        ("lacks tensor", missing),
+        ("has an unknown tensor", extra),
+        ("has another shape for tensor", shapes),
+    ):
         if names:
             raise ModelError(f"the model at {folder} is damaged: {TENSORS} {kind} {names[0]}")
 

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def reconstruct(
-    denoiser: nn.Module, scheduler: DDIMScheduler, x: Tensor, noise: Tensor, start: int, stride: int | None = None
+    denoiser: nn.Module,
+    scheduler: DDIMScheduler,
+    x: Tensor,
+    noise: Tensor,
+    start: int,
+    stride: int | None = None,
 ) -> Tensor:
     """Noise ``x`` to time ``start`` with the given draws and denoise it again.
 

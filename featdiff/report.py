@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,12 @@ def open_writer(format: str, stream: IO[bytes]) -> Writer:
     UsageError
         An unknown format, or Parquet without pyarrow.
     """
-    kinds: dict[str, type[Any]] = {"table": TableWriter, "csv": CsvWriter, "jsonl": JsonlWriter, "parquet": ParquetWriter}
+    kinds: dict[str, type[Any]] = {
+        "table": TableWriter,
+        "csv": CsvWriter,
+        "jsonl": JsonlWriter,
+        "parquet": ParquetWriter,
+    }
     if format not in kinds:
         raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     writer: Writer = kinds[format](stream)
@@ -56,8 +62,6 @@ class CsvWriter:
         self._stream.flush()
 
     def _line(self, cells: list[Any]) -> None:
-        import io
-
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(cells)
         self._stream.write(text.getvalue().encode())
@@ -91,7 +95,8 @@ class ParquetWriter:
         except ImportError:
             raise UsageError("Parquet needs pyarrow: pip install 'featdiff[parquet]'") from None
         self._arrow, self._parquet = pyarrow, pyarrow.parquet
-        self._stream, self._writer = stream, None
+        self._stream = stream
+        self._writer: Any = None
         self._rows: list[dict[str, object]] = []
         self._columns: list[str] = []
 
@@ -103,7 +108,12 @@ class ParquetWriter:
 
     def _write_group(self) -> None:
         arrow = self._arrow
-        kinds = {"path": arrow.string(), "status": arrow.string(), "reason": arrow.string(), "is_ood": arrow.bool_()}
+        kinds = {
+            "path": arrow.string(),
+            "status": arrow.string(),
+            "reason": arrow.string(),
+            "is_ood": arrow.bool_(),
+        }
         schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in self._columns])
         if self._writer is None:
             self._writer = self._parquet.ParquetWriter(self._stream, schema)
@@ -161,7 +171,7 @@ def save_histograms(
     edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=60)
     for name, values in sets.items():
         share = np.full(len(values), 100 / len(values))
-        axes.hist(values, edges, weights=share, alpha=0.55, label=f"{name} ({len(values):,})")
+        axes.hist(values, list(edges), weights=share, alpha=0.55, label=f"{name} ({len(values):,})")
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold at fpr {fpr:g}")
     axes.set(xlabel="ood_score (higher = more out-of-distribution)", ylabel="share of the set (%)", title=title)
     axes.legend()

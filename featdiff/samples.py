@@ -43,7 +43,7 @@ def digits(count: int = 200) -> dict[str, Image.Image]:
 
 
 def write(folder: Path) -> dict[str, Path]:
-    """Write the set as PNG files into ``train``, ``test`` and ``digits`` below ``folder``; returns the three folders."""
+    """Write the set as PNG files; returns the folders ``train``, ``test`` and ``digits`` below ``folder`` by name."""
     train, test = tiles()
     folders = {}
     for name, images in (("train", train), ("test", test), ("digits", digits())):

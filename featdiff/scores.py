@@ -55,10 +55,16 @@ class Scores:
     def concatenate(cls, parts: Iterable[Scores]) -> Scores:
         """Parts of one run, end to end; at least one."""
         several = list(parts)
-        join = lambda name: [value for part in several for value in getattr(part, name)]  # noqa: E731
-        stack = lambda name: np.concatenate([getattr(part, name) for part in several])  # noqa: E731
+
+        def rows(name: str) -> list[str]:
+            return [value for part in several for value in getattr(part, name)]
+
+        def stack(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part, name) for part in several])
+
         layers = {name: np.concatenate([part.layers[name] for part in several]) for name in several[0].layers}
-        return cls(join("path"), join("status"), join("reason"), stack("ood_score"), stack("p_value"), stack("is_ood"), layers)
+        numbers = (stack("ood_score"), stack("p_value"), stack("is_ood"))
+        return cls(rows("path"), rows("status"), rows("reason"), *numbers, layers)
 
 
 def _plain(value: float) -> float:

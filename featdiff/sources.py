@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -25,18 +25,20 @@ from .exceptions import UnreadableImage, UsageError
 
 # Formats that Pillow cannot decode out of the box are listed too: a folder of HEIC photographs
 # must give rows that say so, not an empty answer.
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .avif .heic .heif .jxl".split()
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif", ".jxl"),
 )
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
+@dataclass(frozen=True)
 class ImageRef:
     """One image that can be read later. ``path`` is what reports print: valid Unicode, never empty."""
 
     path: str
-    sequential = False  # True: reading out of order would be very slow, so one thread reads in order
+    sequential: ClassVar[bool] = False  # True: reading out of order would be very slow, so one thread reads in order
 
     def read(self) -> bytes | Image.Image:
         """The encoded bytes, or the picture itself if it never was a file.
@@ -53,7 +55,6 @@ class ImageRef:
 class FileRef(ImageRef):
     """An image file."""
 
-    path: str
     file: str
 
     def read(self) -> bytes:
@@ -68,7 +69,6 @@ class FileRef(ImageRef):
 class ZipRef(ImageRef):
     """A member of a zip archive, read without unpacking the archive."""
 
-    path: str
     archive: str
     member: str
 
@@ -83,7 +83,6 @@ class ZipRef(ImageRef):
 class TarRef(ImageRef):
     """A member of a plain tar archive: a stretch of the archive file."""
 
-    path: str
     archive: str
     offset: int
     size: int
@@ -98,10 +97,9 @@ class TarRef(ImageRef):
 class CompressedTarRef(ImageRef):
     """A member of a compressed tar archive; such archives can only be read from front to back."""
 
-    path: str
     archive: str
     member: str
-    sequential = True
+    sequential: ClassVar[bool] = True
 
     def read(self) -> bytes:
         with _TAR_LOCK:
@@ -112,21 +110,19 @@ class CompressedTarRef(ImageRef):
 
 
 @dataclass(frozen=True)
-class ArrayRef(ImageRef):
-    """An image already in memory."""
+class HeldRef(ImageRef):
+    """An image already in memory: a picture, or the bytes of a file."""
 
-    path: str
-    image: Image.Image
+    content: bytes | Image.Image
 
-    def read(self) -> Image.Image:
-        return self.image
+    def read(self) -> bytes | Image.Image:
+        return self.content
 
 
 @dataclass(frozen=True)
 class MissingRef(ImageRef):
     """Something that was named but holds no image; it becomes a row of its own."""
 
-    path: str
     reason: str
 
     def read(self) -> bytes:
@@ -287,7 +283,7 @@ def _utf8(name: str) -> str:
 
 def _from_memory(item: object, number: int) -> list[ImageRef]:
     if isinstance(item, Image.Image):
-        return [ArrayRef(f"image[{number}]", item)]
+        return [HeldRef(f"image[{number}]", item)]
     channels_first = hasattr(item, "detach")  # a torch tensor; torch itself is not needed to tell
     array = item.detach().cpu().numpy() if channels_first else item  # type: ignore[attr-defined]
     if not isinstance(array, np.ndarray):
@@ -316,4 +312,4 @@ def _array_ref(label: str, image: np.ndarray, channels_first: bool) -> ImageRef:
         if image.min() < 0 or image.max() > 1:
             return MissingRef(label, "float pixels must lie in [0, 1]; give a DataLoader for images already normalised")
         image = np.round(image * 255).astype(np.uint8)
-    return ArrayRef(label, Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
+    return HeldRef(label, Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))

@@ -108,7 +108,9 @@ def start(denoiser: nn.Module, recipe: Recipe, rows: int) -> TrainingState:
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule: torch.optim.lr_scheduler.LRScheduler
     if recipe.lr_schedule == "one-cycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.1
+        )
     elif recipe.lr_schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     else:
@@ -176,9 +178,7 @@ def _update(state: TrainingState, x: Tensor, scheduler: DDIMScheduler, total_t: 
     return loss.item()
 
 
-def _close_epoch(
-    state: TrainingState, validation: Tensor, scheduler: DDIMScheduler, patience: int, seed: int
-) -> float:
+def _close_epoch(state: TrainingState, validation: Tensor, scheduler: DDIMScheduler, patience: int, seed: int) -> float:
     """Measure the averaged weights, remember the best, count epochs without progress."""
     averaged = state.average.module
     loss = validation_loss(averaged, validation, scheduler, seed)

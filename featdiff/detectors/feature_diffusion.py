@@ -23,7 +23,16 @@ from ..images import MAX_PIXELS, Batch, Transform, batches_from_loader, is_loade
 from ..persist import check_tensors, load, locate, save
 from ..scores import OK, UNREADABLE, Scores
 from ..sources import list_images
-from ..store import Extraction, FeatureStore, FeatureTable, Progress, default_cache, extract, featurise, write_atomically
+from ..store import (
+    Extraction,
+    FeatureStore,
+    FeatureTable,
+    Progress,
+    default_cache,
+    extract,
+    featurise,
+    write_atomically,
+)
 from ..training import Recipe, TrainingState, start, train
 from .arguments import check_arguments, make_recipe, resolve_device
 from .heads import HEADS, DiffusionHeads
@@ -33,7 +42,17 @@ RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
 #: A stopped run loses at most this much training, or one epoch if that is longer.
 CHECKPOINT_SECONDS = 10
 # Arguments that are handed on to DiffusionHeads as they are.
-_HEADS_ARGUMENTS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "start_times", "draws", "stride", "seed")
+_HEADS_ARGUMENTS = (
+    "joint",
+    "hidden_ratio",
+    "hidden_max",
+    "blocks",
+    "timesteps",
+    "start_times",
+    "draws",
+    "stride",
+    "seed",
+)
 
 
 class Detector:
@@ -159,12 +178,12 @@ class Detector:
         return self
 
     def _extractor(self) -> FeatureExtractor:
-        given = self.arguments["backbone"]
-        transform = self.arguments["transform"]
+        given, layers, transform = (self.arguments[name] for name in ("backbone", "layers", "transform"))
         if isinstance(given, nn.Module):
-            return FeatureExtractor(given, self.arguments["layers"], self.device, transform=transform)
-        loaded = load_backbone(given, *(self.arguments[name] for name in ("weights", "pretrained", "model_args")), transform)
-        return FeatureExtractor(loaded, self.arguments["layers"], self.device)
+            return FeatureExtractor(given, layers, self.device, transform=transform)
+        weights, pretrained, model_args = (self.arguments[name] for name in ("weights", "pretrained", "model_args"))
+        loaded = load_backbone(given, weights, pretrained, model_args, transform)
+        return FeatureExtractor(loaded, layers, self.device)
 
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
         kept = FeatureStore(self.cache / "features" / self.extractor_.key(), sum(self.extractor_.widths))
@@ -224,7 +243,13 @@ class Detector:
 
     def _training_key(self, table: FeatureTable) -> str:
         """A hash of all that decides a training run: rows, settings and seed."""
-        facts = [self.recipe, self.seed, [self.arguments[name] for name in _HEADS_ARGUMENTS], self.calibration, self.validation]
+        facts = [
+            self.recipe,
+            self.seed,
+            [self.arguments[name] for name in _HEADS_ARGUMENTS],
+            self.calibration,
+            self.validation,
+        ]
         hasher = hashlib.sha256(repr(facts).encode())
         hasher.update(table.digest())
         return hasher.hexdigest()[:16]
@@ -235,7 +260,9 @@ class Detector:
         """Scores of all images at once; :meth:`iter_scores` gives the same as a stream."""
         return Scores.concatenate(self.iter_scores(images, fpr, progress))
 
-    def iter_scores(self, images: object, fpr: float | None = None, progress: Progress | None = None) -> Iterator[Scores]:
+    def iter_scores(
+        self, images: object, fpr: float | None = None, progress: Progress | None = None
+    ) -> Iterator[Scores]:
         """Score images batch by batch, in their order; memory does not grow with their number.
 
         The request is checked at once, images are read as the iterator is used.
@@ -269,10 +296,10 @@ class Detector:
 
     def score_features(self, features: Tensor) -> np.ndarray:
         """Pooled features (B, D) of ``extractor_`` -> ood_score (B,), higher = more OOD."""
-        return self.heads_(features, (self.head,))[0][self.head].double().cpu().numpy()  # type: ignore[no-any-return]
+        return self.heads_(features, (self.head,))[0][self.head].double().cpu().numpy()
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
-        """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (the ood_score), the other heads, ``layer_<name>``."""
+        """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
         scores, layers = self.heads_(features)
         scores = {"featdiff": scores.pop(self.head)} | scores
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.extractor_.layers)}
@@ -369,7 +396,9 @@ class Detector:
         scores = tensors.pop("calibration", torch.empty(0))
         detector.heads_ = _load_heads(detector, config, tensors, folder)
         if scores.dim() != 1 or len(scores) != config["images"]["calibration"] or len(scores) == 0:
-            raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+            raise ModelError(
+                f"the model at {folder} is damaged: its calibration scores are not those it was saved with"
+            )
         detector.calibration_ = np.sort(scores.double().numpy())
         return detector
 
@@ -396,17 +425,19 @@ class Detector:
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise ModelError(f"the config at {folder} is damaged: {type(error).__name__} {error}") from None
         if source == "module" and backbone is None:
-            raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({config['backbone']['tag']})")
+            raise ModelError(
+                f"this detector was fitted on your own module: give it as backbone=... ({config['backbone']['tag']})"
+            )
         detector.extractor_ = detector._extractor()
         found = detector.extractor_.backbone.fingerprint
         if found != expected:
             raise ModelError(
-                f"the backbone {config['backbone']['tag']} has other weights than the one this detector was fitted with "
+                f"the backbone {config['backbone']['tag']} has other weights than this detector was fitted with "
                 f"(SHA-256 {found[:12]}, expected {expected[:12]}): give the original weights, or train again"
             )
         if dict(zip(detector.extractor_.layers, detector.extractor_.widths, strict=True)) != layers:
             raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
-        detector.n_images_, detector.validation_loss_ = images["different"], config.get("validation_loss")
+        detector.n_images_, detector.validation_loss_ = images["different"], float(config["validation_loss"])
         return detector
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,4 +114,4 @@ class DiffusionHeads(nn.Module):
 
 
 def _stacked_mse(x: Tensor, reconstructions: list[Tensor], widths: Sequence[int]) -> Tensor:
-    return cast(Tensor, torch.stack([mse(x, x_hat, widths) for x_hat in reconstructions], dim=1))
+    return torch.stack([mse(x, x_hat, widths) for x_hat in reconstructions], dim=1)
