@@ -1,12 +1,11 @@
 """Features on disk: the backbone runs once per image content; vectors are memory-mapped afterwards.
 
-A store is a folder of shards, each a NumPy file of (digest, vector) records written in one rename. Shards are never
-changed, so several runs may write at once, an interrupted run resumes, and a second run finds its vectors by content.
+A store is a folder of shards: a NumPy file of vectors and one of the digests of their images. Shards are never changed,
+so several runs may write at once, an interrupted run resumes, and a second run finds its vectors by content.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import uuid
@@ -24,6 +23,7 @@ from .images import Batch
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 _SHARD_BYTES = 4 << 20
+_VECTORS, _DIGESTS = ".vectors.npy", ".digests.npy"
 
 
 def default_cache() -> Path:
@@ -46,16 +46,15 @@ class FeatureStore:
 
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = Path(folder), width
-        self._record = np.dtype([("digest", "V16"), ("vector", "<f4", (width,))])
-        self._capacity = max(1, _SHARD_BYTES // self._record.itemsize)
+        self._capacity = max(1, _SHARD_BYTES // (4 * width))
         self._pending: list[tuple[bytes, np.ndarray]] = []
-        self._shards: list[np.ndarray] = []
+        self._shards: list[np.ndarray] = []  # memory maps (n, width)
         self._where: dict[bytes, tuple[int, int]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _full(self.folder, error) from None
-        for file in sorted(self.folder.glob("*.npy")):
+        for file in sorted(self.folder.glob(f"*{_DIGESTS}")):
             self._open(file)
 
     def __contains__(self, digest: object) -> bool:
@@ -77,13 +76,16 @@ class FeatureStore:
         """Write what is pending as a shard of its own."""
         if not self._pending:
             return
-        records = np.array(self._pending, dtype=self._record)
-        stream = io.BytesIO()
-        np.save(stream, records, allow_pickle=False)
-        file = self.folder / f"{uuid.uuid4().hex}.npy"
-        write_atomically(file, stream.getvalue())
+        vectors = np.stack([vector for _, vector in self._pending]).astype(np.float32)
+        digests = np.frombuffer(b"".join(digest for digest, _ in self._pending), dtype=np.uint8).reshape(-1, 16)
+        name = uuid.uuid4().hex
+        # the digests are written last: a shard counts only when both files are whole
+        for suffix, array in ((_VECTORS, vectors), (_DIGESTS, digests)):
+            stream = io.BytesIO()
+            np.save(stream, array, allow_pickle=False)
+            write_atomically(self.folder / f"{name}{suffix}", stream.getvalue())
         self._pending.clear()
-        self._shards.append(np.load(file, mmap_mode="r"))
+        self._shards.append(np.load(self.folder / f"{name}{_VECTORS}", mmap_mode="r"))
 
     def table(self, digests: Sequence[bytes]) -> FeatureTable:
         """The vectors of ``digests``, in that order, as a table on disk."""
@@ -93,13 +95,14 @@ class FeatureStore:
 
     def _open(self, file: Path) -> None:
         try:
-            shard = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+            digests = np.load(file, allow_pickle=False)
+            shard = np.load(file.with_name(file.name.replace(_DIGESTS, _VECTORS)), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
             return  # not a shard, or one damaged by a dying disk: its images are computed again
-        if shard.dtype != self._record:
+        if shard.dtype != np.float32 or shard.shape != (len(digests), self.width) or digests.shape[1:] != (16,):
             return
-        for row, digest in enumerate(shard["digest"].tolist()):
-            self._where.setdefault(digest, (len(self._shards), row))
+        for row, digest in enumerate(digests):
+            self._where.setdefault(digest.tobytes(), (len(self._shards), row))
         self._shards.append(shard)
 
 
@@ -120,15 +123,8 @@ class FeatureTable:
         out = np.empty((len(where), self.width), dtype=np.float32)
         for shard in np.unique(where[:, 0]):
             mine = where[:, 0] == shard
-            out[mine] = self.shards[shard]["vector"][where[mine, 1]]
+            out[mine] = self.shards[shard][where[mine, 1]]
         return torch.from_numpy(out)
-
-    def digest(self) -> bytes:
-        """A hash of which images these are, in order."""
-        hasher = hashlib.sha256()
-        for shard, row in self.where.tolist():
-            hasher.update(self.shards[shard][row]["digest"].tobytes())
-        return hasher.digest()
 
     def chunks(self, size: int = 1024) -> Iterator[Tensor]:
         """All rows in order, (<= size, D) at a time."""

@@ -87,8 +87,10 @@ class TrainingState:
     early: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only, so that it can be loaded with ``weights_only=True``."""
+        """Tensors and plain numbers only, fit for ``weights_only=True``; the results alone once done."""
         plain = {name: getattr(self, name) for name in ("epoch", "stale", "done", "best_loss", "best", "early")}
+        if self.done:
+            return plain
         parts = {name: getattr(self, name).state_dict() for name in ("denoiser", "average", "optimizer", "schedule")}
         return plain | parts
 

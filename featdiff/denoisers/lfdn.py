@@ -42,12 +42,13 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Width inside; the paper uses 1440 on the concatenation of all layers.
     blocks : int
         Residual blocks; the paper uses 16.
+    time_width : int
+        Width of the time embedding; the paper uses 720.
     """
 
     @register_to_config
-    def __init__(self, width: int, hidden: int, blocks: int) -> None:
+    def __init__(self, width: int, hidden: int, blocks: int, time_width: int = 128) -> None:
         super().__init__()
-        time_width = min(hidden, 128)
         self.time_waves = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(64, time_width)
         self.project_in = nn.Linear(width, hidden)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,10 +30,10 @@ from ..store import (
     default_cache,
     extract,
     featurise,
-    write_atomically,
 )
-from ..training import Recipe, TrainingState, start, train
+from ..training import Recipe, start, train
 from .arguments import check_arguments, make_recipe, resolve_device
+from .checkpoints import resume, write_checkpoint
 from .heads import HEADS, DiffusionHeads
 
 # Arguments of the constructor that say how to run, not what the model is: they are not saved.
@@ -145,7 +144,6 @@ class Detector:
         self.image_batch, self.workers, self.max_pixels = image_batch, workers, max_pixels
         self.cache = Path(cache) if cache else default_cache()
         self.device = resolve_device(device)
-        self._checkpoint: Path | None = None
 
     # ---- fit ----
 
@@ -167,11 +165,14 @@ class Detector:
         """
         self.extractor_ = self._extractor()
         found, kept = self._extract(images, progress)
-        table, rows = self._split(found, kept)
+        unique = list(dict.fromkeys(found.digests))
+        self.n_images_, self.n_duplicates_ = len(unique), len(found.digests) - len(unique)
+        table, rows = kept.table(unique), self._split(len(unique))
         self.heads_ = DiffusionHeads(
             self.extractor_.widths, **{name: self.arguments[name] for name in _HEADS_ARGUMENTS}
         ).to(self.device)
-        self._train(table, rows, kept, progress)
+        checkpoint = kept.folder / f"training-{self._training_key(unique)}.pt"
+        self._train(table, rows, checkpoint, progress)
         self.heads_.fit_statistics(table[rows.validation])
         chunks = np.array_split(rows.calibration, len(rows.calibration) // 1024 + 1)
         self.calibration_ = np.sort(np.concatenate([self.score_features(table[part]) for part in chunks]))
@@ -205,54 +206,38 @@ class Detector:
         )
         return iter_batches(loaded, self.image_batch), len(refs)
 
-    def _split(self, found: Extraction, kept: FeatureStore) -> tuple[FeatureTable, Split]:
-        """Rows for training, validation and calibration; copies of one image must not sit on both sides."""
-        unique = list(dict.fromkeys(found.digests))
-        self.n_images_, self.n_duplicates_ = len(unique), len(found.digests) - len(unique)
-        rows = split(len(unique), self.calibration, self.validation, self.seed)
+    def _split(self, n: int) -> Split:
+        """Rows for training, validation and calibration. Copies of one image are one row: they must not sit on
+        both sides."""
+        rows = split(n, self.calibration, self.validation, self.seed)
         check_fpr(self.fpr, len(rows.calibration))
-        return kept.table(unique), rows
+        return rows
 
-    def _train(self, table: FeatureTable, rows: Split, kept: FeatureStore, progress: Progress | None) -> None:
-        """Train the denoiser, leaving a checkpoint beside the features after each epoch."""
+    def _train(self, table: FeatureTable, rows: Split, checkpoint: Path, progress: Progress | None) -> None:
+        """Train the denoiser; checkpoints and the result are kept beside the features, for the next run."""
         heads = self.heads_
         heads.denoiser.requires_grad_(True)
         state = start(heads.denoiser, self.recipe, len(rows.training))
-        self._checkpoint = kept.folder / f"training-{self._training_key(table)}.pt"
-        if self._checkpoint.exists():
-            state.load_state_dict(torch.load(self._checkpoint, map_location=self.device, weights_only=True))
+        resume(state, checkpoint, self.device)
         validation = heads.normalised(table[rows.validation])
         read = lambda i: heads.normalised(table[rows.training[i]])  # noqa: E731
         saved = time.monotonic()
         for step in train(state, read, len(rows.training), validation, heads.scheduler, self.recipe, self.seed):
             if step.val_loss is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                self._write_checkpoint(state)
+                write_checkpoint(state, checkpoint)
                 saved = time.monotonic()
             if progress:
                 progress("training", step.step, step.steps)
-        self._write_checkpoint(state)
+        write_checkpoint(state, checkpoint)
         heads.early.load_state_dict(state.early)
         heads.denoiser.requires_grad_(False)
         self.validation_loss_ = state.best_loss
 
-    def _write_checkpoint(self, state: TrainingState) -> None:
-        stream = io.BytesIO()
-        torch.save(state.state_dict(), stream)
-        if self._checkpoint:
-            write_atomically(self._checkpoint, stream.getvalue())
-
-    def _training_key(self, table: FeatureTable) -> str:
-        """A hash of all that decides a training run: rows, settings and seed."""
-        facts = [
-            self.recipe,
-            self.seed,
-            [self.arguments[name] for name in _HEADS_ARGUMENTS],
-            self.calibration,
-            self.validation,
-        ]
-        hasher = hashlib.sha256(repr(facts).encode())
-        hasher.update(table.digest())
-        return hasher.hexdigest()[:16]
+    def _training_key(self, digests: list[bytes]) -> str:
+        """A hash of all that decides a training run: images, settings and seed."""
+        settings = [self.arguments[name] for name in _HEADS_ARGUMENTS]
+        facts = repr([self.recipe, self.seed, settings, self.calibration, self.validation])
+        return hashlib.sha256(facts.encode() + b"".join(digests)).hexdigest()[:16]
 
     # ---- score ----
 
@@ -337,8 +322,6 @@ class Detector:
         self._check_fitted()
         tensors = self.heads_.state_dict() | {"calibration": torch.from_numpy(self.calibration_)}
         save(folder, self.config(), tensors)
-        if self._checkpoint:
-            self._checkpoint.unlink(missing_ok=True)
 
     def config(self) -> dict[str, Any]:
         """All that ``config.json`` says besides the format."""

@@ -50,7 +50,7 @@ class DiffusionHeads(nn.Module):
         with torch.random.fork_rng(devices=[]):  # seeded initial weights; the global random state is left alone
             torch.manual_seed(seed)
             self.denoiser, self.early = (
-                LFDN(width=sum(widths), hidden=hidden_max, blocks=blocks)
+                LFDN(width=sum(widths), hidden=hidden_max, blocks=blocks, time_width=hidden_max // 2)
                 if joint
                 else LayerwiseLFDN(widths=list(widths), hidden_ratio=hidden_ratio, hidden_max=hidden_max, blocks=blocks)
                 for _ in range(2)
