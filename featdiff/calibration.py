@@ -9,6 +9,9 @@ import numpy as np
 
 from .exceptions import UsageError
 
+# k / (n + 1) and the same rate written as a decimal may differ in the last bits
+_SLACK = 1e-9
+
 
 def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
     """Split-conformal p-values: (1 + #{calibration >= score}) / (n + 1), in (0, 1]; small = out-of-distribution.
@@ -27,7 +30,7 @@ def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
 
 def flagged(p: np.ndarray, fpr: float) -> np.ndarray:
     """p-values (B,) -> (B,) bool, ``p <= fpr``; NaN is not flagged."""
-    return p <= fpr + 1e-9  # k / (n + 1) and the same rate written as a decimal may differ in the last bit
+    return p <= fpr + _SLACK
 
 
 def check_fpr(fpr: float, n: int | None = None) -> None:
@@ -38,10 +41,10 @@ def check_fpr(fpr: float, n: int | None = None) -> None:
     UsageError
         Naming the number of calibration images that would do.
     """
-    if not isinstance(fpr, int | float) or not 0 < fpr < 1:
+    if not isinstance(fpr, int | float | np.floating) or not 0 < fpr < 1:
         raise UsageError(f"the false-alarm rate (--fpr) must lie between 0 and 1, not {fpr}")
-    if n is not None and fpr * (n + 1) < 1 - 1e-9:  # tolerance for rates such as 1/3 that floats cannot hold
-        needed = math.ceil(1 / fpr - 1e-9) - 1
+    if n is not None and (fpr + _SLACK) * (n + 1) < 1:
+        needed = math.ceil(1 / (fpr + _SLACK)) - 1
         raise UsageError(
             f"--fpr {fpr:g} needs at least {needed} held-out images for calibration, and there are {n}: "
             f"train on more images, or ask for --fpr {math.ceil(1000 / (n + 1)) / 1000:g} or more"
@@ -51,7 +54,7 @@ def check_fpr(fpr: float, n: int | None = None) -> None:
 def threshold(calibration: np.ndarray, fpr: float) -> float:
     """The largest score that is not flagged at this rate: ``score > threshold`` is the same as ``p <= fpr``."""
     check_fpr(fpr, len(calibration))
-    allowed = math.floor(fpr * (len(calibration) + 1) + 1e-9) - 1  # calibration scores that may lie at or above
+    allowed = math.floor((fpr + _SLACK) * (len(calibration) + 1)) - 1  # calibration scores that may lie at or above
     return float(calibration[len(calibration) - 1 - allowed])
 
 
@@ -77,6 +80,6 @@ def split(n: int, calibration: float, validation: float, seed: int) -> Split:
     if n < 3:
         raise UsageError(f"{n} different images are too few: one each is needed to train, validate and calibrate")
     order = np.random.default_rng(seed).permutation(n)
-    n_cal = min(max(1, round(calibration * n)), 10_000)
-    n_val = min(max(1, round(validation * n)), 2_000)
+    n_cal = min(max(1, round(calibration * n)), 10_000, n - 2)
+    n_val = min(max(1, round(validation * n)), 2_000, n - n_cal - 1)
     return Split(*(np.sort(part) for part in (order[n_cal + n_val :], order[n_cal : n_cal + n_val], order[:n_cal])))

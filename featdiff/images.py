@@ -105,7 +105,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -118,7 +118,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _deep_grey(image: Image.Image) -> Image.Image:
     """16-bit grey (Pillow modes I, I;16*) or float grey -> 8-bit grey by a fixed scale, never per image."""
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image, dtype=np.float32)
     top = 1.0 if image.mode == "F" else 65535.0
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
         raise UnreadableImage(f"grey values outside 0..{top:g}")
@@ -138,6 +138,8 @@ def load(
     digest = b""
     try:
         content = ref.read()
+        if isinstance(content, Image.Image):
+            content = decode(content, max_pixels)  # equal pixels, equal digest, whatever the mode
         digest = _digest(content)
         if digest in known:
             return LoadedImage(ref, digest)
@@ -157,7 +159,7 @@ def _one_line(error: Exception) -> str:
 def _digest(content: bytes | Image.Image) -> bytes:
     hasher = hashlib.blake2b(digest_size=16)
     if isinstance(content, Image.Image):
-        hasher.update(f"{content.mode}{content.size}".encode())
+        hasher.update(str(content.size).encode())
         content = content.tobytes()
     hasher.update(content)
     return hasher.digest()

@@ -36,12 +36,12 @@ def evaluate(id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 100
     Raises
     ------
     UsageError
-        An array is empty or holds NaN.
+        An array is empty, or holds NaN or infinite values.
     """
     from sklearn.metrics import average_precision_score
 
     for name, scores in (("ID", id_scores), ("OOD", ood_scores)):
-        if len(scores) == 0 or np.isnan(scores).any():
+        if len(scores) == 0 or not np.isfinite(scores).all():
             raise UsageError(f"the {name} scores are {'empty' if len(scores) == 0 else 'not all numbers'}")
     scores = np.concatenate([id_scores, ood_scores])
     is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .exceptions import UsageError
+
 #: Columns of every table that featdiff writes; ``layer_<name>`` follow, one per layer.
 COLUMNS = ("path", "status", "reason", "ood_score", "p_value", "is_ood")
 OK, UNREADABLE = "ok", "unreadable"
@@ -53,8 +55,10 @@ class Scores:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Scores]) -> Scores:
-        """Parts of one run, end to end; at least one."""
+        """Parts of one run, end to end (``UsageError`` if there are none)."""
         several = list(parts)
+        if not several:
+            raise UsageError("there were no images to score")
 
         def rows(name: str) -> list[str]:
             return [value for part in several for value in getattr(part, name)]

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -73,10 +73,7 @@ class ZipRef(ImageRef):
     member: str
 
     def read(self) -> bytes:
-        try:
-            return _open_zip(self.archive, os.getpid()).read(self.member)
-        except RuntimeError as error:  # zipfile's only sign of an encrypted member
-            raise UnreadableImage(str(error)) from None
+        return _open_zip(self.archive, *_version(self.archive)).read(self.member)
 
 
 @dataclass(frozen=True)
@@ -94,18 +91,18 @@ class TarRef(ImageRef):
 
 
 @dataclass(frozen=True)
-class CompressedTarRef(ImageRef):
-    """A member of a compressed tar archive; such archives can only be read from front to back."""
+class TarMemberRef(ImageRef):
+    """A member of a compressed tar archive, which can only be read front to back, or a link in any tar."""
 
     archive: str
     member: str
     sequential: ClassVar[bool] = True
 
     def read(self) -> bytes:
-        with _TAR_LOCK:
-            stream = _open_tar(self.archive, os.getpid()).extractfile(self.member)
+        with _READING:
+            stream = _open_tar(self.archive, *_version(self.archive)).extractfile(self.member)
             if stream is None:
-                raise UnreadableImage("a link without its file")
+                raise UnreadableImage("not a regular file")
             return stream.read()
 
 
@@ -116,6 +113,9 @@ class HeldRef(ImageRef):
     content: bytes | Image.Image
 
     def read(self) -> bytes | Image.Image:
+        if isinstance(self.content, Image.Image):
+            with _READING:  # Pillow reads the file behind a picture on first use, and not on two threads at once
+                self.content.load()
         return self.content
 
 
@@ -129,24 +129,33 @@ class MissingRef(ImageRef):
         raise UnreadableImage(self.reason)
 
 
-_TAR_LOCK = threading.Lock()
+_READING = threading.RLock()
 
 
-# One open handle per archive and process: parsing the directory of a large zip for each member would be
-# quadratic. The process id keeps a forked child from sharing the parent's file position.
+def _version(archive: str) -> tuple[int, int, int, int]:
+    """Changes when the file does, and in a forked child, which must not share the parent's file position."""
+    status = os.stat(archive)
+    return os.getpid(), status.st_ino, status.st_mtime_ns, status.st_size
+
+
+# One open handle per archive: parsing the directory of a large zip for each member would be quadratic.
 @functools.lru_cache(maxsize=16)
-def _open_zip(archive: str, pid: int) -> zipfile.ZipFile:
+def _open_zip(archive: str, *version: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 
 @functools.lru_cache(maxsize=16)
-def _open_tar(archive: str, pid: int) -> tarfile.TarFile:
+def _open_tar(archive: str, *version: int) -> tarfile.TarFile:
     return tarfile.open(archive)
 
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as valid Unicode; bytes that are not UTF-8 come out as ``\\xNN``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate, which no file name can hold
+        text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return text or "(empty name)"
 
 
 def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRef]:
@@ -188,12 +197,15 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
     if not streamed and all(isinstance(ref, MissingRef) for ref in refs):
         first = refs[0] if refs else None
         raise UsageError(f"{first.path}: {first.reason}" if isinstance(first, MissingRef) else "no images were named")
-    return list({ref.path: ref for ref in refs}.values())
+    # two different files may be printed alike, and one file may be named twice
+    return list({getattr(ref, "file", ref.path): ref for ref in refs}.values())
 
 
 def _from_path(path: str) -> list[ImageRef]:
     if os.path.isdir(path):
-        return list(_from_folder(path)) or [MissingRef(printable(path), "no images in this folder")]
+        return sorted(_from_folder(path), key=lambda ref: ref.path) or [
+            MissingRef(printable(path), "no images in this folder")
+        ]
     inside = _split_archive(path)
     if inside:
         return _from_archive(*inside)
@@ -206,7 +218,7 @@ def _from_path(path: str) -> list[ImageRef]:
 
 
 def _from_folder(root: str) -> Iterator[ImageRef]:
-    """Images below ``root`` in sorted order; links to folders are followed, loops are not."""
+    """Images below ``root``; links to folders are followed, loops are not."""
     seen: set[str] = set()
     problems: list[OSError] = []
     for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
@@ -215,8 +227,8 @@ def _from_folder(root: str) -> Iterator[ImageRef]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
             if _is_image(name):
                 path = os.path.join(folder, name)
                 yield FileRef(printable(path), path)
@@ -225,9 +237,7 @@ def _from_folder(root: str) -> Iterator[ImageRef]:
 
 
 def _is_image(name: str) -> bool:
-    base = os.path.basename(name)
-    hidden = base.startswith(".") or name.startswith("__MACOSX/")
-    return not hidden and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
 
 
 def _split_archive(path: str) -> tuple[str, str] | None:
@@ -245,36 +255,42 @@ def _from_archive(archive: str, prefix: str) -> list[ImageRef]:
     try:
         list_members = _zip_members if archive.lower().endswith(ZIP_SUFFIXES) else _tar_members
         refs = list_members(archive, label, prefix)
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError) as error:
-        return [MissingRef(label, f"archive cannot be read: {error}")]
+    except Exception as error:  # damaged archives raise zlib, lzma, struct and many other errors
+        return [MissingRef(label, f"archive cannot be read: {' '.join(str(error).split())}")]
     return refs or [MissingRef(f"{label}/{prefix}".rstrip("/"), "no images in this archive")]
 
 
 def _wanted(member: str, prefix: str) -> bool:
-    return _is_image(member) and (member.startswith(prefix) or member == prefix.rstrip("/"))
+    """Whether a member is an image below ``prefix`` and not hidden."""
+    name = _plain_name(member)
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX"
+    return _is_image(name) and not hidden and (name.startswith(prefix) or name == prefix.rstrip("/"))
+
+
+def _plain_name(member: str) -> str:
+    """Archives made of the folder ``.`` hold names that begin with ``./``."""
+    return _utf8(member.removeprefix("./"))
 
 
 def _zip_members(archive: str, label: str, prefix: str) -> list[ImageRef]:
-    names = sorted(name for name in _open_zip(archive, os.getpid()).namelist() if _wanted(name, prefix))
-    return [ZipRef(f"{label}/{_utf8(name)}", archive, name) for name in names]
+    infos = _open_zip(archive, *_version(archive)).infolist()
+    names = sorted({info.filename for info in infos if not info.is_dir() and _wanted(info.filename, prefix)})
+    return [ZipRef(f"{label}/{_plain_name(name)}", archive, name) for name in names]
 
 
 def _tar_members(archive: str, label: str, prefix: str) -> list[ImageRef]:
     with tarfile.open(archive) as tar:
-        members = [m for m in tar.getmembers() if not m.isdir() and _wanted(m.name, prefix)]
-        plain = archive.lower().endswith(".tar") and _is_plain_tar(archive)
-    if not plain:  # kept in archive order, the only order that reads fast
-        return [CompressedTarRef(f"{label}/{_utf8(m.name)}", archive, m.name) for m in members]
-    members.sort(key=lambda m: m.name)
-    return [TarRef(f"{label}/{_utf8(m.name)}", archive, m.offset_data, m.size) for m in members if m.isreg()]
-
-
-def _is_plain_tar(archive: str) -> bool:
-    try:
-        with tarfile.open(archive, "r:"):
-            return True
-    except tarfile.TarError:
-        return False
+        members = {m.name: m for m in tar.getmembers() if not m.isdir() and _wanted(m.name, prefix)}  # the last counts
+        plain = tar.fileobj is not None and type(tar.fileobj).__module__ in ("io", "_io")
+    refs: list[ImageRef] = []
+    for name, member in members.items():  # kept in archive order if compressed, the only order that reads fast
+        path = f"{label}/{_plain_name(name)}"
+        direct = plain and member.isreg() and not member.issparse()
+        refs.append(
+            TarRef(path, archive, member.offset_data, member.size) if direct else TarMemberRef(path, archive, name)
+        )
+    return sorted(refs, key=lambda ref: ref.path) if plain else refs
 
 
 def _utf8(name: str) -> str:
@@ -285,7 +301,10 @@ def _from_memory(item: object, number: int) -> list[ImageRef]:
     if isinstance(item, Image.Image):
         return [HeldRef(f"image[{number}]", item)]
     channels_first = hasattr(item, "detach")  # a torch tensor; torch itself is not needed to tell
-    array = item.detach().cpu().numpy() if channels_first else item  # type: ignore[attr-defined]
+    array: Any = item
+    if channels_first:  # NumPy has no bfloat16
+        tensor = array.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     if not isinstance(array, np.ndarray):
         raise UsageError(f"images cannot come from a {type(item).__name__}; give paths, PIL images, arrays or tensors")
     single = array.ndim == 2 or array.ndim == 3

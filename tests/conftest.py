@@ -101,6 +101,8 @@ def featdiff_cli() -> Callable[..., Result]:
     main = script.load()
 
     def run(*arguments: object, **options: Any) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="featdiff", **options)
+        return CliRunner().invoke(
+            main, [str(argument) for argument in arguments], prog_name="featdiff", **options
+        )
 
     return run

@@ -163,17 +163,20 @@ class Detector:
         WeightsError, FeatdiffError
             The backbone cannot be had, the cache cannot be written, or training diverged.
         """
+        # images -> features
         self.extractor_ = self._extractor()
         found, kept = self._extract(images, progress)
         unique = list(dict.fromkeys(found.digests))
         self.n_images_, self.n_duplicates_ = len(unique), len(found.digests) - len(unique)
         table, rows = kept.table(unique), self._split(len(unique))
+        # features -> noise -> denoise -> residual -> fuse
         self.heads_ = DiffusionHeads(
             self.extractor_.widths, **{name: self.arguments[name] for name in _HEADS_ARGUMENTS}
         ).to(self.device)
         checkpoint = kept.folder / f"training-{self._training_key(unique)}.pt"
         self._train(table, rows, checkpoint, progress)
         self.heads_.fit_statistics(table[rows.validation])
+        # -> calibrate
         chunks = np.array_split(rows.calibration, len(rows.calibration) // 1024 + 1)
         self.calibration_ = np.sort(np.concatenate([self.score_features(table[part]) for part in chunks]))
         return self
@@ -220,7 +223,10 @@ class Detector:
         state = start(heads.denoiser, self.recipe, len(rows.training))
         resume(state, checkpoint, self.device)
         validation = heads.normalised(table[rows.validation])
-        read = lambda i: heads.normalised(table[rows.training[i]])  # noqa: E731
+
+        def read(i: np.ndarray) -> Tensor:
+            return heads.normalised(table[rows.training[i]])
+
         saved = time.monotonic()
         for step in train(state, read, len(rows.training), validation, heads.scheduler, self.recipe, self.seed):
             if step.val_loss is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:

@@ -1,0 +1,174 @@
+"""``featdiff eval``: the JSON contract, the table for people, and wrong requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from sklearn.metrics import roc_auc_score
+
+from featdiff import Detector
+
+Cli = Callable[..., Result]
+HEADS = ["featdiff", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2", "layer_layer4"]
+
+
+def fails(result: Result, code: int, *words: str) -> None:
+    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    for word in words:
+        assert word in lines[0]
+    assert "a bug" not in lines[0]
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def sets(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``id``: 16 tiles of 32 px; ``digits``: 12 of them; ``sharp``: 20 pictures of 128 px."""
+    root = tmp_path_factory.mktemp("sets")
+    for name, source, count in (("id", "test", 16), ("digits", "digits", 12)):
+        (root / name).mkdir()
+        for file in sorted(sample_folders[source].iterdir())[:count]:
+            (root / name / file.name).write_bytes(file.read_bytes())
+    (root / "sharp").mkdir()
+    photograph = load_sample_image("china.jpg")
+    for i in range(20):
+        row, column = divmod(i, 5)
+        cut = photograph[row * 96 : row * 96 + 128, column * 120 : column * 120 + 128]
+        Image.fromarray(cut).save(root / "sharp" / f"{i:02d}.png")
+    return {name: root / name for name in ("id", "digits", "sharp")}
+
+
+@pytest.fixture
+def evaluate(featdiff_cli: Cli, tiny_model: Path) -> Cli:
+    return lambda *arguments: featdiff_cli("eval", "-m", tiny_model, *arguments)
+
+
+def pair(document: dict[str, Any], ood: str, protocol: str) -> dict[str, Any]:
+    (found,) = [p for p in document["pairs"] if (p["ood"], p["protocol"]) == (ood, protocol)]
+    return found
+
+
+def test_json_contract(evaluate: Cli, sets: dict[str, Path], tiny_detector: Detector) -> None:
+    result = evaluate(
+        "--id", sets["id"], "--ood", f"d={sets['digits']}", "--ood", f"s={sets['sharp']}", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert list(document) == ["id", "model", "pairs"]
+    assert (document["id"], document["model"]) == (str(sets["id"]), "test_resnet.r160_in1k")
+    order = [(p["ood"], p["protocol"]) for p in document["pairs"]]
+    assert order == [(name, protocol) for name in "ds" for protocol in ("matched", "as-published")]
+    for p in document["pairs"]:
+        assert list(p) == ["ood", "protocol", "n_id", "n_ood", "heads"]
+        assert (p["n_id"], p["n_ood"]) == (16, {"d": 12, "s": 20}[p["ood"]])
+        assert list(p["heads"]) == HEADS
+        for metrics in p["heads"].values():
+            assert set(metrics) == {"auroc", "aupr_in", "aupr_out", "fpr95", "auroc_ci"}
+            low, high = metrics.pop("auroc_ci")
+            assert 0 <= low <= metrics["auroc"] <= high <= 1
+            assert all(isinstance(value, float) and 0 <= value <= 1 for value in metrics.values())
+    assert pair(document, "s", "matched")["heads"] != pair(document, "s", "as-published")["heads"]
+    assert pair(document, "d", "matched")["heads"] == pair(document, "d", "as-published")["heads"]
+    scores = [tiny_detector.score(sets[name]).ood_score for name in ("id", "sharp")]
+    expected = roc_auc_score([0] * 16 + [1] * 20, [*scores[0], *scores[1]])
+    assert pair(document, "s", "as-published")["heads"]["featdiff"]["auroc"] == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("protocol", ["matched", "as-published"])
+def test_one_protocol_can_be_asked_for(evaluate: Cli, sets: dict[str, Path], protocol: str) -> None:
+    result = evaluate(
+        "--id", sets["id"], "--ood", f"digits={sets['digits']}", "--json", "-q", "--protocol", protocol
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [p["protocol"] for p in json.loads(result.stdout)["pairs"]] == [protocol]
+
+
+def test_several_in_domain_sources(evaluate: Cli, sets: dict[str, Path]) -> None:
+    first, *others = sorted(sets["id"].iterdir())
+    arguments = [part for file in others for part in ("--id", file)]
+    result = evaluate("--id", first, *arguments, "--ood", f"digits={sets['digits']}", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["pairs"][0]["n_id"] == 16
+
+
+def test_table_is_for_people(evaluate: Cli, sets: dict[str, Path]) -> None:
+    command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}")
+    result = evaluate(*command)
+    assert result.exit_code == 0, result.output
+    assert "digits (12)" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    metrics = json.loads(evaluate(*command, "--json").stdout)["pairs"][0]["heads"]["featdiff"]
+    (line,) = [line for line in result.stdout.splitlines() if "matched" in line]
+    low, high = metrics["auroc_ci"]
+    numbers = [f"{100 * metrics['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}"]
+    numbers += [f"{100 * metrics[name]:.1f}" for name in ("fpr95", "aupr_in", "aupr_out")]
+    assert [cell for cell in numbers if cell not in line] == []
+
+
+def test_name_may_hold_anything_but_an_equals_sign(
+    evaluate: Cli, sets: dict[str, Path], tmp_path: Path
+) -> None:
+    """Only the first = separates: paths may hold more of them."""
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    for file in sets["digits"].iterdir():
+        (odd / file.name).write_bytes(file.read_bytes())
+    result = evaluate("--id", sets["id"], "--ood", f"hand-written digits={odd}", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["pairs"][0]["ood"] == "hand-written digits"
+
+
+def test_unreadable_images_are_left_out_said_and_give_code_3(
+    evaluate: Cli, sets: dict[str, Path], tmp_path: Path
+) -> None:
+    for file in sets["digits"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "a_empty.png").write_bytes(b"")
+    result = evaluate("--id", sets["id"], "--ood", f"digits={tmp_path}", "--json")
+    document = json.loads(result.stdout)
+    assert {(p["n_id"], p["n_ood"]) for p in document["pairs"]} == {(16, 12)}
+    assert "unreadable" in result.stderr and "a_empty.png" in result.stderr
+    assert result.exit_code == 3
+
+
+@pytest.mark.parametrize("ood", ["digits", "=digits", "digits=", "="])
+def test_wrong_ood_syntax(evaluate: Cli, sets: dict[str, Path], ood: str) -> None:
+    fails(evaluate("--id", sets["id"], "--ood", ood), 2, "--ood takes NAME=IMAGES", repr(ood))
+
+
+def test_name_given_twice_is_refused(evaluate: Cli, sets: dict[str, Path]) -> None:
+    """Else the first of the two sets would be dropped without a word."""
+    result = evaluate("--id", sets["id"], "--ood", f"a={sets['digits']}", "--ood", f"a={sets['sharp']}")
+    fails(result, 2, "'a'")
+
+
+def test_both_sides_are_needed(evaluate: Cli, sets: dict[str, Path]) -> None:
+    fails(evaluate("--id", sets["id"]), 2, "--ood")
+    fails(evaluate("--ood", f"a={sets['id']}"), 2, "--id")
+
+
+def test_sets_that_cannot_be_read(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
+    fails(
+        evaluate("--id", sets["id"], "--ood", f"a={tmp_path}"), 2, str(tmp_path), "no images in this folder"
+    )
+    fails(evaluate("--id", sets["id"], "--ood", "a=/gone"), 2, "/gone", "no such file or folder")
+    (tmp_path / "bad.png").write_text("hello")
+    fails(evaluate("--id", sets["id"], "--ood", f"broken={tmp_path}"), 2, "'broken'")
+
+
+def test_wrong_options(featdiff_cli: Cli, evaluate: Cli, sets: dict[str, Path]) -> None:
+    both = ("--id", sets["id"], "--ood", f"digits={sets['digits']}")
+    fails(evaluate(*both, "--protocol", "match"), 2, "--protocol", "matched", "as-published")
+    fails(featdiff_cli("eval", *both, "-m", "gone"), 1, "no featdiff model at gone")

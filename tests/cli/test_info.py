@@ -1,0 +1,110 @@
+"""``featdiff info``: what a saved model is, without its backbone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Cli = Callable[..., Result]
+
+
+def fails(result: Result, code: int, *words: str) -> None:
+    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    for word in words:
+        assert word in lines[0]
+    assert "a bug" not in lines[0]
+    assert result.stdout == ""
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the saved tiny detector that may be changed."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def test_facts(featdiff_cli: Cli, tiny_model: Path) -> None:
+    result = featdiff_cli("info", tiny_model)
+    assert (result.exit_code, result.stderr) == (0, "")
+    config = json.loads((tiny_model / "config.json").read_text())
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert str(tiny_model) in lines["model"] and "format 1" in lines["model"]
+    assert (
+        f"test_resnet.r160_in1k (file test_resnet.safetensors), SHA-256 {config['backbone']['fingerprint'][:16]}"
+        in (lines["backbone"])
+    )
+    assert "layer1 (32), layer2 (48), layer4 (96)" in lines["layers"]
+    assert "one per layer" in lines["denoisers"]
+    assert "layerwise, start times [20, 60, 95], 2 stored draws" in lines["score"]
+    assert "390 different images" in lines["trained"]
+    assert "78 held-out images; fpr 0.05, possible from 0.013 up" in lines["calibrated"]
+
+
+def test_size_is_that_of_the_files(featdiff_cli: Cli, tiny_model: Path) -> None:
+    size = sum(file.stat().st_size for file in tiny_model.iterdir())
+    assert f"({size / 1e6:.1f} MB" in featdiff_cli("info", tiny_model).stdout
+
+
+def test_json_is_the_whole_config(featdiff_cli: Cli, tiny_model: Path) -> None:
+    result = featdiff_cli("info", tiny_model, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == json.loads((tiny_model / "config.json").read_text())
+
+
+def test_default_is_the_folder_that_train_writes(
+    featdiff_cli: Cli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "featdiff-model")
+    monkeypatch.chdir(tmp_path)
+    assert "featdiff-model" in featdiff_cli("info").stdout.splitlines()[0]
+
+
+def test_backbone_is_not_needed(featdiff_cli: Cli, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["arguments"]["weights"] = "/gone/weights.safetensors"
+    config["backbone"]["tag"] = "no_such_network"
+    (model / "config.json").write_text(json.dumps(config))
+    result = featdiff_cli("info", model)
+    assert result.exit_code == 0, result.output
+    assert "no_such_network" in result.stdout
+
+
+def test_missing_model(featdiff_cli: Cli, tmp_path: Path) -> None:
+    fails(
+        featdiff_cli("info", tmp_path / "gone"), 1, str(tmp_path / "gone"), "no such folder", "featdiff train"
+    )
+    fails(featdiff_cli("info", tmp_path), 1, "has no config.json and model.safetensors")
+
+
+def test_damaged_files(featdiff_cli: Cli, model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-1000])
+    fails(featdiff_cli("info", model), 1, "damaged")
+    (model / "model.safetensors").write_bytes(data)
+    (model / "config.json").write_text("{")
+    fails(featdiff_cli("info", model), 1, "damaged")
+
+
+@pytest.mark.parametrize("key", ["backbone", "images", "arguments", "layers", "featdiff_version"])
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["", "json"])
+def test_config_that_lacks_a_part(featdiff_cli: Cli, model: Path, key: str, option: list[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    del config[key]
+    (model / "config.json").write_text(json.dumps(config))
+    result = featdiff_cli("info", model, *option)
+    if result.exit_code or not option:
+        fails(result, 1, str(model), "damaged", key)
+
+
+def test_newer_format(featdiff_cli: Cli, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"format_version": 2}))
+    fails(featdiff_cli("info", model), 1, "has format 2", "reads up to 1", "pip install -U featdiff")

@@ -1,0 +1,510 @@
+"""``featdiff train``: from a folder to a model, what is said on the way, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+
+from featdiff import Detector
+from featdiff.persist import load
+
+Cli = Callable[..., Result]
+FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
+
+
+def write_config(
+    file: Path, weights: Path, recipe: str = "epochs = 2, min_steps = 1", more: str = ""
+) -> Path:
+    """A config of a detector that trains in a moment: two layers of ``test_resnet`` at 32 px."""
+    file.write_text(
+        f"""
+[detector]
+backbone = "test_resnet"
+weights = "{weights}"
+layers = "layer1,layer2"
+hidden_max = 64
+blocks = 1
+fpr = 0.2
+recipe = {{ batch_size = 16, {recipe} }}
+transform = {{ input_size = [3, 32, 32], crop_pct = 1.0 }}
+{more}
+"""
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 small pictures of noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(1)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def quick(tmp_path: Path, seeded_backbone: Path) -> Path:
+    return write_config(tmp_path / "quick.toml", seeded_backbone)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
+    """Mount a small file system: ``mounted(folder, "64k")``."""
+    done: list[Path] = []
+
+    def mount(folder: Path, size: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        done.append(folder)
+        return folder
+
+    yield mount
+    for folder in done:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fails(result: Result, code: int, *words: str) -> None:
+    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    for word in words:
+        assert word in lines[0]
+    assert "a bug" not in lines[0]
+    assert result.stdout == ""
+
+
+# ---- the main path ----
+
+
+def test_folder_becomes_a_model(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    result = featdiff_cli("train", photos, "--config", quick, "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "40 images" in result.stderr
+    assert "images/s" in result.stderr
+    assert "calibrated on 8 held-out images: --fpr from 0.11 up" in result.stderr
+    assert f"featdiff score IMAGES -m {tmp_path / 'model'}" in result.stderr
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    config = load(tmp_path / "model")[0]
+    assert config["layers"] == {"layer1": 32, "layer2": 48}
+    assert config["images"] == {"different": 40, "calibration": 8}
+    assert len(Detector.from_pretrained(tmp_path / "model").score(photos)) == 40
+
+
+def test_options_go_before_the_config(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    options = ("--layers", "layer2", "--fpr", "0.3", "--seed", "5")
+    result = featdiff_cli("train", photos, "--config", quick, *options, "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    arguments = load(tmp_path / "model")[0]["arguments"]
+    assert (arguments["layers"], arguments["fpr"], arguments["seed"]) == (["layer2"], 0.3, 5)
+    assert arguments["blocks"] == 1
+
+
+def test_model_goes_to_the_folder_that_score_looks_in(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert featdiff_cli("train", photos, "--config", quick).exit_code == 0
+    assert (tmp_path / "featdiff-model" / "config.json").is_file()
+    result = featdiff_cli("score", photos / "00.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1].startswith(f"{photos / '00.png'},ok,")
+
+
+def test_missing_parents_of_the_model_folder_are_made(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
+) -> None:
+    result = featdiff_cli("train", photos, "--config", quick, "-o", tmp_path / "a" / "b" / "model")
+    assert result.exit_code == 0, result.output
+    assert load(tmp_path / "a" / "b" / "model")[0]["images"]["different"] == 40
+
+
+def test_quiet_is_silent(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    result = featdiff_cli("train", photos, "--config", quick, "-q", "-o", tmp_path / "model")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_several_sources_and_stdin(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    files = sorted(map(str, photos.iterdir()))
+    names = "\n".join(files[20:]).encode()
+    result = featdiff_cli(
+        "train",
+        photos / "0?.png",
+        photos / "1?.png",
+        "-",
+        "--config",
+        quick,
+        "-o",
+        tmp_path / "model",
+        input=names,
+    )
+    assert result.exit_code == 0, result.output
+    assert load(tmp_path / "model")[0]["images"]["different"] == 40
+
+
+def test_duplicates_are_said(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "again")
+    result = featdiff_cli("train", photos, tmp_path / "again", "--config", quick, "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "40 images, 40 duplicates left out" in result.stderr
+
+
+def test_same_command_twice_finds_its_training_in_the_cache(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
+) -> None:
+    command = ("train", photos, "--config", quick, "--cache", tmp_path / "cache", "-o")
+    first, second = (featdiff_cli(*command, tmp_path / name) for name in ("one", "two"))
+    assert "training found complete in the cache" not in first.stderr
+    assert "training found complete in the cache" in second.stderr
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+# ---- without images ----
+
+
+def test_sample_set_is_used_loudly_without_images(featdiff_cli: Cli, quick: Path, tmp_path: Path) -> None:
+    """Said even with -q: the model knows nothing of the user's data."""
+    result = featdiff_cli("train", "--config", quick, "-q", "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "NO IMAGES GIVEN" in result.stderr
+    assert "sample set, 390 tiles" in result.stderr
+    assert load(tmp_path / "model")[0]["images"]["different"] == 390
+
+
+@pytest.mark.parametrize(
+    "images", ['["pictures"]', '"pictures"', '["pictures/*.png"]'], ids=["list", "text", "glob"]
+)
+def test_images_named_in_the_config_count_from_its_folder(
+    featdiff_cli: Cli, photos: Path, tmp_path: Path, seeded_backbone: Path, images: str
+) -> None:
+    shutil.copytree(photos, tmp_path / "pictures")
+    config = write_config(tmp_path / "run.toml", seeded_backbone, more=f"[data]\nimages = {images}\n")
+    result = featdiff_cli("train", "--config", config, "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "NO IMAGES" not in result.stderr
+    assert load(tmp_path / "model")[0]["images"]["different"] == 40
+
+
+def test_images_of_the_command_line_go_before_those_of_the_config(
+    featdiff_cli: Cli, photos: Path, tmp_path: Path, seeded_backbone: Path
+) -> None:
+    config = write_config(tmp_path / "run.toml", seeded_backbone, more='[data]\nimages = ["missing"]\n')
+    assert featdiff_cli("train", photos, "--config", config, "-o", tmp_path / "model").exit_code == 0
+    result = featdiff_cli("train", "--config", config, "-o", tmp_path / "other")
+    fails(result, 2, str(tmp_path / "missing"), "no such file")
+
+
+# ---- a random backbone ----
+
+
+def test_random_backbone_is_called_meaningless_and_can_be_scored(
+    featdiff_cli: Cli, photos: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    config = tmp_path / "run.toml"
+    config.write_text(
+        '[detector]\nlayers = "layer1"\nfpr = 0.2\nblocks = 1\nrecipe = { epochs = 1, min_steps = 1 }\n'
+    )
+    options = ("--no-pretrained", "--backbone", "test_resnet", "--config", config)
+    result = featdiff_cli("train", photos, *options, "-q", "-o", model)
+    assert result.exit_code == 0, result.output
+    assert "WARNING" in result.stderr and "mean nothing" in result.stderr
+    result = featdiff_cli("score", photos, "-m", model, "-q")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 41
+
+
+# ---- configs ----
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[detector]\nbackbon = 'x'", ["unknown key 'backbon'", "did you mean backbone"]),
+        ("[detektor]\n", ["unknown table 'detektor'", "did you mean detector"]),
+        ("backbone = 'x'", ["unknown table 'backbone'"]),
+        ("[data]\nimage = 'x'", ["unknown key 'image'", "did you mean images"]),
+        ("[detector\n", ["is not TOML"]),
+        ("[detector]\nhead = 'x'", ["unknown head 'x'"]),
+        ("[detector.recipe]\nepoch = 1", ["unknown recipe setting 'epoch'", "did you mean epochs"]),
+        ("detector = 5", ["detector"]),
+        ("data = 5", ["data"]),
+        ("[data]\nimages = 5", ["images"]),
+        ("[data]\nimages = [1, 2]", ["images"]),
+        ("[detector]\nrecipe = 5", ["recipe"]),
+        ("[detector]\ncalibration = '0.2'", ["calibration"]),
+        ("[detector]\nstart_times = 20", ["start_times"]),
+        ("[detector]\nbackbone = 50", ["backbone"]),
+        ("[detector]\nweights = 5", ["weights"]),
+        ("[detector]\ncache = 5", ["cache"]),
+    ],
+    ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
+)
+def test_wrong_config_is_refused_at_once(
+    featdiff_cli: Cli, photos: Path, tmp_path: Path, text: str, words: list[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    result = featdiff_cli("train", photos, "--config", tmp_path / "run.toml", "-o", tmp_path / "model")
+    fails(result, 2, *words)
+    assert not (tmp_path / "model").exists()
+
+
+def test_binary_config_is_refused(featdiff_cli: Cli, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
+    fails(featdiff_cli("train", photos, "--config", tmp_path / "run.toml"), 2, "run.toml is not TOML")
+
+
+def test_unknown_preset_gets_a_hint(featdiff_cli: Cli, photos: Path) -> None:
+    fails(featdiff_cli("train", photos, "--config", "dlsr_papr"), 2, "'dlsr_papr'", "did you mean dlsr_paper")
+    fails(featdiff_cli("train", photos, "--config", "no/such.toml"), 2, "no/such.toml", "presets: dlsr_paper")
+
+
+def test_folder_as_config_is_refused(featdiff_cli: Cli, photos: Path, tmp_path: Path) -> None:
+    fails(featdiff_cli("train", photos, "--config", tmp_path), 2, str(tmp_path))
+
+
+def test_preset_names_its_backbone(featdiff_cli: Cli, photos: Path, tmp_path: Path) -> None:
+    """Offline, its weights cannot be had: the resolved tag and the three ways out are named."""
+    result = featdiff_cli("train", photos, "--config", "dlsr_paper", "-o", tmp_path / "model")
+    fails(result, 1, "tf_efficientnet_b4.aa_in1k", "--weights", "--backbone tf_efficientnet_lite0", "hub")
+
+
+# ---- what cannot be trained on ----
+
+
+def test_empty_and_missing_folders(featdiff_cli: Cli, quick: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = featdiff_cli("train", tmp_path / "empty", "--config", quick, "-o", tmp_path / "model")
+    fails(result, 2, str(tmp_path / "empty"), "no images in this folder")
+    result = featdiff_cli("train", tmp_path / "gone", "--config", quick, "-o", tmp_path / "model")
+    fails(result, 2, str(tmp_path / "gone"), "no such file or folder")
+    result = featdiff_cli("train", "-", "--config", quick, "-o", tmp_path / "model", input=b"")
+    fails(result, 2)
+    assert not (tmp_path / "model").exists()
+
+
+def test_unreadable_files_are_named_and_give_code_3(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "empty.png").write_bytes(b"")
+    (bad / "text.jpg").write_text("hello")
+    result = featdiff_cli("train", photos, bad, "--config", quick, "-o", tmp_path / "model")
+    assert result.exit_code == 3, result.output
+    assert "40 images, 2 unreadable" in result.stderr
+    assert f"{bad / 'empty.png'}: empty file" in result.stderr
+    assert f"{bad / 'text.jpg'}: not an image" in result.stderr
+    assert len(Detector.from_pretrained(tmp_path / "model").calibration_) == 8
+
+
+def test_many_unreadable_files_are_counted(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad").mkdir()
+    for i in range(13):
+        (tmp_path / "bad" / f"{i}.png").write_bytes(b"")
+    result = featdiff_cli("train", photos, tmp_path / "bad", "--config", quick, "-o", tmp_path / "model")
+    assert result.exit_code == 3
+    assert result.stderr.count("empty file") == 10
+    assert "... and 3 more" in result.stderr
+
+
+@pytest.mark.parametrize("fpr", ["0", "1", "-1", "nan"])
+def test_impossible_rate(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, fpr: str) -> None:
+    result = featdiff_cli("train", photos, "--config", quick, "--fpr", fpr, "-o", tmp_path / "model")
+    fails(result, 2, "--fpr", "between 0 and 1")
+    assert not (tmp_path / "model").exists()
+
+
+def test_rate_that_needs_more_images(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    result = featdiff_cli("train", photos, "--config", quick, "--fpr", "0.01", "-o", tmp_path / "model")
+    fails(result, 2, "--fpr 0.01 needs at least 99", "there are 8", "0.112")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--backbone", "resnet5O"], 2, ["unknown backbone 'resnet5O'", "did you mean resnet50"]),
+        (
+            ["--backbone", "resnet50", "--layers", "auto"],
+            1,
+            ["test_resnet.safetensors", "does not fit resnet50"],
+        ),
+        (["--layers", "layerX"], 2, ["unknown layer 'layerX'", "did you mean layer"]),
+        (["--weights", "gone.safetensors"], 1, ["gone.safetensors"]),
+        (["--device", "abacus"], 2, ["no device 'abacus'"]),
+        (["--seed", "-1"], 2, ["seed"]),
+        (["--seed", "x"], 2, ["--seed"]),
+        (["--workers", "0"], 2, ["--workers"]),
+        (["--batch-size", "0"], 2, ["--batch-size"]),
+        (["--colour", "red"], 2, ["--colour"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_wrong_options(
+    featdiff_cli: Cli,
+    photos: Path,
+    quick: Path,
+    tmp_path: Path,
+    options: list[str],
+    code: int,
+    words: list[str],
+) -> None:
+    result = featdiff_cli("train", photos, "--config", quick, "-o", tmp_path / "model", *options)
+    fails(result, code, *words)
+    assert not (tmp_path / "model").exists()
+
+
+# ---- where the model goes ----
+
+
+def test_existing_model_is_replaced_only_with_force(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
+) -> None:
+    command = ("train", photos, "--config", quick, "-o", tmp_path / "model")
+    assert featdiff_cli(*command).exit_code == 0
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    fails(featdiff_cli(*command, "--seed", "3"), 2, f"a model is already at {tmp_path / 'model'}", "--force")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert featdiff_cli(*command, "--seed", "3", "--force").exit_code == 0
+    assert load(tmp_path / "model")[0]["arguments"]["seed"] == 3
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+def test_folder_of_something_else_is_never_replaced(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, force: list[str]
+) -> None:
+    """Not even with --force, and not even if its files are named as ours are."""
+    other = tmp_path / "bert"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    (other / "model.safetensors").write_bytes(b"weights")
+    for target in (photos, quick, other):
+        fails(
+            featdiff_cli("train", photos, "--config", quick, "-o", target, *force),
+            2,
+            str(target),
+            "not a featdiff",
+        )
+    assert len(list(photos.iterdir())) == 40
+    assert (other / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_current_folder_as_target_works_or_is_refused_at_once(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = featdiff_cli("train", photos, "--config", quick, "-q", "-o", ".")
+    if result.exit_code:
+        fails(result, 2)
+    else:
+        assert load(tmp_path / "here")[0]["images"]["different"] == 40
+
+
+def test_full_disk_loses_nothing(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, mounted: Callable[[Path, str], Path]
+) -> None:
+    """The same command with a good -o ends at once: features and training are in the cache."""
+    disk = mounted(tmp_path / "disk", "64k")
+    command = ("train", photos, "--config", quick, "--cache", tmp_path / "cache", "-o")
+    fails(featdiff_cli(*command, disk / "model"), 1, str(disk / "model"), "No space left on device")
+    assert list(disk.iterdir()) == []
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    result = featdiff_cli(*command, tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "training found complete in the cache" in result.stderr
+    assert kept and {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")} == kept
+
+
+def test_full_cache_disk_is_one_line(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, mounted: Callable[[Path, str], Path]
+) -> None:
+    disk = mounted(tmp_path / "disk", "8k")
+    result = featdiff_cli(
+        "train", photos, "--config", quick, "--cache", disk / "cache", "-o", tmp_path / "model"
+    )
+    fails(result, 1, "feature cache", str(disk / "cache"), "No space left", "--cache")
+    assert not list(disk.rglob("*.tmp"))
+
+
+def test_full_cache_disk_after_training_does_not_matter(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, mounted: Callable[[Path, str], Path]
+) -> None:
+    """All that is needed is there already, so nothing has to be written into the cache."""
+    disk = mounted(tmp_path / "disk", "4m")
+    command = ("train", photos, "--config", quick, "--cache", disk, "-q", "-o")
+    assert featdiff_cli(*command, tmp_path / "one").exit_code == 0
+    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+        while True:
+            filler.write(bytes(4096))
+    result = featdiff_cli(*command, tmp_path / "two")
+    assert result.exit_code == 0, result.output
+
+
+# ---- Ctrl-C ----
+
+
+def test_ctrl_c_while_training(
+    featdiff_cli: Cli, photos: Path, seeded_backbone: Path, tmp_path: Path
+) -> None:
+    """A real process: one line, code 130, no model, the features are kept for the next run."""
+    endless = write_config(
+        tmp_path / "endless.toml",
+        seeded_backbone,
+        "epochs = 1000000, patience = 1000000, max_steps = 10000000",
+    )
+    arguments = [str(photos), "--cache", str(tmp_path / "cache"), "-q", "-o", str(tmp_path / "model")]
+    process = subprocess.Popen(
+        [FEATDIFF, "train", "--config", str(endless), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        until = time.monotonic() + 100
+        while not list(tmp_path.glob("cache/features/*/*.npy")) and process.poll() is None:
+            assert time.monotonic() < until, "no features were written"
+            time.sleep(0.05)
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, errors
+    assert output == ""
+    assert not (tmp_path / "model").exists()
+    assert not [path.name for path in tmp_path.rglob("*.tmp")]
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
+    result = featdiff_cli(
+        "train", "--config", write_config(tmp_path / "quick.toml", seeded_backbone), *arguments
+    )
+    assert result.exit_code == 0, result.output
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} == kept
+    assert "the same command goes on" in errors
+    assert len(errors.splitlines()) == 1, errors
