@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
@@ -49,6 +50,7 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
+        warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such images get a row of their own
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line that helps
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})

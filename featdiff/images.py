@@ -10,15 +10,16 @@ import functools
 import hashlib
 import io
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .exceptions import UnreadableImage, UsageError
@@ -30,6 +31,8 @@ Transform = Callable[[Image.Image], Tensor]
 MAX_PIXELS = 89_478_485
 #: Resizing the short side of a thinner picture to a model's size would need gigabytes.
 MAX_ASPECT = 300
+# Pillow reads the file behind an open picture on first use, which two threads must not do at once.
+_PICTURES = threading.Lock()
 # Only formats that decode in-process: Pillow would hand EPS files to Ghostscript.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
@@ -70,12 +73,12 @@ def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
     try:
         image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
         _check_size(image.size, max_pixels)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _upright(_to_rgb(image), _orientation(image))
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
         raise UnreadableImage("not an image in a format that can be decoded") from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter if warnings are errors
         raise UnreadableImage(f"more than the limit of {max_pixels:,} pixels (--max-pixels)") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise UnreadableImage(f"damaged image: {_one_line(error)}") from None
@@ -118,11 +121,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _deep_grey(image: Image.Image) -> Image.Image:
     """16-bit grey (Pillow modes I, I;16*) or float grey -> 8-bit grey by a fixed scale, never per image."""
-    values = np.asarray(image, dtype=np.float32)
+    values = np.array(image, dtype=np.float32)
+    if isinstance(hidden := image.info.get("transparency"), int):
+        values[values == hidden] = 65535
     top = 1.0 if image.mode == "F" else 65535.0
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
         raise UnreadableImage(f"grey values outside 0..{top:g}")
     return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; damaged EXIF counts as none."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        return found if isinstance(found, int) else 1
+    except Exception:  # cameras and editors write tags of any kind
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def load(
@@ -139,7 +166,8 @@ def load(
     try:
         content = ref.read()
         if isinstance(content, Image.Image):
-            content = decode(content, max_pixels)  # equal pixels, equal digest, whatever the mode
+            with _PICTURES:
+                content = decode(content, max_pixels)  # equal pixels, equal digest, whatever the mode
         digest = _digest(content)
         if digest in known:
             return LoadedImage(ref, digest)
@@ -147,7 +175,7 @@ def load(
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
     except OSError as error:
-        return LoadedImage(ref, digest, reason=(error.strerror or str(error)).lower())
+        return LoadedImage(ref, digest, reason=(error.strerror or _one_line(error)).lower())
     except Exception as error:  # damaged archives raise zlib and zip errors; one bad file must not end the run
         return LoadedImage(ref, digest, reason=f"cannot be read: {_one_line(error)}")
 
@@ -182,8 +210,10 @@ def iter_loaded(
     pending: deque[Future[LoadedImage]] = deque()
     try:
         for ref in refs:
-            source = _in_order(ref) if ref.sequential else ref
-            pending.append(pool.submit(load, source, transform, max_pixels, known))
+            if ref.sequential:
+                pending.append(pool.submit(_load_held, ref, _in_order(ref), transform, max_pixels, known))
+            else:
+                pending.append(pool.submit(load, ref, transform, max_pixels, known))
             if len(pending) >= ahead:
                 yield pending.popleft().result()
         while pending:
@@ -198,6 +228,12 @@ def _in_order(ref: ImageRef) -> ImageRef:
         return HeldRef(ref.path, ref.read())
     except Exception as error:  # damaged archives raise nearly anything
         return MissingRef(ref.path, f"cannot be read: {_one_line(error)}")
+
+
+def _load_held(
+    ref: ImageRef, held: ImageRef, transform: Transform, max_pixels: int, known: Container[bytes]
+) -> LoadedImage:
+    return replace(load(held, transform, max_pixels, known), ref=ref)  # the bytes are not kept
 
 
 def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
@@ -252,16 +288,17 @@ def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) 
     count = 0
     for item in loader:
         pixels = item[0] if isinstance(item, tuple | list) and item else item
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3:
             what = f"a tensor of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
             raise UsageError(f"a loader must give (B, 3, H, W) tensors, alone or first in a tuple, not {what}")
         loaded = []
+        pixels = pixels.detach().float()
         for i, image in enumerate(pixels):
             digest = hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
             loaded.append(LoadedImage(ImageRef(f"loader[{count + i}]"), digest))
         count += len(loaded)
         fresh = [i for i, image in enumerate(loaded) if image.digest not in known]
-        yield Batch(loaded, pixels[fresh].float() if fresh else None, fresh)
+        yield Batch(loaded, pixels[fresh] if fresh else None, fresh)
 
 
 class Downscale:

@@ -43,12 +43,26 @@ def reconstruct(
         One reconstruction for each row and draw.
     """
     rows, draws = len(x), len(noise)
-    clean = x.repeat_interleave(draws, dim=0)
-    drawn = noise.repeat(rows, 1)
-    x_t = add_noise(scheduler, clean, drawn, torch.full((rows * draws,), start, device=x.device))
-    scheduler.set_timesteps(scheduler.config.num_train_timesteps // (stride or start + 1))
-    for t in range(start, -1, -(stride or start + 1)):
-        x0_hat = denoiser(x_t, torch.full((rows * draws,), t, device=x.device))
-        # the step that would pass t = 0 ends at alpha-bar = 1, where DDIM returns x0_hat itself
-        x_t = x0_hat if t < (stride or start + 1) else scheduler.step(x0_hat, t, x_t, eta=0.0).prev_sample
-    return x_t.unflatten(0, (rows, draws))
+    clean, drawn = x.repeat_interleave(draws, dim=0), noise.repeat(rows, 1)
+
+    def at(t: int) -> Tensor:
+        return torch.full((rows * draws,), t, device=x.device)
+
+    x_t = add_noise(scheduler, clean, drawn, at(start))
+    x0_hat = denoiser(x_t, at(start))
+    t = start
+    while stride is not None and t >= stride:
+        x_t = ddim_step(scheduler, x_t, x0_hat, t, t - stride)
+        t -= stride
+        x0_hat = denoiser(x_t, at(t))
+    return x0_hat.unflatten(0, (rows, draws))
+
+
+def ddim_step(scheduler: DDIMScheduler, x_t: Tensor, x0_hat: Tensor, t: int, earlier: int) -> Tensor:
+    """x_t (B, D) and its estimate of x_0 -> x at an earlier time, without fresh noise (DDIM with eta = 0).
+
+    diffusers' own step can only take strides that divide its schedule evenly, and keeps the stride in the scheduler.
+    """
+    alpha_bar, alpha_bar_earlier = (scheduler.alphas_cumprod[time].to(x_t) for time in (t, earlier))
+    noise_hat = (x_t - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
+    return alpha_bar_earlier.sqrt() * x0_hat + (1 - alpha_bar_earlier).sqrt() * noise_hat

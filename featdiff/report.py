@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from .exceptions import UsageError
-from .scores import OK, Scores
+from .scores import COLUMNS, OK, Scores
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
 
@@ -63,8 +63,8 @@ class CsvWriter:
 
     def _line(self, cells: list[Any]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        self._stream.write(text.getvalue().encode())
+        csv.writer(text, lineterminator="\r\n").writerow(cells)  # so that a lone \r in a path is quoted, too
+        self._stream.write(text.getvalue().removesuffix("\r\n").encode() + b"\n")
 
     def close(self) -> None:
         self._stream.flush()
@@ -98,7 +98,7 @@ class ParquetWriter:
         self._stream = stream
         self._writer: Any = None
         self._rows: list[dict[str, object]] = []
-        self._columns: list[str] = []
+        self._columns: list[str] = list(COLUMNS)
 
     def write(self, scores: Scores) -> None:
         self._columns = scores.columns
@@ -121,10 +121,9 @@ class ParquetWriter:
         self._rows.clear()
 
     def close(self) -> None:
-        if self._rows:
-            self._write_group()
-        if self._writer is not None:
-            self._writer.close()
+        if self._rows or self._writer is None:
+            self._write_group()  # without rows, still a file that can be read
+        self._writer.close()
 
 
 class TableWriter:
@@ -143,6 +142,7 @@ class TableWriter:
                 line = f"{verdict:<10} {row['p_value']:>9.4f} {row['ood_score']:>8.2f}  {row['path']}"
             else:
                 line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
+            line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
             self._stream.write(line.encode() + b"\n")
         self._stream.flush()
 
@@ -159,20 +159,30 @@ def save_histograms(
     ----------
     file : path ending in .png, .svg or .pdf
     scores : {set name: (N,) scores}; sets without a score are left out
+
+    Raises
+    ------
+    UsageError
+        No set has a score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sets = {name: values[np.isfinite(values)] for name, values in scores.items()}
     sets = {name: values for name, values in sets.items() if len(values)}
+    if not sets:
+        raise UsageError("there are no scores to draw")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=60)
     for name, values in sets.items():
         share = np.full(len(values), 100 / len(values))
-        axes.hist(values, list(edges), weights=share, alpha=0.55, label=f"{name} ({len(values):,})")
+        label = f"{name} ({len(values):,})"
+        # matplotlib leaves out labels that begin with an underscore
+        axes.hist(values, list(edges), weights=share, alpha=0.55, label=f"\u200b{label}" if label[0] == "_" else label)
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold at fpr {fpr:g}")
     axes.set(xlabel="ood_score (higher = more out-of-distribution)", ylabel="share of the set (%)", title=title)
-    axes.legend()
+    for text in (*axes.legend().get_texts(), axes.title):
+        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
     figure.savefig(file, dpi=150)

@@ -113,9 +113,6 @@ class HeldRef(ImageRef):
     content: bytes | Image.Image
 
     def read(self) -> bytes | Image.Image:
-        if isinstance(self.content, Image.Image):
-            with _READING:  # Pillow reads the file behind a picture on first use, and not on two threads at once
-                self.content.load()
         return self.content
 
 
@@ -129,7 +126,7 @@ class MissingRef(ImageRef):
         raise UnreadableImage(self.reason)
 
 
-_READING = threading.RLock()
+_READING = threading.Lock()
 
 
 def _version(archive: str) -> tuple[int, int, int, int]:

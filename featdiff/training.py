@@ -43,15 +43,30 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.lr_schedule not in LR_SCHEDULES:
             raise UsageError(f"unknown lr_schedule {self.lr_schedule!r}; known: {', '.join(LR_SCHEDULES)}")
-        for name in ("epochs", "batch_size", "learning_rate", "patience", "max_steps"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "patience", "max_steps", "learning_rate"):
+            _check(name, getattr(self, name), above=0, whole=name != "learning_rate")
+        _check("min_steps", self.min_steps, above=-1, whole=True)
+        for name, highest in (("weight_decay", math.inf), ("ema_decay", 1.0)):
+            value = _check(name, getattr(self, name), above=-math.inf)
+            if not 0 <= value <= highest:
+                raise UsageError(
+                    f"{name} must be 0 or more{'' if name == 'weight_decay' else ', at most 1'}, not {value}"
+                )
 
     def plan(self, rows: int) -> tuple[int, int]:
         """(epochs, steps per epoch) for this many training rows."""
-        per_epoch = max(1, rows // self.batch_size)
+        per_epoch = min(max(1, rows // self.batch_size), self.max_steps)
         epochs = max(self.epochs, math.ceil(self.min_steps / per_epoch))
-        return max(1, min(epochs, math.ceil(self.max_steps / per_epoch))), per_epoch
+        return min(epochs, self.max_steps // per_epoch), per_epoch
+
+
+def _check(name: str, value: Any, above: float, whole: bool = False) -> float:
+    kinds = int if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+        raise UsageError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}")
+    if value <= above:
+        raise UsageError(f"{name} must be {'above 0' if above == 0 else '0 or more'}, not {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -152,20 +167,30 @@ def train(
     epochs, per_epoch = recipe.plan(n_rows)
     while state.epoch < epochs and not state.done:
         order = np.random.default_rng((seed, state.epoch)).permutation(n_rows)
-        noise_source = torch.Generator(device).manual_seed(seed * 1_000_003 + state.epoch)
+        noise_source = torch.Generator(device).manual_seed(_mix(seed, state.epoch))
         state.denoiser.train()
         for i in range(per_epoch):
             batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
+            lr = state.optimizer.param_groups[0]["lr"]
             loss = _update(state, rows(np.sort(batch)), scheduler, total_t, noise_source)
             number = state.epoch * per_epoch + i + 1
-            if not math.isfinite(loss):
-                raise FeatdiffError(f"training diverged at step {number} (loss {loss}); lower learning_rate")
-            lr = state.optimizer.param_groups[0]["lr"]
+            _check_loss(loss, number)
             val_loss = _close_epoch(state, validation, scheduler, recipe.patience, seed) if i == per_epoch - 1 else None
+            _check_loss(val_loss, number)
             yield Step(number, epochs * per_epoch, number // per_epoch, loss, lr, val_loss)
     state.done = True
     state.denoiser.load_state_dict(state.best)
     state.denoiser.eval()
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """A seed of its own for every epoch."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_loss(loss: float | None, step: int) -> None:
+    if loss is not None and not math.isfinite(loss):
+        raise FeatdiffError(f"training diverged at step {step} (loss {loss}); lower learning_rate")
 
 
 def _update(state: TrainingState, x: Tensor, scheduler: DDIMScheduler, total_t: int, source: torch.Generator) -> float:
@@ -202,9 +227,9 @@ def validation_loss(denoiser: nn.Module, x: Tensor, scheduler: DDIMScheduler, se
     was_training = denoiser.training
     denoiser.eval()
     source = torch.Generator(x.device).manual_seed(seed)
-    t = torch.arange(len(x), device=x.device) % scheduler.config.num_train_timesteps
+    t = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
     noise = torch.randn(x.shape, generator=source, device=x.device)
-    loss = nn.functional.mse_loss(denoiser(add_noise(scheduler, x, noise, t), t), x).item()
+    loss = nn.functional.mse_loss(denoiser(add_noise(scheduler, x, noise, t.long()), t.long()), x).item()
     denoiser.train(was_training)
     return loss
 

@@ -38,6 +38,15 @@ CONFIG = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks are faster so, by far when other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def state(seeded_backbone: Path) -> State:
     """The tensors of the seeded weights file, with its classifier ``fc`` of 1000 classes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ from featdiff.features import AUTO_LAYERS, FeatureExtractor, block_normalise, po
 SWIN = "swin_tiny_patch4_window7_224"
 SWIN_ARGS = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 RESNET_LAYERS = ("act1", "layer1", "layer2", "layer3", "layer4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks are faster so, by far when other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -408,25 +417,14 @@ def test_fixed_size_family_refuses_other_transforms(name: str) -> None:
     assert text[-1] != ":"  # a reason follows
 
 
-@pytest.mark.parametrize(
-    "pixels",
-    [torch.zeros(2, 3, 96, 96), torch.zeros(2, 1, 224, 224), torch.zeros(3, 224, 224)],
-    ids=["96 px", "grey", "no batch"],
-)
-def test_ready_tensors_of_a_wrong_shape(pixels: Tensor) -> None:
+@pytest.mark.parametrize("shape", [(2, 3, 96, 96), (2, 1, 224, 224)], ids=["96 px", "grey"])
+def test_ready_tensors_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
     """As a user's DataLoader may give them."""
     extractor = FeatureExtractor(backbone(SWIN), "layers.0")
     with pytest.raises(UsageError) as error:
-        extractor(pixels)
-    assert " x ".join(map(str, pixels.shape[-2:])) in one_line(error) or str(tuple(pixels.shape)) in one_line(
-        error
-    )
-
-
-def test_ready_tensors_of_another_type_are_cast() -> None:
-    extractor = FeatureExtractor(backbone("test_resnet"), "layer1")
-    pixels = images("test_resnet")
-    torch.testing.assert_close(extractor(pixels.double()), extractor(pixels), rtol=1e-4, atol=1e-6)
+        extractor(torch.zeros(shape))
+    text = one_line(error)
+    assert f"{shape[2]} x {shape[3]}" in text or str(shape) in text
 
 
 # ---------------------------------------- the key of the cache

@@ -37,7 +37,7 @@ from featdiff.images import (
     load,
     short_sides,
 )
-from featdiff.sources import CompressedTarRef, FileRef, HeldRef, ImageRef, MissingRef, list_images
+from featdiff.sources import FileRef, HeldRef, ImageRef, MissingRef, TarMemberRef, list_images
 
 WHITE = (255, 255, 255)
 
@@ -749,6 +749,20 @@ def test_threads_end_and_work_stops_when_the_caller_stops(way: str) -> None:
     assert len(log) <= 3 + 20
 
 
+def test_waiting_images_are_not_decoded_once_the_caller_stops() -> None:
+    started: list[Image.Image] = []
+
+    def slow(image: Image.Image) -> torch.Tensor:
+        started.append(image)
+        time.sleep(0.01)
+        return to_tensor(image)
+
+    stream = iter_loaded(grey_refs(40), slow, workers=1, ahead=30)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(started) < 20
+
+
 def test_nothing_is_read_before_the_first_image_is_asked_for() -> None:
     log: list[tuple[str, int]] = []
     stream = iter_loaded([CountedRef("0", log)], to_tensor)
@@ -789,12 +803,12 @@ def test_images_of_a_compressed_tar_do_not_keep_its_bytes(compressed_tar: Path) 
     """A batch holds 16 times as many known images as decoded ones; their file contents must be gone."""
     refs = list_images(compressed_tar)
     loaded = list(iter_loaded(refs, to_tensor))
-    assert [type(item.ref) for item in loaded] == [CompressedTarRef] * 31
+    assert [type(item.ref) for item in loaded] == [TarMemberRef] * 31
     assert [item.ref for item in loaded] == refs
 
 
 def test_compressed_tar_that_vanishes_becomes_rows(tmp_path: Path) -> None:
-    refs = [CompressedTarRef(f"x/{i}.png", str(tmp_path / "x.tar.gz"), f"{i}.png") for i in range(3)]
+    refs = [TarMemberRef(f"x/{i}.png", str(tmp_path / "x.tar.gz"), f"{i}.png") for i in range(3)]
     loaded = list(iter_loaded(refs, to_tensor))
     assert [item.ref.path for item in loaded] == ["x/0.png", "x/1.png", "x/2.png"]
     assert all("no such file" in item.reason.lower() for item in loaded)

@@ -257,14 +257,14 @@ def test_numbers_carry_seven_digits(value: float, expected: float) -> None:
 
 
 def test_concatenate_keeps_order_and_every_column() -> None:
-    first, second = make(["a", "b"], {0: "gone"}), make(["c"])
+    first, second = make(["a", "b"], {0: "gone"}), make(["c", "d"])
     whole = Scores.concatenate(iter([first, second]))
-    assert whole.path == ["a", "b", "c"]
-    assert whole.status == ["unreadable", "ok", "ok"]
-    assert whole.reason == ["gone", "", ""]
-    np.testing.assert_array_equal(whole.ood_score, [np.nan, 0.5, -1.5])
+    assert whole.path == ["a", "b", "c", "d"]
+    assert whole.status == ["unreadable", "ok", "ok", "ok"]
+    assert whole.reason == ["gone", "", "", ""]
+    np.testing.assert_array_equal(whole.ood_score, [np.nan, 0.5, -1.5, 0.5])
     np.testing.assert_array_equal(whole.p_value, np.r_[first.p_value, second.p_value])
-    assert whole.is_ood.tolist() == [False, True, False]
+    assert whole.is_ood.tolist() == [False, True, False, True]
     assert list(whole.layers) == ["l1", "l4"]
     np.testing.assert_array_equal(whole.layers["l4"], np.r_[first.layers["l4"], second.layers["l4"]])
 
@@ -301,6 +301,14 @@ def test_histograms_name_sets_counts_threshold_and_axes(tmp_path: Path) -> None:
     for expected in ("test (1,200)", "digits (2)", "threshold at fpr 0.05", "ood_score", "my title"):
         assert f"<!-- {expected}" in text
     assert "unreadable set" not in text
+
+
+@pytest.mark.parametrize("count", [7, 5000])
+def test_bars_are_shares_of_the_set(count: int, tmp_path: Path) -> None:
+    """So that sets of different size can be compared: one bar of 100 %, however many images."""
+    save_histograms(tmp_path / "a.svg", {"test": np.ones(count)}, 0.5, 0.05)
+    assert "<!-- 80 -->\n" in labels(tmp_path / "a.svg")
+    assert "<!-- 100 -->\n" in labels(tmp_path / "a.svg")
 
 
 def test_other_threshold_other_picture(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from featdiff.exceptions import UsageError
 from featdiff.images import decode, iter_loaded, load
 from featdiff.sources import (
     IMAGE_SUFFIXES,
-    TarMemberRef,
     FileRef,
     ImageRef,
     MissingRef,
+    TarMemberRef,
     TarRef,
     ZipRef,
     list_images,
@@ -738,16 +738,33 @@ def test_archive_written_anew_is_read_anew(tmp_path: Path, suffix: str, way: str
     assert [value(ref) for ref in refs] == [11, 12, 13]
 
 
+@posix
+def test_archive_overwritten_by_one_of_the_same_size_is_read_anew(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "data.zip", {"a.png": png(1)})
+    size = archive.stat().st_size
+    assert [value(ref) for ref in list_images(archive)] == [1]
+    write_zip(archive, {"b.png": png(2)})
+    os.utime(archive, (0, 2_000_000_000))  # some clocks are coarse
+    assert archive.stat().st_size == size
+    (ref,) = list_images(archive)
+    assert (below([ref], archive), value(ref)) == (["b.png"], 2)
+
+
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
 def test_members_read_from_many_threads_are_not_mixed_up(tmp_path: Path, suffix: str) -> None:
-    archive = write_archive(tmp_path / f"data{suffix}", {f"{i:03d}.png": png(i) for i in range(200)})
-    refs = list_images(archive)
-    wrong: list[int] = []
+    rng = np.random.default_rng(0)
+    members = {f"{i:02d}.png": rng.bytes(40_000) for i in range(16)}
+    refs = list_images(write_archive(tmp_path / f"data{suffix}", members))
+    wrong: list[object] = []
 
-    def work(offset: int) -> None:
-        wrong.extend(i for i in range(offset, 200, 4) if value(refs[i]) != i)
+    def work(seed: int) -> None:
+        for i in np.random.default_rng(seed).permutation(16):
+            try:
+                wrong.extend([i] * (refs[i].read() != members[f"{i:02d}.png"]))
+            except Exception as error:  # two threads in one stream
+                wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -804,8 +821,8 @@ def test_arrays_of_floats_are_scaled_by_255(dtype: str) -> None:
 
 
 def test_floats_use_a_fixed_scale_not_their_own_range() -> None:
-    found = held(np.full((4, 4, 3), 0.2, np.float32))
-    assert (found == 51).all()
+    found = held(np.array([[0.2, 0.003, 0.999], [0.2, 0.2, 0.2]], np.float32))
+    assert found[0, :, 0].tolist() == [51, 1, 255]  # rounded, not cut off
 
 
 def test_array_batch(pixels: np.ndarray) -> None:

@@ -222,6 +222,43 @@ def test_trained_network_is_left_ready_for_use_with_its_best_weights() -> None:
     )
 
 
+def test_held_out_loss_is_that_of_the_averaged_weights() -> None:
+    recipe, state = Recipe(**SHORT), start(network(), Recipe(**SHORT), 96)
+    for step in run(state, recipe, data(), seed=3):
+        if step.val_loss is not None:
+            found = validation_loss(state.average.module, data(32, seed=9), make_scheduler(), seed=3)
+            assert step.val_loss == found
+            assert step.val_loss != validation_loss(
+                state.denoiser, data(32, seed=9), make_scheduler(), seed=3
+            )
+
+
+def test_noise_and_times_change_from_epoch_to_epoch() -> None:
+    """One batch of all rows: what the network sees differs by its noise and times only."""
+    recipe, denoiser = Recipe(epochs=3, batch_size=96, min_steps=1), network()
+    state = start(denoiser, recipe, 96)
+    seen: list[tuple[Tensor, Tensor]] = []
+    denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    list(run(state, recipe, data()))
+    assert len(seen) == 3
+    noisy, times = ([values[i] for values in seen] for i in (0, 1))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(noisy[i], noisy[j])
+        assert not torch.equal(times[i], times[j])
+    every = torch.cat(times)
+    assert every.min() >= 0
+    assert every.max() <= 99
+    assert every.float().mean().item() == pytest.approx(49.5, abs=6)
+
+
+def test_optimiser_is_adamw_with_the_settings_of_the_recipe() -> None:
+    recipe = Recipe(weight_decay=0.03, learning_rate=0.02, lr_schedule="constant")
+    optimizer = start(network(), recipe, 96).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.03
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
+
 def test_early_weights_are_those_after_the_first_epoch() -> None:
     recipe, state = Recipe(**SHORT), start(network(), Recipe(**SHORT), 96)
     for step in run(state, recipe, data()):
@@ -346,8 +383,8 @@ def test_patience_starts_again_after_progress() -> None:
     assert state.stale == 0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float) -> None:
+@pytest.mark.parametrize(("value", "loss"), [(math.nan, "nan"), (1e20, "inf")])
+def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float, loss: str) -> None:
     recipe, x = Recipe(**SHORT), data()
     state = start(network(), recipe, 96)
     seen = []
@@ -356,7 +393,7 @@ def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float)
         seen.append(numbers)
         return x[torch.from_numpy(numbers)] * (value if len(seen) == 8 else 1)
 
-    with pytest.raises(FeatdiffError, match=r"diverged at step 8 \(loss nan|diverged at step 8 \(loss inf"):
+    with pytest.raises(FeatdiffError, match=rf"diverged at step 8 \(loss {loss}\)"):
         list(train(state, rows, 96, data(32), make_scheduler(), recipe, 0))
 
 
@@ -482,6 +519,14 @@ def test_validation_loss_is_repeatable_and_keeps_the_mode() -> None:
         assert validation_loss(denoiser, x, make_scheduler(), seed=1) == first
         assert denoiser.training is training
     assert first == pytest.approx((x - 0.3).square().mean().item(), rel=1e-5)
+
+
+def test_validation_noise_follows_from_the_seed() -> None:
+    denoiser, x = network(), data(50)
+    torch.nn.init.ones_(denoiser.project_out.weight)
+    first, again, other = (validation_loss(denoiser, x, make_scheduler(), seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
 
 
 @pytest.mark.parametrize("rows", [3, 20, 100, 250])

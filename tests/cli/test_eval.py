@@ -98,13 +98,15 @@ def test_one_protocol_can_be_asked_for(evaluate: Cli, sets: dict[str, Path], pro
 def test_several_in_domain_sources(evaluate: Cli, sets: dict[str, Path]) -> None:
     first, *others = sorted(sets["id"].iterdir())
     arguments = [part for file in others for part in ("--id", file)]
-    result = evaluate("--id", first, *arguments, "--ood", f"digits={sets['digits']}", "--json", "-q")
+    result = evaluate(
+        "--id", first, *arguments, "--ood", f"digits={sets['digits']}", "--json", "--protocol", "matched"
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pairs"][0]["n_id"] == 16
 
 
 def test_table_is_for_people(evaluate: Cli, sets: dict[str, Path]) -> None:
-    command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}")
+    command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched")
     result = evaluate(*command)
     assert result.exit_code == 0, result.output
     assert "digits (12)" in result.stdout
@@ -125,7 +127,9 @@ def test_name_may_hold_anything_but_an_equals_sign(
     odd.mkdir()
     for file in sets["digits"].iterdir():
         (odd / file.name).write_bytes(file.read_bytes())
-    result = evaluate("--id", sets["id"], "--ood", f"hand-written digits={odd}", "--json", "-q")
+    result = evaluate(
+        "--id", sets["id"], "--ood", f"hand-written digits={odd}", "--json", "--protocol", "matched"
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pairs"][0]["ood"] == "hand-written digits"
 

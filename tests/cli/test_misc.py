@@ -62,7 +62,7 @@ def test_overview_names_every_command_once(featdiff_cli: Cli) -> None:
     result = featdiff_cli("--help")
     assert result.exit_code == 0
     commands = result.stdout.partition("Commands:")[2]
-    assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == COMMANDS
+    assert re.findall(r"^  (\w+)  ", commands, re.MULTILINE) == COMMANDS
     for code in ("0 fine", "1 failed", "2 usage", "3 some images unreadable", "4 OOD found", "130 Ctrl-C"):
         assert code in " ".join(result.stdout.split())
 
