@@ -157,7 +157,9 @@ def test_flagged_is_the_same_as_above_the_threshold(ties: bool) -> None:
             assert np.array_equal(alarms, scores > threshold(calibration, fpr)), (n, fpr)
 
 
-@pytest.mark.parametrize(("fpr", "n"), [(0.333333333, 9998), (0.666666667, 9998), (0.0499999995, 9999)])
+@pytest.mark.parametrize(
+    ("fpr", "n"), [(0.333333333, 9998), (0.666666667, 9998), (0.0499999995, 9999), (0.679999999, 24)]
+)
 def test_threshold_and_p_values_agree_when_a_rate_nearly_meets_a_p_value(fpr: float, n: int) -> None:
     calibration = np.arange(float(n))
     scores = np.arange(-1, n + 1, 0.5)

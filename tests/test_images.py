@@ -357,6 +357,19 @@ def test_orientation_of_a_picture_in_memory_is_applied_and_the_picture_left_alon
     assert (image.size, image.tobytes(), image.getexif()[0x0112]) == ((7, 4), before, 8)
 
 
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("name", ["PNG", "TIFF"])
+def test_opened_file_is_turned_once(name: str, orientation: int) -> None:
+    """Given as an open picture or as bytes, one file gives the same pixels."""
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    data = encoded(noise(4, 7), name, exif=tags)
+    opened = load(HeldRef("x", Image.open(io.BytesIO(data))), to_tensor)
+    stored = load(HeldRef("x", data), to_tensor)
+    assert torch.equal(opened.pixels, stored.pixels)  # type: ignore[arg-type]
+    assert torch.equal(stored.pixels, to_tensor(decode(data)))  # type: ignore[arg-type]
+
+
 ODD_EXIF = {
     "resolution as text": (0x011A, 2, 3, b"72\0"),
     "unit as fraction": (0x0128, 5, 1, struct.pack("<II", 2, 1)),
@@ -754,7 +767,7 @@ def test_waiting_images_are_not_decoded_once_the_caller_stops() -> None:
 
     def slow(image: Image.Image) -> torch.Tensor:
         started.append(image)
-        time.sleep(0.01)
+        time.sleep(0.05)
         return to_tensor(image)
 
     stream = iter_loaded(grey_refs(40), slow, workers=1, ahead=30)

@@ -1,10 +1,11 @@
-"""Features on disk: found by content, resumed after any stop, and never lost to a damaged file or a full disk."""
+"""Features on disk: found by content, resumed after any stop, never lost to a damaged file or a full disk."""
 
 from __future__ import annotations
 
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -239,7 +240,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "magic changed": lambda content: b"\0" + content[1:],
     "open header": open_header,
     "shape changed": lambda content: content.replace(b"(5, ", b"(6, "),
-    "type changed": lambda content: content.replace(b"<f4", b"<i4").replace(b"|u1", b"|i1"),
+    "type changed": lambda content: content.replace(b"<f4", b"<i4").replace(b"|u1", b"<u2"),
     "zip": lambda content: npz(),
     "broken zip": lambda content: b"PK\x03\x04" + content[4:],
     "one number": lambda content: npy(np.array(1.0)),
@@ -568,10 +569,12 @@ def test_disk_that_fills_between_the_two_files_of_a_shard(small_disk: Path) -> N
 def test_extraction_on_a_full_disk(few_images: Path, extractor: FeatureExtractor, small_disk: Path) -> None:
     found, _ = run(few_images, extractor, small_disk / "features")
     Image.new("RGB", (30, 20), "red").save(few_images / "g.png")
-    with (small_disk / "other").open("wb") as stream, pytest.raises(OSError, match="No space left"):
+    with (
+        (small_disk / "other").open("wb", buffering=0) as stream,
+        pytest.raises(OSError, match="No space left"),
+    ):
         while True:
             stream.write(bytes(4096))
-            stream.flush()
     with pytest.raises(FeatdiffError) as error:
         run(few_images, extractor, small_disk / "features")
     assert "No space left" in one_line(error)
@@ -643,6 +646,21 @@ def test_failed_write_leaves_the_old_file(small_disk: Path) -> None:
     with pytest.raises(FeatdiffError):
         write_atomically(small_disk / "file", bytes(1 << 20))
     assert [(file.name, file.read_bytes()) for file in small_disk.iterdir()] == [("file", b"old")]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
+def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while a large file is written."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    content = bytes(64 << 20)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+            write_atomically(tmp_path / "file", content)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

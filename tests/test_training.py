@@ -383,8 +383,8 @@ def test_patience_starts_again_after_progress() -> None:
     assert state.stale == 0
 
 
-@pytest.mark.parametrize(("value", "loss"), [(math.nan, "nan"), (1e20, "inf")])
-def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float, loss: str) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
+def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float) -> None:
     recipe, x = Recipe(**SHORT), data()
     state = start(network(), recipe, 96)
     seen = []
@@ -393,7 +393,7 @@ def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float,
         seen.append(numbers)
         return x[torch.from_numpy(numbers)] * (value if len(seen) == 8 else 1)
 
-    with pytest.raises(FeatdiffError, match=rf"diverged at step 8 \(loss {loss}\)"):
+    with pytest.raises(FeatdiffError, match=r"diverged at step 8 \(loss (nan|inf)\)"):
         list(train(state, rows, 96, data(32), make_scheduler(), recipe, 0))
 
 

@@ -79,11 +79,9 @@ def test_version(featdiff_cli: Cli) -> None:
     assert (result.exit_code, result.stdout) == (0, f"featdiff, version {version('featdiff')}\n")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
-)
-def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
-    run = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help", "score --help", "eval --help"])
+def test_help_and_version_import_nothing_heavy(arguments: str) -> None:
+    run = subprocess.run([sys.executable, "-c", PROGRAM, *arguments.split()], capture_output=True, text=True)
     assert run.stderr == "0 []\n"
 
 
