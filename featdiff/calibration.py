@@ -54,8 +54,9 @@ def check_fpr(fpr: float, n: int | None = None) -> None:
 def threshold(calibration: np.ndarray, fpr: float) -> float:
     """The largest score that is not flagged at this rate: ``score > threshold`` is the same as ``p <= fpr``."""
     check_fpr(fpr, len(calibration))
-    allowed = math.floor((fpr + _SLACK) * (len(calibration) + 1)) - 1  # calibration scores that may lie at or above
-    return float(calibration[len(calibration) - 1 - allowed])
+    n = len(calibration)
+    allowed = int(flagged(np.arange(1, n + 1) / (n + 1), fpr).sum()) - 1  # calibration scores that may lie at or above
+    return float(calibration[n - 1 - allowed])
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,6 @@ def split(n: int, calibration: float, validation: float, seed: int) -> Split:
         raise UsageError(f"{n} different images are too few: one each is needed to train, validate and calibrate")
     order = np.random.default_rng(seed).permutation(n)
     n_cal = min(max(1, round(calibration * n)), 10_000, n - 2)
-    n_val = min(max(1, round(validation * n)), 2_000, n - n_cal - 1)
+    # statistics of held-out errors need a handful of rows even when there are few in all
+    n_val = min(max(1, round(validation * n), min(5, n // 5)), 2_000, n - n_cal - 1)
     return Split(*(np.sort(part) for part in (order[n_cal + n_val :], order[n_cal : n_cal + n_val], order[:n_cal])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def evaluate_detector(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UsageError(f"unknown protocol {protocol!r}{did_you_mean(protocol, list(PROTOCOLS))}")
+    detector.check_fitted()
     home = _image_set("id", in_domain)
     pairs = []
     for name, source in ood.items():
@@ -75,7 +77,11 @@ def evaluate_detector(
 
 
 def _label(source: object) -> str:
-    return str(source[0] if isinstance(source, list | tuple) and len(source) == 1 else source)
+    """What to call a set: its paths, or how many images it is."""
+    items: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
+    if all(isinstance(item, str | os.PathLike) for item in items):
+        return ", ".join(os.fspath(item) for item in items)
+    return f"{len(items)} images in memory"
 
 
 def _image_set(name: str, source: object) -> ImageSet:

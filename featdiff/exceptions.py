@@ -29,5 +29,6 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """A short ending for an error message: the nearest known names, or nothing."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    by_lower = {name.lower(): name for name in known}
+    close = [by_lower[name] for name in get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)]
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from einops import reduce
+from PIL import Image
 from torch import Tensor, nn
 
 from .backbones import Backbone, fingerprint
@@ -58,8 +61,10 @@ class FeatureExtractor:
         self.model = self.backbone.model.to(self.device)
         stages = _stage_names(self.model)
         self.layers = resolve_layers(layers, stages, [name for name, _ in self.model.named_modules() if name])
-        self._indices = [stages.index(name) for name in self.layers] if set(self.layers) <= set(stages) else None
-        self.widths = self._measure_widths()
+        self._stages = {name: stages.index(name) for name in self.layers if name in stages}
+        self._inner = [name for name in self.layers if name not in stages]
+        size = self.backbone.data_config.get("input_size", (3, 224, 224))
+        self.widths = tuple(part.shape[1] for part in self._forward(torch.zeros(1, *size, device=self.device)))
 
     @property
     def transform(self) -> Transform:
@@ -68,54 +73,57 @@ class FeatureExtractor:
 
     def key(self, note: str = "") -> str:
         """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``."""
-        facts = [
-            _FEATURE_VERSION,
-            self.backbone.fingerprint,
-            self.layers,
-            self.backbone.data_config,
-            self.mixed_precision,
-            note,
-        ]
+        # the printed module tells settings that leave the weights alone (padding, activation)
+        network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
+        facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) preprocessed images -> (B, sum of ``widths``) float32 features on ``device``."""
-        pixels = pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        """(B, 3, H, W) preprocessed images -> (B, sum of ``widths``) float32 features on ``device``.
+
+        Raises
+        ------
+        UsageError
+            The backbone does not take images of this shape.
+        """
+        return torch.cat(self._forward(pixels.to(self.device, non_blocking=True)), dim=1)
+
+    @torch.inference_mode()
+    def _forward(self, pixels: Tensor) -> list[Tensor]:
+        """Pooled vectors (B, C) of each layer."""
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
-        with autocast:
-            maps = self._maps(pixels)
-        return torch.cat([pool(maps[name], name).float() for name in self.layers], dim=1)
-
-    def _maps(self, pixels: Tensor) -> dict[str, Tensor]:
-        if self._indices is None:
-            with recorded(self.model, self.layers) as maps:
-                self.model(pixels)
-            return maps
-        found = self.model.forward_intermediates(  # type: ignore[operator]
-            pixels,
-            indices=self._indices,
-            intermediates_only=True,
-            output_fmt="NCHW",
-            norm=False,
-            stop_early=True,
-        )
-        ordered = sorted(self._indices)  # timm returns them in network order
-        return {name: found[ordered.index(index)] for name, index in zip(self.layers, self._indices, strict=True)}
-
-    def _measure_widths(self) -> tuple[int, ...]:
-        size = self.backbone.data_config.get("input_size", (3, 224, 224))
         try:
-            with torch.inference_mode():
-                maps = self._maps(torch.zeros(1, *size, device=self.device))
-        except UsageError:
+            with autocast:
+                found = self._run(pixels)
+        except (UsageError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(
-                f"{self.backbone.tag} cannot take images of {size[1]} x {size[2]} pixels: {reason}"
-            ) from None
-        return tuple(pool(maps[name], name).shape[1] for name in self.layers)
+        except Exception as error:  # networks fail in many ways on a size they were not made for
+            shape = f"{pixels.shape[2]} x {pixels.shape[3]} pixels (batch {tuple(pixels.shape)})"
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise UsageError(f"{self.backbone.tag} cannot take images of {shape}: {reason}") from None
+        for name in self.layers:
+            if len(found[name]) != len(pixels):
+                raise UsageError(f"layer {name!r} gives {len(found[name])} vectors for {len(pixels)} images")
+        return [found[name].float() for name in self.layers]
+
+    def _run(self, pixels: Tensor) -> dict[str, Tensor]:
+        if not self._stages:
+            with recorded(self.model, self._inner) as found:
+                self.model(pixels)
+            return found
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        indices = sorted(set(self._stages.values()))  # timm returns them in this order
+        with recorded(self.model, self._inner) as found:
+            maps = self.model.forward_intermediates(  # type: ignore[operator]
+                pixels,
+                indices=indices,
+                intermediates_only=True,
+                output_fmt="NCHW",
+                norm=False,
+                stop_early=not self._inner,
+            )
+        return found | {name: pool(maps[indices.index(i)], name) for name, i in self._stages.items()}
 
 
 def resolve_layers(layers: Layers, stages: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
@@ -127,34 +135,40 @@ def resolve_layers(layers: Layers, stages: Sequence[str], modules: Sequence[str]
         A layer that does not exist (near names are offered), or ``auto`` for a module without stages.
     """
     if isinstance(layers, str):
-        layers = _parse(layers)
+        layers = [part.strip() for part in layers.split(",") if part.strip()]
+    if not isinstance(layers, Iterable):
+        raise UsageError(f"layers are 'auto', names or indices, not {layers!r}")
     if list(layers) == ["auto"]:
         if not stages:
             raise UsageError("layers='auto' needs a timm model; name the layers of your module")
         count = len(stages)
-        if count <= AUTO_LAYERS + 1:
-            return tuple(stages)
-        return tuple(stages[round((i + 1) * count / AUTO_LAYERS) - 1] for i in range(AUTO_LAYERS))
+        if count > AUTO_LAYERS + 1:
+            stages = [stages[round((i + 1) * count / AUTO_LAYERS) - 1] for i in range(AUTO_LAYERS)]
+        return tuple(dict.fromkeys(stages))
     names = tuple(_layer_name(layer, stages, modules) for layer in layers)
     if not names or len(set(names)) < len(names):
         raise UsageError("name at least one layer, and each layer once")
     return names
 
 
-def _parse(text: str) -> list[str | int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
+def _layer_name(layer: object, stages: Sequence[str], modules: Sequence[str]) -> str:
+    if isinstance(layer, str) and (layer in stages or layer in modules):
+        return str(layer)
+    index = _as_index(layer)
+    if index is None:
+        known = list(dict.fromkeys([*stages, *modules]))
+        hint = did_you_mean(str(layer), known)
+        raise UsageError(f"unknown layer {layer!r}{hint or '; known: ' + ', '.join(stages or known[:20])}")
+    if not -len(stages) <= index < len(stages):
+        raise UsageError(f"no layer {index}: this backbone has {len(stages)} ({', '.join(stages) or 'name them'})")
+    return stages[index]
 
 
-def _layer_name(layer: str | int, stages: Sequence[str], modules: Sequence[str]) -> str:
-    if isinstance(layer, int):
-        if not -len(stages) <= layer < len(stages):
-            raise UsageError(f"no layer {layer}: this backbone has {len(stages)} ({', '.join(stages) or 'name them'})")
-        return stages[layer]
-    if layer not in stages and layer not in modules:
-        hint = did_you_mean(layer, [*stages, *modules])
-        raise UsageError(f"unknown layer {layer!r}{hint or '; known: ' + ', '.join(stages or modules[:20])}")
-    return layer
+def _as_index(layer: object) -> int | None:
+    try:
+        return int(layer) if isinstance(layer, str) else operator.index(layer)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
 
 
 def _stage_names(model: nn.Module) -> list[str]:
@@ -169,18 +183,32 @@ def _wrap(model: nn.Module, transform: Transform | None) -> Backbone:
 
     model.eval().requires_grad_(False)
     name = type(model).__name__
-    return Backbone(model, name, "module", fingerprint(model), {"transform": repr(transform)}, transform or missing)
+    config = _probe(transform) if transform else {}
+    return Backbone(model, name, "module", fingerprint(model), config, transform or missing)
+
+
+def _probe(transform: Transform) -> dict[str, Any]:
+    """What a transform makes of a test picture: its size, and a hash that tells transforms apart by what they do."""
+    rows, columns = np.mgrid[0:120, 0:160]
+    picture = Image.fromarray(np.stack([rows * 2, columns, (rows * columns) % 256], axis=-1).astype(np.uint8))
+    pixels = transform(picture)
+    if not isinstance(pixels, Tensor) or pixels.dim() != 3:
+        raise UsageError("transform must turn an RGB picture into a (3, H, W) tensor")
+    digest = hashlib.sha256(pixels.detach().float().contiguous().numpy().tobytes()).hexdigest()
+    return {"input_size": tuple(pixels.shape), "transform": digest}
 
 
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the named modules during a forward pass, by hooks that are removed afterwards."""
+    """Collect the pooled outputs of the named modules in a forward pass, by hooks that are removed afterwards."""
     outputs: dict[str, Tensor] = {}
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[name] = _channels_first(output[0] if isinstance(output, tuple | list) else output, module, model)
+            first = output[0] if isinstance(output, tuple | list) else output
+            # pooled at once: the next module may work in place
+            outputs[name] = pool(_channels_first(first, module, model), name).clone()
 
         return keep
 
@@ -195,7 +223,11 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
 
 
 def _channels_first(output: Tensor, module: nn.Module, model: nn.Module) -> Tensor:
-    nhwc = "NHWC" in (getattr(module, "output_fmt", None), getattr(model, "output_fmt", None))
+    # linear layers and layer norms work on the last axis, so a map that leaves them has its channels there
+    nhwc = isinstance(module, nn.Linear | nn.LayerNorm) or "NHWC" in (
+        getattr(module, "output_fmt", None),
+        getattr(model, "output_fmt", None),
+    )
     return output.movedim(-1, 1) if nhwc and isinstance(output, Tensor) and output.dim() == 4 else output
 
 

@@ -164,14 +164,14 @@ def load(
     """
     digest = b""
     try:
-        content = ref.read()
+        content, picture = ref.read(), None
         if isinstance(content, Image.Image):
             with _PICTURES:
-                content = decode(content, max_pixels)  # equal pixels, equal digest, whatever the mode
-        digest = _digest(content)
+                picture = decode(content, max_pixels)  # equal pixels, equal digest, whatever the mode
+        digest = _digest(picture or content)
         if digest in known:
             return LoadedImage(ref, digest)
-        return LoadedImage(ref, digest, transform(decode(content, max_pixels)))
+        return LoadedImage(ref, digest, transform(picture or decode(content, max_pixels)))
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
     except OSError as error:
@@ -288,9 +288,20 @@ def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) 
     count = 0
     for item in loader:
         pixels = item[0] if isinstance(item, tuple | list) and item else item
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3:
-            what = f"a tensor of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise UsageError(f"a loader must give (B, 3, H, W) tensors, alone or first in a tuple, not {what}")
+        if (
+            not isinstance(pixels, Tensor)
+            or pixels.dim() != 4
+            or pixels.shape[1] != 3
+            or not pixels.is_floating_point()
+        ):
+            what = (
+                f"{pixels.dtype} of shape {tuple(pixels.shape)}"
+                if isinstance(pixels, Tensor)
+                else type(pixels).__name__
+            )
+            raise UsageError(
+                f"a loader must give preprocessed (B, 3, H, W) float tensors, alone or first in a tuple, not {what}"
+            )
         loaded = []
         pixels = pixels.detach().float()
         for i, image in enumerate(pixels):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,66 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
 def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the folder whole or not at all; an older featdiff model in its place is replaced.
+    """Write config and tensors; a featdiff model already in the folder is replaced, other files in it stay.
+
+    Both files are written in full under other names before either takes its place, and both carry the same id, so
+    that a pair left half replaced by a crash is refused when it is loaded.
 
     Raises
     ------
     UsageError
         The folder holds something other than a featdiff model.
     ModelError
-        The disk is full or the place cannot be written; nothing is left behind, an older model stays.
+        The disk is full or the place cannot be written; nothing is left behind, an older model stays whole.
     """
     from safetensors.torch import save as to_bytes
 
     target = Path(folder)
     check_target(target)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    identity = hashlib.sha256(json.dumps(config).encode() + to_bytes(plain)).hexdigest()[:16]
+    header = {"format": "featdiff", "format_version": FORMAT_VERSION, "id": identity}
+    text = json.dumps(header | config, indent=2) + "\n"
+    data = to_bytes(plain, metadata={"id": identity})
+    existed = target.exists()
     try:
-        temporary.mkdir(parents=True)
-        text = json.dumps({"format": "featdiff", "format_version": FORMAT_VERSION, **config}, indent=2)
-        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
-        (temporary / TENSORS).write_bytes(to_bytes({name: value.cpu().contiguous() for name, value in tensors.items()}))
-        for name in (CONFIG, TENSORS):
-            _sync(temporary / name)
-        _swap(temporary, target)
+        target.mkdir(parents=True, exist_ok=True)
+        staged = {name: target / f".{name}.{uuid.uuid4().hex}.tmp" for name in (TENSORS, CONFIG)}
+        try:
+            _write(staged[TENSORS], data)
+            _write(staged[CONFIG], text.encode())
+            for name, file in staged.items():
+                file.replace(target / name)
+        finally:
+            for file in staged.values():
+                file.unlink(missing_ok=True)
+            if not existed and not any(target.iterdir()):
+                target.rmdir()
     except OSError as error:
         raise ModelError(f"the model could not be written to {target}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def check_target(folder: str | os.PathLike[str]) -> None:
-    """Refuse to replace anything but an earlier featdiff model or an empty folder (``UsageError``)."""
+    """Refuse to write into anything but an earlier featdiff model or an empty folder (``UsageError``)."""
     target = Path(folder)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_model(target))):
         raise UsageError(f"{target} exists and is not a featdiff model; choose another folder with -o")
 
 
 def is_model(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder looks like a saved detector."""
-    return (Path(folder) / CONFIG).is_file() and (Path(folder) / TENSORS).is_file()
+    """Whether the folder holds a saved detector (many other tools call their files the same)."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == "featdiff"
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -68,16 +90,17 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     ModelError
         No model there, a damaged file, a newer format, or NaN in a tensor.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
-    if not is_model(folder):
+    if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         what = "no such folder" if not folder.exists() else f"it has no {CONFIG} and {TENSORS}"
         raise ModelError(f"no featdiff model at {folder}: {what}. Make one with: featdiff train IMAGES -o {folder}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            identity = (file.metadata() or {}).get("id")
     except (ValueError, SafetensorError) as error:
         raise ModelError(f"the model at {folder} is damaged: {error}") from None
     except OSError as error:
@@ -86,6 +109,8 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"the model at {folder} is damaged: tensor {name} holds NaN or infinite values")
+    if identity not in (None, config.get("id")):
+        raise ModelError(f"the model at {folder} is damaged: {CONFIG} and {TENSORS} were not written together")
     return config, tensors
 
 
@@ -101,14 +126,14 @@ def check_config(config: Any, folder: Path) -> None:
         )
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Compare names and shapes with what the config calls for; ``-1`` in a shape fits any length."""
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    shapes = [name for name in expected if name in tensors and not _fits(tuple(tensors[name].shape), expected[name])]
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
+    """Compare names, shapes and types with those of a fresh state dict (``ModelError`` names the first difference)."""
+    both = [name for name in expected if name in tensors]
     for kind, names in (
-        ("lacks tensor", missing),
-        ("has an unknown tensor", extra),
-        ("has another shape for tensor", shapes),
+        ("lacks tensor", sorted(set(expected) - set(tensors))),
+        ("has an unknown tensor", sorted(set(tensors) - set(expected))),
+        ("has another shape for tensor", [name for name in both if tensors[name].shape != expected[name].shape]),
+        ("has another type for tensor", [name for name in both if tensors[name].dtype != expected[name].dtype]),
     ):
         if names:
             raise ModelError(f"the model at {folder} is damaged: {TENSORS} {kind} {names[0]}")
@@ -132,30 +157,3 @@ def locate(name: str | os.PathLike[str], local_files_only: bool = False) -> Path
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"no folder {name}, and no such model could be had from the hub: {reason}") from None
     return Path(found)
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected, strict=True))
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    """Put the new folder in place; the old one is moved aside first and brought back if that fails."""
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-    target.rename(old)
-    try:
-        temporary.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

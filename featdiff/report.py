@@ -18,7 +18,7 @@ FORMATS = ("table", "csv", "jsonl", "parquet")
 
 
 class Writer(Protocol):
-    """Takes parts of a run in order; every row is on disk or on screen when :meth:`write` returns."""
+    """Takes parts of a run in order; rows of text are on disk or on screen when :meth:`write` returns."""
 
     def write(self, scores: Scores) -> None:
         """Append the rows of one part."""
@@ -86,7 +86,7 @@ class JsonlWriter:
 
 
 class ParquetWriter:
-    """Apache Parquet, one row group per 10,000 rows or so (needs pyarrow)."""
+    """Apache Parquet (needs pyarrow). Unlike the others it holds back up to 10,000 rows until :meth:`close`."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         try:

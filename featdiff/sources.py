@@ -100,7 +100,8 @@ class TarMemberRef(ImageRef):
 
     def read(self) -> bytes:
         with _READING:
-            stream = _open_tar(self.archive, *_version(self.archive)).extractfile(self.member)
+            tar, members = _open_tar(self.archive, *_version(self.archive))
+            stream = tar.extractfile(members[self.member])
             if stream is None:
                 raise UnreadableImage("not a regular file")
             return stream.read()
@@ -142,8 +143,9 @@ def _open_zip(archive: str, *version: int) -> zipfile.ZipFile:
 
 
 @functools.lru_cache(maxsize=16)
-def _open_tar(archive: str, *version: int) -> tarfile.TarFile:
-    return tarfile.open(archive)
+def _open_tar(archive: str, *version: int) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
+    tar = tarfile.open(archive)  # noqa: SIM115
+    return tar, {member.name: member for member in tar.getmembers()}  # tarfile searches a list, for each member anew
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -224,7 +226,7 @@ def _from_folder(root: str) -> Iterator[ImageRef]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways in, always the same
         for name in files:
             if _is_image(name):
                 path = os.path.join(folder, name)

@@ -6,6 +6,7 @@ so several runs may write at once, an interrupted run resumes, and a second run 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import uuid
@@ -68,7 +69,7 @@ class FeatureStore:
         if digest in self._where:
             return
         self._where[digest] = (len(self._shards), len(self._pending))
-        self._pending.append((digest, vector))
+        self._pending.append((digest, np.array(vector, dtype=np.float32)))  # a copy: callers reuse their buffers
         if len(self._pending) == self._capacity:
             self.flush()
 
@@ -76,16 +77,20 @@ class FeatureStore:
         """Write what is pending as a shard of its own."""
         if not self._pending:
             return
-        vectors = np.stack([vector for _, vector in self._pending]).astype(np.float32)
+        vectors = np.stack([vector for _, vector in self._pending])
         digests = np.frombuffer(b"".join(digest for digest, _ in self._pending), dtype=np.uint8).reshape(-1, 16)
         name = uuid.uuid4().hex
-        # the digests are written last: a shard counts only when both files are whole
-        for suffix, array in ((_VECTORS, vectors), (_DIGESTS, digests)):
-            stream = io.BytesIO()
-            np.save(stream, array, allow_pickle=False)
-            write_atomically(self.folder / f"{name}{suffix}", stream.getvalue())
+        files = {suffix: self.folder / f"{name}{suffix}" for suffix in (_VECTORS, _DIGESTS)}
+        try:  # the digests are written last: a shard counts only when both files are whole
+            for suffix, array in ((_VECTORS, vectors), (_DIGESTS, digests)):
+                stream = io.BytesIO()
+                np.save(stream, array, allow_pickle=False)
+                write_atomically(files[suffix], stream.getvalue())
+        except FeatdiffError:
+            _remove(files[_VECTORS])
+            raise
         self._pending.clear()
-        self._shards.append(np.load(self.folder / f"{name}{_VECTORS}", mmap_mode="r"))
+        self._shards.append(np.load(files[_VECTORS], mmap_mode="r"))
 
     def table(self, digests: Sequence[bytes]) -> FeatureTable:
         """The vectors of ``digests``, in that order, as a table on disk."""
@@ -97,9 +102,12 @@ class FeatureStore:
         try:
             digests = np.load(file, allow_pickle=False)
             shard = np.load(file.with_name(file.name.replace(_DIGESTS, _VECTORS)), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # NumPy raises nearly anything on a damaged file
             return  # not a shard, or one damaged by a dying disk: its images are computed again
-        if shard.dtype != np.float32 or shard.shape != (len(digests), self.width) or digests.shape[1:] != (16,):
+        arrays = isinstance(digests, np.ndarray) and isinstance(shard, np.ndarray)
+        if not arrays or digests.dtype != np.uint8 or digests.ndim != 2 or digests.shape[1] != 16:
+            return
+        if shard.dtype != np.float32 or shard.shape != (len(digests), self.width):
             return
         for row, digest in enumerate(digests):
             self._where.setdefault(digest.tobytes(), (len(self._shards), row))
@@ -209,8 +217,14 @@ def write_atomically(file: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         temporary.rename(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _full(file.parent, error) from None
+    finally:
+        _remove(temporary)  # also after Ctrl-C; there is nothing left to remove if all went well
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 def _full(folder: Path, error: OSError) -> FeatdiffError:

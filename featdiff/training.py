@@ -227,9 +227,10 @@ def validation_loss(denoiser: nn.Module, x: Tensor, scheduler: DDIMScheduler, se
     was_training = denoiser.training
     denoiser.eval()
     source = torch.Generator(x.device).manual_seed(seed)
-    t = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
+    spread = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
+    t = spread.long()[torch.randperm(len(x), generator=source, device=x.device)]
     noise = torch.randn(x.shape, generator=source, device=x.device)
-    loss = nn.functional.mse_loss(denoiser(add_noise(scheduler, x, noise, t.long()), t.long()), x).item()
+    loss = nn.functional.mse_loss(denoiser(add_noise(scheduler, x, noise, t), t), x).item()
     denoiser.train(was_training)
     return loss
 

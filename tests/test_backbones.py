@@ -165,6 +165,14 @@ def test_half_precision_file_is_cast_to_float32(dtype: torch.dtype, tmp_path: Pa
     assert torch.equal(own[KERNEL], state[KERNEL].to(dtype).float())
 
 
+def test_file_with_every_tensor_in_half_precision(tmp_path: Path, state: State) -> None:
+    """The counters of batch norm too, as a plain loop over the state dict leaves them."""
+    file = write({key: value.half() for key, value in state.items()}, tmp_path / "half.safetensors")
+    own = load_backbone("test_resnet", weights=file).model.state_dict()
+    assert torch.equal(own[KERNEL], state[KERNEL].half().float())
+    assert own["bn1.num_batches_tracked"].dtype == torch.int64
+
+
 def test_weights_may_be_given_as_text_or_path(seeded_backbone: Path, seeded_sha256: str) -> None:
     assert load_backbone("test_resnet", weights=str(seeded_backbone)).fingerprint == seeded_sha256
 

@@ -256,7 +256,7 @@ def test_loader_can_be_scored(fitted: Detector, fresh: list[str], labels: bool) 
     "batch", [torch.zeros(3, 8, 8), "text", (), None], ids=["3d", "text", "empty", "none"]
 )
 def test_loader_of_something_else_is_refused(fitted: Detector, batch: object) -> None:
-    with pytest.raises(UsageError, match=r"a loader must give \(B, 3, H, W\) tensors"):
+    with pytest.raises(UsageError, match=r"a loader must give .*\(B, 3, H, W\)"):
         fitted.score(iter([batch]))
 
 
@@ -860,7 +860,7 @@ def test_every_seed_works_or_is_refused_at_once(small: dict[str, Any], files: li
         ({"backbone": "test_vit"}, WeightsError, "does not fit test_vit"),
         ({"weights": "nowhere.safetensors"}, WeightsError, "nowhere.safetensors"),
         ({"transform": {"colour": 1}}, UsageError, "unknown transform setting 'colour'"),
-        ({"model_args": {"wings": 2}}, UsageError, "model arguments"),
+        ({"model_args": {"wings": 2}}, UsageError, "wings"),
     ],
     ids=["name", "weights", "file", "transform", "model-args"],
 )

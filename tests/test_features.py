@@ -183,6 +183,7 @@ def test_did_you_mean_names_each_layer_once() -> None:
         ("test_resnet", "layer1.0.act1"),
         ("test_resnet", "layer1.0.bn1"),  # the next layer, act1, works in place
         ("test_resnet", "layer1.0.bn2"),  # the shortcut is added in place
+        ("test_convnext", "stages.1.downsample.0"),  # a LayerNorm2d: (B, C, H, W), unlike nn.LayerNorm
         ("test_vit", "blocks.2.mlp.fc1"),
         ("test_vit", "head_drop"),
     ],
@@ -219,6 +220,21 @@ def test_a_stage_gives_the_same_beside_an_inner_layer(name: str, layer: str, inn
     expected = alone(images(name))
     found = beside(images(name))[:, : alone.widths[0]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "later"),
+    [
+        ("test_resnet", "layer4", "global_pool"),
+        ("test_vit", "blocks.5", "head_drop"),
+        (SWIN, "layers.0", "norm"),
+    ],
+)
+def test_stage_beside_a_layer_after_the_last_stage(name: str, stage: str, later: str) -> None:
+    """Pooling and head are part of the network too, also when a stage is asked for with them."""
+    both = FeatureExtractor(backbone(name), f"{stage},{later}")(images(name))
+    parts = [FeatureExtractor(backbone(name), layer)(images(name)) for layer in (stage, later)]
+    torch.testing.assert_close(both, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_channels_last_maps_of_a_linear_layer() -> None:

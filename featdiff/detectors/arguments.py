@@ -2,34 +2,91 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..calibration import check_fpr
-from ..exceptions import UsageError, did_you_mean
+from ..exceptions import ModelError, UsageError, did_you_mean
 from ..training import Recipe
+
+#: Arguments that say how to run, not what the model is: they are not saved, and may differ when it is loaded.
+RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
+_WHOLE = ("hidden_max", "blocks", "timesteps", "draws", "image_batch", "max_pixels")
+_WHOLE_OR_NONE = ("stride", "workers")
+
+
+# What config.json must say: dotted name -> type.
+_CONFIG_KINDS: dict[str, Any] = {
+    "featdiff_version": str,
+    "backbone.tag": str,
+    "backbone.source": str,
+    "backbone.fingerprint": str,
+    "layers": dict,
+    "images.different": int,
+    "images.calibration": int,
+    "validation_loss": (int, float),
+    "arguments": dict,
+}
 
 
 def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
-    """Ranges of the constructor's arguments (``UsageError`` names the first that is wrong)."""
-    positive = ("hidden_ratio", "hidden_max", "blocks", "timesteps", "draws", "image_batch", "max_pixels")
-    for name in (*positive, "stride", "workers"):
-        value = arguments[name]
-        if value is None and name not in positive:
+    """Kinds and ranges of the constructor's arguments (``UsageError`` names the first that is wrong)."""
+    for name in (*_WHOLE, *_WHOLE_OR_NONE):
+        if arguments[name] is None and name in _WHOLE_OR_NONE:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise UsageError(f"{name} must be a number above 0, not {value!r}")
-    times = arguments["start_times"]
-    if not times or not all(isinstance(t, int) and 0 <= t < arguments["timesteps"] for t in times):
-        raise UsageError(f"start_times must lie in 0 .. {arguments['timesteps'] - 1}, not {times!r}")
+        if not _is_whole(arguments[name]) or arguments[name] < 1:
+            raise UsageError(f"{name} must be a whole number above 0, not {arguments[name]!r}")
+    if not _is_whole(arguments["seed"]) or not 0 <= arguments["seed"] < 2**63:
+        raise UsageError(f"seed must be a whole number of 0 or more, not {arguments['seed']!r}")
+    if not _is_number(arguments["hidden_ratio"]) or arguments["hidden_ratio"] <= 0:
+        raise UsageError(f"hidden_ratio must be a number above 0, not {arguments['hidden_ratio']!r}")
+    for name in ("joint", "pretrained"):
+        if not isinstance(arguments[name], bool):
+            raise UsageError(f"{name} must be true or false, not {arguments[name]!r}")
+    times, last = arguments["start_times"], arguments["timesteps"] - 1
+    if not isinstance(times, Sequence) or not times or not all(_is_whole(t) and 0 <= t <= last for t in times):
+        raise UsageError(f"start_times must be whole numbers in 0 .. {last}, not {times!r}")
     if arguments["head"] not in heads:
         raise UsageError(f"unknown head {arguments['head']!r}; known: {', '.join(heads)}")
     for name in ("calibration", "validation"):
-        if not 0 < arguments[name] < 0.5:
+        if not _is_number(arguments[name]) or not 0 < arguments[name] < 0.5:
             raise UsageError(f"{name} is a share of the images between 0 and 0.5, not {arguments[name]!r}")
     check_fpr(arguments["fpr"])
+
+
+def check_runtime(arguments: Mapping[str, Any]) -> None:
+    """Only arguments that say how to run may be given when a detector is loaded."""
+    for name in arguments:
+        if name not in RUNTIME:
+            raise UsageError(f"{name!r} cannot be changed when a detector is loaded; known: {', '.join(RUNTIME)}")
+    resolve_device(arguments.get("device", "cpu"))
+    for name in ("image_batch", "workers", "max_pixels"):
+        if arguments.get(name) is not None and (not _is_whole(arguments[name]) or arguments[name] < 1):
+            raise UsageError(f"{name} must be a whole number above 0, not {arguments[name]!r}")
+
+
+def check_config(config: dict[str, Any], folder: Path) -> None:
+    """Whether a saved config says all that is needed to build its detector again (``ModelError``)."""
+    for path, kind in _CONFIG_KINDS.items():
+        value: Any = config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(
+                f"the model at {folder} is damaged: config.json lacks {path}, or it is not what it should be"
+            )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def make_recipe(given: Recipe | Mapping[str, Any] | None) -> Recipe:

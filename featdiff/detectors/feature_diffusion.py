@@ -32,12 +32,10 @@ from ..store import (
     featurise,
 )
 from ..training import Recipe, start, train
-from .arguments import check_arguments, make_recipe, resolve_device
+from .arguments import RUNTIME, check_arguments, check_config, check_runtime, make_recipe, resolve_device
 from .checkpoints import resume, write_checkpoint
 from .heads import HEADS, DiffusionHeads
 
-# Arguments of the constructor that say how to run, not what the model is: they are not saved.
-RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
 #: A stopped run loses at most this much training, or one epoch if that is longer.
 CHECKPOINT_SECONDS = 10
 # Arguments that are handed on to DiffusionHeads as they are.
@@ -271,7 +269,7 @@ class Detector:
         UsageError
             Nothing to score, or an ``fpr`` that the calibration images cannot support.
         """
-        self._check_fitted()
+        self.check_fitted()
         fpr = self.fpr if fpr is None else fpr
         check_fpr(fpr, len(self.calibration_))
         return self._stream(*self._batches(images), fpr, progress)
@@ -309,7 +307,8 @@ class Detector:
         columns = dict(zip(self.extractor_.layers, layers.T, strict=True))
         return Scores(paths, status, reason, score, p, flagged(p, fpr), columns)
 
-    def _check_fitted(self) -> None:
+    def check_fitted(self) -> None:
+        """Raise ``NotFittedError`` unless there is something to score with."""
         if not hasattr(self, "calibration_"):
             raise NotFittedError("this detector is not fitted: call fit(images), or Detector.from_pretrained(folder)")
 
@@ -325,7 +324,7 @@ class Detector:
         ModelError
             The disk is full. Features and training stay in the cache: fitting again ends at once.
         """
-        self._check_fitted()
+        self.check_fitted()
         tensors = self.heads_.state_dict() | {"calibration": torch.from_numpy(self.calibration_)}
         save(folder, self.config(), tensors)
 
@@ -402,37 +401,34 @@ class Detector:
         runtime: dict[str, Any],
     ) -> Detector:
         """A detector with the backbone it was fitted with, or a refusal."""
+        check_runtime(runtime)
+        check_config(config, folder)
+        known = config["backbone"]
+        if known["source"] == "module" and backbone is None:
+            raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({known['tag']})")
+        arguments = config["arguments"] | ({"weights": weights} if weights else {}) | runtime
+        if known["source"] == "module":
+            arguments |= {"backbone": backbone, "transform": transform}
         try:
-            arguments = dict(config["arguments"])
-            source, expected = config["backbone"]["source"], config["backbone"]["fingerprint"]
-            layers = {str(name): int(width) for name, width in config["layers"].items()}
-            images = {name: int(config["images"][name]) for name in ("different", "calibration")}
-            arguments |= {"weights": weights or arguments["weights"]} | runtime
-            if source == "module":
-                arguments |= {"backbone": backbone, "transform": transform}
             detector = cls(**arguments)
-        except (KeyError, TypeError, AttributeError, UsageError) as error:
-            raise ModelError(f"the config at {folder} is damaged: {type(error).__name__} {error}") from None
-        if source == "module" and backbone is None:
-            raise ModelError(
-                f"this detector was fitted on your own module: give it as backbone=... ({config['backbone']['tag']})"
-            )
-        detector.extractor_ = detector._extractor()
+            detector.extractor_ = detector._extractor()
+        except (TypeError, UsageError) as error:
+            raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         found = detector.extractor_.backbone.fingerprint
-        if found != expected:
+        if found != known["fingerprint"]:
             raise ModelError(
-                f"the backbone {config['backbone']['tag']} has other weights than this detector was fitted with "
-                f"(SHA-256 {found[:12]}, expected {expected[:12]}): give the original weights, or train again"
+                f"the backbone {known['tag']} has other weights than this detector was fitted with (SHA-256 "
+                f"{found[:12]}, expected {known['fingerprint'][:12]}): give the original weights, or train again"
             )
-        if dict(zip(detector.extractor_.layers, detector.extractor_.widths, strict=True)) != layers:
+        if dict(zip(detector.extractor_.layers, detector.extractor_.widths, strict=True)) != config["layers"]:
             raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
-        detector.n_images_, detector.validation_loss_ = images["different"], float(config["validation_loss"])
+        detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
         return detector
 
 
 def _load_heads(detector: Detector, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> DiffusionHeads:
     arguments = {name: detector.arguments[name] for name in _HEADS_ARGUMENTS}
     heads = DiffusionHeads(detector.extractor_.widths, **arguments)
-    check_tensors(tensors, {name: tuple(value.shape) for name, value in heads.state_dict().items()}, folder)
+    check_tensors(tensors, heads.state_dict(), folder)
     heads.load_state_dict(tensors)
     return heads.to(detector.device)

@@ -48,7 +48,7 @@ class DiffusionHeads(nn.Module):
         self.widths, self.start_times, self.stride = tuple(widths), tuple(start_times), stride
         self.scheduler = make_scheduler(timesteps)
         with torch.random.fork_rng(devices=[]):  # seeded initial weights; the global random state is left alone
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.denoiser, self.early = (
                 LFDN(width=sum(widths), hidden=hidden_max, blocks=blocks, time_width=hidden_max // 2)
                 if joint
