@@ -46,10 +46,15 @@ def load_config(name: str) -> Config:
     except FileNotFoundError:
         hint = did_you_mean(name, presets)
         raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not TOML: {error}") from None
     known = list(inspect.signature(Detector).parameters)
     detector, data = content.pop("detector", {}), content.pop("data", {})
+    for name, table in (("detector", detector), ("data", data)):
+        if not isinstance(table, dict):
+            raise UsageError(f"{file}: {name} must be a table, [{name}]")
     for kind, keys, valid in (
         ("table", content, list(_TABLES)),
         ("key", detector, known),
@@ -60,4 +65,6 @@ def load_config(name: str) -> Config:
                 raise UsageError(f"{file}: unknown {kind} {key!r}{did_you_mean(key, valid)}; known: {', '.join(valid)}")
     images = data.get("images", [])
     images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise UsageError(f"{file}: images must be a path or a list of paths, not {images!r}")
     return Config(detector, [str(file.parent / image) for image in images])

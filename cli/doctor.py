@@ -97,7 +97,7 @@ def _cache() -> tuple[str, str]:
     folder = default_cache()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = os.access(parent, os.W_OK)
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
     line = f"{'cache':<14} {folder} ({size:,.1f} MB; may be deleted at any time)"
     return (
         line,

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from .main import EXIT_UNREADABLE
 from .options import model_option, runtime_arguments, runtime_options, weights_option
-from .progress import Bars
+from .progress import Bars, list_unreadable
 
 
 @click.command("eval")
@@ -46,7 +47,7 @@ def command(
     as_json: bool,
     quiet: bool,
     **options: Any,
-) -> None:
+) -> int:
     """Measure how well a model separates in-domain test images from OOD sets.
 
     Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
@@ -60,15 +61,22 @@ def command(
     from featdiff.evaluation import PROTOCOLS, evaluate_detector
 
     keep_freed_memory()
-    sets = dict(_named(item) for item in ood)
+    sets: dict[str, str] = {}
+    for name, source in map(_named, ood):
+        if name in sets:
+            raise click.UsageError(f"--ood names {name!r} twice")
+        sets[name] = source
+    unreadable: dict[str, str] = {}
     detector = Detector.from_pretrained(model, weights=options["weights"], **runtime_arguments(options))
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     with Bars(quiet) as bars:
-        result = evaluate_detector(detector, list(in_domain), sets, protocols, bars)
+        result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         print_table(result)
+    list_unreadable(list(unreadable.items()), quiet)
+    return EXIT_UNREADABLE if unreadable else 0
 
 
 def _named(item: str) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +20,7 @@ def command(model: str, as_json: bool) -> None:
     \b
     Example: featdiff info featdiff-model
     """
+    from featdiff.exceptions import ModelError
     from featdiff.persist import load, locate
 
     folder = locate(model)
@@ -25,10 +28,19 @@ def command(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(config, indent=2))
         return
+    try:
+        lines = _facts(folder, config, tensors)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(f"the model at {folder} is damaged: config.json: {type(error).__name__} {error}") from None
+    for name, value in lines.items():
+        click.echo(f"{name:<11} {value}")
+
+
+def _facts(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
     backbone, images, arguments = config["backbone"], config["images"], config["arguments"]
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
     parameters = sum(value.numel() for name, value in tensors.items() if name.startswith("denoiser."))
-    lines = {
+    return {
         "model": f"{folder} ({size:.1f} MB, format {config['format_version']}, featdiff {config['featdiff_version']})",
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
@@ -38,5 +50,3 @@ def command(model: str, as_json: bool) -> None:
         "calibrated": f"{images['calibration']:,} held-out images; fpr {arguments['fpr']:g}, possible from "
         f"{1 / (images['calibration'] + 1):.2g} up",
     }
-    for name, value in lines.items():
-        click.echo(f"{name:<11} {value}")

@@ -24,6 +24,14 @@ COMMANDS = {
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_OOD, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 
+class Stopped(Exception):
+    """Ctrl-C; the message says what is kept. (click would print an empty line of its own for KeyboardInterrupt.)"""
+
+    def __init__(self, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.message = message
+
+
 class Commands(click.Group):
     """A group that loads commands on demand and turns errors into single lines."""
 
@@ -48,6 +56,15 @@ class Commands(click.Group):
             ctx.fail(f"no such command {name!r}{did_you_mean(name, list(COMMANDS))}")
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])  # click would raise the help as an error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped from None
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such images get a row of their own
@@ -59,6 +76,9 @@ class Commands(click.Group):
             hint = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"Error: {' '.join(error.format_message().split())}{hint}", err=True)
             code = error.exit_code
+        except Stopped as stopped:
+            click.echo(stopped.message, err=True)
+            code = EXIT_INTERRUPTED
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted", err=True)
             code = EXIT_INTERRUPTED
@@ -101,5 +121,4 @@ def main(debug: bool) -> None:
     featdiff train photos/          learn what is normal
     featdiff score new_images/      one row per image, with a p-value
     """
-    if debug:
-        os.environ["FEATDIFF_DEBUG"] = "1"
+    os.environ["FEATDIFF_DEBUG"] = "1" if debug else ""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from .main import EXIT_OOD, EXIT_UNREADABLE
+from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
 from .options import model_option, runtime_arguments, runtime_options, weights_option
 from .progress import Bars, say
 
@@ -49,6 +50,7 @@ def command(
     """
     from featdiff import Detector
     from featdiff.allocator import keep_freed_memory
+    from featdiff.exceptions import UsageError
     from featdiff.report import open_writer
     from featdiff.scores import UNREADABLE
 
@@ -56,18 +58,20 @@ def command(
     detector = Detector.from_pretrained(model, weights=options["weights"], **runtime_arguments(options))
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     rows = detector.iter_scores(list(images), fpr, bars)
+    first = next(rows, None)
+    if first is None:
+        raise UsageError("there are no paths on standard input")
     flagged = unreadable = total = 0
     with _open(output) as stream, bars:
         writer = open_writer(format_ or _guess(output), stream)
         try:
-            for part in rows:
+            for part in chain([first], rows):
                 writer.write(part)
                 flagged += int(part.is_ood.sum())
                 unreadable += part.status.count(UNREADABLE)
                 total += len(part)
         except KeyboardInterrupt:
-            say(f"stopped; {total:,} rows are written")
-            raise
+            raise Stopped(f"interrupted; {total:,} rows are written") from None
         finally:
             writer.close()
     rate = fpr if fpr is not None else detector.fpr

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .main import EXIT_UNREADABLE
+from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, runtime_arguments, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
@@ -73,8 +73,7 @@ def command(
             detector.fit(source, bars)
         detector.save_pretrained(output)
     except KeyboardInterrupt:
-        say("stopped; features and training so far are kept, the same command goes on from there")
-        raise
+        raise Stopped("interrupted; features and checkpoints are kept, the same command goes on from there") from None
     _summary(detector, output, bars, quiet)
     list_unreadable(detector.unreadable_, quiet)
     return EXIT_UNREADABLE if detector.unreadable_ else 0

@@ -134,7 +134,7 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     try:
         state = load_state_dict(str(file), device="cpu", weights_only=True)
     except Exception as error:  # torch, safetensors and timm each have errors of their own here
-        pickled = isinstance(error, pickle.UnpicklingError)
+        pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "it holds pickled objects, which could run code" if pickled else "it is not a state dict of tensors"
         raise WeightsError(f"{file} is not a weights file that can be read safely: {reason}") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
@@ -178,14 +178,16 @@ def _check_name(name: str) -> None:
         )
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
     if dot and tag not in tags:
-        raise UsageError(f"{base} has no weights tagged {tag!r}; it has {', '.join(tags)}")
+        raise UsageError(f"{base} has no weights tagged {tag!r}; it has {', '.join(tags) or 'none'}")
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(name, pretrained=False, **args)
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone, and so is ours by it
+            torch.default_generator.manual_seed(0)
+            return timm.create_model(name, pretrained=False, **args)
     except Exception as error:  # architectures fail in many ways on arguments they do not know
         raise UsageError(f"{name} cannot be built with these arguments: {_first_line(error)}") from None
 
@@ -207,7 +209,8 @@ def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
     if ":" not in name and not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
         raise WeightsError(f"timm has no pretrained weights for {name}: give your own with --weights FILE")
     try:
-        model = timm.create_model(name, pretrained=True, **{k: v for k, v in args.items() if k != "num_classes"})
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=True, **{k: v for k, v in args.items() if k != "num_classes"})
         if model.num_classes:
             model.reset_classifier(0)
     except RuntimeError as error:
@@ -302,7 +305,7 @@ def _mismatch(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     extra = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     both = [key for key in own if key in state]
-    types = [key for key in both if own[key].is_floating_point() != state[key].is_floating_point()]
+    types = [key for key in both if own[key].is_floating_point() and not state[key].is_floating_point()]
     broken = [key for key in both if key not in types and not _is_finite(state[key].to(own[key].dtype))]
     kinds = (
         *(("missing", missing), ("not known", extra), ("of another shape", shapes), ("of another type", types)),

@@ -33,6 +33,10 @@ class ImageSet:
         """The median short side in pixels."""
         return int(np.nanmedian(self.sides))
 
+    def shrunk_to(self, size: int | None) -> int | None:
+        """``size`` if any picture of the set is larger, else None: nothing need be done."""
+        return size if size is not None and np.nanmax(self.sides) > size else None
+
 
 def evaluate_detector(
     detector: Detector,
@@ -40,6 +44,7 @@ def evaluate_detector(
     ood: Mapping[str, object],
     protocols: Sequence[str] = PROTOCOLS,
     progress: Progress | None = None,
+    unreadable: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score an in-domain test set against OOD sets.
 
@@ -48,6 +53,8 @@ def evaluate_detector(
     Parameters
     ----------
     in_domain, ood : sources as for :func:`featdiff.sources.list_images`; ``ood`` by name
+    unreadable : dict, optional
+        Filled with {path: reason} of images that were left out.
 
     Returns
     -------
@@ -65,15 +72,20 @@ def evaluate_detector(
             raise UsageError(f"unknown protocol {protocol!r}{did_you_mean(protocol, list(PROTOCOLS))}")
     detector.check_fitted()
     home = _image_set("id", in_domain)
+    known: dict[int | None, dict[str, np.ndarray]] = {}  # in-domain scores by resolution, needed for every pair
+    unreadable = {} if unreadable is None else unreadable
     pairs = []
     for name, source in ood.items():
         away = _image_set(name, source)
         for protocol in protocols:
             size = min(home.resolution, away.resolution) if protocol == "matched" else None
-            home_heads, away_heads = (_heads(detector, images, size, progress) for images in (home, away))
-            pairs.append(_pair(name, protocol, home_heads, away_heads))
-    tag = detector.extractor_.backbone.tag
-    return {"id": _label(in_domain), "model": tag, "pairs": pairs}
+            here = home.shrunk_to(size)
+            if here not in known:
+                known[here] = _heads(detector, home, here, unreadable, progress)
+            pairs.append(
+                _pair(name, protocol, known[here], _heads(detector, away, away.shrunk_to(size), unreadable, progress))
+            )
+    return {"id": _label(in_domain), "model": detector.extractor_.backbone.tag, "pairs": pairs}
 
 
 def _label(source: object) -> str:
@@ -92,17 +104,19 @@ def _image_set(name: str, source: object) -> ImageSet:
     return ImageSet(name, refs, sides)
 
 
-def _heads(detector: Detector, images: ImageSet, size: int | None, progress: Progress | None) -> dict[str, np.ndarray]:
-    """Every head's scores of the readable images of a set, first shrunk to ``size`` if any is larger."""
+def _heads(
+    detector: Detector, images: ImageSet, size: int | None, unreadable: dict[str, str], progress: Progress | None
+) -> dict[str, np.ndarray]:
+    """Every head's scores of the readable images of a set, first shrunk to ``size`` if one is given."""
     extractor = detector.extractor_
-    shrink = size is not None and np.nanmax(images.sides) > size
-    transform = Downscale(size, extractor.transform) if shrink and size else extractor.transform
-    folder = detector.cache / "features" / extractor.key(f"matched {size}" if shrink else "")
+    transform = Downscale(size, extractor.transform) if size else extractor.transform
+    folder = detector.cache / "features" / extractor.key(f"matched {size}" if size else "")
     store = FeatureStore(folder, sum(extractor.widths))
     loaded = iter_loaded(
         images.refs, transform, detector.workers, detector.max_pixels, store, ahead=2 * detector.image_batch
     )
     found = extract(iter_batches(loaded, detector.image_batch), extractor, store, len(images.refs), progress)
+    unreadable.update(found.unreadable)
     if not found.digests:
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")
     parts = [detector.all_heads(rows) for rows in store.table(found.digests).chunks()]

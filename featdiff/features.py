@@ -94,7 +94,7 @@ class FeatureExtractor:
         """Pooled vectors (B, C) of each layer."""
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
         try:
-            with autocast:
+            with autocast, _evaluating(self.model):
                 found = self._run(pixels)
         except (UsageError, torch.OutOfMemoryError):
             raise
@@ -108,21 +108,17 @@ class FeatureExtractor:
         return [found[name].float() for name in self.layers]
 
     def _run(self, pixels: Tensor) -> dict[str, Tensor]:
-        if not self._stages:
+        found: dict[str, Tensor] = {}
+        if self._inner:  # a pass of their own: forward_intermediates never runs the head
             with recorded(self.model, self._inner) as found:
                 self.model(pixels)
+        if not self._stages:
             return found
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         indices = sorted(set(self._stages.values()))  # timm returns them in this order
-        with recorded(self.model, self._inner) as found:
-            maps = self.model.forward_intermediates(  # type: ignore[operator]
-                pixels,
-                indices=indices,
-                intermediates_only=True,
-                output_fmt="NCHW",
-                norm=False,
-                stop_early=not self._inner,
-            )
+        maps = self.model.forward_intermediates(  # type: ignore[operator]
+            pixels, indices=indices, intermediates_only=True, output_fmt="NCHW", norm=False, stop_early=True
+        )
         return found | {name: pool(maps[indices.index(i)], name) for name, i in self._stages.items()}
 
 
@@ -181,21 +177,36 @@ def _wrap(model: nn.Module, transform: Transform | None) -> Backbone:
     def missing(image: Any) -> Tensor:
         raise UsageError("a bare module needs transform=... to read pictures, or a DataLoader of ready tensors")
 
-    model.eval().requires_grad_(False)
-    name = type(model).__name__
     config = _probe(transform) if transform else {}
-    return Backbone(model, name, "module", fingerprint(model), config, transform or missing)
+    # equal weights may sit in different networks: the printed module is part of its identity
+    identity = hashlib.sha256(f"{model} {fingerprint(model)}".encode()).hexdigest()
+    return Backbone(model, type(model).__name__, "module", identity, config, transform or missing)
 
 
 def _probe(transform: Transform) -> dict[str, Any]:
     """What a transform makes of a test picture: its size, and a hash that tells transforms apart by what they do."""
     rows, columns = np.mgrid[0:120, 0:160]
     picture = Image.fromarray(np.stack([rows * 2, columns, (rows * columns) % 256], axis=-1).astype(np.uint8))
-    pixels = transform(picture)
+    try:
+        pixels = transform(picture)
+    except Exception as error:
+        raise UsageError(f"transform fails on an RGB picture: {type(error).__name__} {error}") from None
     if not isinstance(pixels, Tensor) or pixels.dim() != 3:
         raise UsageError("transform must turn an RGB picture into a (3, H, W) tensor")
     digest = hashlib.sha256(pixels.detach().float().contiguous().numpy().tobytes()).hexdigest()
     return {"input_size": tuple(pixels.shape), "transform": digest}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every part of a user's network gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -224,10 +235,8 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
 
 def _channels_first(output: Tensor, module: nn.Module, model: nn.Module) -> Tensor:
     # linear layers and layer norms work on the last axis, so a map that leaves them has its channels there
-    nhwc = isinstance(module, nn.Linear | nn.LayerNorm) or "NHWC" in (
-        getattr(module, "output_fmt", None),
-        getattr(model, "output_fmt", None),
-    )
+    formats = (getattr(module, "output_fmt", None), getattr(model, "output_fmt", None))
+    nhwc = type(module) in (nn.Linear, nn.LayerNorm) or "NHWC" in formats
     return output.movedim(-1, 1) if nhwc and isinstance(output, Tensor) and output.dim() == 4 else output
 
 

@@ -86,7 +86,7 @@ class FeatureStore:
                 stream = io.BytesIO()
                 np.save(stream, array, allow_pickle=False)
                 write_atomically(files[suffix], stream.getvalue())
-        except FeatdiffError:
+        except BaseException:  # Ctrl-C, too
             _remove(files[_VECTORS])
             raise
         self._pending.clear()

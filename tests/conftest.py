@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny networks gain nothing from threads and lose much when cores are busy
 
 import numpy as np
 import pytest
@@ -101,8 +104,6 @@ def featdiff_cli() -> Callable[..., Result]:
     main = script.load()
 
     def run(*arguments: object, **options: Any) -> Result:
-        return CliRunner().invoke(
-            main, [str(argument) for argument in arguments], prog_name="featdiff", **options
-        )
+        return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="featdiff", **options)
 
     return run

@@ -129,9 +129,7 @@ GOOD_FILES: dict[str, Callable[[State], Any]] = {
     "checkpoint.pth": lambda state: {"state_dict": state, "epoch": 3, "arch": "test_resnet"},
     "with_optimizer.pth.tar": lambda state: {"state_dict": state, "optimizer": {"lr": 0.1, "steps": [1, 2]}},
     "model_key.pth": lambda state: {"model": state},
-    "data_parallel.pth": lambda state: {
-        "state_dict": {f"module.{key}": value for key, value in state.items()}
-    },
+    "data_parallel.pth": lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
     "double.safetensors": lambda state: floats(state, torch.float64),
     "other_classes.safetensors": lambda state: head_of(7, state),
     "no_classifier.safetensors": lambda state: without(state, "fc."),
@@ -366,9 +364,7 @@ def test_weights_file_replaces_those_of_a_folder(
     assert load_backbone(f"local-dir:{folder}", weights=seeded_backbone).fingerprint == seeded_sha256
 
 
-@pytest.mark.parametrize(
-    "name", ["missing", "missing_buffers", "extra", "reshaped", "nan", "integers", "empty"]
-)
+@pytest.mark.parametrize("name", ["missing", "missing_buffers", "extra", "reshaped", "nan", "integers", "empty"])
 def test_weights_of_a_folder_are_checked_as_strictly_as_a_file(
     name: str, model_folder: Callable[[State], Path], state: State
 ) -> None:
@@ -389,9 +385,7 @@ def test_folder_with_a_bad_config(config: str, model_folder: Callable[..., Path]
     assert "does not take these model arguments" not in text  # none were given
 
 
-def test_folder_without_weights_or_config(
-    model_folder: Callable[[State], Path], state: State, tmp_path: Path
-) -> None:
+def test_folder_without_weights_or_config(model_folder: Callable[[State], Path], state: State, tmp_path: Path) -> None:
     folder = model_folder(state)
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match="model"):
@@ -444,9 +438,7 @@ def hub_entry(cache: Path, repository: str, state: State) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hub_process(
-    seeded_backbone: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[subprocess.Popen[str]]:
+def hub_process(seeded_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     """A process whose hub cache was filled by hand; started early, since it takes seconds."""
     home = tmp_path_factory.mktemp("hf")
     state = load_file(seeded_backbone)
@@ -569,9 +561,7 @@ def test_crop_and_interpolation_overrides_change_pixels() -> None:
         assert pixels.shape == plain.shape and not torch.allclose(pixels, plain, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("key", "near"), [("input_sise", "input_size"), ("means", "mean"), ("is_training", None)]
-)
+@pytest.mark.parametrize(("key", "near"), [("input_sise", "input_size"), ("means", "mean"), ("is_training", None)])
 def test_unknown_transform_settings(key: str, near: str | None) -> None:
     with pytest.raises(UsageError) as error:
         load_backbone("test_resnet", pretrained=False, transform={key: 1})
@@ -643,32 +633,24 @@ def test_fingerprint_tells_names_shapes_and_types_apart() -> None:
     prints = {fingerprint(holder("a", value)) for value in values} | {fingerprint(holder("b", values[0]))}
     assert len(prints) == 5
     columns = torch.arange(6.0).reshape(2, 3)
-    assert fingerprint(holder("a", columns.T.contiguous().T)) == fingerprint(
-        holder("a", columns)
-    )  # memory order
+    assert fingerprint(holder("a", columns.T.contiguous().T)) == fingerprint(holder("a", columns))  # memory order
 
 
 # Last in this file: by now the process is done.
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_resnet.r160_in1k", "hf-hub:me/mine"])
-def test_cached_repository_loads_offline(
-    name: str, hub_answers: dict[str, list[str]], seeded_sha256: str
-) -> None:
+def test_cached_repository_loads_offline(name: str, hub_answers: dict[str, list[str]], seeded_sha256: str) -> None:
     tag = name if ":" in name else "test_resnet.r160_in1k"
     assert hub_answers[name] == [tag, "hub", seeded_sha256]
 
 
-@pytest.mark.parametrize(
-    ("name", "tag"), [("test_vit", "test_vit.r160_in1k"), ("hf-hub:me/none", "hf-hub:me/none")]
-)
+@pytest.mark.parametrize(("name", "tag"), [("test_vit", "test_vit.r160_in1k"), ("hf-hub:me/none", "hf-hub:me/none")])
 def test_repository_that_is_not_cached(name: str, tag: str, hub_answers: dict[str, list[str]]) -> None:
     kind, text = hub_answers[name]
     assert kind == "WeightsError" and f"no weights for {tag}" in text and "--weights FILE" in text
 
 
 @pytest.mark.parametrize("name", ["missing", "extra", "nan"])
-def test_weights_from_the_hub_are_checked_as_strictly_as_a_file(
-    name: str, hub_answers: dict[str, list[str]]
-) -> None:
+def test_weights_from_the_hub_are_checked_as_strictly_as_a_file(name: str, hub_answers: dict[str, list[str]]) -> None:
     assert hub_answers[f"hf-hub:me/{name}"][0] == "WeightsError"

@@ -98,14 +98,10 @@ def test_any_real_number_between_0_and_1_will_do(fpr: float) -> None:
     check_fpr(fpr)
 
 
-@pytest.mark.parametrize(
-    ("fpr", "needed"), [(0.05, 19), (0.01, 99), (1 / 3, 2), (0.5, 1), (0.001, 999), (0.07, 14)]
-)
+@pytest.mark.parametrize(("fpr", "needed"), [(0.05, 19), (0.01, 99), (1 / 3, 2), (0.5, 1), (0.001, 999), (0.07, 14)])
 def test_refusal_names_the_images_needed(fpr: float, needed: int) -> None:
     check_fpr(fpr, needed)
-    with pytest.raises(
-        UsageError, match=rf"needs at least {needed} held-out images.*there are {needed - 1}:"
-    ):
+    with pytest.raises(UsageError, match=rf"needs at least {needed} held-out images.*there are {needed - 1}:"):
         check_fpr(fpr, needed - 1)
 
 
@@ -145,9 +141,7 @@ def test_flagged_is_the_same_as_above_the_threshold(ties: bool) -> None:
         n = int(rng.integers(1, 400))
         calibration = np.sort(rng.integers(0, 9, n).astype(float) if ties else rng.normal(size=n))
         between = (calibration[1:] + calibration[:-1]) / 2
-        scores = np.concatenate(
-            [calibration, between, [calibration[0] - 1, calibration[-1] + 1, -np.inf, np.inf]]
-        )
+        scores = np.concatenate([calibration, between, [calibration[0] - 1, calibration[-1] + 1, -np.inf, np.inf]])
         on_the_grid = float(rng.integers(1, n + 1)) / (n + 1)
         decimal = round(float(rng.uniform(1 / (n + 1), 1)), int(rng.integers(1, 10)))
         for fpr in (on_the_grid, decimal):
@@ -194,9 +188,7 @@ def test_share_above_the_threshold_is_at_most_the_rate(fpr: float) -> None:
 
 @pytest.mark.parametrize("n", [3, 4, 5, 8, 19, 20, 95, 1000])
 @pytest.mark.parametrize(("calibration", "validation"), [(0.2, 0.05), (0.4, 0.4), (0.49, 0.49), (0.01, 0.01)])
-def test_split_is_disjoint_whole_sorted_and_never_empty(
-    n: int, calibration: float, validation: float
-) -> None:
+def test_split_is_disjoint_whole_sorted_and_never_empty(n: int, calibration: float, validation: float) -> None:
     rows = split(n, calibration, validation, seed=0)
     parts = (rows.training, rows.validation, rows.calibration)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(n))

@@ -224,9 +224,7 @@ def as_folder(files: list[str], folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "kind", ["folder", "path", "pil", "array", "floats", "tensor", "loader", "generator"]
-)
+@pytest.mark.parametrize("kind", ["folder", "path", "pil", "array", "floats", "tensor", "loader", "generator"])
 def test_every_source_gives_the_same_detector(
     fitted: Detector, small: dict[str, Any], files: list[str], tmp_path: Path, kind: str
 ) -> None:
@@ -252,21 +250,15 @@ def test_loader_can_be_scored(fitted: Detector, fresh: list[str], labels: bool) 
     np.testing.assert_allclose(scores.ood_score, fitted.score(fresh).ood_score, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "batch", [torch.zeros(3, 8, 8), "text", (), None], ids=["3d", "text", "empty", "none"]
-)
+@pytest.mark.parametrize("batch", [torch.zeros(3, 8, 8), "text", (), None], ids=["3d", "text", "empty", "none"])
 def test_loader_of_something_else_is_refused(fitted: Detector, batch: object) -> None:
     with pytest.raises(UsageError, match=r"a loader must give .*\(B, 3, H, W\)"):
         fitted.score(iter([batch]))
 
 
 @pytest.mark.parametrize("method", ["fit", "score"])
-@pytest.mark.parametrize(
-    "source", [[], iter(()), "missing/folder", 7], ids=["list", "loader", "missing", "number"]
-)
-def test_nothing_to_read_is_refused(
-    fitted: Detector, small: dict[str, Any], method: str, source: object
-) -> None:
+@pytest.mark.parametrize("source", [[], iter(()), "missing/folder", 7], ids=["list", "loader", "missing", "number"])
+def test_nothing_to_read_is_refused(fitted: Detector, small: dict[str, Any], method: str, source: object) -> None:
     detector = fitted if method == "score" else Detector(**small)
     with pytest.raises(UsageError):
         getattr(detector, method)(iter(()) if hasattr(source, "__next__") else source)
@@ -278,9 +270,7 @@ def test_empty_folder_is_refused(fitted: Detector, small: dict[str, Any], tmp_pa
             action(tmp_path)
 
 
-def test_duplicates_count_once(
-    fitted: Detector, small: dict[str, Any], files: list[str], tmp_path: Path
-) -> None:
+def test_duplicates_count_once(fitted: Detector, small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
     """A copy under another name would otherwise calibrate with an image that was trained on."""
     copies = [tmp_path / f"copy_{i}.png" for i in range(5)]
     for copy, file in zip(copies, files, strict=False):
@@ -301,9 +291,7 @@ def test_path_given_twice_is_one_row(fitted: Detector, fresh: list[str]) -> None
     assert fitted.score([fresh[0], fresh[1], fresh[0]]).path == fresh[:2]
 
 
-def test_palette_pictures_with_other_colours_are_other_images(
-    small: dict[str, Any], files: list[str]
-) -> None:
+def test_palette_pictures_with_other_colours_are_other_images(small: dict[str, Any], files: list[str]) -> None:
     """The same indices into two palettes: the bytes of the pixels are equal, the pictures are not."""
     first = [picture.quantize(16) for picture in pictures(files)]
     second = [picture.copy() for picture in first]
@@ -507,9 +495,7 @@ def test_every_head_can_be_the_score(
     assert len(set(scores.ood_score)) == 20
     pixels = torch.stack([detector.extractor_.transform(picture) for picture in pictures(fresh)])
     heads = detector.all_heads(detector.extractor_(pixels))
-    assert set(heads) == {"featdiff", "layerwise", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2"} - {
-        head
-    }
+    assert set(heads) == {"featdiff", "layerwise", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2"} - {head}
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-4, atol=1e-5)
 
 
@@ -539,9 +525,7 @@ def test_joint_is_one_network_over_all_layers(small: dict[str, Any], files: list
     assert not any(name.startswith("denoiser.layers.") for name in names)
 
 
-def test_several_steps_and_other_times_work(
-    small: dict[str, Any], files: list[str], fresh: list[str]
-) -> None:
+def test_several_steps_and_other_times_work(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
     one = Detector(**small, start_times=(9,), draws=1).fit(files).score(fresh)
     many = Detector(**small, start_times=(9,), draws=1, stride=3).fit(files).score(fresh)
     assert np.isfinite(many.ood_score).all()
@@ -669,14 +653,10 @@ def test_second_run_computes_nothing_again(small: dict[str, Any], files: list[st
     np.testing.assert_array_equal(first.calibration_, second.calibration_)
 
 
-def test_other_rate_or_head_needs_no_new_training(
-    small: dict[str, Any], files: list[str], tmp_path: Path
-) -> None:
+def test_other_rate_or_head_needs_no_new_training(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
     Detector(**small, cache=tmp_path).fit(files)
     stages: list[str] = []
-    Detector(**{**small, "fpr": 0.3, "head": "mse"}, cache=tmp_path).fit(
-        files, lambda s, *_: stages.append(s)
-    )
+    Detector(**{**small, "fpr": 0.3, "head": "mse"}, cache=tmp_path).fit(files, lambda s, *_: stages.append(s))
     assert "training" not in stages
 
 
@@ -718,9 +698,7 @@ def test_stopped_training_goes_on_to_the_same_scores(
     np.testing.assert_array_equal(resumed.score(fresh).ood_score, through.score(fresh).ood_score)
 
 
-def test_stopped_extraction_keeps_what_was_computed(
-    small: dict[str, Any], files: list[str], tmp_path: Path
-) -> None:
+def test_stopped_extraction_keeps_what_was_computed(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
     arguments = {**small, "image_batch": 8, "cache": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         Detector(**arguments).fit(files, interrupt("features", 16))
@@ -730,9 +708,7 @@ def test_stopped_extraction_keeps_what_was_computed(
     assert len(FeatureStore(folder, 80)) == 40
 
 
-def test_stopped_second_fit_never_gives_mixed_scores(
-    small: dict[str, Any], files: list[str], fresh: list[str]
-) -> None:
+def test_stopped_second_fit_never_gives_mixed_scores(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
     """Half-trained networks with the calibration of an earlier fit: no answer is better than that one."""
     detector = Detector(**small, seed=4).fit(files)
     before = detector.score(fresh).ood_score
@@ -772,9 +748,7 @@ def test_damaged_checkpoint_is_as_good_as_none(
     np.testing.assert_array_equal(detector.calibration_, fitted.calibration_)
 
 
-def test_cache_that_cannot_be_written_is_one_line(
-    small: dict[str, Any], files: list[str], tmp_path: Path
-) -> None:
+def test_cache_that_cannot_be_written_is_one_line(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FeatdiffError, match=r"cache .*file.* cannot be written.*--cache") as caught:
         Detector(**small, cache=tmp_path / "file").fit(files)
@@ -800,10 +774,7 @@ def test_cache_that_cannot_be_written_is_one_line(
             )
             for value in (0, -1, "3", None, True)
         ),
-        *(
-            ({name: 1.5}, name)
-            for name in ("hidden_max", "blocks", "timesteps", "draws", "image_batch", "workers")
-        ),
+        *(({name: 1.5}, name) for name in ("hidden_max", "blocks", "timesteps", "draws", "image_batch", "workers")),
         ({"hidden_ratio": float("nan")}, "hidden_ratio"),
         ({"stride": 0}, "stride"),
         ({"stride": 2.5}, "stride"),
@@ -888,9 +859,7 @@ def test_unfitted_detector_says_so(files: list[str], action: Callable[[Detector,
         action(Detector(), files)
 
 
-def test_config_is_plain_and_holds_what_was_given(
-    fitted: Detector, small: dict[str, Any], tmp_path: Path
-) -> None:
+def test_config_is_plain_and_holds_what_was_given(fitted: Detector, small: dict[str, Any], tmp_path: Path) -> None:
     fitted.save_pretrained(tmp_path / "model")
     config = load(tmp_path / "model")[0]
     assert config["layers"] == {"layer1": 32, "layer2": 48}

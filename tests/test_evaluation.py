@@ -42,9 +42,7 @@ def sharp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(
-    tiny_detector: Detector, tiles: Path, sharp: Path, sample_folders: dict[str, Path]
-) -> dict[str, Any]:
+def result(tiny_detector: Detector, tiles: Path, sharp: Path, sample_folders: dict[str, Path]) -> dict[str, Any]:
     digits = sorted(map(str, sample_folders["digits"].iterdir()))[:16]
     return evaluate_detector(tiny_detector, tiles, {"sharp": sharp, "digits": digits})
 

@@ -79,9 +79,7 @@ def test_vit_auto_takes_evenly_spaced_blocks_to_the_last() -> None:
     extractor = FeatureExtractor(found)
     assert extractor.layers == tuple(f"blocks.{i}" for i in (1, 3, 4, 6, 8))
     with torch.inference_mode():
-        maps = found.model.forward_intermediates(
-            images("test_vit3"), output_fmt="NCHW", intermediates_only=True
-        )
+        maps = found.model.forward_intermediates(images("test_vit3"), output_fmt="NCHW", intermediates_only=True)
     expected = torch.cat([maps[i].mean((2, 3)) for i in (1, 3, 4, 6, 8)], 1)
     torch.testing.assert_close(extractor(images("test_vit3")), expected, rtol=1e-4, atol=1e-5)
 
@@ -313,9 +311,7 @@ def test_module_layers_of_every_kind() -> None:
     with torch.no_grad():
         first = model.maps(PIXELS)
         normed = model.norm(first).mean((2, 3))
-        expected = torch.cat(
-            [first.mean((2, 3)), normed, normed, normed, 2 * normed, model.vector(normed)], 1
-        )
+        expected = torch.cat([first.mean((2, 3)), normed, normed, normed, 2 * normed, model.vector(normed)], 1)
     torch.testing.assert_close(extractor(PIXELS), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -459,9 +455,7 @@ def test_key_is_the_same_for_the_same_work(seeded_backbone: Path) -> None:
 def test_key_does_not_depend_on_the_name_of_the_file(seeded_backbone: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(seeded_backbone.read_bytes())
-    keys = {
-        FeatureExtractor(load_backbone("test_resnet", weights=file)).key() for file in (seeded_backbone, copy)
-    }
+    keys = {FeatureExtractor(load_backbone("test_resnet", weights=file)).key() for file in (seeded_backbone, copy)}
     assert len(keys) == 1
 
 
@@ -471,9 +465,7 @@ def test_key_changes_with_weights_layers_transform_and_note(seeded_backbone: Pat
     other = tmp_path / "other.safetensors"
     save_file(state, other)
 
-    def extractor(
-        weights: Path = seeded_backbone, layers: Any = "layer1,layer2", **transform: Any
-    ) -> FeatureExtractor:
+    def extractor(weights: Path = seeded_backbone, layers: Any = "layer1,layer2", **transform: Any) -> FeatureExtractor:
         return FeatureExtractor(load_backbone("test_resnet", weights=weights, transform=transform), layers)
 
     keys = [

@@ -101,9 +101,7 @@ def test_odd_numbers_of_draws_work(draws: int) -> None:
 
 
 def test_same_seed_same_module_other_seed_another() -> None:
-    first, again, other = (
-        DiffusionHeads(WIDTHS, **(SETTINGS | {"seed": seed})).state_dict() for seed in (1, 1, 2)
-    )
+    first, again, other = (DiffusionHeads(WIDTHS, **(SETTINGS | {"seed": seed})).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["noise"], other["noise"])
     name = "denoiser.layers.0.project_in.weight"

@@ -261,9 +261,7 @@ def test_one_bit(name: str) -> None:
 DEEP = [0, 128, 129, 257, 1000, 25700, 32767, 32768, 65406, 65407, 65535]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("TIFF", "<i4")]
-)
+@pytest.mark.parametrize(("name", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("TIFF", "<i4")])
 def test_16_bit_grey_is_divided_by_257(name: str, dtype: str) -> None:
     """A fixed scale: never the brightest pixel of the picture at hand, never cut off at 255."""
     data = encoded(Image.fromarray(np.array([DEEP], dtype)), name)
@@ -619,9 +617,7 @@ def test_pictures_in_memory_that_look_different_have_different_digests(what: str
     assert digest(first()) == digest(first())
 
 
-@pytest.mark.parametrize(
-    "content", [encoded(noise()), b"text", encoded(noise())[:900]], ids=["good", "text", "cut"]
-)
+@pytest.mark.parametrize("content", [encoded(noise()), b"text", encoded(noise())[:900]], ids=["good", "text", "cut"])
 def test_known_content_is_not_decoded(content: bytes) -> None:
     known = {digest(content)}
     loaded = load(HeldRef("x", content), never, known=known)

@@ -118,9 +118,7 @@ def test_interval_is_reproducible_and_holds_the_estimate() -> None:
 def test_interval_is_near_a_bootstrap_by_hand_with_scikit_learn(ties: bool) -> None:
     home, away = make(ties, 150, 100)
     rng = np.random.default_rng(5)
-    areas = [
-        roc_auc_score(*labelled(rng.choice(home, len(home)), rng.choice(away, len(away)))) for _ in range(300)
-    ]
+    areas = [roc_auc_score(*labelled(rng.choice(home, len(home)), rng.choice(away, len(away)))) for _ in range(300)]
     expected = np.quantile(areas, [0.025, 0.975])
     assert bootstrap_auroc(home, away, resamples=2000) == pytest.approx(tuple(expected), abs=0.02)
 

@@ -41,11 +41,7 @@ def edit_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 @contextmanager
@@ -102,9 +98,7 @@ def test_loaded_detector_gives_the_same_bits(
     features = torch.randn(4, sum(loaded.extractor_.widths), generator=torch.Generator().manual_seed(0))
     for name, values in tiny_detector.all_heads(features).items():
         np.testing.assert_array_equal(values, loaded.all_heads(features)[name])
-    facts = [
-        (d.n_images_, d.validation_loss_, d.fpr, d.seed, d.head, d.recipe) for d in (tiny_detector, loaded)
-    ]
+    facts = [(d.n_images_, d.validation_loss_, d.fpr, d.seed, d.head, d.recipe) for d in (tiny_detector, loaded)]
     assert facts[0] == facts[1]
 
 
@@ -122,26 +116,20 @@ def test_config_names_format_and_backbone(tiny_detector: Detector, tiny_model: P
     assert config["format"] == "featdiff"
     assert config["format_version"] == FORMAT_VERSION
     assert config["backbone"]["fingerprint"] == tiny_detector.extractor_.backbone.fingerprint
-    assert config["layers"] == dict(
-        zip(tiny_detector.extractor_.layers, tiny_detector.extractor_.widths, strict=True)
-    )
+    assert config["layers"] == dict(zip(tiny_detector.extractor_.layers, tiny_detector.extractor_.widths, strict=True))
     assert config["images"] == {"different": 390, "calibration": 78}
     assert len(tensors["calibration"]) == 78
 
 
 def test_runtime_arguments_are_not_part_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
-    assert not {"device", "image_batch", "workers", "max_pixels", "cache"} & set(
-        load(tiny_model)[0]["arguments"]
-    )
+    assert not {"device", "image_batch", "workers", "max_pixels", "cache"} & set(load(tiny_model)[0]["arguments"])
     loaded = Detector.from_pretrained(tiny_model, image_batch=5, workers=2, max_pixels=99, cache=tmp_path)
     assert (loaded.image_batch, loaded.workers, loaded.max_pixels) == (5, 2, 99)
     assert loaded.cache == tmp_path
 
 
 @pytest.mark.parametrize("setting", [{"head": "mse"}, {"draws": 4}, {"seed": 7}, {"image_bach": 4}])
-def test_only_runtime_arguments_can_be_changed_when_loading(
-    tiny_model: Path, setting: dict[str, Any]
-) -> None:
+def test_only_runtime_arguments_can_be_changed_when_loading(tiny_model: Path, setting: dict[str, Any]) -> None:
     """Another head or noise would make every p-value wrong without a word."""
     with pytest.raises((TypeError, UsageError), match=next(iter(setting))):
         Detector.from_pretrained(tiny_model, **setting)
@@ -333,9 +321,7 @@ def test_file_in_place_of_a_folder_is_refused(model: Path) -> None:
 # ---- the backbone behind the model ----
 
 
-def test_other_weights_of_the_same_network_are_refused(
-    tiny_model: Path, seeded_backbone: Path, tmp_path: Path
-) -> None:
+def test_other_weights_of_the_same_network_are_refused(tiny_model: Path, seeded_backbone: Path, tmp_path: Path) -> None:
     state = load_file(seeded_backbone)
     name = next(name for name in state if name.endswith("weight"))
     state[name].flatten()[0] += 1e-3  # one number of one tensor is enough
@@ -589,9 +575,7 @@ def test_half_a_hub_repository_is_refused(hub_cache: Path, tiny_model: Path) -> 
         Detector.from_pretrained("someone/half", local_files_only=True)
 
 
-def test_folder_goes_before_a_hub_name(
-    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_goes_before_a_hub_name(hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save("someone/model", facts(number=3), SMALL)
     assert locate("someone/model") == Path("someone/model")

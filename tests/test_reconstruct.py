@@ -67,9 +67,7 @@ def test_stride_one_equals_the_ddim_loop_of_diffusers(x: Tensor, start: int) -> 
     from diffusers import DDIMScheduler
 
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 100) ** 2
-    reference = DDIMScheduler(
-        num_train_timesteps=100, trained_betas=betas, prediction_type="sample", clip_sample=False
-    )
+    reference = DDIMScheduler(num_train_timesteps=100, trained_betas=betas, prediction_type="sample", clip_sample=False)
     reference.set_timesteps(100)
     network, noise = random_network(6), draw_noise(1, 6, seed=2)
     x_t = reference.add_noise(x, noise.expand(5, -1), torch.full((5,), start))
@@ -182,9 +180,7 @@ def test_ideal_denoiser_leaves_the_known_residual(start: int) -> None:
     x_hat = reconstruct(IdealGaussian(variance), make_scheduler(), x, noise, start).mean(1)
     expected = (1 - a) / (a * variance + 1 - a) * x
     torch.testing.assert_close(x - x_hat, expected, rtol=1e-4, atol=1e-5)
-    assert (expected[:, 3] / x[:, 3]).mean() > (
-        expected[:, 0] / x[:, 0]
-    ).mean()  # rare directions are lost first
+    assert (expected[:, 3] / x[:, 3]).mean() > (expected[:, 0] / x[:, 0]).mean()  # rare directions are lost first
 
 
 def test_ideal_denoiser_has_the_bayes_error_on_average() -> None:

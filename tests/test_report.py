@@ -36,9 +36,7 @@ AWKWARD = [
 ]
 
 
-def make(
-    paths: list[str], unreadable: dict[int, str] | None = None, layers: tuple[str, ...] = ("l1", "l4")
-) -> Scores:
+def make(paths: list[str], unreadable: dict[int, str] | None = None, layers: tuple[str, ...] = ("l1", "l4")) -> Scores:
     """Rows with scores -1.5, 0.5, 2.5 ...; every other one is flagged."""
     n, bad = len(paths), unreadable or {}
     good = np.array([i not in bad for i in range(n)], dtype=bool)

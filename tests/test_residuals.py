@@ -31,9 +31,7 @@ def test_mse_equals_numpy_layer_by_layer(pair: tuple[Tensor, Tensor]) -> None:
 
 def test_mfsim_equals_the_cosine_distance_of_scikit_learn(pair: tuple[Tensor, Tensor]) -> None:
     x, x_hat = pair
-    expected = np.stack(
-        [paired_cosine_distances(x[:, i:j].numpy(), x_hat[:, i:j].numpy()) for i, j in ENDS], axis=1
-    )
+    expected = np.stack([paired_cosine_distances(x[:, i:j].numpy(), x_hat[:, i:j].numpy()) for i, j in ENDS], axis=1)
     np.testing.assert_allclose(mfsim(x, x_hat, WIDTHS).numpy(), expected, atol=1e-6)
 
 
@@ -108,8 +106,6 @@ def test_a_layer_is_measured_by_itself(
 
 
 @pytest.mark.parametrize("distance", [mse, mfsim], ids=["mse", "mfsim"])
-def test_widths_that_do_not_fit_are_refused(
-    distance: Callable[..., Tensor], pair: tuple[Tensor, Tensor]
-) -> None:
+def test_widths_that_do_not_fit_are_refused(distance: Callable[..., Tensor], pair: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(RuntimeError, match="split"):
         distance(*pair, (3, 1, 5))

@@ -353,9 +353,7 @@ def latin1_file(tmp_path: Path) -> bytes:
 
 @posix
 @pytest.mark.parametrize("way", ["folder", "glob", "stdin", "path"])
-def test_name_that_is_not_utf8_is_read_and_printed_as_unicode(
-    tmp_path: Path, latin1_file: bytes, way: str
-) -> None:
+def test_name_that_is_not_utf8_is_read_and_printed_as_unicode(tmp_path: Path, latin1_file: bytes, way: str) -> None:
     source = {"folder": tmp_path, "glob": f"{tmp_path}/*.png", "stdin": "-", "path": os.fsdecode(latin1_file)}
     (ref,) = list_images(source[way], io.BytesIO(latin1_file + b"\n"))
     assert ref.path == f"{tmp_path}/caf\\xe9.png"
@@ -554,9 +552,7 @@ def test_compressed_tar_under_a_plain_name(tmp_path: Path) -> None:
         ("test/deep/c.png", ["test/deep/c.png"]),
     ],
 )
-def test_folder_or_file_inside_an_archive(
-    tmp_path: Path, suffix: str, inside: str, expected: list[str]
-) -> None:
+def test_folder_or_file_inside_an_archive(tmp_path: Path, suffix: str, inside: str, expected: list[str]) -> None:
     """``train2`` is not inside ``train``."""
     members = {name: png() for name in [*MEMBERS, "train2/e.png"]}
     archive = write_archive(tmp_path / f"data{suffix}", members)
@@ -681,9 +677,7 @@ def _patched(archive: Path, local: int, central: int, new: bytes) -> None:
     [((6, 8, struct.pack("<H", 1)), "encrypted"), ((8, 10, struct.pack("<H", 97)), "compression method")],
     ids=["encrypted", "unknown method"],
 )
-def test_zip_member_that_cannot_be_decoded_is_a_row(
-    tmp_path: Path, field: tuple[int, int, bytes], words: str
-) -> None:
+def test_zip_member_that_cannot_be_decoded_is_a_row(tmp_path: Path, field: tuple[int, int, bytes], words: str) -> None:
     archive = write_zip(tmp_path / "data.zip", {"a.png": png(1), "b.png": png(2)})
     _patched(archive, *field)
     bad, good = list_images(archive)

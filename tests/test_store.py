@@ -262,9 +262,7 @@ def test_damaged_shard_is_ignored_and_computed_again(kind: str, part: str, tmp_p
         assert (digest(number) in store) == (number >= 5)
         store.add(digest(number), VECTORS[number])
     np.testing.assert_array_equal(everything(store.table(digests(range(8)))), VECTORS[:8])
-    np.testing.assert_array_equal(
-        everything(FeatureStore(tmp_path, WIDTH).table(digests(range(8)))), VECTORS[:8]
-    )
+    np.testing.assert_array_equal(everything(FeatureStore(tmp_path, WIDTH).table(digests(range(8)))), VECTORS[:8])
 
 
 @pytest.mark.parametrize("part", ["vectors", "digests"])
@@ -331,9 +329,7 @@ def test_extraction_equals_the_extractor_image_by_image(
     expected = torch.cat(
         [extractor(extractor.transform(Image.open(few_images / f"{name}.png"))[None]) for name in "abcdef"]
     )
-    torch.testing.assert_close(
-        torch.from_numpy(everything(store.table(found.digests))), expected, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(torch.from_numpy(everything(store.table(found.digests))), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_second_run_computes_nothing(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
@@ -341,9 +337,7 @@ def test_second_run_computes_nothing(few_images: Path, extractor: FeatureExtract
     second, after = run(few_images, extractor, tmp_path / "cache")
     assert (first.computed, second.computed) == (6, 0)
     assert (first.paths, first.digests) == (second.paths, second.digests)
-    np.testing.assert_array_equal(
-        everything(before.table(first.digests)), everything(after.table(second.digests))
-    )
+    np.testing.assert_array_equal(everything(before.table(first.digests)), everything(after.table(second.digests)))
 
 
 def test_features_are_found_by_content_not_by_name(
@@ -360,9 +354,7 @@ def test_features_are_found_by_content_not_by_name(
     np.testing.assert_array_equal(table[0], table[5])  # b and its copy y
 
 
-def test_copies_in_one_run_are_kept_once(
-    few_images: Path, extractor: FeatureExtractor, tmp_path: Path
-) -> None:
+def test_copies_in_one_run_are_kept_once(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
     for name in "ghi":
         shutil.copy(few_images / "a.png", few_images / f"{name}.png")
     found, store = run(few_images, extractor, tmp_path / "cache")
@@ -492,9 +484,7 @@ def test_interrupt_from_the_progress_bar_keeps_the_batch(
     assert len(FeatureStore(tmp_path, sum(extractor.widths))) == 2
 
 
-def test_damaged_cache_is_mended_by_the_next_run(
-    few_images: Path, extractor: FeatureExtractor, tmp_path: Path
-) -> None:
+def test_damaged_cache_is_mended_by_the_next_run(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
     first, store = run(few_images, extractor, tmp_path)
     before = everything(store.table(first.digests))
     for file in tmp_path.glob("*.npy"):

@@ -217,9 +217,7 @@ def test_trained_network_is_left_ready_for_use_with_its_best_weights() -> None:
     assert not state.denoiser.training
     assert same(state.denoiser.state_dict(), state.best)
     assert state.best_loss == min(losses)
-    assert validation_loss(state.denoiser, data(32, seed=9), make_scheduler(), 0) == pytest.approx(
-        state.best_loss
-    )
+    assert validation_loss(state.denoiser, data(32, seed=9), make_scheduler(), 0) == pytest.approx(state.best_loss)
 
 
 def test_held_out_loss_is_that_of_the_averaged_weights() -> None:
@@ -228,9 +226,7 @@ def test_held_out_loss_is_that_of_the_averaged_weights() -> None:
         if step.val_loss is not None:
             found = validation_loss(state.average.module, data(32, seed=9), make_scheduler(), seed=3)
             assert step.val_loss == found
-            assert step.val_loss != validation_loss(
-                state.denoiser, data(32, seed=9), make_scheduler(), seed=3
-            )
+            assert step.val_loss != validation_loss(state.denoiser, data(32, seed=9), make_scheduler(), seed=3)
 
 
 def test_noise_and_times_change_from_epoch_to_epoch() -> None:

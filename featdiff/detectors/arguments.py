@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..calibration import check_fpr
 from ..exceptions import ModelError, UsageError, did_you_mean
@@ -44,6 +46,11 @@ def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
         raise UsageError(f"seed must be a whole number of 0 or more, not {arguments['seed']!r}")
     if not _is_number(arguments["hidden_ratio"]) or arguments["hidden_ratio"] <= 0:
         raise UsageError(f"hidden_ratio must be a number above 0, not {arguments['hidden_ratio']!r}")
+    for name in ("weights", "cache"):
+        if not isinstance(arguments[name], str | os.PathLike | None):
+            raise UsageError(f"{name} must be a path, not {arguments[name]!r}")
+    if not isinstance(arguments["backbone"], str | nn.Module):
+        raise UsageError(f"backbone must be a name or a module, not {arguments['backbone']!r}")
     for name in ("joint", "pretrained"):
         if not isinstance(arguments[name], bool):
             raise UsageError(f"{name} must be true or false, not {arguments[name]!r}")
@@ -93,6 +100,8 @@ def make_recipe(given: Recipe | Mapping[str, Any] | None) -> Recipe:
     """A recipe from its fields; unknown ones are refused."""
     if isinstance(given, Recipe):
         return given
+    if not isinstance(given, Mapping | None):
+        raise UsageError(f"recipe must be a table of settings, not {given!r}")
     known = list(Recipe.__dataclass_fields__)
     for name in given or {}:
         if name not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -17,10 +18,14 @@ def resume(state: TrainingState, file: Path, device: torch.device) -> None:
         return
     try:
         kept = torch.load(file, map_location=device, weights_only=True)
-    except Exception:  # torch raises nearly anything on a damaged file
+        fresh = copy.deepcopy(state.state_dict())
+        try:
+            state.load_state_dict(kept)
+        except Exception:
+            state.load_state_dict(fresh)
+            raise
+    except Exception:  # torch raises nearly anything on a damaged file, or on one of another version
         file.unlink(missing_ok=True)
-        return
-    state.load_state_dict(kept)
 
 
 def write_checkpoint(state: TrainingState, file: Path) -> None:

@@ -36,6 +36,8 @@ from .arguments import RUNTIME, check_arguments, check_config, check_runtime, ma
 from .checkpoints import resume, write_checkpoint
 from .heads import HEADS, DiffusionHeads
 
+# Raised when the same settings give another result: finished trainings in the cache are not used then.
+_TRAINING_VERSION = 1
 #: A stopped run loses at most this much training, or one epoch if that is longer.
 CHECKPOINT_SECONDS = 10
 # Arguments that are handed on to DiffusionHeads as they are.
@@ -161,6 +163,7 @@ class Detector:
         WeightsError, FeatdiffError
             The backbone cannot be had, the cache cannot be written, or training diverged.
         """
+        vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
         # images -> features
         self.extractor_ = self._extractor()
         found, kept = self._extract(images, progress)
@@ -220,6 +223,7 @@ class Detector:
         heads.denoiser.requires_grad_(True)
         state = start(heads.denoiser, self.recipe, len(rows.training))
         resume(state, checkpoint, self.device)
+        finished = state.done
         validation = heads.normalised(table[rows.validation])
 
         def read(i: np.ndarray) -> Tensor:
@@ -232,7 +236,8 @@ class Detector:
                 saved = time.monotonic()
             if progress:
                 progress("training", step.step, step.steps)
-        write_checkpoint(state, checkpoint)
+        if not finished:
+            write_checkpoint(state, checkpoint)
         heads.early.load_state_dict(state.early)
         heads.denoiser.requires_grad_(False)
         self.validation_loss_ = state.best_loss
@@ -240,7 +245,7 @@ class Detector:
     def _training_key(self, digests: list[bytes]) -> str:
         """A hash of all that decides a training run: images, settings and seed."""
         settings = [self.arguments[name] for name in _HEADS_ARGUMENTS]
-        facts = repr([self.recipe, self.seed, settings, self.calibration, self.validation])
+        facts = repr([_TRAINING_VERSION, self.recipe, self.seed, settings, self.calibration, self.validation])
         return hashlib.sha256(facts.encode() + b"".join(digests)).hexdigest()[:16]
 
     # ---- score ----
@@ -285,10 +290,12 @@ class Detector:
 
     def score_features(self, features: Tensor) -> np.ndarray:
         """Pooled features (B, D) of ``extractor_`` -> ood_score (B,), higher = more OOD."""
+        self.check_fitted("heads_")
         return self.heads_(features, (self.head,))[0][self.head].double().cpu().numpy()
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
+        self.check_fitted("heads_")
         scores, layers = self.heads_(features)
         scores = {"featdiff": scores.pop(self.head)} | scores
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.extractor_.layers)}
@@ -307,9 +314,9 @@ class Detector:
         columns = dict(zip(self.extractor_.layers, layers.T, strict=True))
         return Scores(paths, status, reason, score, p, flagged(p, fpr), columns)
 
-    def check_fitted(self) -> None:
+    def check_fitted(self, needed: str = "calibration_") -> None:
         """Raise ``NotFittedError`` unless there is something to score with."""
-        if not hasattr(self, "calibration_"):
+        if not hasattr(self, needed):
             raise NotFittedError("this detector is not fitted: call fit(images), or Detector.from_pretrained(folder)")
 
     # ---- save and load ----
@@ -332,12 +339,13 @@ class Detector:
         """All that ``config.json`` says besides the format."""
         from importlib.metadata import version
 
+        self.check_fitted()
         backbone = self.extractor_.backbone
         arguments = {name: value for name, value in self.arguments.items() if name not in RUNTIME}
         arguments["backbone"] = backbone.tag
         arguments["transform"] = {} if backbone.source == "module" else backbone.data_config
         arguments["layers"] = self.extractor_.layers
-        arguments["weights"] = os.fspath(arguments["weights"]) if arguments["weights"] else None
+        arguments["weights"] = str(Path(arguments["weights"]).absolute()) if arguments["weights"] else None
         arguments["recipe"] = asdict(self.recipe)
         return {
             "featdiff_version": version("featdiff"),

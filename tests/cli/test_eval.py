@@ -59,9 +59,7 @@ def pair(document: dict[str, Any], ood: str, protocol: str) -> dict[str, Any]:
 
 
 def test_json_contract(evaluate: Cli, sets: dict[str, Path], tiny_detector: Detector) -> None:
-    result = evaluate(
-        "--id", sets["id"], "--ood", f"d={sets['digits']}", "--ood", f"s={sets['sharp']}", "--json"
-    )
+    result = evaluate("--id", sets["id"], "--ood", f"d={sets['digits']}", "--ood", f"s={sets['sharp']}", "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert list(document) == ["id", "model", "pairs"]
@@ -81,16 +79,12 @@ def test_json_contract(evaluate: Cli, sets: dict[str, Path], tiny_detector: Dete
     assert pair(document, "d", "matched")["heads"] == pair(document, "d", "as-published")["heads"]
     scores = [tiny_detector.score(sets[name]).ood_score for name in ("id", "sharp")]
     expected = roc_auc_score([0] * 16 + [1] * 20, [*scores[0], *scores[1]])
-    assert pair(document, "s", "as-published")["heads"]["featdiff"]["auroc"] == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert pair(document, "s", "as-published")["heads"]["featdiff"]["auroc"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("protocol", ["matched", "as-published"])
 def test_one_protocol_can_be_asked_for(evaluate: Cli, sets: dict[str, Path], protocol: str) -> None:
-    result = evaluate(
-        "--id", sets["id"], "--ood", f"digits={sets['digits']}", "--json", "-q", "--protocol", protocol
-    )
+    result = evaluate("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--json", "-q", "--protocol", protocol)
     assert (result.exit_code, result.stderr) == (0, "")
     assert [p["protocol"] for p in json.loads(result.stdout)["pairs"]] == [protocol]
 
@@ -98,9 +92,7 @@ def test_one_protocol_can_be_asked_for(evaluate: Cli, sets: dict[str, Path], pro
 def test_several_in_domain_sources(evaluate: Cli, sets: dict[str, Path]) -> None:
     first, *others = sorted(sets["id"].iterdir())
     arguments = [part for file in others for part in ("--id", file)]
-    result = evaluate(
-        "--id", first, *arguments, "--ood", f"digits={sets['digits']}", "--json", "--protocol", "matched"
-    )
+    result = evaluate("--id", first, *arguments, "--ood", f"digits={sets['digits']}", "--json", "--protocol", "matched")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pairs"][0]["n_id"] == 16
 
@@ -119,17 +111,13 @@ def test_table_is_for_people(evaluate: Cli, sets: dict[str, Path]) -> None:
     assert [cell for cell in numbers if cell not in line] == []
 
 
-def test_name_may_hold_anything_but_an_equals_sign(
-    evaluate: Cli, sets: dict[str, Path], tmp_path: Path
-) -> None:
+def test_name_may_hold_anything_but_an_equals_sign(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
     """Only the first = separates: paths may hold more of them."""
     odd = tmp_path / "a=b"
     odd.mkdir()
     for file in sets["digits"].iterdir():
         (odd / file.name).write_bytes(file.read_bytes())
-    result = evaluate(
-        "--id", sets["id"], "--ood", f"hand-written digits={odd}", "--json", "--protocol", "matched"
-    )
+    result = evaluate("--id", sets["id"], "--ood", f"hand-written digits={odd}", "--json", "--protocol", "matched")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pairs"][0]["ood"] == "hand-written digits"
 
@@ -164,9 +152,7 @@ def test_both_sides_are_needed(evaluate: Cli, sets: dict[str, Path]) -> None:
 
 
 def test_sets_that_cannot_be_read(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
-    fails(
-        evaluate("--id", sets["id"], "--ood", f"a={tmp_path}"), 2, str(tmp_path), "no images in this folder"
-    )
+    fails(evaluate("--id", sets["id"], "--ood", f"a={tmp_path}"), 2, str(tmp_path), "no images in this folder")
     fails(evaluate("--id", sets["id"], "--ood", "a=/gone"), 2, "/gone", "no such file or folder")
     (tmp_path / "bad.png").write_text("hello")
     fails(evaluate("--id", sets["id"], "--ood", f"broken={tmp_path}"), 2, "'broken'")

@@ -78,9 +78,7 @@ def test_backbone_is_not_needed(featdiff_cli: Cli, model: Path) -> None:
 
 
 def test_missing_model(featdiff_cli: Cli, tmp_path: Path) -> None:
-    fails(
-        featdiff_cli("info", tmp_path / "gone"), 1, str(tmp_path / "gone"), "no such folder", "featdiff train"
-    )
+    fails(featdiff_cli("info", tmp_path / "gone"), 1, str(tmp_path / "gone"), "no such folder", "featdiff train")
     fails(featdiff_cli("info", tmp_path), 1, "has no config.json and model.safetensors")
 
 

@@ -183,9 +183,7 @@ def test_doctor_names_the_cache(featdiff_cli: Cli, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "cache" / "features").exists()  # looking changes nothing
 
 
-def test_doctor_says_what_is_wrong(
-    featdiff_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_says_what_is_wrong(featdiff_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file where the cache folder should be."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEATDIFF_CACHE", str(tmp_path / "file" / "cache"))
@@ -201,8 +199,7 @@ def test_doctor_says_what_is_wrong(
 def packages_on_disk() -> dict[str, Path]:
     """Import name -> folder of everything that must be in the wheel."""
     found = {
-        ".".join(file.parent.relative_to(ROOT).parts): file.parent
-        for file in (ROOT / "featdiff").rglob("__init__.py")
+        ".".join(file.parent.relative_to(ROOT).parts): file.parent for file in (ROOT / "featdiff").rglob("__init__.py")
     }
     for file in (ROOT / "cli").rglob("__init__.py"):
         inner = file.parent.relative_to(ROOT / "cli").parts

@@ -96,10 +96,7 @@ def test_every_format_holds_the_same_rows(
     if kind == "csv":
         found: list[Any] = rows_of(file.read_text())
         expected = [
-            {
-                k: "" if v is None else str(v).lower() if isinstance(v, bool) else str(v)
-                for k, v in row.items()
-            }
+            {k: "" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for k, v in row.items()}
             for row in reference
         ]
         assert found == expected
@@ -196,18 +193,12 @@ def test_missing_file_among_others_is_a_row(
 
 def test_empty_and_missing_folders(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    fails(
-        featdiff_cli("score", tmp_path / "empty", "-m", tiny_model), 2, str(tmp_path / "empty"), "no images"
-    )
-    fails(
-        featdiff_cli("score", tmp_path / "gone", "-m", tiny_model), 2, str(tmp_path / "gone"), "no such file"
-    )
+    fails(featdiff_cli("score", tmp_path / "empty", "-m", tiny_model), 2, str(tmp_path / "empty"), "no images")
+    fails(featdiff_cli("score", tmp_path / "gone", "-m", tiny_model), 2, str(tmp_path / "gone"), "no such file")
     fails(featdiff_cli("score", tmp_path / "*.gif", "-m", tiny_model), 2, "no file matches")
 
 
-def test_path_given_twice_is_one_row(
-    featdiff_cli: Cli, tiny_model: Path, few_images: Path, files: list[str]
-) -> None:
+def test_path_given_twice_is_one_row(featdiff_cli: Cli, tiny_model: Path, few_images: Path, files: list[str]) -> None:
     result = featdiff_cli("score", files[3], few_images, files[3], "-m", tiny_model, "-q")
     assert [row["path"] for row in rows_of(result.stdout)] == [files[3], *files[:3], *files[4:]]
 
@@ -291,9 +282,7 @@ def test_images_must_be_named(featdiff_cli: Cli, tiny_model: Path) -> None:
     fails(featdiff_cli("score", "-m", tiny_model), 2, "IMAGES")
 
 
-def test_output_in_a_missing_folder(
-    featdiff_cli: Cli, tiny_model: Path, few_images: Path, tmp_path: Path
-) -> None:
+def test_output_in_a_missing_folder(featdiff_cli: Cli, tiny_model: Path, few_images: Path, tmp_path: Path) -> None:
     file = tmp_path / "gone" / "rows.csv"
     fails(
         featdiff_cli("score", few_images, "-m", tiny_model, "-o", file),
@@ -314,9 +303,7 @@ def test_full_disk(featdiff_cli: Cli, tiny_model: Path, few_images: Path, kind: 
     fails(result, 1, "No space left on device")
 
 
-def test_damaged_model_is_one_line(
-    featdiff_cli: Cli, tiny_model: Path, few_images: Path, tmp_path: Path
-) -> None:
+def test_damaged_model_is_one_line(featdiff_cli: Cli, tiny_model: Path, few_images: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     data = (tmp_path / "model" / "model.safetensors").read_bytes()
     (tmp_path / "model" / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -340,9 +327,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_ctrl_c_keeps_the_rows_so_far(
-    tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_ctrl_c_keeps_the_rows_so_far(tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     process = subprocess.Popen(
         [
@@ -384,9 +369,7 @@ def test_ctrl_c_keeps_the_rows_so_far(
     assert len(errors.splitlines()) == 1, errors
 
 
-def test_reader_that_has_seen_enough(
-    tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_reader_that_has_seen_enough(tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path) -> None:
     """``featdiff score ... | head -1``: no traceback, nothing at exit."""
     run = subprocess.run(
         [

@@ -24,9 +24,7 @@ Cli = Callable[..., Result]
 FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
 
 
-def write_config(
-    file: Path, weights: Path, recipe: str = "epochs = 2, min_steps = 1", more: str = ""
-) -> Path:
+def write_config(file: Path, weights: Path, recipe: str = "epochs = 2, min_steps = 1", more: str = "") -> Path:
     """A config of a detector that trains in a moment: two layers of ``test_resnet`` at 32 px."""
     file.write_text(
         f"""
@@ -193,9 +191,7 @@ def test_sample_set_is_used_loudly_without_images(featdiff_cli: Cli, quick: Path
     assert load(tmp_path / "model")[0]["images"]["different"] == 390
 
 
-@pytest.mark.parametrize(
-    "images", ['["pictures"]', '"pictures"', '["pictures/*.png"]'], ids=["list", "text", "glob"]
-)
+@pytest.mark.parametrize("images", ['["pictures"]', '"pictures"', '["pictures/*.png"]'], ids=["list", "text", "glob"])
 def test_images_named_in_the_config_count_from_its_folder(
     featdiff_cli: Cli, photos: Path, tmp_path: Path, seeded_backbone: Path, images: str
 ) -> None:
@@ -224,9 +220,7 @@ def test_random_backbone_is_called_meaningless_and_can_be_scored(
 ) -> None:
     model = tmp_path / "model"
     config = tmp_path / "run.toml"
-    config.write_text(
-        '[detector]\nlayers = "layer1"\nfpr = 0.2\nblocks = 1\nrecipe = { epochs = 1, min_steps = 1 }\n'
-    )
+    config.write_text('[detector]\nlayers = "layer1"\nfpr = 0.2\nblocks = 1\nrecipe = { epochs = 1, min_steps = 1 }\n')
     options = ("--no-pretrained", "--backbone", "test_resnet", "--config", config)
     result = featdiff_cli("train", photos, *options, "-q", "-o", model)
     assert result.exit_code == 0, result.output
@@ -320,9 +314,7 @@ def test_unreadable_files_are_named_and_give_code_3(
     assert len(Detector.from_pretrained(tmp_path / "model").calibration_) == 8
 
 
-def test_many_unreadable_files_are_counted(
-    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
-) -> None:
+def test_many_unreadable_files_are_counted(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     for i in range(13):
         (tmp_path / "bad" / f"{i}.png").write_bytes(b"")
@@ -445,9 +437,7 @@ def test_full_cache_disk_is_one_line(
     featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, mounted: Callable[[Path, str], Path]
 ) -> None:
     disk = mounted(tmp_path / "disk", "8k")
-    result = featdiff_cli(
-        "train", photos, "--config", quick, "--cache", disk / "cache", "-o", tmp_path / "model"
-    )
+    result = featdiff_cli("train", photos, "--config", quick, "--cache", disk / "cache", "-o", tmp_path / "model")
     fails(result, 1, "feature cache", str(disk / "cache"), "No space left", "--cache")
     assert not list(disk.rglob("*.tmp"))
 
@@ -469,9 +459,7 @@ def test_full_cache_disk_after_training_does_not_matter(
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_while_training(
-    featdiff_cli: Cli, photos: Path, seeded_backbone: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_while_training(featdiff_cli: Cli, photos: Path, seeded_backbone: Path, tmp_path: Path) -> None:
     """A real process: one line, code 130, no model, the features are kept for the next run."""
     endless = write_config(
         tmp_path / "endless.toml",
@@ -503,9 +491,7 @@ def test_ctrl_c_while_training(
     assert not (tmp_path / "model").exists()
     assert not [path.name for path in tmp_path.rglob("*.tmp")]
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
-    result = featdiff_cli(
-        "train", "--config", write_config(tmp_path / "quick.toml", seeded_backbone), *arguments
-    )
+    result = featdiff_cli("train", "--config", write_config(tmp_path / "quick.toml", seeded_backbone), *arguments)
     assert result.exit_code == 0, result.output
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} == kept
     assert "the same command goes on" in errors
