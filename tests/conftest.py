@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,6 @@ TINY: dict[str, Any] = {
     "layers": "layer1,layer2,layer4",
     "recipe": {"epochs": 2, "min_steps": 20, "batch_size": 64},
 }
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -95,6 +86,24 @@ def tiny_model(tiny_detector: Detector, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("saved") / "model"
     tiny_detector.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
+    """Mount a small file system, a real disk that fills: ``mounted(folder, "64k")``."""
+    done: list[Path] = []
+
+    def mount(folder: Path, size: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        done.append(folder)
+        return folder
+
+    yield mount
+    for folder in done:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # loaded tensors may still be mapped
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from featdiff.denoisers import LFDN, LayerwiseLFDN
 
 #: Weights of the released network: 720 features, width 1440, 16 blocks, time embedding 720 from 1440 waves.
 PAPER_WEIGHTS = 86_740_560
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ EXPECTED = {
     "featdiff score images/": 3,  # images/ holds a broken file
     "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
-    "featdiff train --backbone resnet50": 1,  # its weights come from the hub, and tests have none
 }
+#: needs weights from the hub, which tests do not have
+HUB = "featdiff train --backbone resnet50"
 #: commands that install or check the checkout itself; the first two are compared with .ci/run
 SETUP = ("python3 -m venv", ".venv/bin/")
 
@@ -79,16 +81,27 @@ def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
 
 
 def test_commands_of_the_readme(newcomer: Path) -> None:
-    """All of them, in the order of the page, in one folder."""
+    """All of them: those that make models in the order of the page, then the others, two at a time."""
     ran = [command for command in commands() if not command.startswith(SETUP)]
     assert len(ran) >= 12
-    for command in ran:
-        done = shell(command, newcomer)
-        assert done.returncode == EXPECTED.get(command, 0), f"{command}: {done.stderr}"
-        assert "Traceback" not in done.stderr
-        if command == "featdiff train --backbone resnet50":
-            assert "resnet50.a1_in1k" in done.stderr
-            assert "--weights FILE" in done.stderr
+    makers = [command for command in ran if command.startswith("featdiff train photos/")]
+    users = [command for command in ran if command not in makers and command != HUB]
+    with ThreadPoolExecutor(2) as pool:
+        done = [shell(command, newcomer) for command in makers]
+        done += pool.map(lambda command: shell(command, newcomer), users)
+    for command, result in zip(makers + users, done, strict=True):
+        assert result.returncode == EXPECTED.get(command, 0), f"{command}: {result.stderr}"
+        assert "Traceback" not in result.stderr
+
+
+def test_hub_command_of_the_readme_without_a_hub(tmp_path: Path) -> None:
+    """Typed with no folder and no hub: the sample set is named loudly, and the error names the tag and the ways out."""
+    assert HUB in commands()
+    done = shell(HUB, tmp_path)
+    assert done.returncode == 1
+    assert "built-in sample set" in done.stderr
+    for words in ("resnet50.a1_in1k", "connect to the hub", "--weights FILE", "--backbone tf_efficientnet_lite0"):
+        assert words in done.stderr
 
 
 def test_python_blocks_of_the_readme(newcomer: Path) -> None:
@@ -109,6 +122,20 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     first, second = (command for command in commands() if command.startswith("python3 -m venv"))
     assert first.endswith("featdiff demo")
     assert second in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_code_is_clean_by_the_command_of_the_readme() -> None:
+    (line,) = [command for command in commands() if "ruff" in command]
+    done = shell(line.replace(".venv/bin/", f"{Path(sys.executable).parent}{os.sep}"), ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_benchmark_command_of_the_readme_starts() -> None:
+    (line,) = [command for command in commands() if "benchmarks" in command]
+    script = line.split()[1]
+    done = shell(f"{sys.executable} {script} --help", ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--data" in done.stdout
 
 
 def test_every_command_and_exit_code_is_in_the_readme() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,6 @@ from featdiff.features import AUTO_LAYERS, FeatureExtractor, block_normalise, po
 SWIN = "swin_tiny_patch4_window7_224"
 SWIN_ARGS = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 RESNET_LAYERS = ("act1", "layer1", "layer2", "layer3", "layer4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks are faster so, by far when other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -308,6 +299,7 @@ def test_module_layers_of_every_kind() -> None:
     extractor = FeatureExtractor(model, ["maps", "norm", "tokens", "last", "pair", "vector"])
     assert extractor.layers == ("maps", "norm", "tokens", "last", "pair", "vector")
     assert extractor.widths == (4, 4, 4, 4, 4, 6)
+    model.eval()
     with torch.no_grad():
         first = model.maps(PIXELS)
         normed = model.norm(first).mean((2, 3))

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,23 +58,6 @@ def largest_file(size: int) -> Iterator[None]:
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of the saved tiny detector that may be changed."""
     return shutil.copytree(tiny_model, tmp_path / "place" / "model")
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
-    """Mount a small file system: ``mounted(folder, "64k")``."""
-    done: list[Path] = []
-
-    def mount(folder: Path, size: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a file system is not permitted here")
-        done.append(folder)
-
-    yield mount
-    for folder in done:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # loaded tensors may still be mapped
 
 
 # ---- round trip ----

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +10,6 @@ from torch import Tensor, nn
 from featdiff.denoisers import LFDN
 from featdiff.noise import add_noise, draw_noise, make_scheduler
 from featdiff.reconstruct import reconstruct
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class IdealGaussian(nn.Module):

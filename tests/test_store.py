@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,15 +33,6 @@ from featdiff.store import (
 
 WIDTH = 8
 VECTORS = np.random.default_rng(0).normal(size=(60, WIDTH)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks are faster so, by far when other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def digest(number: int) -> bytes:
@@ -499,21 +489,9 @@ def test_damaged_cache_is_mended_by_the_next_run(few_images: Path, extractor: Fe
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, mounted: Callable[[Path, str], Path]) -> Path:
     """A real file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if not sys.platform.startswith("linux") or not shutil.which("mount"):
-        pytest.skip("small disks are made with Linux's mount")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    return mounted(tmp_path / "disk", "256k")
 
 
 def remount(folder: Path, options: str) -> None:

@@ -24,15 +24,6 @@ WIDTH = 4
 SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 16, "min_steps": 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(seed: int = 0, hidden: int = 16) -> LFDN:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

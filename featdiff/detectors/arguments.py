@@ -5,34 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..calibration import check_fpr
-from ..exceptions import ModelError, UsageError, did_you_mean
+from ..exceptions import UsageError, did_you_mean
 from ..training import Recipe
 
 #: Arguments that say how to run, not what the model is: they are not saved, and may differ when it is loaded.
 RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
 _WHOLE = ("hidden_max", "blocks", "timesteps", "draws", "image_batch", "max_pixels")
 _WHOLE_OR_NONE = ("stride", "workers")
-
-
-# What config.json must say: dotted name -> type.
-_CONFIG_KINDS: dict[str, Any] = {
-    "featdiff_version": str,
-    "backbone.tag": str,
-    "backbone.source": str,
-    "backbone.fingerprint": str,
-    "layers": dict,
-    "images.different": int,
-    "images.calibration": int,
-    "validation_loss": (int, float),
-    "arguments": dict,
-}
 
 
 def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
@@ -74,18 +59,6 @@ def check_runtime(arguments: Mapping[str, Any]) -> None:
     for name in ("image_batch", "workers", "max_pixels"):
         if arguments.get(name) is not None and (not _is_whole(arguments[name]) or arguments[name] < 1):
             raise UsageError(f"{name} must be a whole number above 0, not {arguments[name]!r}")
-
-
-def check_config(config: dict[str, Any], folder: Path) -> None:
-    """Whether a saved config says all that is needed to build its detector again (``ModelError``)."""
-    for path, kind in _CONFIG_KINDS.items():
-        value: Any = config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ModelError(
-                f"the model at {folder} is damaged: config.json lacks {path}, or it is not what it should be"
-            )
 
 
 def _is_whole(value: object) -> bool:

@@ -19,7 +19,7 @@ from ..calibration import Split, check_fpr, flagged, p_values, split
 from ..exceptions import ModelError, NotFittedError, UsageError
 from ..features import FeatureExtractor, Layers
 from ..images import MAX_PIXELS, Batch, Transform, batches_from_loader, is_loader, iter_batches, iter_loaded
-from ..persist import check_tensors, load, locate, save
+from ..persist import load, locate, save
 from ..scores import OK, UNREADABLE, Scores
 from ..sources import list_images
 from ..store import (
@@ -32,9 +32,10 @@ from ..store import (
     featurise,
 )
 from ..training import Recipe, start, train
-from .arguments import RUNTIME, check_arguments, check_config, check_runtime, make_recipe, resolve_device
+from .arguments import RUNTIME, check_arguments, make_recipe, resolve_device
 from .checkpoints import resume, write_checkpoint
 from .heads import HEADS, DiffusionHeads
+from .loading import check_backbone, load_tensors, saved_arguments
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 1
@@ -171,9 +172,7 @@ class Detector:
         self.n_images_, self.n_duplicates_ = len(unique), len(found.digests) - len(unique)
         table, rows = kept.table(unique), self._split(len(unique))
         # features -> noise -> denoise -> residual -> fuse
-        self.heads_ = DiffusionHeads(
-            self.extractor_.widths, **{name: self.arguments[name] for name in _HEADS_ARGUMENTS}
-        ).to(self.device)
+        self.heads_ = self._new_heads()
         checkpoint = kept.folder / f"training-{self._training_key(unique)}.pt"
         self._train(table, rows, checkpoint, progress)
         self.heads_.fit_statistics(table[rows.validation])
@@ -189,6 +188,10 @@ class Detector:
         weights, pretrained, model_args = (self.arguments[name] for name in ("weights", "pretrained", "model_args"))
         loaded = load_backbone(given, weights, pretrained, model_args, transform)
         return FeatureExtractor(loaded, layers, self.device)
+
+    def _new_heads(self) -> DiffusionHeads:
+        arguments = {name: self.arguments[name] for name in _HEADS_ARGUMENTS}
+        return DiffusionHeads(self.extractor_.widths, **arguments).to(self.device)
 
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
         kept = FeatureStore(self.cache / "features" / self.extractor_.key(), sum(self.extractor_.widths))
@@ -388,55 +391,14 @@ class Detector:
         """
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
-        detector = cls._from_config(config, folder, backbone, transform, weights, runtime)
-        scores = tensors.pop("calibration", torch.empty(0))
-        detector.heads_ = _load_heads(detector, config, tensors, folder)
-        if scores.dim() != 1 or len(scores) != config["images"]["calibration"] or len(scores) == 0:
-            raise ModelError(
-                f"the model at {folder} is damaged: its calibration scores are not those it was saved with"
-            )
-        detector.calibration_ = np.sort(scores.double().numpy())
-        return detector
-
-    @classmethod
-    def _from_config(
-        cls,
-        config: dict[str, Any],
-        folder: Path,
-        backbone: nn.Module | None,
-        transform: Transform | None,
-        weights: str | os.PathLike[str] | None,
-        runtime: dict[str, Any],
-    ) -> Detector:
-        """A detector with the backbone it was fitted with, or a refusal."""
-        check_runtime(runtime)
-        check_config(config, folder)
-        known = config["backbone"]
-        if known["source"] == "module" and backbone is None:
-            raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({known['tag']})")
-        arguments = config["arguments"] | ({"weights": weights} if weights else {}) | runtime
-        if known["source"] == "module":
-            arguments |= {"backbone": backbone, "transform": transform}
+        arguments = saved_arguments(config, folder, backbone, transform, weights, runtime)
         try:
             detector = cls(**arguments)
             detector.extractor_ = detector._extractor()
         except (TypeError, UsageError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
-        found = detector.extractor_.backbone.fingerprint
-        if found != known["fingerprint"]:
-            raise ModelError(
-                f"the backbone {known['tag']} has other weights than this detector was fitted with (SHA-256 "
-                f"{found[:12]}, expected {known['fingerprint'][:12]}): give the original weights, or train again"
-            )
-        if dict(zip(detector.extractor_.layers, detector.extractor_.widths, strict=True)) != config["layers"]:
-            raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
+        check_backbone(detector.extractor_, config, folder)
+        detector.heads_ = detector._new_heads()
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
         return detector
-
-
-def _load_heads(detector: Detector, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> DiffusionHeads:
-    arguments = {name: detector.arguments[name] for name in _HEADS_ARGUMENTS}
-    heads = DiffusionHeads(detector.extractor_.widths, **arguments)
-    check_tensors(tensors, heads.state_dict(), folder)
-    heads.load_state_dict(tensors)
-    return heads.to(detector.device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from helpers import fails
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from sklearn.metrics import roc_auc_score
@@ -17,18 +18,6 @@ from featdiff import Detector
 
 Cli = Callable[..., Result]
 HEADS = ["featdiff", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2", "layer_layer4"]
-
-
-def fails(result: Result, code: int, *words: str) -> None:
-    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
-    assert result.exit_code == code, result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    for word in words:
-        assert word in lines[0]
-    assert "a bug" not in lines[0]
-    assert result.stdout == ""
 
 
 @pytest.fixture(scope="module")

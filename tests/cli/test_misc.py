@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from helpers import fails
 
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -31,18 +32,6 @@ except SystemExit as end:
     heavy = {"torch", "timm", "diffusers", "numpy", "PIL", "sklearn", "matplotlib", "huggingface_hub"}
     print(end.code, sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
-
-
-def fails(result: Result, code: int, *words: str) -> None:
-    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
-    assert result.exit_code == code, result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    for word in words:
-        assert word in lines[0]
-    assert "a bug" not in lines[0]
-    assert result.stdout == ""
 
 
 # ---- help and version ----

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from click.testing import Result
+from helpers import fails
 
 from featdiff import Detector
 
@@ -28,18 +29,6 @@ COLUMNS = [
     *("path", "status", "reason", "ood_score", "p_value", "is_ood"),
     *("layer_layer1", "layer_layer2", "layer_layer4"),
 ]
-
-
-def fails(result: Result, code: int, *words: str) -> None:
-    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
-    assert result.exit_code == code, result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    for word in words:
-        assert word in lines[0]
-    assert "a bug" not in lines[0]
-    assert result.stdout == ""
 
 
 def rows_of(text: str) -> list[dict[str, str]]:

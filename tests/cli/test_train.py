@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from helpers import fails
 from PIL import Image
 
 from featdiff import Detector
@@ -56,36 +57,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(tmp_path: Path, seeded_backbone: Path) -> Path:
     return write_config(tmp_path / "quick.toml", seeded_backbone)
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
-    """Mount a small file system: ``mounted(folder, "64k")``."""
-    done: list[Path] = []
-
-    def mount(folder: Path, size: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a file system is not permitted here")
-        done.append(folder)
-        return folder
-
-    yield mount
-    for folder in done:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fails(result: Result, code: int, *words: str) -> None:
-    """One line on standard error, no traceback, not called a bug, nothing on standard output."""
-    assert result.exit_code == code, result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    for word in words:
-        assert word in lines[0]
-    assert "a bug" not in lines[0]
-    assert result.stdout == ""
 
 
 # ---- the main path ----

@@ -1,0 +1,85 @@
+"""Saved files -> arguments and tensors of a detector, or a refusal that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..exceptions import ModelError
+from ..features import FeatureExtractor
+from ..images import Transform
+from ..persist import check_tensors
+from .arguments import check_runtime
+from .heads import DiffusionHeads
+
+# What config.json must say: dotted name -> type.
+_CONFIG_KINDS: dict[str, Any] = {
+    "featdiff_version": str,
+    "backbone.tag": str,
+    "backbone.source": str,
+    "backbone.fingerprint": str,
+    "layers": dict,
+    "images.different": int,
+    "images.calibration": int,
+    "validation_loss": (int, float),
+    "arguments": dict,
+}
+
+
+def check_config(config: dict[str, Any], folder: Path) -> None:
+    """Whether a saved config says all that is needed to build its detector again (``ModelError``)."""
+    for path, kind in _CONFIG_KINDS.items():
+        value: Any = config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(
+                f"the model at {folder} is damaged: config.json lacks {path}, or it is not what it should be"
+            )
+
+
+def saved_arguments(
+    config: dict[str, Any],
+    folder: Path,
+    backbone: nn.Module | None,
+    transform: Transform | None,
+    weights: str | os.PathLike[str] | None,
+    runtime: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The constructor's arguments of a saved detector, with what the user gives now in place of what was saved."""
+    check_runtime(runtime)
+    check_config(config, folder)
+    arguments = {**config["arguments"], **({"weights": weights} if weights else {}), **runtime}
+    if config["backbone"]["source"] != "module":
+        return arguments
+    if backbone is None:
+        tag = config["backbone"]["tag"]
+        raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({tag})")
+    return arguments | {"backbone": backbone, "transform": transform}
+
+
+def check_backbone(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
+    """Refuse a backbone whose weights or layers are not those the detector was fitted with."""
+    tag, expected, found = config["backbone"]["tag"], config["backbone"]["fingerprint"], extractor.backbone.fingerprint
+    if found != expected:
+        raise ModelError(
+            f"the backbone {tag} has other weights than this detector was fitted with (SHA-256 {found[:12]}, "
+            f"expected {expected[:12]}): give the original weights, or train again"
+        )
+    if dict(zip(extractor.layers, extractor.widths, strict=True)) != config["layers"]:
+        raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
+
+
+def load_tensors(heads: DiffusionHeads, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
+    """Fill ``heads`` strictly; returns the sorted calibration scores."""
+    scores = tensors.pop("calibration", None)
+    check_tensors(tensors, heads.state_dict(), folder)
+    if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
+        raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+    heads.load_state_dict(tensors)
+    return np.sort(scores.double().numpy())
