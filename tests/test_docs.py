@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from helpers import README, ROOT, blocks, commands, shell
 
 #: commands that end with another code than 0, and why
 EXPECTED = {
@@ -25,16 +21,6 @@ EXPECTED = {
 HUB = "featdiff train --backbone resnet50"
 #: commands that install or check the checkout itself; the first two are compared with .ci/run
 SETUP = ("python3 -m venv", ".venv/bin/")
-
-
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
-
-
-def commands() -> list[str]:
-    """Every line of the bash blocks."""
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +42,6 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, seeded_backbone: Path) ->
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
     shutil.copy(seeded_backbone, folder / "test_resnet.safetensors")
     return folder
-
-
-def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line as a user would, with this environment's featdiff first on the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
@@ -116,20 +94,6 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     first, second = (command for command in commands() if command.startswith("python3 -m venv"))
     assert first.endswith("featdiff demo")
     assert second in (ROOT / ".ci" / "run").read_text().splitlines()
-
-
-def test_code_is_clean_by_the_command_of_the_readme() -> None:
-    (line,) = [command for command in commands() if "ruff" in command]
-    done = shell(line.replace(".venv/bin/", f"{Path(sys.executable).parent}{os.sep}"), ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_benchmark_command_of_the_readme_starts() -> None:
-    (line,) = [command for command in commands() if "benchmarks" in command]
-    script = line.split()[1]
-    done = shell(f"{sys.executable} {script} --help", ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "--data" in done.stdout
 
 
 def test_every_command_and_exit_code_is_in_the_readme() -> None:
