@@ -11,7 +11,6 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL_FOLDER = "featdiff-model"
-_RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
 
 
 def model_option(function: F) -> F:
@@ -51,4 +50,6 @@ def runtime_options(function: F) -> F:
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The runtime options that were given, as arguments of a detector."""
-    return {name: options[name] for name in _RUNTIME if options.get(name) is not None}
+    from featdiff.detectors.arguments import RUNTIME
+
+    return {name: options[name] for name in RUNTIME if options.get(name) is not None}

@@ -5,7 +5,6 @@ The loop knows no files: the caller reads rows, shows progress, stops early and 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -210,15 +209,19 @@ def _close_epoch(state: TrainingState, validation: Tensor, scheduler: DDIMSchedu
     averaged = state.average.module
     loss = validation_loss(averaged, validation, scheduler, seed)
     if state.epoch == 0:
-        state.early = copy.deepcopy(state.denoiser.state_dict())
+        state.early = _snapshot(state.denoiser)
     if loss < state.best_loss:
         state.best_loss, state.stale = loss, 0
-        state.best = copy.deepcopy(averaged.state_dict())
+        state.best = _snapshot(averaged)
     else:
         state.stale += 1
     state.done = state.stale >= patience
     state.epoch += 1
     return loss
+
+
+def _snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 @torch.inference_mode()

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from click.testing import Result
 
 ROOT = Path(__file__).parents[1]
+FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+#: commands that end with another code than 0, and why
+EXPECTED = {
+    "featdiff score images/": 3,  # images/ holds a broken file
+    "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
+    "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
+}
+#: needs weights from the hub, which tests do not have
+HUB = "featdiff train --backbone resnet50"
+#: beginnings of the commands that need no model of the default backbone
+OTHER = ("featdiff backbones", "featdiff doctor", "featdiff train photos/ --backbone test_resnet")
+#: commands that install or check the checkout itself; the first two are compared with .ci/run
+SETUP = ("python3 -m venv", ".venv/bin/")
 
 
 def fails(result: Result, code: int, *words: str) -> None:
@@ -42,3 +60,41 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
     return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block of code as a user would."""
+    return shell(f"{sys.executable} - <<'END'\n{code}\nEND", folder)
+
+
+def newcomer_folder(folder: Path, samples: Path) -> None:
+    """Fill ``folder`` as the README supposes it, from the sample set: photos/, test/, digits/, images/."""
+    for name, source in (("photos", "train"), ("test", "test"), ("digits", "digits")):
+        shutil.copytree(samples / source, folder / name)
+    (folder / "images").mkdir()
+    for file in (*sorted((samples / "test").iterdir())[:20], *sorted((samples / "digits").iterdir())[:10]):
+        shutil.copy(file, folder / "images")
+    (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
+
+
+def stopped(arguments: Sequence[object], ready: Callable[[], object], pause: float = 0.0) -> tuple[int, str, str]:
+    """Run ``featdiff`` as a process and press Ctrl-C ``pause`` seconds after ``ready()``: (code, output, errors)."""
+    process = subprocess.Popen(
+        [FEATDIFF, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        until = time.monotonic() + 100
+        while not ready() and process.poll() is None:
+            assert time.monotonic() < until, "it never got so far"
+            time.sleep(0.01)
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, output, errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +13,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from helpers import fails
+from helpers import FEATDIFF, ROOT, fails
 
 Cli = Callable[..., Result]
-ROOT = Path(__file__).parents[2]
-FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
 COMMANDS = ["train", "score", "eval", "demo", "info", "backbones", "doctor"]
 
 # Runs the installed command and tells which heavy packages it imported, and its exit code.

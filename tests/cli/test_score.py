@@ -5,12 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from click.testing import Result
-from helpers import fails
+from helpers import FEATDIFF, fails, stopped
 
 from featdiff import Detector
 
 Cli = Callable[..., Result]
-FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
 COLUMNS = [
     *("path", "status", "reason", "ood_score", "p_value", "is_ood"),
     *("layer_layer1", "layer_layer2", "layer_layer4"),
@@ -312,41 +307,11 @@ def test_debug_shows_where(
 # ---- real processes ----
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_ctrl_c_keeps_the_rows_so_far(tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
-    process = subprocess.Popen(
-        [
-            FEATDIFF,
-            "score",
-            str(sample_folders["train"]),
-            "-m",
-            str(tiny_model),
-            "-o",
-            str(file),
-            "--batch-size",
-            "4",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        until = time.monotonic() + 100
-        while not (file.exists() and file.stat().st_size) and process.poll() is None:
-            assert time.monotonic() < until, "no rows were written"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130, errors
+    arguments = ["score", sample_folders["train"], "-m", tiny_model, "-o", file, "--batch-size", 4]
+    code, output, errors = stopped(arguments, lambda: file.exists() and file.stat().st_size)
+    assert code == 130, errors
     assert output == ""
     text = file.read_text()
     rows = rows_of(text)
@@ -370,7 +335,6 @@ def test_reader_that_has_seen_enough(tiny_model: Path, sample_folders: dict[str,
         + [str(sample_folders["train"]), str(tiny_model)],
         capture_output=True,
         text=True,
-        env=environment(),
         cwd=tmp_path,
     )
     assert run.stderr == ""

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from helpers import fails
+from helpers import fails, stopped
 from PIL import Image
 
 from featdiff import Detector
 from featdiff.persist import load
 
 Cli = Callable[..., Result]
-FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
 
 
 def write_config(file: Path, weights: Path, recipe: str = "epochs = 2, min_steps = 1", more: str = "") -> Path:
@@ -438,26 +432,10 @@ def test_ctrl_c_while_training(featdiff_cli: Cli, photos: Path, seeded_backbone:
         "epochs = 1000000, patience = 1000000, max_steps = 10000000",
     )
     arguments = [str(photos), "--cache", str(tmp_path / "cache"), "-q", "-o", str(tmp_path / "model")]
-    process = subprocess.Popen(
-        [FEATDIFF, "train", "--config", str(endless), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    code, output, errors = stopped(
+        ["train", "--config", endless, *arguments], lambda: list(tmp_path.glob("cache/features/*/*.npy")), pause=0.7
     )
-    try:
-        until = time.monotonic() + 100
-        while not list(tmp_path.glob("cache/features/*/*.npy")) and process.poll() is None:
-            assert time.monotonic() < until, "no features were written"
-            time.sleep(0.05)
-        time.sleep(0.7)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130, errors
+    assert code == 130, errors
     assert output == ""
     assert not (tmp_path / "model").exists()
     assert not [path.name for path in tmp_path.rglob("*.tmp")]

@@ -1,0 +1,69 @@
+"""The README is true: what is left of its commands and code, all that needs no default backbone (see test_docs)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import HUB, OTHER, README, ROOT, blocks, commands, newcomer_folder, python, shell
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory, sample_folders: dict[str, Path], seeded_backbone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("newcomer")
+    newcomer_folder(folder, sample_folders["train"].parent)
+    shutil.copy(seeded_backbone, folder / "test_resnet.safetensors")
+    return folder
+
+
+def test_commands_of_the_readme(newcomer: Path) -> None:
+    ran = [command for command in commands() if command.startswith(OTHER)]
+    assert len(ran) == len(OTHER)
+    for command in ran:
+        result = shell(command, newcomer)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        assert "Traceback" not in result.stderr
+
+
+def test_hub_command_of_the_readme_without_a_hub(tmp_path: Path) -> None:
+    """Typed with no folder and no hub: the sample set is named loudly, and the error names the tag and the ways out."""
+    assert HUB in commands()
+    done = shell(HUB, tmp_path)
+    assert done.returncode == 1
+    assert "built-in sample set" in done.stderr
+    for words in ("resnet50.a1_in1k", "connect to the hub", "--weights FILE", "--backbone tf_efficientnet_lite0"):
+        assert words in done.stderr
+
+
+def test_python_blocks_of_the_readme(newcomer: Path) -> None:
+    others = blocks("python")[1:]
+    assert others
+    for block in others:
+        done = python(block, newcomer)
+        assert done.returncode == 0, done.stderr
+
+
+def test_config_block_of_the_readme(newcomer: Path) -> None:
+    (block,) = blocks("toml")
+    (newcomer / "mine.toml").write_text(block)
+    done = shell("featdiff train --config mine.toml -o from-config", newcomer)
+    assert done.returncode == 0, done.stderr
+    assert "390 images" in done.stderr
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    first, second = (command for command in commands() if command.startswith("python3 -m venv"))
+    assert first.endswith("featdiff demo")
+    assert second in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_command_and_exit_code_is_in_the_readme() -> None:
+    listed = shell("featdiff --help", ROOT).stdout
+    names = re.findall(r"^  (\w+)  +[A-Z]", listed.partition("Commands:")[2], flags=re.M)
+    assert len(names) == 7
+    for name in names:
+        assert f"featdiff {name}" in README
+    for code in ("0", "1", "2", "3", "4", "130"):
+        assert f"| {code} |" in README
