@@ -111,7 +111,7 @@ def _heads(
     extractor = detector.extractor_
     transform = Downscale(size, extractor.transform) if size else extractor.transform
     folder = detector.cache / "features" / extractor.key(f"matched {size}" if size else "")
-    store = FeatureStore(folder, sum(extractor.widths))
+    store = FeatureStore(folder, extractor.width)
     loaded = iter_loaded(
         images.refs, transform, detector.workers, detector.max_pixels, store, ahead=2 * detector.image_batch
     )

@@ -25,8 +25,12 @@ from .images import Transform
 
 #: ``layers="auto"`` takes every stage of a CNN or Swin, and this many evenly spaced blocks of a plain ViT.
 AUTO_LAYERS = 5
+#: The layer of a timm model's pre-logits: what its classifier sees.
+PRE_LOGITS = "pre_logits"
+#: ``<layer>:std`` is the spatial deviation of a layer's channels.
+SPREAD = ":std"
 # Raised when the numbers that an extractor gives for the same weights change.
-_FEATURE_VERSION = 1
+_FEATURE_VERSION = 2
 
 Layers = str | Sequence[str | int]
 
@@ -39,12 +43,23 @@ class FeatureExtractor:
     backbone : Backbone or nn.Module
         From :func:`featdiff.backbones.load_backbone`, or any module that takes (B, 3, H, W).
     layers : "auto", names, or indices
-        Names as in timm's ``feature_info`` or ``named_modules``; indices (negative ones too) into ``feature_info``.
+        Names as in timm's ``feature_info`` or ``named_modules``; indices (negative ones too) into ``feature_info``;
+        ``pre_logits`` for what a timm model's classifier sees.
     device : str or torch.device
     mixed_precision : bool
         Run the backbone under float16 autocast (GPU only).
     transform : callable, optional
         RGB picture -> (3, H, W) tensor; needed for a bare module if it is to read files.
+
+    Attributes
+    ----------
+    layers, widths : names and channels of the layers
+    columns : dict of slices
+        Where each vector lies in a row of features: the layers in order, then the spatial deviations
+        (``<layer>:std``) of the deep ones, that is the last stage and ``pre_logits``, where these are maps. (Deviations
+        of early stages tell contrast and compression, not content.)
+    width : int
+        Length of a row.
     """
 
     def __init__(
@@ -60,11 +75,19 @@ class FeatureExtractor:
         self.mixed_precision = mixed_precision and self.device.type == "cuda"
         self.model = self.backbone.model.to(self.device)
         stages = _stage_names(self.model)
-        self.layers = resolve_layers(layers, stages, [name for name, _ in self.model.named_modules() if name])
+        modules = [name for name, _ in self.model.named_modules() if name]
+        has_classifier = bool(stages) and hasattr(self.model, "forward_head")
+        self.layers = resolve_layers(layers, stages, modules, has_classifier)
         self._stages = {name: stages.index(name) for name in self.layers if name in stages}
-        self._inner = [name for name in self.layers if name not in stages]
+        self._wants_pre_logits = PRE_LOGITS in self.layers
+        self._inner = [name for name in self.layers if name not in stages and name != PRE_LOGITS]
+        *_, self._last = (name for name in self.layers if name != PRE_LOGITS)
         size = self.backbone.data_config.get("input_size", (3, 224, 224))
-        self.widths = tuple(part.shape[1] for part in self._forward(torch.zeros(1, *size, device=self.device)))
+        found = self._forward(torch.zeros(1, *size, device=self.device))
+        ends = np.cumsum([part.shape[1] for part in found.values()]).tolist()
+        self.columns = {n: slice(e - v.shape[1], e) for (n, v), e in zip(found.items(), ends, strict=True)}
+        self.widths = tuple(found[name].shape[1] for name in self.layers)
+        self.width = ends[-1]
 
     @property
     def transform(self) -> Transform:
@@ -80,18 +103,18 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) preprocessed images -> (B, sum of ``widths``) float32 features on ``device``.
+        """(B, 3, H, W) preprocessed images -> (B, ``width``) float32 features on ``device``.
 
         Raises
         ------
         UsageError
             The backbone does not take images of this shape.
         """
-        return torch.cat(self._forward(pixels.to(self.device, non_blocking=True)), dim=1)
+        return torch.cat([*self._forward(pixels.to(self.device, non_blocking=True)).values()], dim=1)
 
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor) -> list[Tensor]:
-        """Pooled vectors (B, C) of each layer."""
+    def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Pooled vectors (B, C) of each layer, then of the deep layers' deviations."""
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
         try:
             with autocast, _evaluating(self.model):
@@ -105,25 +128,43 @@ class FeatureExtractor:
         for name in self.layers:
             if len(found[name]) != len(pixels):
                 raise UsageError(f"layer {name!r} gives {len(found[name])} vectors for {len(pixels)} images")
-        return [found[name].float() for name in self.layers]
+        deep = [name + SPREAD for name in (self._last, PRE_LOGITS) if name + SPREAD in found]
+        return {name: found[name].float() for name in (*self.layers, *deep)}
 
     def _run(self, pixels: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         if self._inner:  # a pass of their own: forward_intermediates never runs the head
-            with recorded(self.model, self._inner) as found:
+            with recorded(self.model, self._inner, deep=self._last) as found:
                 self.model(pixels)
-        if not self._stages:
+        if not self._stages and not self._wants_pre_logits:
             return found
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        indices = sorted(set(self._stages.values()))  # timm returns them in this order
-        maps = self.model.forward_intermediates(  # type: ignore[operator]
-            pixels, indices=indices, intermediates_only=True, output_fmt="NCHW", norm=False, stop_early=True
-        )
-        return found | {name: pool(maps[indices.index(i)], name) for name, i in self._stages.items()}
+        indices = sorted(set(self._stages.values())) or [0]  # timm returns them in this order, and needs one
+        options = {"indices": indices, "output_fmt": "NCHW", "norm": False}
+        if self._wants_pre_logits:
+            final, maps = self.model.forward_intermediates(pixels, **options)  # type: ignore[operator]
+            found |= self._pre_logits(final)
+        else:
+            options |= {"intermediates_only": True, "stop_early": True}
+            maps = self.model.forward_intermediates(pixels, **options)  # type: ignore[operator]
+        for name, i in self._stages.items():
+            found[name] = pool(maps[indices.index(i)], name)
+            if name == self._last:
+                found |= _spread(maps[indices.index(i)], name)
+        return found
+
+    def _pre_logits(self, final: Tensor) -> dict[str, Tensor]:
+        """Pre-logits, and the deviations of the map they are the mean of, if they are one's."""
+        vectors = pool(self.model.forward_head(final, pre_logits=True), PRE_LOGITS)  # type: ignore[operator]
+        spread = _spread(_channels_first(final, self.model, self.model), PRE_LOGITS)
+        same = [v.shape[1] == vectors.shape[1] for v in spread.values()]
+        return {PRE_LOGITS: vectors} | (spread if all(same) else {})
 
 
-def resolve_layers(layers: Layers, stages: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
-    """``auto``, names or indices -> layer names, in network order as given.
+def resolve_layers(
+    layers: Layers, stages: Sequence[str], modules: Sequence[str], has_classifier: bool = False
+) -> tuple[str, ...]:
+    """``auto``, names or indices -> layer names, in network order as given; ``auto`` ends with ``pre_logits``.
 
     Raises
     ------
@@ -140,10 +181,14 @@ def resolve_layers(layers: Layers, stages: Sequence[str], modules: Sequence[str]
         count = len(stages)
         if count > AUTO_LAYERS + 1:
             stages = [stages[round((i + 1) * count / AUTO_LAYERS) - 1] for i in range(AUTO_LAYERS)]
-        return tuple(dict.fromkeys(stages))
+        return tuple(dict.fromkeys([*stages, PRE_LOGITS] if has_classifier else stages))
+    if has_classifier and PRE_LOGITS not in modules:
+        modules = [*modules, PRE_LOGITS]
     names = tuple(_layer_name(layer, stages, modules) for layer in layers)
     if not names or len(set(names)) < len(names):
         raise UsageError("name at least one layer, and each layer once")
+    if has_classifier and names == (PRE_LOGITS,):
+        raise UsageError(f"name another layer beside {PRE_LOGITS!r}: it is used for neighbours, not for diffusion")
     return names
 
 
@@ -210,8 +255,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the pooled outputs of the named modules in a forward pass, by hooks that are removed afterwards."""
+def recorded(model: nn.Module, names: Sequence[str], deep: str = "") -> Iterator[dict[str, Tensor]]:
+    """Collect the pooled outputs of the named modules in a forward pass, by hooks that are removed afterwards.
+
+    Of the module ``deep``, the spatial deviations as well.
+    """
     outputs: dict[str, Tensor] = {}
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
 
@@ -219,7 +267,10 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple | list) else output
             # pooled at once: the next module may work in place
-            outputs[name] = pool(_channels_first(first, module, model), name).clone()
+            features = _channels_first(first, module, model)
+            outputs[name] = pool(features, name).clone()
+            if name == deep:
+                outputs.update(_spread(features, name))
 
         return keep
 
@@ -248,6 +299,14 @@ def pool(features: Tensor, name: str = "") -> Tensor:
     if features.dim() == 4:
         return reduce(features, "b c h w -> b c", "mean")
     return reduce(features, "b n c -> b c", "mean") if features.dim() == 3 else features
+
+
+def _spread(features: Tensor, name: str) -> dict[str, Tensor]:
+    """Deviations over space: (B, C, H, W) or (B, N, C) -> {"<name>:std": (B, C)}; nothing for vectors."""
+    if features.dim() == 2:
+        return {}
+    places = (2, 3) if features.dim() == 4 else (1,)
+    return {name + SPREAD: features.float().std(places, correction=0)}
 
 
 def block_normalise(features: Tensor, widths: Sequence[int], delta: float = 1e-6) -> Tensor:

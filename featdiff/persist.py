@@ -15,7 +15,7 @@ from torch import Tensor
 from .exceptions import ModelError, UsageError
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
@@ -119,6 +119,10 @@ def check_config(config: Any, folder: Path) -> None:
     if not isinstance(config, dict) or config.get("format") != "featdiff":
         raise ModelError(f"{folder / CONFIG} was not written by featdiff")
     version = config.get("format_version")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise ModelError(
+            f"the model at {folder} has the old format {version}, this featdiff writes {FORMAT_VERSION}: train it again"
+        )
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ModelError(
             f"the model at {folder} has format {version}, this featdiff reads up to {FORMAT_VERSION}: "

@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reconstruct": {"noise"},
     "residuals": set(),
     "fusion": set(),
+    "neighbors": set(),
+    "gaussian": set(),
     "calibration": set(),
     "metrics": set(),
     "scores": set(),
@@ -33,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "persist": set(),
     "detectors": {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
-        *("residuals", "fusion", "calibration", "persist", "scores"),
+        *("residuals", "neighbors", "fusion", "calibration", "persist", "scores"),
     },
     "evaluation": {"detectors", "sources", "images", "store", "metrics"},
 }

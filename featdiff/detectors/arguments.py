@@ -12,11 +12,13 @@ from torch import nn
 
 from ..calibration import check_fpr
 from ..exceptions import UsageError, did_you_mean
+from ..fusion import FUSIONS
+from ..neighbors import check_backend, check_coreset
 from ..training import Recipe
 
 #: Arguments that say how to run, not what the model is: they are not saved, and may differ when it is loaded.
 RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
-_WHOLE = ("hidden_max", "blocks", "timesteps", "draws", "image_batch", "max_pixels")
+_WHOLE = ("hidden_max", "blocks", "timesteps", "draws", "bank_size", "image_batch", "max_pixels")
 _WHOLE_OR_NONE = ("stride", "workers")
 
 
@@ -42,6 +44,14 @@ def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
     times, last = arguments["start_times"], arguments["timesteps"] - 1
     if not isinstance(times, Sequence) or not times or not all(_is_whole(t) and 0 <= t <= last for t in times):
         raise UsageError(f"start_times must be whole numbers in 0 .. {last}, not {times!r}")
+    if not _is_whole(arguments["neighbors"]) or arguments["neighbors"] < 0:
+        raise UsageError(f"neighbors must be a whole number, 0 or more, not {arguments['neighbors']!r}")
+    if arguments["bank_size"] < arguments["neighbors"]:
+        raise UsageError(f"a bank of {arguments['bank_size']} vectors has no {arguments['neighbors']} neighbours")
+    check_backend(arguments["backend"])
+    check_coreset(arguments["coreset"])
+    if arguments["fusion"] not in FUSIONS:
+        raise UsageError(f"unknown fusion {arguments['fusion']!r}; known: {', '.join(FUSIONS)}")
     if arguments["head"] not in heads:
         raise UsageError(f"unknown head {arguments['head']!r}; known: {', '.join(heads)}")
     for name in ("calibration", "validation"):

@@ -19,6 +19,7 @@ from ..calibration import Split, check_fpr, flagged, p_values, split
 from ..exceptions import ModelError, NotFittedError, UsageError
 from ..features import FeatureExtractor, Layers
 from ..images import MAX_PIXELS, Batch, Transform, batches_from_loader, is_loader, iter_batches, iter_loaded
+from ..neighbors import coreset
 from ..persist import load, locate, save
 from ..scores import OK, UNREADABLE, Scores
 from ..sources import list_images
@@ -34,15 +35,15 @@ from ..store import (
 from ..training import Recipe, start, train
 from .arguments import RUNTIME, check_arguments, make_recipe, resolve_device
 from .checkpoints import resume, write_checkpoint
-from .heads import HEADS, DiffusionHeads
+from .heads import HEADS, FusedHeads
 from .loading import check_backbone, load_tensors, saved_arguments
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
-_TRAINING_VERSION = 1
+_TRAINING_VERSION = 2
 #: A stopped run loses at most this much training, or one epoch if that is longer.
 CHECKPOINT_SECONDS = 10
-# Arguments that are handed on to DiffusionHeads as they are.
-_HEADS_ARGUMENTS = (
+# Arguments that are handed on to DiffusionHeads as they are; training depends on them.
+_DIFFUSION_ARGUMENTS = (
     "joint",
     "hidden_ratio",
     "hidden_max",
@@ -53,15 +54,18 @@ _HEADS_ARGUMENTS = (
     "stride",
     "seed",
 )
+_FUSION_ARGUMENTS = ("neighbors", "fusion", "backend")
 
 
 class Detector:
-    """Feature-diffusion OOD detector after DLSR (Yang et al., NeurIPS 2024, arXiv 2411.10701).
+    """Feature-diffusion OOD detector after DLSR (Yang et al., NeurIPS 2024, arXiv 2411.10701), with neighbours.
 
     A frozen backbone gives one pooled vector per layer. Small denoisers, trained on noised in-domain vectors,
     reconstruct them; what they cannot reconstruct is out-of-distribution. Departures from the paper: one small
     denoiser per layer, noise drawn once and stored, reconstructions averaged over draws before they are compared,
-    several start times, log errors standardised on held-out images, and conformal p-values.
+    several start times, log errors standardised on held-out images, and conformal p-values. Its score is joined with
+    distances to the nearest in-domain vectors of the deepest layers, which are better on classes close to the
+    training images (``head="fused"``).
 
     Parameters
     ----------
@@ -85,8 +89,17 @@ class Detector:
         Stored noise draws for each start time.
     stride : int, optional
         Reconstruct by DDIM steps of this stride; default: in one step.
-    head : "layerwise", "mse", "mfsim" or "lr"
-        Which score becomes ``ood_score``; see :meth:`featdiff.detectors.heads.DiffusionHeads.forward`.
+    head : "fused", "layerwise", "mse", "mfsim" or "lr"
+        Which score becomes ``ood_score``; all but ``fused`` are diffusion alone, see
+        :meth:`featdiff.detectors.heads.DiffusionHeads.forward`.
+    fusion : "mean", "max", "fisher", "tippett" or "covariance"
+        How ``fused`` joins its heads; see :class:`featdiff.fusion.Fusion`.
+    neighbors : int
+        Nearest in-domain vectors that count; 0 does without them.
+    bank_size, coreset
+        The most in-domain vectors kept for that, and how they are chosen; see :func:`featdiff.neighbors.coreset`.
+    backend : str
+        How neighbours are searched; see :func:`featdiff.neighbors.make_index`.
     recipe : Recipe or mapping of its fields
         How the denoisers are trained.
     calibration, validation : float
@@ -119,13 +132,18 @@ class Detector:
         layers: Layers = "auto",
         joint: bool = False,
         hidden_ratio: float = 2.0,
-        hidden_max: int = 640,
+        hidden_max: int = 320,
         blocks: int = 3,
         timesteps: int = 100,
         start_times: Sequence[int] = (20, 60, 95),
         draws: int = 2,
         stride: int | None = None,
-        head: str = "layerwise",
+        head: str = "fused",
+        fusion: str = "mean",
+        neighbors: int = 5,
+        bank_size: int = 10_000,
+        coreset: str = "random",
+        backend: str = "auto",
         recipe: Recipe | Mapping[str, Any] | None = None,
         calibration: float = 0.2,
         validation: float = 0.05,
@@ -164,7 +182,8 @@ class Detector:
         WeightsError, FeatdiffError
             The backbone cannot be had, the cache cannot be written, or training diverged.
         """
-        vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
+        for name in ("calibration_", "bank_digests_"):
+            vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
         # images -> features
         self.extractor_ = self._extractor()
         found, kept = self._extract(images, progress)
@@ -172,9 +191,10 @@ class Detector:
         self.n_images_, self.n_duplicates_ = len(unique), len(found.digests) - len(unique)
         table, rows = kept.table(unique), self._split(len(unique))
         # features -> noise -> denoise -> residual -> fuse
-        self.heads_ = self._new_heads()
+        self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         checkpoint = kept.folder / f"training-{self._training_key(unique)}.pt"
         self._train(table, rows, checkpoint, progress)
+        self.bank_digests_ = self._fill_banks(table, rows.training, unique)
         self.heads_.fit_statistics(table[rows.validation])
         # -> calibrate
         chunks = np.array_split(rows.calibration, len(rows.calibration) // 1024 + 1)
@@ -189,12 +209,12 @@ class Detector:
         loaded = load_backbone(given, weights, pretrained, model_args, transform)
         return FeatureExtractor(loaded, layers, self.device)
 
-    def _new_heads(self) -> DiffusionHeads:
-        arguments = {name: self.arguments[name] for name in _HEADS_ARGUMENTS}
-        return DiffusionHeads(self.extractor_.widths, **arguments).to(self.device)
+    def _new_heads(self, bank_rows: int) -> FusedHeads:
+        arguments = {name: self.arguments[name] for name in (*_DIFFUSION_ARGUMENTS, *_FUSION_ARGUMENTS)}
+        return FusedHeads(self.extractor_.columns, bank_rows=bank_rows, **arguments).to(self.device)
 
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
-        kept = FeatureStore(self.cache / "features" / self.extractor_.key(), sum(self.extractor_.widths))
+        kept = FeatureStore(self.cache / "features" / self.extractor_.key(), self.extractor_.width)
         batches, total = self._batches(images, kept)
         found = extract(batches, self.extractor_, kept, total, progress)
         self.unreadable_ = found.unreadable
@@ -222,15 +242,15 @@ class Detector:
 
     def _train(self, table: FeatureTable, rows: Split, checkpoint: Path, progress: Progress | None) -> None:
         """Train the denoiser; checkpoints and the result are kept beside the features, for the next run."""
-        heads = self.heads_
+        heads = self.heads_.diffusion
         heads.denoiser.requires_grad_(True)
         state = start(heads.denoiser, self.recipe, len(rows.training))
         resume(state, checkpoint, self.device)
         finished = state.done
-        validation = heads.normalised(table[rows.validation])
+        validation = self.heads_.stages(table[rows.validation])
 
         def read(i: np.ndarray) -> Tensor:
-            return heads.normalised(table[rows.training[i]])
+            return self.heads_.stages(table[rows.training[i]])
 
         saved = time.monotonic()
         for step in train(state, read, len(rows.training), validation, heads.scheduler, self.recipe, self.seed):
@@ -245,9 +265,22 @@ class Detector:
         heads.denoiser.requires_grad_(False)
         self.validation_loss_ = state.best_loss
 
+    def _fill_banks(self, table: FeatureTable, training: np.ndarray, digests: list[bytes]) -> np.ndarray:
+        """Give the banks their vectors; returns the digests (n, 16) of the images they are from."""
+        if self.heads_.banks is None:
+            return np.zeros((0, 16), dtype=np.uint8)
+        size, method = self.arguments["bank_size"], self.arguments["coreset"]
+        # choosing among many more rows than are kept needs memory and time, and gains nothing
+        rng = np.random.default_rng(self.seed)
+        chosen = np.sort(rng.permutation(training)[: size if method == "random" else 20 * size])
+        if len(chosen) > size:
+            chosen = chosen[coreset(self.heads_.stages(table[chosen]), size, method, self.seed)]
+        self.heads_.banks.fit(table[chosen])
+        return np.frombuffer(b"".join(digests[i] for i in chosen), dtype=np.uint8).reshape(-1, 16)
+
     def _training_key(self, digests: list[bytes]) -> str:
         """A hash of all that decides a training run: images, settings and seed."""
-        settings = [self.arguments[name] for name in _HEADS_ARGUMENTS]
+        settings = [self.arguments[name] for name in _DIFFUSION_ARGUMENTS]
         facts = repr([_TRAINING_VERSION, self.recipe, self.seed, settings, self.calibration, self.validation])
         return hashlib.sha256(facts.encode() + b"".join(digests)).hexdigest()[:16]
 
@@ -293,28 +326,28 @@ class Detector:
 
     def score_features(self, features: Tensor) -> np.ndarray:
         """Pooled features (B, D) of ``extractor_`` -> ood_score (B,), higher = more OOD."""
-        self.check_fitted("heads_")
+        self.check_fitted("bank_digests_")
         return self.heads_(features, (self.head,))[0][self.head].double().cpu().numpy()
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
-        self.check_fitted("heads_")
+        self.check_fitted("bank_digests_")
         scores, layers = self.heads_(features)
         scores = {"featdiff": scores.pop(self.head)} | scores
-        scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.extractor_.layers)}
+        scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}
 
     def _verdict(self, paths: list[str], vectors: dict[int, np.ndarray], failed: dict[int, str], fpr: float) -> Scores:
         """Rows in the order of ``paths``; those without a vector are unreadable."""
         n, good = len(paths), sorted(vectors)
-        score, layers = np.full(n, np.nan), np.full((n, len(self.extractor_.layers)), np.nan)
+        score, layers = np.full(n, np.nan), np.full((n, len(self.heads_.layers)), np.nan)
         if good:
             heads, by_layer = self.heads_(torch.from_numpy(np.stack([vectors[i] for i in good])), (self.head,))
             score[good], layers[good] = heads[self.head].cpu(), by_layer.cpu()
         p = p_values(score, self.calibration_)
         status = [UNREADABLE if i in failed else OK for i in range(n)]
         reason = [failed.get(i, "") for i in range(n)]
-        columns = dict(zip(self.extractor_.layers, layers.T, strict=True))
+        columns = dict(zip(self.heads_.layers, layers.T, strict=True))
         return Scores(paths, status, reason, score, p, flagged(p, fpr), columns)
 
     def check_fitted(self, needed: str = "calibration_") -> None:
@@ -335,7 +368,8 @@ class Detector:
             The disk is full. Features and training stay in the cache: fitting again ends at once.
         """
         self.check_fitted()
-        tensors = self.heads_.state_dict() | {"calibration": torch.from_numpy(self.calibration_)}
+        extra = {"calibration": self.calibration_, "bank_digests": self.bank_digests_}
+        tensors = self.heads_.state_dict() | {name: torch.from_numpy(values) for name, values in extra.items()}
         save(folder, self.config(), tensors)
 
     def config(self) -> dict[str, Any]:
@@ -354,7 +388,11 @@ class Detector:
             "featdiff_version": version("featdiff"),
             "backbone": {"tag": backbone.tag, "source": backbone.source, "fingerprint": backbone.fingerprint},
             "layers": dict(zip(self.extractor_.layers, self.extractor_.widths, strict=True)),
-            "images": {"different": self.n_images_, "calibration": len(self.calibration_)},
+            "images": {
+                "different": self.n_images_,
+                "calibration": len(self.calibration_),
+                "bank": len(self.bank_digests_),
+            },
             "validation_loss": self.validation_loss_,
             "arguments": arguments,
         }
@@ -398,7 +436,9 @@ class Detector:
         except (TypeError, UsageError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         check_backbone(detector.extractor_, config, folder)
-        detector.heads_ = detector._new_heads()
-        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
+        detector.heads_ = detector._new_heads(config["images"]["bank"])
+        detector.calibration_, detector.bank_digests_ = load_tensors(
+            detector.heads_, tensors, config["images"]["calibration"], folder
+        )
         detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
         return detector

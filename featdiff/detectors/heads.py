@@ -2,24 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..denoisers import LFDN, LayerwiseLFDN
-from ..features import block_normalise
-from ..fusion import log_statistics, log_z, weighted_sum
+from ..features import PRE_LOGITS, SPREAD, block_normalise
+from ..fusion import Fusion, log_statistics, log_z, weighted_sum
 from ..noise import draw_noise, make_scheduler
 from ..reconstruct import reconstruct
 from ..residuals import likelihood_regret, mfsim, mse
+from .banks import Banks
 
-#: Scores that can be asked for; all come from the same reconstructions.
-HEADS = ("layerwise", "mse", "mfsim", "lr")
+#: Scores that come from reconstructions alone.
+DIFFUSION = ("layerwise", "mse", "mfsim", "lr")
+#: Scores that can be asked for.
+HEADS = ("fused", *DIFFUSION)
+
+
+class FusedHeads(nn.Module):
+    """Diffusion and neighbours in one score; its state dict is what a saved detector holds.
+
+    ``diffusion`` reconstructs the stages, ``banks`` look up neighbours of deep features. Each of the heads
+    ``layerwise``, ``knn_<space>`` ... becomes a z-score of its logarithm among held-out in-domain images (``mean`` and
+    ``deviation`` (heads,)), and ``fusion`` joins them.
+
+    Parameters
+    ----------
+    columns : mapping of names to slices
+        Where the vectors lie: :attr:`featdiff.features.FeatureExtractor.columns`.
+    neighbors : int
+        Neighbours that count; 0 does without them.
+    bank_rows : int
+        Vectors in each bank.
+    fusion, backend : str
+        See :class:`featdiff.fusion.Fusion` and :func:`featdiff.neighbors.make_index`.
+    diffusion : further arguments of :class:`DiffusionHeads`
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        columns: Mapping[str, slice],
+        *,
+        neighbors: int,
+        bank_rows: int,
+        fusion: str,
+        backend: str,
+        **diffusion: Any,
+    ) -> None:
+        super().__init__()
+        layers = [name for name in columns if not name.endswith(SPREAD)]
+        stages = [name for name in layers if name != PRE_LOGITS]
+        self.diffusion = DiffusionHeads([columns[name].stop - columns[name].start for name in stages], **diffusion)
+        self._stage_columns = [i for name in stages for i in range(columns[name].start, columns[name].stop)]
+        self.banks = Banks(columns, bank_rows, neighbors, backend) if neighbors else None
+        self.layers = [*stages, *(name for name in layers if self.banks and name == PRE_LOGITS)]
+        self.names = ["layerwise", *(self.banks.names if self.banks else [])]
+        self.fusion = Fusion(len(self.names), fusion)
+        self.register_buffer("mean", torch.zeros(len(self.names)))
+        self.register_buffer("deviation", torch.ones(len(self.names)))
+        self.requires_grad_(False).eval()
+
+    def stages(self, features: Tensor) -> Tensor:
+        """Rows of an extractor (B, D) -> what the denoiser works on: block-normalised stages (B, sum of widths)."""
+        return self.diffusion.normalised(self._stages(features))
+
+    def _stages(self, features: Tensor) -> Tensor:
+        return features[:, self._stage_columns]
+
+    @torch.inference_mode()
+    def fit_statistics(self, features: Tensor) -> None:
+        """Set all means and deviations from held-out in-domain features (N, D)."""
+        self.diffusion.fit_statistics(self._stages(features))
+        raw = torch.cat([self._raw(rows, ("layerwise",))[0] for rows in features.split(1024)])
+        self.mean.copy_(raw.mean(0))
+        self.deviation.copy_(raw.std(0, correction=0).clamp_min(0.05))
+        self.fusion.fit(self._z(raw))
+
+    @torch.inference_mode()
+    def forward(self, features: Tensor, names: Sequence[str] = HEADS) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows of an extractor (B, D) -> ({name: (B,)}, layer scores (B, L)); higher = more OOD.
+
+        ``fused`` joins the heads; asked for, it brings each ``knn_<space>`` along: the geometric mean of distances.
+        The score of layer ``pre_logits`` is its neighbours', in standard deviations of its logarithm.
+        """
+        raw, out, layers = self._raw(features, (*names, "layerwise"))
+        z = self._z(raw)
+        if "layerwise" not in names:
+            del out["layerwise"]
+        if "fused" in names:
+            out = {"fused": self.fusion(z)} | out
+            out |= {name: raw[:, i].exp() for i, name in enumerate(self.names) if i}
+        if PRE_LOGITS in self.layers:
+            layers = torch.cat([layers, z[:, [self.names.index(f"knn_{PRE_LOGITS}")]]], dim=1)
+        return out, layers
+
+    def _raw(self, features: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """What is standardised, (B, heads): the diffusion score and logarithms of distances."""
+        out, layers = self.diffusion(self._stages(features), names)
+        raw = out["layerwise"][:, None]
+        if self.banks is not None:
+            raw = torch.cat([raw, self.banks(features).log()], dim=1)
+        return raw, out, layers
+
+    def _z(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.deviation
 
 
 class DiffusionHeads(nn.Module):
-    """Denoiser, stored noise and in-domain statistics; its state dict is what a saved detector holds.
+    """Denoiser, stored noise and in-domain statistics.
 
     ``denoiser`` is the trained network, ``early`` the same one after the first epoch (for likelihood regret),
     ``noise`` (start times, draws, sum of widths), ``mean`` and ``deviation`` (start times, layers) of log errors.
@@ -74,7 +170,7 @@ class DiffusionHeads(nn.Module):
         self.deviation.copy_(deviation)
 
     @torch.inference_mode()
-    def forward(self, features: Tensor, names: Sequence[str] = HEADS) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, features: Tensor, names: Sequence[str] = DIFFUSION) -> tuple[dict[str, Tensor], Tensor]:
         """Pooled features (B, D) -> ({name: (B,)}, layer scores (B, L)); higher = more OOD.
 
         Layer scores are log errors in in-domain standard deviations. ``layerwise`` sums them with weights sqrt(C_l):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..exceptions import ModelError
@@ -15,7 +16,7 @@ from ..features import FeatureExtractor
 from ..images import Transform
 from ..persist import check_tensors
 from .arguments import check_runtime
-from .heads import DiffusionHeads
+from .heads import FusedHeads
 
 # What config.json must say: dotted name -> type.
 _CONFIG_KINDS: dict[str, Any] = {
@@ -26,6 +27,7 @@ _CONFIG_KINDS: dict[str, Any] = {
     "layers": dict,
     "images.different": int,
     "images.calibration": int,
+    "images.bank": int,
     "validation_loss": (int, float),
     "arguments": dict,
 }
@@ -75,11 +77,15 @@ def check_backbone(extractor: FeatureExtractor, config: dict[str, Any], folder: 
         raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
 
 
-def load_tensors(heads: DiffusionHeads, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
-    """Fill ``heads`` strictly; returns the sorted calibration scores."""
-    scores = tensors.pop("calibration", None)
+def load_tensors(
+    heads: FusedHeads, tensors: dict[str, Tensor], n_calibration: int, folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill ``heads`` strictly; returns the sorted calibration scores and the digests (n, 16) of the banks' images."""
+    scores, digests = tensors.pop("calibration", None), tensors.pop("bank_digests", None)
     check_tensors(tensors, heads.state_dict(), folder)
     if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
         raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+    if digests is None or digests.dtype != torch.uint8 or digests.dim() != 2 or digests.shape[1] != 16:
+        raise ModelError(f"the model at {folder} is damaged: the digests of its bank are not those it was saved with")
     heads.load_state_dict(tensors)
-    return np.sort(scores.double().numpy())
+    return np.sort(scores.double().numpy()), digests.numpy()
