@@ -33,7 +33,7 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
     from featdiff import Detector, samples
     from featdiff.allocator import keep_freed_memory
     from featdiff.calibration import threshold
-    from featdiff.evaluation import evaluate_detector
+    from featdiff.evaluation import evaluate_detector, fit_rivals
     from featdiff.report import CsvWriter, save_histograms
 
     from .evaluate import print_table
@@ -45,7 +45,9 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
         detector.fit(folders["train"], bars)
         detector.save_pretrained(output / "model")
         scores = {name: detector.score(folders[name], progress=bars) for name in ("test", "digits")}
-        result = evaluate_detector(detector, folders["test"], {"digits": folders["digits"]}, ["matched"], bars)
+        result = evaluate_detector(
+            detector, folders["test"], {"digits": folders["digits"]}, ["matched"], bars, rivals=fit_rivals(detector)
+        )
     with (output / "scores.csv").open("wb") as stream:
         writer = CsvWriter(stream)
         for part in scores.values():

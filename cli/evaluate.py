@@ -37,6 +37,7 @@ from .progress import Bars, list_unreadable
     show_default=True,
     help="matched: bring both sets to the smaller resolution first; as-published: straight to the model's size.",
 )
+@click.option("--rivals", is_flag=True, help="Print kNN, Mahalanobis and PCA residual on the same features, too.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @runtime_options
 def command(
@@ -44,6 +45,7 @@ def command(
     ood: tuple[str, ...],
     model: str,
     protocol: str,
+    rivals: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -51,14 +53,15 @@ def command(
     """Measure how well a model separates in-domain test images from OOD sets.
 
     Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
-    score (featdiff) and for every other head.
+    score (featdiff) and for every other head. With --rivals, the methods to beat are fitted on the training images,
+    whose features are read from the cache.
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
     """
     from featdiff import Detector
     from featdiff.allocator import keep_freed_memory
-    from featdiff.evaluation import PROTOCOLS, evaluate_detector
+    from featdiff.evaluation import PROTOCOLS, evaluate_detector, fit_rivals
 
     keep_freed_memory()
     sets: dict[str, str] = {}
@@ -70,7 +73,8 @@ def command(
     detector = Detector.from_pretrained(model, weights=options["weights"], **runtime_arguments(options))
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     with Bars(quiet) as bars:
-        result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable)
+        beside = fit_rivals(detector) if rivals else None
+        result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

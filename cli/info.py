@@ -39,12 +39,13 @@ def command(model: str, as_json: bool) -> None:
 def _facts(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
     backbone, images, arguments = config["backbone"], config["images"], config["arguments"]
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
-    parameters = sum(value.numel() for name, value in tensors.items() if name.startswith("denoiser."))
+    parameters = sum(value.numel() for name, value in tensors.items() if name.startswith("diffusion.denoiser."))
     return {
         "model": f"{folder} ({size:.1f} MB, format {config['format_version']}, featdiff {config['featdiff_version']})",
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters / 1e6:.1f} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
+        "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain images",
         "score": f"{arguments['head']}, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
         "trained on": f"{images['different']:,} different images",
         "calibrated": f"{images['calibration']:,} held-out images; fpr {arguments['fpr']:g}, possible from "

@@ -13,6 +13,7 @@ from .detectors import Detector
 from .exceptions import UsageError, did_you_mean
 from .images import Downscale, iter_batches, iter_loaded, short_sides
 from .metrics import evaluate
+from .rivals import Rivals
 from .sources import ImageRef, list_images
 from .store import FeatureStore, Progress, extract
 
@@ -45,6 +46,7 @@ def evaluate_detector(
     protocols: Sequence[str] = PROTOCOLS,
     progress: Progress | None = None,
     unreadable: dict[str, str] | None = None,
+    rivals: Rivals | None = None,
 ) -> dict[str, Any]:
     """Score an in-domain test set against OOD sets.
 
@@ -55,6 +57,8 @@ def evaluate_detector(
     in_domain, ood : sources as for :func:`featdiff.sources.list_images`; ``ood`` by name
     unreadable : dict, optional
         Filled with {path: reason} of images that were left out.
+    rivals : Rivals, optional
+        From :func:`fit_rivals`: their scores are measured beside the detector's.
 
     Returns
     -------
@@ -81,11 +85,32 @@ def evaluate_detector(
             size = min(home.resolution, away.resolution) if protocol == "matched" else None
             here = home.shrunk_to(size)
             if here not in known:
-                known[here] = _heads(detector, home, here, unreadable, progress)
-            pairs.append(
-                _pair(name, protocol, known[here], _heads(detector, away, away.shrunk_to(size), unreadable, progress))
-            )
+                known[here] = _heads(detector, rivals, home, here, unreadable, progress)
+            there = _heads(detector, rivals, away, away.shrunk_to(size), unreadable, progress)
+            pairs.append(_pair(name, protocol, known[here], there))
     return {"id": _label(in_domain), "model": detector.extractor_.backbone.tag, "pairs": pairs}
+
+
+def fit_rivals(detector: Detector) -> Rivals:
+    """kNN, Mahalanobis and PCA residual on the training images whose vectors the detector keeps.
+
+    Their features are read from the detector's cache, where training left them.
+
+    Raises
+    ------
+    UsageError
+        The cache does not hold them any more.
+    """
+    detector.check_fitted()
+    extractor = detector.extractor_
+    store = FeatureStore(detector.cache / "features" / extractor.key(), extractor.width)
+    digests = [digest.tobytes() for digest in detector.bank_digests_]
+    if missing := sum(digest not in store for digest in digests):
+        raise UsageError(
+            f"rivals are fitted on the training images, and {missing:,} of their {len(digests):,} features are not in "
+            f"the cache {detector.cache}: train once more with this cache (only what is missing is computed)"
+        )
+    return Rivals(extractor).fit(store.table(digests))
 
 
 def _label(source: object) -> str:
@@ -105,9 +130,14 @@ def _image_set(name: str, source: object) -> ImageSet:
 
 
 def _heads(
-    detector: Detector, images: ImageSet, size: int | None, unreadable: dict[str, str], progress: Progress | None
+    detector: Detector,
+    rivals: Rivals | None,
+    images: ImageSet,
+    size: int | None,
+    unreadable: dict[str, str],
+    progress: Progress | None,
 ) -> dict[str, np.ndarray]:
-    """Every head's scores of the readable images of a set, first shrunk to ``size`` if one is given."""
+    """Scores of all heads and rivals for the readable images of a set, first shrunk to ``size`` if one is given."""
     extractor = detector.extractor_
     transform = Downscale(size, extractor.transform) if size else extractor.transform
     folder = detector.cache / "features" / extractor.key(f"matched {size}" if size else "")
@@ -119,7 +149,8 @@ def _heads(
     unreadable.update(found.unreadable)
     if not found.digests:
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")
-    parts = [detector.all_heads(rows) for rows in store.table(found.digests).chunks()]
+    chunks = store.table(found.digests).chunks()
+    parts = [detector.all_heads(rows) | (rivals(rows) if rivals else {}) for rows in chunks]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

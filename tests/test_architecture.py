@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores"),
     },
-    "evaluation": {"detectors", "sources", "images", "store", "metrics"},
+    "rivals": {"features", "gaussian", "neighbors", "store"},
+    "evaluation": {"detectors", "sources", "images", "store", "metrics", "rivals"},
 }
 #: what a library room must never know of
 FOREIGN = {"click", "rich", "featdiff_cli", "cli"}

@@ -117,7 +117,7 @@ def test_scrambled_features_are_flagged_and_fresh_tiles_are_not(
     )
     features = tiny_detector.extractor_(pixels)
     rng = torch.Generator().manual_seed(0)
-    parts = features.split(list(tiny_detector.extractor_.widths), 1)
+    parts = [features[:, columns] for columns in tiny_detector.extractor_.columns.values()]
     scrambled = torch.cat([part[:, torch.randperm(part.shape[1], generator=rng)] for part in parts], 1)
     limit = np.quantile(tiny_detector.calibration_, 0.95)
     assert (tiny_detector.score_features(features) > limit).mean() < 0.2
@@ -189,7 +189,9 @@ def test_heads_agree_with_rows(fitted: Detector, fresh: list[str]) -> None:
     pixels = torch.stack([fitted.extractor_.transform(picture) for picture in pictures(fresh)])
     heads = fitted.all_heads(fitted.extractor_(pixels))
     scores = fitted.score(fresh)
-    assert list(heads) == ["featdiff", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2"]
+    assert list(heads) == [
+        *("featdiff", "layerwise", "mse", "mfsim", "lr", "knn_layer2", "layer_layer1", "layer_layer2")
+    ]
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(heads["layer_layer2"], scores.layers["layer2"], rtol=1e-5, atol=1e-5)
 
@@ -415,7 +417,7 @@ def test_other_seed_gives_other_scores(
 ) -> None:
     other = Detector(**small, seed=1).fit(files)
     assert not np.allclose(other.score(fresh).ood_score, fitted.score(fresh).ood_score, rtol=1e-2)
-    assert not torch.equal(other.heads_.noise, fitted.heads_.noise)
+    assert not torch.equal(other.heads_.diffusion.noise, fitted.heads_.diffusion.noise)
 
 
 PROGRAM = """
@@ -481,7 +483,7 @@ def test_global_settings_of_torch_are_left_alone(fitted: Detector, fresh: list[s
 # ---- variants ----
 
 
-@pytest.mark.parametrize("head", ["layerwise", "mse", "mfsim", "lr"])
+@pytest.mark.parametrize("head", ["fused", "layerwise", "mse", "mfsim", "lr"])
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_head_can_be_the_score(
     small: dict[str, Any], files: list[str], fresh: list[str], tmp_path: Path, head: str, joint: bool
@@ -495,7 +497,8 @@ def test_every_head_can_be_the_score(
     assert len(set(scores.ood_score)) == 20
     pixels = torch.stack([detector.extractor_.transform(picture) for picture in pictures(fresh)])
     heads = detector.all_heads(detector.extractor_(pixels))
-    assert set(heads) == {"featdiff", "layerwise", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2"} - {head}
+    named = {"fused", "layerwise", "mse", "mfsim", "lr", "knn_layer2", "layer_layer1", "layer_layer2"}
+    assert set(heads) == named - {head} | {"featdiff"}
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-4, atol=1e-5)
 
 
@@ -504,9 +507,9 @@ def test_mse_head_is_the_mean_squared_error_of_the_averaged_reconstruction(
 ) -> None:
     """Computed again by hand from the denoiser, the schedule and the stored noise."""
     detector = Detector(**small, head="mse").fit(files)
-    extractor, heads = detector.extractor_, detector.heads_
+    extractor, heads = detector.extractor_, detector.heads_.diffusion
     pixels = torch.stack([extractor.transform(picture) for picture in pictures(fresh)])
-    x = block_normalise(extractor(pixels), extractor.widths)
+    x = block_normalise(extractor(pixels)[:, :80], extractor.widths)
     kept = heads.scheduler.alphas_cumprod
     errors = []
     with torch.inference_mode():
@@ -521,8 +524,8 @@ def test_mse_head_is_the_mean_squared_error_of_the_averaged_reconstruction(
 
 def test_joint_is_one_network_over_all_layers(small: dict[str, Any], files: list[str]) -> None:
     names = list(Detector(**small, joint=True).fit(files).heads_.state_dict())
-    assert "denoiser.project_in.weight" in names
-    assert not any(name.startswith("denoiser.layers.") for name in names)
+    assert "diffusion.denoiser.project_in.weight" in names
+    assert not any(name.startswith("diffusion.denoiser.layers.") for name in names)
 
 
 def test_several_steps_and_other_times_work(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
@@ -703,9 +706,9 @@ def test_stopped_extraction_keeps_what_was_computed(small: dict[str, Any], files
     with pytest.raises(KeyboardInterrupt):
         Detector(**arguments).fit(files, interrupt("features", 16))
     (folder,) = (tmp_path / "features").iterdir()
-    assert len(FeatureStore(folder, 80)) >= 16
+    assert len(FeatureStore(folder, 128)) >= 16
     assert Detector(**arguments).fit(files).n_images_ == 40
-    assert len(FeatureStore(folder, 80)) == 40
+    assert len(FeatureStore(folder, 128)) == 40
 
 
 def test_stopped_second_fit_never_gives_mixed_scores(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
@@ -786,7 +789,14 @@ def test_cache_that_cannot_be_written_is_one_line(small: dict[str, Any], files: 
         ({"start_times": 20}, "start_times"),
         ({"start_times": "20"}, "start_times"),
         ({"start_times": (9,), "timesteps": 9}, "0 .. 8"),
-        ({"head": "mean"}, "unknown head 'mean'; known: layerwise, mse, mfsim, lr"),
+        ({"head": "mean"}, "unknown head 'mean'; known: fused, layerwise, mse, mfsim, lr"),
+        ({"fusion": "median"}, "unknown fusion 'median'; known: mean, max"),
+        ({"neighbors": -1}, "neighbors must be"),
+        ({"neighbors": 2.5}, "neighbors must be"),
+        ({"bank_size": 0}, "bank_size"),
+        ({"bank_size": 4}, "a bank of 4 vectors has no 5 neighbours"),
+        ({"coreset": "best"}, "unknown coreset 'best'"),
+        ({"backend": "fais"}, "unknown backend 'fais'; did you mean faiss"),
         ({"calibration": 0}, "calibration"),
         ({"calibration": 0.5}, "calibration"),
         ({"calibration": "0.2"}, "calibration"),
@@ -863,7 +873,7 @@ def test_config_is_plain_and_holds_what_was_given(fitted: Detector, small: dict[
     fitted.save_pretrained(tmp_path / "model")
     config = load(tmp_path / "model")[0]
     assert config["layers"] == {"layer1": 32, "layer2": 48}
-    assert config["images"] == {"different": 40, "calibration": 8}
+    assert config["images"] == {"different": 40, "calibration": 8, "bank": 27}
     assert config["arguments"]["transform"]["input_size"] == [3, 32, 32]
     assert config["arguments"]["recipe"]["epochs"] == small["recipe"]["epochs"]
     assert config["arguments"]["recipe"]["learning_rate"] == 1e-3

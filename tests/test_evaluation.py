@@ -17,7 +17,10 @@ from featdiff.evaluation import PROTOCOLS, evaluate_detector
 from featdiff.exceptions import NotFittedError, UsageError
 from featdiff.scores import OK
 
-HEADS = {"featdiff", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2", "layer_layer4"}
+HEADS = {
+    *("featdiff", "layerwise", "mse", "mfsim", "lr", "knn_layer4"),
+    *("layer_layer1", "layer_layer2", "layer_layer4"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +234,6 @@ def test_head_of_the_detector_is_the_entry_featdiff(
     detector = Detector(**tiny_arguments, head="mfsim").fit(sample_folders["train"])
     found = heads(evaluate_detector(detector, tiles, {"sharp": sharp}, ["matched"]), "sharp", "matched")
     before = heads(result, "sharp", "matched")
-    assert set(found) == HEADS - {"mfsim"} | {"layerwise"}
+    assert set(found) == HEADS - {"mfsim"} | {"fused"}
     assert found["featdiff"] == before["mfsim"]
-    assert found["layerwise"] == before["featdiff"]
+    assert found["fused"] == before["featdiff"]

@@ -45,6 +45,11 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     return text
 
 
+def means(extractor: FeatureExtractor, pixels: Tensor) -> Tensor:
+    """The layers' part of the features, without the deviations that follow."""
+    return extractor(pixels)[:, : sum(extractor.widths)]
+
+
 # ---------------------------------------- timm backbones
 
 
@@ -58,21 +63,71 @@ def test_features_are_the_means_of_timm_intermediates(name: str) -> None:
     features = extractor(images(name))
     with torch.inference_mode():
         maps = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)
-    assert extractor.layers == tuple(info["module"] for info in found.model.feature_info)
-    assert extractor.widths == tuple(info["num_chs"] for info in found.model.feature_info)
-    assert features.shape == (2, sum(extractor.widths)) and features.dtype == torch.float32
-    torch.testing.assert_close(features, torch.cat([m.mean((2, 3)) for m in maps], 1), rtol=1e-4, atol=1e-5)
+        seen = found.model.forward_head(found.model.forward_features(images(name)), pre_logits=True)
+    assert extractor.layers == (*(info["module"] for info in found.model.feature_info), "pre_logits")
+    assert extractor.widths == (*(info["num_chs"] for info in found.model.feature_info), seen.shape[1])
+    assert features.shape == (2, extractor.width) and features.dtype == torch.float32
+    expected = torch.cat([*(m.mean((2, 3)) for m in maps), seen], 1)
+    torch.testing.assert_close(features[:, : sum(extractor.widths)], expected, rtol=1e-4, atol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3  # the images matter
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "deep"),
+    [
+        ("test_resnet", "layer4", True),
+        ("test_efficientnet", "blocks.4", True),
+        ("test_vit", "blocks.5", True),
+        (SWIN, "layers.3", True),
+        ("mobilenetv3_small_050", "blocks.5", False),  # a convolution after pooling: pre-logits are no map's mean
+    ],
+)
+def test_deep_layers_come_with_their_spatial_deviation(name: str, stage: str, deep: bool) -> None:
+    found = backbone(name)
+    extractor = FeatureExtractor(found)
+    with torch.inference_mode():
+        last = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)[-1]
+        final = found.model.forward_features(images(name))
+    columns = [*extractor.layers, f"{stage}:std", *(["pre_logits:std"] if deep else [])]
+    assert list(extractor.columns) == columns
+    assert [part.start for part in extractor.columns.values()][1:] == [p.stop for p in extractor.columns.values()][:-1]
+    features = extractor(images(name))
+    assert extractor.width == features.shape[1] == extractor.columns[columns[-1]].stop
+    spread = features[:, extractor.columns[f"{stage}:std"]]
+    torch.testing.assert_close(spread, last.std((2, 3), correction=0), rtol=1e-3, atol=1e-5)
+    if deep:
+        places = {"test_vit": (1,), SWIN: (1, 2)}.get(name, (2, 3))
+        spread = features[:, extractor.columns["pre_logits:std"]]
+        torch.testing.assert_close(spread, final.std(places, correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_pre_logits_can_be_asked_for_or_left_out() -> None:
+    pixels = images("test_resnet")
+    whole = FeatureExtractor(backbone("test_resnet"))
+    some = FeatureExtractor(backbone("test_resnet"), "pre_logits,layer2")
+    assert list(some.columns) == ["pre_logits", "layer2", "layer2:std", "pre_logits:std"]
+    for name in ("pre_logits", "layer2", "pre_logits:std"):
+        found, expected = some(pixels)[:, some.columns[name]], whole(pixels)[:, whole.columns[name]]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert list(FeatureExtractor(backbone("test_resnet"), "layer2").columns) == ["layer2", "layer2:std"]
+    inner = FeatureExtractor(backbone("test_resnet"), "layer2.0,pre_logits")
+    assert list(inner.columns) == ["layer2.0", "pre_logits", "layer2.0:std", "pre_logits:std"]
+    torch.testing.assert_close(
+        inner(pixels)[:, inner.columns["pre_logits"]], whole(pixels)[:, whole.columns["pre_logits"]]
+    )
+    with pytest.raises(UsageError, match="another layer beside 'pre_logits'"):
+        FeatureExtractor(backbone("test_resnet"), "pre_logits")
 
 
 def test_vit_auto_takes_evenly_spaced_blocks_to_the_last() -> None:
     found = backbone("test_vit3")
     extractor = FeatureExtractor(found)
-    assert extractor.layers == tuple(f"blocks.{i}" for i in (1, 3, 4, 6, 8))
+    assert extractor.layers == (*(f"blocks.{i}" for i in (1, 3, 4, 6, 8)), "pre_logits")
     with torch.inference_mode():
         maps = found.model.forward_intermediates(images("test_vit3"), output_fmt="NCHW", intermediates_only=True)
     expected = torch.cat([maps[i].mean((2, 3)) for i in (1, 3, 4, 6, 8)], 1)
-    torch.testing.assert_close(extractor(images("test_vit3")), expected, rtol=1e-4, atol=1e-5)
+    found_means = extractor(images("test_vit3"))[:, : expected.shape[1]]
+    torch.testing.assert_close(found_means, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [7, 8, 9, 12, 14, 18, 24, 27, 32, 40])
@@ -94,8 +149,8 @@ def test_auto_never_names_a_layer_twice() -> None:
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ("auto", RESNET_LAYERS),
-        (["auto"], RESNET_LAYERS),
+        ("auto", (*RESNET_LAYERS, "pre_logits")),
+        (["auto"], (*RESNET_LAYERS, "pre_logits")),
         ("layer1,layer3", ("layer1", "layer3")),
         (" layer1 , layer3 ,", ("layer1", "layer3")),
         ("layer3,layer1", ("layer3", "layer1")),
@@ -112,17 +167,18 @@ def test_auto_never_names_a_layer_twice() -> None:
 def test_layers_by_name_and_index(layers: Any, expected: tuple[str, ...]) -> None:
     extractor = FeatureExtractor(backbone("test_resnet"), layers)
     assert extractor.layers == expected
-    widths = dict(zip(RESNET_LAYERS, (32, 32, 48, 192, 96), strict=True)) | {"layer1.0.conv1": 32}
+    widths = dict(zip(RESNET_LAYERS, (32, 32, 48, 192, 96), strict=True)) | {"layer1.0.conv1": 32, "pre_logits": 96}
     assert extractor.widths == tuple(widths[name] for name in expected)
 
 
 def test_columns_follow_the_order_asked_for() -> None:
     whole = FeatureExtractor(backbone("test_resnet"))
-    columns = dict(zip(whole.layers, whole(images("test_resnet")).split(whole.widths, 1), strict=True))
+    parts = means(whole, images("test_resnet")).split(whole.widths, 1)
+    columns = dict(zip(whole.layers, parts, strict=True))
     for layers in ("layer3,layer1", "-1,0,layer2", "layer2"):
         extractor = FeatureExtractor(backbone("test_resnet"), layers)
         expected = torch.cat([columns[name] for name in extractor.layers], 1)
-        torch.testing.assert_close(extractor(images("test_resnet")), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(means(extractor, images("test_resnet")), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +246,7 @@ def test_inner_layer_equals_a_manual_hook(name: str, layer: str) -> None:
     with torch.inference_mode():
         model(images(name))
     handle.remove()
-    features = FeatureExtractor(backbone(name), layer)(images(name))
+    features = means(FeatureExtractor(backbone(name), layer), images(name))
     torch.testing.assert_close(features, seen[0], rtol=1e-4, atol=1e-5)
 
 
@@ -206,7 +262,7 @@ def test_inner_layer_equals_a_manual_hook(name: str, layer: str) -> None:
 def test_a_stage_gives_the_same_beside_an_inner_layer(name: str, layer: str, inner: str) -> None:
     alone = FeatureExtractor(backbone(name), layer)
     beside = FeatureExtractor(backbone(name), f"{layer},{inner}")
-    expected = alone(images(name))
+    expected = means(alone, images(name))
     found = beside(images(name))[:, : alone.widths[0]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -221,8 +277,8 @@ def test_a_stage_gives_the_same_beside_an_inner_layer(name: str, layer: str, inn
 )
 def test_stage_beside_a_layer_after_the_last_stage(name: str, stage: str, later: str) -> None:
     """Pooling and head are part of the network too, also when a stage is asked for with them."""
-    both = FeatureExtractor(backbone(name), f"{stage},{later}")(images(name))
-    parts = [FeatureExtractor(backbone(name), layer)(images(name)) for layer in (stage, later)]
+    both = means(FeatureExtractor(backbone(name), f"{stage},{later}"), images(name))
+    parts = [means(FeatureExtractor(backbone(name), layer), images(name)) for layer in (stage, later)]
     torch.testing.assert_close(both, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featdiff.denoisers import LFDN, LayerwiseLFDN
-from featdiff.detectors.heads import HEADS, DiffusionHeads
+from featdiff.detectors.heads import DIFFUSION, DiffusionHeads
 from featdiff.features import block_normalise
 from featdiff.noise import draw_noise
 from featdiff.reconstruct import reconstruct
@@ -170,9 +170,9 @@ def test_every_head_follows_its_formula() -> None:
     }
 
     scores, layers = heads(raw)
-    assert tuple(scores) == HEADS
+    assert tuple(scores) == DIFFUSION
     np.testing.assert_allclose(layers.numpy(), by_layer, rtol=2e-3, atol=2e-3)
-    for name in HEADS:
+    for name in DIFFUSION:
         assert scores[name].shape == (7,)
         np.testing.assert_allclose(scores[name].numpy(), expected[name], rtol=2e-3, atol=2e-3, err_msg=name)
         assert np.std(expected[name]) > 0.01  # the comparison above is not one of constants
@@ -210,7 +210,7 @@ def test_only_likelihood_regret_uses_the_early_network() -> None:
     for parameter in heads.early.parameters():
         parameter.mul_(0.5)
     after, _ = heads(features(4))
-    assert [name for name in HEADS if not torch.equal(before[name], after[name])] == ["lr"]
+    assert [name for name in DIFFUSION if not torch.equal(before[name], after[name])] == ["lr"]
 
 
 def test_likelihood_regret_is_zero_when_training_changed_nothing() -> None:
@@ -229,8 +229,8 @@ def test_a_row_does_not_depend_on_its_batch(joint: bool, stride: int | None) -> 
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
     for size in (1, 7):
         parts = [heads(part) for part in rows[order].split(size)]
-        found = {name: torch.cat([scores[name] for scores, _ in parts]) for name in HEADS}
-        for name in HEADS:
+        found = {name: torch.cat([scores[name] for scores, _ in parts]) for name in DIFFUSION}
+        for name in DIFFUSION:
             spread = together[name].std()
             assert (found[name] - together[name][order]).abs().max() < 1e-4 * spread, (name, size)
         assert (torch.cat([part for _, part in parts]) - layers[order]).abs().max() < 1e-3
@@ -243,7 +243,7 @@ def test_a_score_does_not_depend_on_the_global_seed_or_on_earlier_calls() -> Non
     heads(features(9, seed=4))
     torch.manual_seed(2)
     again = heads(rows)[0]
-    assert all(torch.equal(first[name], again[name]) for name in HEADS)
+    assert all(torch.equal(first[name], again[name]) for name in DIFFUSION)
 
 
 def test_scores_ignore_shift_and_scale_of_a_layer() -> None:
@@ -252,7 +252,7 @@ def test_scores_ignore_shift_and_scale_of_a_layer() -> None:
     moved = rows.clone()
     moved[:, 6:26] = 7 * moved[:, 6:26] + 3
     first, again = heads(rows)[0], heads(moved)[0]
-    for name in HEADS:
+    for name in DIFFUSION:
         torch.testing.assert_close(again[name], first[name], rtol=1e-3, atol=1e-3)
 
 
@@ -274,7 +274,7 @@ def test_dead_layers_give_finite_scores() -> None:
 def test_no_rows_give_no_scores() -> None:
     scores, layers = make()(features(0))
     assert layers.shape == (0, 3)
-    assert {name: tuple(values.shape) for name, values in scores.items()} == dict.fromkeys(HEADS, (0,))
+    assert {name: tuple(values.shape) for name, values in scores.items()} == dict.fromkeys(DIFFUSION, (0,))
 
 
 # ---- state ----
@@ -290,7 +290,7 @@ def test_state_dict_holds_everything_that_decides_a_score(joint: bool) -> None:
     other = DiffusionHeads(WIDTHS, **(SETTINGS | {"joint": joint, "seed": 99}))
     other.load_state_dict(heads.state_dict())
     first, again = heads(features(6))[0], other(features(6))[0]
-    assert all(torch.equal(first[name], again[name]) for name in HEADS)
+    assert all(torch.equal(first[name], again[name]) for name in DIFFUSION)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_loaded_detector_gives_the_same_bits(
     for name in before.layers:
         np.testing.assert_array_equal(before.layers[name], after.layers[name])
     np.testing.assert_array_equal(tiny_detector.calibration_, loaded.calibration_)
-    features = torch.randn(4, sum(loaded.extractor_.widths), generator=torch.Generator().manual_seed(0))
+    features = torch.randn(4, loaded.extractor_.width, generator=torch.Generator().manual_seed(0))
     for name, values in tiny_detector.all_heads(features).items():
         np.testing.assert_array_equal(values, loaded.all_heads(features)[name])
     facts = [(d.n_images_, d.validation_loss_, d.fpr, d.seed, d.head, d.recipe) for d in (tiny_detector, loaded)]
@@ -99,7 +99,7 @@ def test_config_names_format_and_backbone(tiny_detector: Detector, tiny_model: P
     assert config["format_version"] == FORMAT_VERSION
     assert config["backbone"]["fingerprint"] == tiny_detector.extractor_.backbone.fingerprint
     assert config["layers"] == dict(zip(tiny_detector.extractor_.layers, tiny_detector.extractor_.widths, strict=True))
-    assert config["images"] == {"different": 390, "calibration": 78}
+    assert config["images"] == {"different": 390, "calibration": 78, "bank": 292}
     assert len(tensors["calibration"]) == 78
 
 
@@ -144,17 +144,26 @@ def poison(name: str, value: float) -> Callable[[Tensors], object]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("noise"), "lacks tensor noise"),
+        (lambda t: t.pop("diffusion.noise"), "lacks tensor diffusion.noise"),
         (
-            lambda t: t.pop("denoiser.layers.0.project_out.weight"),
-            "lacks tensor denoiser.layers.0.project_out",
+            lambda t: t.pop("diffusion.denoiser.layers.0.project_out.weight"),
+            "lacks tensor diffusion.denoiser.layers.0.project_out",
         ),
         (put("extra", torch.zeros(1)), "unknown tensor extra"),
-        (poison("noise", float("nan")), "tensor noise holds NaN"),
-        (poison("mean", float("inf")), "tensor mean holds NaN or infinite"),
-        (lambda t: t.update(noise=t["noise"].flatten()), "another shape for tensor noise"),
-        (lambda t: t.update(mean=t["mean"][:2]), "another shape for tensor mean"),
-        (lambda t: t.update(noise=t["noise"].half()), "noise"),
+        (poison("diffusion.noise", float("nan")), "tensor diffusion.noise holds NaN"),
+        (poison("diffusion.mean", float("inf")), "tensor diffusion.mean holds NaN or infinite"),
+        (
+            lambda t: t.update({"diffusion.noise": t["diffusion.noise"].flatten()}),
+            "another shape for tensor diffusion.noise",
+        ),
+        (lambda t: t.update({"diffusion.mean": t["diffusion.mean"][:2]}), "another shape for tensor diffusion.mean"),
+        (lambda t: t.update({"diffusion.noise": t["diffusion.noise"].half()}), "noise"),
+        (lambda t: t.pop("banks.vectors_0"), "lacks tensor banks.vectors_0"),
+        (lambda t: t.update({"banks.vectors_0": t["banks.vectors_0"][1:]}), "another shape for tensor banks.vectors_0"),
+        (lambda t: t.update({"banks.vectors_0": t["banks.vectors_0"].float()}), "another type for tensor banks"),
+        (lambda t: t.pop("bank_digests"), "digests of its bank"),
+        (lambda t: t.update(bank_digests=t["bank_digests"][:, 1:]), "digests of its bank"),
+        (lambda t: t.update(bank_digests=t["bank_digests"][1:]), "digests of its bank"),
         (lambda t: t.pop("calibration"), "calibration"),
         (lambda t: t.update(calibration=t["calibration"][1:]), "calibration"),
         (lambda t: t.update(calibration=t["calibration"][:, None]), "calibration"),
@@ -171,6 +180,12 @@ def poison(name: str, value: float) -> Callable[[Tensors], object]:
         "reshaped",
         "cut",
         "half",
+        "no-bank",
+        "short-bank",
+        "other-bank",
+        "no-digests",
+        "narrow-digests",
+        "short-digests",
         "no-calibration",
         "short-calibration",
         "calibration-2d",
@@ -217,6 +232,7 @@ def test_damaged_or_foreign_config_is_refused(model: Path, data: bytes, words: s
         "images",
         "images.different",
         "images.calibration",
+        "images.bank",
         "validation_loss",
         "arguments",
     ],
@@ -239,12 +255,13 @@ def test_config_that_lacks_a_key_is_damaged(model: Path, key: str) -> None:
         (lambda c: c["arguments"].update(draws="many"), "draws"),
         (lambda c: c["arguments"].update(draws=1.5), "draws"),
         (lambda c: c["arguments"].update(start_times=7), "start_times"),
-        (lambda c: c["arguments"].update(draws=3), "shape for tensor noise"),
+        (lambda c: c["arguments"].update(draws=3), "shape for tensor diffusion.noise"),
         (lambda c: c["arguments"].update(layers=["layer1", "layer2"]), "layers of the backbone"),
         (lambda c: c["arguments"].update(layers=["layer1", "layer2", "layer9"]), "layer9"),
         (lambda c: c["layers"].update(layer2=49), "layers of the backbone"),
         (lambda c: c.update(layers=list(c["layers"])), "damaged"),
         (lambda c: c["images"].update(calibration=77), "calibration"),
+        (lambda c: c["images"].update(bank=10**15), "digests of its bank"),
         (lambda c: c.update(validation_loss="low"), "damaged"),
     ],
     ids=[
@@ -258,6 +275,7 @@ def test_config_that_lacks_a_key_is_damaged(model: Path, key: str) -> None:
         "width",
         "list",
         "count",
+        "bank-count",
         "loss",
     ],
 )

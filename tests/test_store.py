@@ -302,7 +302,7 @@ def batches(
 
 
 def run(folder: Path, extractor: FeatureExtractor, cache: Path) -> tuple[Extraction, FeatureStore]:
-    store = FeatureStore(cache, sum(extractor.widths))
+    store = FeatureStore(cache, extractor.width)
     return extract(batches(folder, extractor, store), extractor, store), store
 
 
@@ -424,7 +424,7 @@ def test_featurise_answers_by_position(few_images: Path, extractor: FeatureExtra
 def test_progress_counts_images(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     for total in (6, 0):  # known, unknown
-        store = FeatureStore(tmp_path / str(total), sum(extractor.widths))
+        store = FeatureStore(tmp_path / str(total), extractor.width)
         extract(
             batches(few_images, extractor, store, size=4),
             extractor,
@@ -442,7 +442,7 @@ def test_progress_counts_images(few_images: Path, extractor: FeatureExtractor, t
 def test_interrupted_run_keeps_what_it_computed(
     error: type[BaseException], few_images: Path, extractor: FeatureExtractor, tmp_path: Path
 ) -> None:
-    store = FeatureStore(tmp_path / "cache", sum(extractor.widths))
+    store = FeatureStore(tmp_path / "cache", extractor.width)
 
     def stopped() -> Iterator[Batch]:
         for count, batch in enumerate(batches(few_images, extractor, store)):
@@ -452,7 +452,7 @@ def test_interrupted_run_keeps_what_it_computed(
 
     with pytest.raises(error):
         extract(stopped(), extractor, store)
-    assert len(FeatureStore(tmp_path / "cache", sum(extractor.widths))) == 4
+    assert len(FeatureStore(tmp_path / "cache", extractor.width)) == 4
     found, store = run(few_images, extractor, tmp_path / "cache")
     assert found.computed == 2 and len(store) == 6
     fresh, other = run(few_images, extractor, tmp_path / "fresh")
@@ -464,14 +464,14 @@ def test_interrupted_run_keeps_what_it_computed(
 def test_interrupt_from_the_progress_bar_keeps_the_batch(
     few_images: Path, extractor: FeatureExtractor, tmp_path: Path
 ) -> None:
-    store = FeatureStore(tmp_path, sum(extractor.widths))
+    store = FeatureStore(tmp_path, extractor.width)
 
     def stop(*step: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         extract(batches(few_images, extractor, store), extractor, store, progress=stop)
-    assert len(FeatureStore(tmp_path, sum(extractor.widths))) == 2
+    assert len(FeatureStore(tmp_path, extractor.width)) == 2
 
 
 def test_damaged_cache_is_mended_by_the_next_run(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from ..training import Recipe, start, train
 from .arguments import RUNTIME, check_arguments, make_recipe, resolve_device
 from .checkpoints import resume, write_checkpoint
 from .heads import HEADS, FusedHeads
-from .loading import check_backbone, load_tensors, saved_arguments
+from .loading import check_backbone, load_tensors, saved_arguments, take_digests
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 2
@@ -267,16 +267,16 @@ class Detector:
 
     def _fill_banks(self, table: FeatureTable, training: np.ndarray, digests: list[bytes]) -> np.ndarray:
         """Give the banks their vectors; returns the digests (n, 16) of the images they are from."""
-        if self.heads_.banks is None:
-            return np.zeros((0, 16), dtype=np.uint8)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         # choosing among many more rows than are kept needs memory and time, and gains nothing
         rng = np.random.default_rng(self.seed)
         chosen = np.sort(rng.permutation(training)[: size if method == "random" else 20 * size])
         if len(chosen) > size:
             chosen = chosen[coreset(self.heads_.stages(table[chosen]), size, method, self.seed)]
-        self.heads_.banks.fit(table[chosen])
-        return np.frombuffer(b"".join(digests[i] for i in chosen), dtype=np.uint8).reshape(-1, 16)
+        if self.heads_.banks is not None:
+            self.heads_.banks.fit(table[chosen])
+        kept = bytearray().join(digests[i] for i in chosen)
+        return np.frombuffer(kept, dtype=np.uint8).reshape(-1, 16)
 
     def _training_key(self, digests: list[bytes]) -> str:
         """A hash of all that decides a training run: images, settings and seed."""
@@ -436,9 +436,8 @@ class Detector:
         except (TypeError, UsageError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         check_backbone(detector.extractor_, config, folder)
-        detector.heads_ = detector._new_heads(config["images"]["bank"])
-        detector.calibration_, detector.bank_digests_ = load_tensors(
-            detector.heads_, tensors, config["images"]["calibration"], folder
-        )
+        detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
+        detector.heads_ = detector._new_heads(len(detector.bank_digests_))
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
         return detector

@@ -77,15 +77,19 @@ def check_backbone(extractor: FeatureExtractor, config: dict[str, Any], folder: 
         raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
 
 
-def load_tensors(
-    heads: FusedHeads, tensors: dict[str, Tensor], n_calibration: int, folder: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fill ``heads`` strictly; returns the sorted calibration scores and the digests (n, 16) of the banks' images."""
-    scores, digests = tensors.pop("calibration", None), tensors.pop("bank_digests", None)
+def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndarray:
+    """Remove and return the digests (rows, 16) of the images in the banks."""
+    digests = tensors.pop("bank_digests", None)
+    if digests is None or digests.dtype != torch.uint8 or digests.shape != (rows, 16):
+        raise ModelError(f"the model at {folder} is damaged: the digests of its bank are not those it was saved with")
+    return digests.numpy()
+
+
+def load_tensors(heads: FusedHeads, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
+    """Fill ``heads`` strictly; returns the sorted calibration scores."""
+    scores = tensors.pop("calibration", None)
     check_tensors(tensors, heads.state_dict(), folder)
     if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
         raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
-    if digests is None or digests.dtype != torch.uint8 or digests.dim() != 2 or digests.shape[1] != 16:
-        raise ModelError(f"the model at {folder} is damaged: the digests of its bank are not those it was saved with")
     heads.load_state_dict(tensors)
-    return np.sort(scores.double().numpy()), digests.numpy()
+    return np.sort(scores.double().numpy())

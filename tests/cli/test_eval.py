@@ -17,7 +17,10 @@ from sklearn.metrics import roc_auc_score
 from featdiff import Detector
 
 Cli = Callable[..., Result]
-HEADS = ["featdiff", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2", "layer_layer4"]
+HEADS = [
+    *("featdiff", "layerwise", "mse", "mfsim", "lr", "knn_layer4"),
+    *("layer_layer1", "layer_layer2", "layer_layer4"),
+]
 
 
 @pytest.fixture(scope="module")

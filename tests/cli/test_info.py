@@ -11,6 +11,8 @@ import pytest
 from click.testing import Result
 from helpers import fails
 
+from featdiff.persist import FORMAT_VERSION
+
 Cli = Callable[..., Result]
 
 
@@ -25,14 +27,15 @@ def test_facts(featdiff_cli: Cli, tiny_model: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     config = json.loads((tiny_model / "config.json").read_text())
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
-    assert str(tiny_model) in lines["model"] and "format 1" in lines["model"]
+    assert str(tiny_model) in lines["model"] and f"format {FORMAT_VERSION}" in lines["model"]
     assert (
         f"test_resnet.r160_in1k (file test_resnet.safetensors), SHA-256 {config['backbone']['fingerprint'][:16]}"
         in (lines["backbone"])
     )
     assert "layer1 (32), layer2 (48), layer4 (96)" in lines["layers"]
-    assert "one per layer" in lines["denoisers"]
-    assert "layerwise, start times [20, 60, 95], 2 stored draws" in lines["score"]
+    assert "one per layer" in lines["denoisers"] and not lines["denoisers"].split()[1].startswith("0.0")
+    assert "5 of 292 in-domain images" in lines["neighbours"]
+    assert "fused, start times [20, 60, 95], 2 stored draws" in lines["score"]
     assert "390 different images" in lines["trained"]
     assert "78 held-out images; fpr 0.05, possible from 0.013 up" in lines["calibrated"]
 
@@ -93,5 +96,11 @@ def test_config_that_lacks_a_part(featdiff_cli: Cli, model: Path, key: str, opti
 
 def test_newer_format(featdiff_cli: Cli, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"format_version": 2}))
-    fails(featdiff_cli("info", model), 1, "has format 2", "reads up to 1", "pip install -U featdiff")
+    (model / "config.json").write_text(json.dumps(config | {"format_version": FORMAT_VERSION + 1}))
+    fails(featdiff_cli("info", model), 1, f"has format {FORMAT_VERSION + 1}", f"reads up to {FORMAT_VERSION}", "pip install -U featdiff")
+
+
+def test_older_format(featdiff_cli: Cli, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"format_version": 1}))
+    fails(featdiff_cli("info", model), 1, "old format 1", "train it again")

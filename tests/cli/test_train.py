@@ -70,7 +70,7 @@ def test_folder_becomes_a_model(featdiff_cli: Cli, photos: Path, quick: Path, tm
     ]
     config = load(tmp_path / "model")[0]
     assert config["layers"] == {"layer1": 32, "layer2": 48}
-    assert config["images"] == {"different": 40, "calibration": 8}
+    assert config["images"] == {"different": 40, "calibration": 8, "bank": 27}
     assert len(Detector.from_pretrained(tmp_path / "model").score(photos)) == 40
 
 
