@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from featdiff import Detector
+from featdiff.calibration import flagged, p_values
 from featdiff.detectors import feature_diffusion
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError, WeightsError
 from featdiff.features import block_normalise
@@ -122,6 +123,22 @@ def test_scrambled_features_are_flagged_and_fresh_tiles_are_not(
     limit = np.quantile(tiny_detector.calibration_, 0.95)
     assert (tiny_detector.score_features(features) > limit).mean() < 0.2
     assert (tiny_detector.score_features(scrambled) > limit).mean() > 0.9
+
+
+def test_false_alarms_over_200_random_splits_stay_below_the_rate(
+    tiny_detector: Detector, sample_folders: dict[str, Path]
+) -> None:
+    """Real scores of 130 fresh tiles: 100 calibrate, 30 are tested, 200 times over."""
+    scores = tiny_detector.score(sample_folders["test"]).ood_score
+    rng, rates = np.random.default_rng(0), (0.01, 0.05, 0.1)
+    alarms = np.empty((200, 3))
+    for row in alarms:
+        order = rng.permutation(scores)
+        p = p_values(order[100:], np.sort(order[:100]))
+        row[:] = [flagged(p, rate).mean() for rate in rates]
+    error = alarms.std(0) / np.sqrt(200)
+    assert (alarms.mean(0) <= rates + 3 * error).all()
+    assert (alarms.mean(0) >= np.array(rates) - 1 / 101 - 3 * error).all()  # and is not merely never flagging
 
 
 def test_p_values_and_verdicts_follow_from_the_calibration_scores(fitted: Detector, fresh: list[str]) -> None:

@@ -98,6 +98,16 @@ def test_shrinkage_keeps_the_trace_and_makes_few_vectors_invertible() -> None:
     assert torch.linalg.eigvalsh(covariance)[0] > 0
 
 
+@pytest.mark.parametrize(("n", "width"), [(5, 4), (30, 3)])
+def test_shrinkage_goes_no_further_than_the_identity(n: int, width: int) -> None:
+    """White vectors, where the formula itself asks for more than all."""
+    vectors = np.random.default_rng(3).normal(size=(n, width))
+    vectors = np.concatenate([vectors, -vectors])
+    found = shrunk(of(vectors).covariance, len(vectors) // 20 + 1)
+    assert torch.count_nonzero(found - found.diag().diag()) == 0
+    np.testing.assert_allclose(found.diag().numpy(), vectors.var(0).mean(), rtol=1e-12)
+
+
 def test_a_multiple_of_the_identity_stays_as_it_is() -> None:
     torch.testing.assert_close(shrunk(3 * torch.eye(5).double(), 100), 3 * torch.eye(5).double())
 

@@ -97,7 +97,13 @@ def test_config_that_lacks_a_part(featdiff_cli: Cli, model: Path, key: str, opti
 def test_newer_format(featdiff_cli: Cli, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"format_version": FORMAT_VERSION + 1}))
-    fails(featdiff_cli("info", model), 1, f"has format {FORMAT_VERSION + 1}", f"reads up to {FORMAT_VERSION}", "pip install -U featdiff")
+    fails(
+        featdiff_cli("info", model),
+        1,
+        f"has format {FORMAT_VERSION + 1}",
+        f"reads up to {FORMAT_VERSION}",
+        "pip install -U featdiff",
+    )
 
 
 def test_older_format(featdiff_cli: Cli, model: Path) -> None:
