@@ -62,7 +62,7 @@ class Fusion(nn.Module):
 
     def fit(self, z: Tensor) -> Fusion:
         """Set the weights from held-out in-domain z-scores (N, H); only ``covariance`` looks at them."""
-        if self.method == "covariance" and z.shape[1] > 1:
+        if self.method == "covariance" and z.shape[1] > 1 and len(z) > 1:
             heads = z.shape[1]
             # a tenth of the identity: a hundred rows do not tell an inverse
             covariance = torch.cov(z.T.double()) + 0.1 * torch.eye(heads, dtype=torch.float64, device=z.device)

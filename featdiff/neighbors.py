@@ -76,7 +76,7 @@ def make_index(bank: Tensor, backend: str = "auto") -> Index:
     check_backend(backend)
     if bank.dim() != 2 or 0 in bank.shape:
         raise UsageError(f"a bank of neighbours must have shape (n, d), not {tuple(bank.shape)}")
-    _check_finite(bank, "the bank of neighbours")
+    _check_finite(bank.float(), "the bank of neighbours")
     if backend == "auto":
         backend = _choose(bank)
     if backend == "torch":
@@ -111,7 +111,10 @@ class TorchIndex:
 
     def __init__(self, bank: Tensor) -> None:
         self.bank = bank.float()
-        self._squares = self.bank.square().sum(1)
+        # distances lose digits far from the origin, so candidates are sought around the bank's mean
+        self._mean = self.bank.mean(0)
+        self._centred = self.bank - self._mean
+        self._squares = self._centred.square().sum(1)
 
     @torch.inference_mode()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -123,11 +126,11 @@ class TorchIndex:
 
     def _nearest(self, queries: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
         # |q - b|^2 = |q|^2 + |b|^2 - 2 q b loses digits for near vectors: a few candidates more, then exactly
-        wanted = min(len(self.bank), k + 8)
+        wanted, centred = min(len(self.bank), k + 8), queries - self._mean
         values, rows = [], []
         for start in range(0, len(self.bank), width):
-            part, squares = self.bank[start : start + width], self._squares[start : start + width]
-            value, row = torch.addmm(squares, queries, part.T, alpha=-2).topk(min(wanted, len(part)), largest=False)
+            part, squares = self._centred[start : start + width], self._squares[start : start + width]
+            value, row = torch.addmm(squares, centred, part.T, alpha=-2).topk(min(wanted, len(part)), largest=False)
             values.append(value)
             rows.append(row + start)
         best = torch.cat(values, 1).topk(wanted, largest=False).indices
@@ -200,13 +203,13 @@ def _build(faiss: Any, vectors: np.ndarray, kind: str) -> Any:
         some = np.random.default_rng(0).permutation(n)[: max(256, 64 * lists)]
         index.cp.max_points_per_centroid = 64
         index.train(vectors[np.sort(some)])
-        index.nprobe = max(8, min(lists, 64))
+        index.nprobe = max(8, min(lists, 32))
     index.add(vectors)
     return index
 
 
 def _exactly(queries: Tensor, bank: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The nearest ``k`` of candidate rows (Q, c), by true distance; among equals, the lower row number."""
+    """The nearest ``k`` of candidate rows (Q, c), by true distance; among equal candidates, the lower row number."""
     rows = rows.sort(dim=1).values
     repeated = torch.zeros_like(rows, dtype=torch.bool)
     repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
@@ -221,8 +224,9 @@ def _checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
         raise UsageError(f"queries must have shape (Q, {bank.shape[1]}) like the bank, not {tuple(queries.shape)}")
     if not 1 <= k <= len(bank):
         raise UsageError(f"k must lie in 1 .. {len(bank)} (the size of the bank), not {k}")
+    queries = queries.to(bank.device, torch.float32)
     _check_finite(queries, "the queries")
-    return queries.to(bank.device, torch.float32)
+    return queries
 
 
 def _check_finite(vectors: Tensor, what: str) -> None:
@@ -249,11 +253,11 @@ def coreset(vectors: Tensor, size: int, method: str = "random", seed: int = 0) -
     check_coreset(method)
     if size < 1:
         raise UsageError(f"the size of a bank must be above 0, not {size}")
+    _check_finite(vectors, "the vectors of a bank")
     if len(vectors) <= size:
         return np.arange(len(vectors))
     if method == "random":
         return np.sort(np.random.default_rng(seed).permutation(len(vectors))[:size])
-    _check_finite(vectors, "the vectors of a bank")
     return (_medoids if method == "cluster" else _farthest_first)(vectors.float(), size, seed)
 
 
@@ -270,7 +274,7 @@ def _medoids(vectors: Tensor, size: int, seed: int) -> np.ndarray:
     centres = torch.from_numpy(means.fit(vectors.cpu().numpy()).cluster_centers_)
     # two centres may share their nearest vector: the bank is then a little smaller, so others fill it up
     nearest = np.unique(TorchIndex(vectors).search(centres.to(vectors), 1)[1].cpu().numpy())
-    others = np.setdiff1d(np.random.default_rng(seed).permutation(len(vectors)), nearest)
+    others = np.setdiff1d(np.random.default_rng(seed).permutation(len(vectors)), nearest, assume_unique=True)
     return np.sort(np.concatenate([nearest, others[: size - len(nearest)]]))
 
 

@@ -499,25 +499,16 @@ def test_coreset_names_the_row_of_a_nan(method: str) -> None:
 # ---- known faults: each fails today, see the reason ----
 
 
-@pytest.mark.xfail(strict=True, reason="candidates come from uncentred float32 |q|^2 + |b|^2 - 2 q b")
 def test_torch_is_exact_at_a_thousand_deviations_from_the_origin() -> None:
     bank, queries = normal(2000, 64) + 1000, normal(30, 64, seed=1) + 1000
     assert np.array_equal(make(bank, "torch").search(queries, 5)[1].numpy(), reference(bank, queries, 5)[1])
 
 
-@pytest.mark.xfail(strict=False, reason="topk takes any k + 8 of more equals as candidates")
-def test_torch_keeps_the_lower_row_among_many_equals() -> None:
-    found = {n: make(torch.ones(n, 8), "torch").search(torch.zeros(3, 8), 4)[1].tolist() for n in (50, 100, 200)}
-    assert found == {n: [[0, 1, 2, 3]] * 3 for n in found}
-
-
-@pytest.mark.xfail(strict=True, reason="the docstring promises UsageError for NaN, random does not look")
 def test_random_refuses_nan() -> None:
     with pytest.raises(UsageError, match="NaN"):
         coreset(torch.full((9, 2), torch.nan), 3, "random")
 
 
-@pytest.mark.xfail(strict=True, reason="np.setdiff1d sorts: the random order of the vectors that fill up is lost")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_cluster_fills_up_at_random() -> None:
     assert len({tuple(coreset(torch.ones(60, 4), 10, "cluster", seed)) for seed in range(4)}) > 1
