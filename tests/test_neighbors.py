@@ -326,6 +326,7 @@ def in_a_fork(work: Callable[[], str]) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # as a DataLoader does in its workers: OpenMP's threads are gone
         try:
             answer = work()
         except BaseException as error:
