@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..denoisers import LFDN, LayerwiseLFDN
 from ..features import PRE_LOGITS, SPREAD, block_normalise
 from ..fusion import Fusion, log_statistics, log_z, weighted_sum
-from ..noise import draw_noise, make_scheduler
+from ..noise import add_noise, draw_noise, make_scheduler
 from ..reconstruct import reconstruct
 from ..residuals import likelihood_regret, mfsim, mse
 from .banks import Banks
@@ -205,6 +205,12 @@ class DiffusionHeads(nn.Module):
         Averaging *before* comparing keeps the luck of the draws out of the error: what stays is what the denoiser
         gets wrong about this image. (DLSR compares each draw.)
         """
+        if self.stride is None:  # one step for each: all start times in one pass
+            rows, (times, draws) = len(x), self.noise.shape[:2]
+            t = torch.tensor(self.start_times, device=x.device).repeat_interleave(draws).repeat(rows)
+            clean, drawn = x.repeat_interleave(times * draws, dim=0), self.noise.flatten(0, 1).repeat(rows, 1)
+            x_hat = denoiser(add_noise(self.scheduler, clean, drawn, t), t)
+            return list(x_hat.unflatten(0, (rows, times, draws)).mean(2).unbind(1))
         pairs = zip(self.start_times, self.noise, strict=True)
         return [reconstruct(denoiser, self.scheduler, x, draws, start, self.stride).mean(1) for start, draws in pairs]
 
