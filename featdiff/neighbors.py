@@ -130,7 +130,8 @@ class TorchIndex:
         values, rows = [], []
         for start in range(0, len(self.bank), width):
             part, squares = self._centred[start : start + width], self._squares[start : start + width]
-            value, row = torch.addmm(squares, centred, part.T, alpha=-2).topk(min(wanted, len(part)), largest=False)
+            distances = squares - 2 * (part @ centred.T).T  # with few queries, faster than queries @ bank
+            value, row = distances.topk(min(wanted, len(part)), largest=False)
             values.append(value)
             rows.append(row + start)
         best = torch.cat(values, 1).topk(wanted, largest=False).indices

@@ -31,7 +31,7 @@ def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: f
 def add_noise(scheduler: DDIMScheduler, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = sqrt(alpha-bar_t) x + sqrt(1 - alpha-bar_t) noise (DLSR eq. 1).
 
-    x, noise : (B, D); t : (B,) integers in 0 .. timesteps - 1. Returns (B, D).
+    x, noise : (B or 1, ..., D), both with as many axes; t : (B,) integers in 0 .. timesteps - 1.
     """
     return scheduler.add_noise(x, noise, t)
 

@@ -14,14 +14,17 @@ from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm(1) -> SiLU -> Linear, + time, GroupNorm(1) -> SiLU -> zero-initialised Linear, + input."""
+    """Norm -> SiLU -> Linear, + time, norm -> SiLU -> zero-initialised Linear, + input.
+
+    DLSR's norm is a GroupNorm of one group: for vectors the same as a LayerNorm, which is several times faster.
+    """
 
     def __init__(self, hidden: int, time_width: int) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(1, hidden)
+        self.norm_in = nn.LayerNorm(hidden)
         self.linear_in = nn.Linear(hidden, hidden)
         self.time = nn.Linear(time_width, hidden)
-        self.norm_out = nn.GroupNorm(1, hidden)
+        self.norm_out = nn.LayerNorm(hidden)
         self.linear_out = nn.Linear(hidden, hidden)
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
@@ -32,7 +35,7 @@ class ResidualBlock(nn.Module):
 
 
 class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Residual MLP with a time embedding that predicts the clean vector: (B, width), (B,) -> (B, width).
+    """Residual MLP with a time embedding that predicts the clean vector: (B, ..., width), (B,) -> (B, ..., width).
 
     Parameters
     ----------
@@ -53,14 +56,15 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.time_embedding = TimestepEmbedding(64, time_width)
         self.project_in = nn.Linear(width, hidden)
         self.residual_blocks = nn.ModuleList(ResidualBlock(hidden, time_width) for _ in range(blocks))
-        self.norm_out = nn.GroupNorm(1, hidden)
+        self.norm_out = nn.LayerNorm(hidden)
         self.project_out = nn.Linear(hidden, width)
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Noisy vectors (B, width) at integer times (B,) -> estimate of the clean vectors (B, width)."""
+        """Noisy vectors (B, ..., width) at integer times (B,) -> estimate of the clean vectors, same shape."""
         time = F.silu(self.time_embedding(self.time_waves(t).to(x_t.dtype)))
+        time = time.reshape(len(t), *(1 for _ in x_t.shape[1:-1]), time.shape[-1])
         h = self.project_in(x_t)
         for block in self.residual_blocks:
             h = block(h, time)
@@ -68,7 +72,7 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """One LFDN per layer, side by side: (B, sum of widths), (B,) -> (B, sum of widths).
+    """One LFDN per layer, side by side: (B, ..., sum of widths), (B,) -> (B, ..., sum of widths).
 
     As good as one network on the concatenation and far smaller.
 
@@ -93,6 +97,6 @@ class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.layers = nn.ModuleList(LFDN(width, size, blocks) for width, size in zip(widths, sizes, strict=True))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Noisy vectors (B, sum of widths) at integer times (B,) -> estimate of the clean ones."""
-        parts = x_t.split(list(self.config.widths), dim=1)
-        return torch.cat([layer(part, t) for layer, part in zip(self.layers, parts, strict=True)], dim=1)
+        """Noisy vectors (B, ..., sum of widths) at integer times (B,) -> estimate of the clean ones."""
+        parts = x_t.split(list(self.config.widths), dim=-1)
+        return torch.cat([layer(part, t) for layer, part in zip(self.layers, parts, strict=True)], dim=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,29 +18,25 @@ from ..calibration import Split, check_fpr, flagged, p_values, split
 from ..exceptions import ModelError, NotFittedError, UsageError
 from ..features import FeatureExtractor, Layers
 from ..images import MAX_PIXELS, Batch, Transform, batches_from_loader, is_loader, iter_batches, iter_loaded
-from ..neighbors import coreset
 from ..persist import load, locate, save
 from ..scores import OK, UNREADABLE, Scores
 from ..sources import list_images
 from ..store import (
     Extraction,
     FeatureStore,
-    FeatureTable,
     Progress,
     default_cache,
     extract,
     featurise,
 )
-from ..training import Recipe, start, train
+from ..training import Recipe
 from .arguments import RUNTIME, check_arguments, make_recipe, resolve_device
-from .checkpoints import resume, write_checkpoint
+from .fitting import as_digests, choose_bank, train_denoiser
 from .heads import HEADS, FusedHeads
 from .loading import check_backbone, load_tensors, saved_arguments, take_digests
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 2
-#: A stopped run loses at most this much training, or one epoch if that is longer.
-CHECKPOINT_SECONDS = 10
 # Arguments that are handed on to DiffusionHeads as they are; training depends on them.
 _DIFFUSION_ARGUMENTS = (
     "joint",
@@ -193,8 +188,11 @@ class Detector:
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         checkpoint = kept.folder / f"training-{self._training_key(unique)}.pt"
-        self._train(table, rows, checkpoint, progress)
-        self.bank_digests_ = self._fill_banks(table, rows.training, unique)
+        self.validation_loss_ = train_denoiser(self.heads_, table, rows, self.recipe, self.seed, checkpoint, progress)
+        size, method = self.arguments["bank_size"], self.arguments["coreset"]
+        bank = choose_bank(self.heads_, table, rows.training, size, method, self.seed)
+        self.heads_.fill_banks(table[bank])
+        self.bank_digests_ = as_digests(unique, bank)
         self.heads_.fit_statistics(table[rows.validation])
         # -> calibrate
         chunks = np.array_split(rows.calibration, len(rows.calibration) // 1024 + 1)
@@ -239,44 +237,6 @@ class Detector:
         rows = split(n, self.calibration, self.validation, self.seed)
         check_fpr(self.fpr, len(rows.calibration))
         return rows
-
-    def _train(self, table: FeatureTable, rows: Split, checkpoint: Path, progress: Progress | None) -> None:
-        """Train the denoiser; checkpoints and the result are kept beside the features, for the next run."""
-        heads = self.heads_.diffusion
-        heads.denoiser.requires_grad_(True)
-        state = start(heads.denoiser, self.recipe, len(rows.training))
-        resume(state, checkpoint, self.device)
-        finished = state.done
-        validation = self.heads_.stages(table[rows.validation])
-
-        def read(i: np.ndarray) -> Tensor:
-            return self.heads_.stages(table[rows.training[i]])
-
-        saved = time.monotonic()
-        for step in train(state, read, len(rows.training), validation, heads.scheduler, self.recipe, self.seed):
-            if step.val_loss is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                write_checkpoint(state, checkpoint)
-                saved = time.monotonic()
-            if progress:
-                progress("training", step.step, step.steps)
-        if not finished:
-            write_checkpoint(state, checkpoint)
-        heads.early.load_state_dict(state.early)
-        heads.denoiser.requires_grad_(False)
-        self.validation_loss_ = state.best_loss
-
-    def _fill_banks(self, table: FeatureTable, training: np.ndarray, digests: list[bytes]) -> np.ndarray:
-        """Give the banks their vectors; returns the digests (n, 16) of the images they are from."""
-        size, method = self.arguments["bank_size"], self.arguments["coreset"]
-        # choosing among many more rows than are kept needs memory and time, and gains nothing
-        rng = np.random.default_rng(self.seed)
-        chosen = np.sort(rng.permutation(training)[: size if method == "random" else 20 * size])
-        if len(chosen) > size:
-            chosen = chosen[coreset(self.heads_.stages(table[chosen]), size, method, self.seed)]
-        if self.heads_.banks is not None:
-            self.heads_.banks.fit(table[chosen])
-        kept = bytearray().join(digests[i] for i in chosen)
-        return np.frombuffer(kept, dtype=np.uint8).reshape(-1, 16)
 
     def _training_key(self, digests: list[bytes]) -> str:
         """A hash of all that decides a training run: images, settings and seed."""

@@ -75,6 +75,11 @@ class FusedHeads(nn.Module):
     def _stages(self, features: Tensor) -> Tensor:
         return features[:, self._stage_columns]
 
+    def fill_banks(self, features: Tensor) -> None:
+        """Give the banks their in-domain features (bank_rows, D); nothing to do without neighbours."""
+        if self.banks is not None:
+            self.banks.fit(features)
+
     @torch.inference_mode()
     def fit_statistics(self, features: Tensor) -> None:
         """Set all means and deviations from held-out in-domain features (N, D)."""
@@ -205,12 +210,12 @@ class DiffusionHeads(nn.Module):
         Averaging *before* comparing keeps the luck of the draws out of the error: what stays is what the denoiser
         gets wrong about this image. (DLSR compares each draw.)
         """
-        if self.stride is None:  # one step for each: all start times in one pass
-            rows, (times, draws) = len(x), self.noise.shape[:2]
-            t = torch.tensor(self.start_times, device=x.device).repeat_interleave(draws).repeat(rows)
-            clean, drawn = x.repeat_interleave(times * draws, dim=0), self.noise.flatten(0, 1).repeat(rows, 1)
-            x_hat = denoiser(add_noise(self.scheduler, clean, drawn, t), t)
-            return list(x_hat.unflatten(0, (rows, times, draws)).mean(2).unbind(1))
+        if self.stride is None:  # one step for each: all start times and draws in one pass
+            times, draws = self.noise.shape[:2]
+            t = torch.tensor(self.start_times, device=x.device).repeat_interleave(draws)
+            drawn = self.noise.flatten(0, 1)[:, None]
+            x_hat = denoiser(add_noise(self.scheduler, x[None], drawn, t), t)  # (times x draws, B, D)
+            return list(x_hat.unflatten(0, (times, draws)).mean(1))
         pairs = zip(self.start_times, self.noise, strict=True)
         return [reconstruct(denoiser, self.scheduler, x, draws, start, self.stride).mean(1) for start, draws in pairs]
 
