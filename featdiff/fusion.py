@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -34,15 +36,18 @@ def _log(errors: Tensor) -> Tensor:
 class Fusion(nn.Module):
     """z-scores of H heads -> one score, higher = more OOD. Nothing here has seen an OOD image.
 
-    ``mean``: their sum over sqrt(H). ``max``: the largest. ``fisher``: -sum of log p (Fisher 1932) and ``tippett``:
-    -log of the smallest p (Tippett 1931), p being a z-score's upper tail under the normal distribution, for ranks among
-    a few hundred held-out images end at one in a few hundred. ``covariance``: the sum with weights C^-1 1, C being the
-    covariance of in-domain z-scores: heads that say the same share their vote (negative weights are set to 0).
+    ``mean``: their weighted sum over the length of the weights. ``max``: the largest. ``fisher``: -sum of log p (Fisher
+    1932) and ``tippett``: -log of the smallest p (Tippett 1931), p being a z-score's upper tail under the normal
+    distribution, for ranks among a few hundred held-out images end at one in a few hundred. ``covariance``: the sum
+    with weights C^-1 1, C being the covariance of in-domain z-scores: heads that say the same share their vote
+    (negative weights are set to 0).
 
     Parameters
     ----------
     heads : int
         H; ``weights`` (H,) is what is stored.
+    weights : sequence of float, optional
+        What each head counts in ``mean``; default: all the same.
     method : one of ``FUSIONS``
 
     Raises
@@ -53,12 +58,12 @@ class Fusion(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, heads: int, method: str = "mean") -> None:
+    def __init__(self, heads: int, method: str = "mean", weights: Sequence[float] | None = None) -> None:
         super().__init__()
         if method not in FUSIONS:
             raise UsageError(f"unknown fusion {method!r}; known: {', '.join(FUSIONS)}")
         self.method = method
-        self.register_buffer("weights", torch.ones(heads))
+        self.register_buffer("weights", torch.tensor(weights or [1.0] * heads))
 
     def fit(self, z: Tensor) -> Fusion:
         """Set the weights from held-out in-domain z-scores (N, H); only ``covariance`` looks at them."""

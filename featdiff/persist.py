@@ -15,7 +15,7 @@ from torch import Tensor
 from .exceptions import ModelError, UsageError
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
 

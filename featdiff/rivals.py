@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,13 +13,32 @@ from torch.nn import functional as F
 
 from .exceptions import UsageError
 from .features import PRE_LOGITS, FeatureExtractor, block_normalise
-from .gaussian import Mahalanobis, PrincipalResidual, moments
-from .neighbors import Index, make_index
+from .gaussian import Mahalanobis, Moments, PrincipalResidual, moments
+from .neighbors import make_index
 from .store import FeatureTable
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A fitted method: rows of the extractor (B, D) -> (B,), higher = more OOD.
+
+    ``view`` picks what it looks at; ``numbers`` is how many floats it keeps, ``seconds`` what fitting took.
+    """
+
+    view: View
+    measure: View
+    numbers: int
+    seconds: float
+
+    @torch.inference_mode()
+    def __call__(self, features: Tensor) -> Tensor:
+        return self.measure(self.view(features))
 
 
 class Rivals:
-    """Classic detectors, fitted on in-domain features; each score is higher = more OOD.
+    """Classic detectors, fitted on in-domain features: ``methods`` by name.
 
     ``rival_knn`` : distance to the ``k``-th neighbour of the last stage, L2-normalised (Sun et al., ICML 2022).
     ``rival_mahalanobis`` : Mahalanobis distance of the last stage, L2-normalised (Mahalanobis++, Mueller & Hein, ICML
@@ -33,11 +56,12 @@ class Rivals:
 
     def __init__(self, extractor: FeatureExtractor, k: int = 5) -> None:
         self.k = k
+        self.methods: dict[str, Rival] = {}
         self._stages = [name for name in extractor.layers if name != PRE_LOGITS]
         self._columns = extractor.columns
 
     def fit(self, table: FeatureTable) -> Rivals:
-        """Fit all in one pass over in-domain features, which stay on disk.
+        """Fit all on in-domain features, which stay on disk: Gaussians in one pass each.
 
         Raises
         ------
@@ -46,41 +70,44 @@ class Rivals:
         """
         if len(table) < max(2, self.k):
             raise UsageError(f"the rivals need at least {max(2, self.k)} in-domain images, and there are {len(table)}")
-        last = torch.cat([self._last(rows) for rows in table.chunks()])
-        self._index: Index = make_index(last)
-        width = sum(self._width(name) for name in self._stages)
-        joined = moments((self._joined(rows) for rows in table.chunks()), width)
-        self._all = Mahalanobis(width).fit(joined)
-        found = moments(last.split(1024), last.shape[1])
-        self._of_last, self._pca = Mahalanobis(last.shape[1]).fit(found), PrincipalResidual(last.shape[1]).fit(found)
-        self._alone = {}
+
+        def gaussian(view: View, kind: type[Mahalanobis] | type[PrincipalResidual] = Mahalanobis) -> Rival:
+            start = time.perf_counter()
+            found = _moments(table, view)
+            fitted = kind(len(found.mean)).fit(found)
+            return Rival(view, fitted, sum(b.numel() for b in fitted.buffers()), time.perf_counter() - start)
+
+        self.methods = {
+            "rival_knn": self._neighbours(table),
+            "rival_mahalanobis": gaussian(self._last),
+            "rival_mahalanobis_all": gaussian(self._joined(self._stages)),
+            "rival_pca": gaussian(self._last, PrincipalResidual),
+        }
         for name in self._stages:
-            chunks = (self._normalised(rows, name) for rows in table.chunks())
-            self._alone[name] = Mahalanobis(self._width(name)).fit(moments(chunks, self._width(name)))
+            self.methods[f"rival_mahalanobis_{name}"] = gaussian(self._joined([name]))
         return self
 
-    @torch.inference_mode()
     def __call__(self, features: Tensor) -> dict[str, np.ndarray]:
         """Rows of the extractor (B, D) -> {name: (B,)}."""
-        last = self._last(features)
-        scores = {
-            "rival_knn": self._index.search(last, self.k)[0][:, -1],
-            "rival_mahalanobis": self._of_last(last),
-            "rival_mahalanobis_all": self._all(self._joined(features)),
-            "rival_pca": self._pca(last),
-        }
-        for name, gaussian in self._alone.items():
-            scores[f"rival_mahalanobis_{name}"] = gaussian(self._normalised(features, name))
-        return {name: values.double().numpy() for name, values in scores.items()}
+        return {name: method(features).double().numpy() for name, method in self.methods.items()}
 
-    def _width(self, name: str) -> int:
-        return int(self._columns[name].stop - self._columns[name].start)
+    def _neighbours(self, table: FeatureTable) -> Rival:
+        start = time.perf_counter()
+        index = make_index(torch.cat([self._last(rows) for rows in table.chunks()]))
+
+        def kth(x: Tensor) -> Tensor:
+            return index.search(x, self.k)[0][:, -1]
+
+        return Rival(self._last, kth, index.bank.numel(), time.perf_counter() - start)
 
     def _last(self, features: Tensor) -> Tensor:
         return F.normalize(features[:, self._columns[self._stages[-1]]], dim=1)
 
-    def _normalised(self, features: Tensor, name: str) -> Tensor:
-        return block_normalise(features[:, self._columns[name]], [self._width(name)])
+    def _joined(self, stages: list[str]) -> View:
+        columns = [self._columns[name] for name in stages]
+        widths = [part.stop - part.start for part in columns]
+        return lambda features: block_normalise(torch.cat([features[:, part] for part in columns], 1), widths)
 
-    def _joined(self, features: Tensor) -> Tensor:
-        return torch.cat([self._normalised(features, name) for name in self._stages], 1)
+
+def _moments(table: FeatureTable, view: View) -> Moments:
+    return moments((view(rows) for rows in table.chunks()), view(table[np.zeros(1, dtype=int)]).shape[1])

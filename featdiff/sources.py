@@ -35,7 +35,10 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image that can be read later. ``path`` is what reports print: valid Unicode, never empty."""
+    """One image that can be read later. ``path`` is what reports print: valid Unicode, never empty.
+
+    A subclass with a ``read`` of its own brings in images from anywhere.
+    """
 
     path: str
     sequential: ClassVar[bool] = False  # True: reading out of order would be very slow, so one thread reads in order
@@ -162,7 +165,7 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
 
     Parameters
     ----------
-    sources : str, Path, PIL image, array, tensor, or a list of these
+    sources : str, Path, PIL image, array, tensor, ImageRef, or a list of these
         A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
         folder inside one (``data.zip/train``), ``-`` (paths on standard input, one a line), a PIL image,
         an array ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)`` of uint8 or of floats in [0, 1],
@@ -191,6 +194,8 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
                     refs += _from_path(os.fsdecode(line))
         elif isinstance(item, str | os.PathLike):
             refs += _from_path(os.fspath(item))
+        elif isinstance(item, ImageRef):
+            refs.append(item)
         else:
             refs += _from_memory(item, number)
     if not streamed and all(isinstance(ref, MissingRef) for ref in refs):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
 Rows = Callable[[np.ndarray], Tensor]  # row numbers (B,) -> clean vectors (B, D)
+_RESULTS = ("epoch", "stale", "done", "seconds", "best_loss", "best", "early")
 LR_SCHEDULES = ("one-cycle", "cosine", "constant")
 
 
@@ -96,13 +97,14 @@ class TrainingState:
     epoch: int = 0
     stale: int = 0
     done: bool = False
+    seconds: float = 0.0  # spent so far, over all runs; the caller's to count
     best_loss: float = math.inf
     best: dict[str, Tensor] = field(default_factory=dict)
     early: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, fit for ``weights_only=True``; the results alone once done."""
-        plain = {name: getattr(self, name) for name in ("epoch", "stale", "done", "best_loss", "best", "early")}
+        plain = {name: getattr(self, name) for name in _RESULTS}
         if self.done:
             return plain
         parts = {name: getattr(self, name).state_dict() for name in ("denoiser", "average", "optimizer", "schedule")}

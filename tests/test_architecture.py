@@ -37,8 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores"),
     },
+    "comparison": set(),
     "rivals": {"features", "gaussian", "neighbors", "store"},
     "evaluation": {"detectors", "sources", "images", "store", "metrics", "rivals"},
+    "suites": {"evaluation", "sources"},
+    "bench": {"detectors", "evaluation", "rivals", "sources", "images", "store", "suites"},
 }
 #: what a library room must never know of
 FOREIGN = {"click", "rich", "featdiff_cli", "cli"}

@@ -110,16 +110,17 @@ def test_fused_is_the_standardised_sum_of_its_heads() -> None:
 
     def raw(x: Tensor) -> np.ndarray:
         scores, _ = heads(x)
-        return np.stack([scores["layerwise"], *(np.log(scores[name]) for name in names[1:])], 1)
+        return np.stack([scores["layerwise"], *(np.log(scores[name].numpy()) for name in names[1:])], 1)
 
     known = raw(held_out)
     z = (raw(queries) - known.mean(0)) / np.maximum(known.std(0), 0.05)
     scores, layers = heads(queries)
     assert list(scores) == ["fused", "layerwise", "mse", "mfsim", "lr", *names[1:]]
-    np.testing.assert_allclose(scores["fused"], z.sum(1) / 2, rtol=1e-3, atol=1e-4)
+    shares = np.array([0.75, 1, 1, 1])
+    np.testing.assert_allclose(scores["fused"], z @ shares / np.linalg.norm(shares), rtol=1e-3, atol=1e-4)
     assert heads.layers == ["early", "last", "pre_logits"]
     np.testing.assert_allclose(layers[:, 2], z[:, 2], rtol=1e-3, atol=1e-4)
-    weights = np.sqrt([6, 20])
+    weights = np.array([6, 20]) ** 0.75
     expected = layers[:, :2].numpy() @ (weights / np.linalg.norm(weights))
     np.testing.assert_allclose(scores["layerwise"], expected, rtol=1e-4, atol=1e-5)
 

@@ -514,8 +514,9 @@ def test_every_head_can_be_the_score(
     assert len(set(scores.ood_score)) == 20
     pixels = torch.stack([detector.extractor_.transform(picture) for picture in pictures(fresh)])
     heads = detector.all_heads(detector.extractor_(pixels))
-    named = {"fused", "layerwise", "mse", "mfsim", "lr", "knn_layer2", "layer_layer1", "layer_layer2"}
-    assert set(heads) == named - {head} | {"featdiff"}
+    named = {"layerwise", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2"}
+    neighbours = {"knn_layer2"} if head == "fused" else set()  # diffusion alone keeps no bank
+    assert set(heads) == (named | neighbours) - {head} | {"featdiff"}
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-4, atol=1e-5)
 
 
@@ -530,7 +531,7 @@ def test_mse_head_is_the_mean_squared_error_of_the_averaged_reconstruction(
     kept = heads.scheduler.alphas_cumprod
     errors = []
     with torch.inference_mode():
-        for start, draws in zip((20, 60, 95), heads.noise, strict=True):
+        for start, draws in zip((70, 95), heads.noise, strict=True):
             t = torch.full((len(x),), start)
             noisy = [kept[start].sqrt() * x + (1 - kept[start]).sqrt() * draw for draw in draws]
             mean = torch.stack([heads.denoiser(x_t, t) for x_t in noisy]).mean(0)

@@ -163,7 +163,7 @@ def test_every_head_follows_its_formula() -> None:
     whole_late = np.stack([np.mean((x - part) ** 2, axis=1) for part in late])
     whole_early = np.stack([np.mean((x - part) ** 2, axis=1) for part in early])
     expected = {
-        "layerwise": by_layer @ np.sqrt(channels) / np.sqrt(channels.sum()),
+        "layerwise": by_layer @ channels**0.75 / np.linalg.norm(channels**0.75),
         "mse": whole_late.mean(0),
         "mfsim": 1 - cosines.mean((0, 1)),
         "lr": (whole_late - whole_early).mean(0),

@@ -156,7 +156,7 @@ def poison(name: str, value: float) -> Callable[[Tensors], object]:
             lambda t: t.update({"diffusion.noise": t["diffusion.noise"].flatten()}),
             "another shape for tensor diffusion.noise",
         ),
-        (lambda t: t.update({"diffusion.mean": t["diffusion.mean"][:2]}), "another shape for tensor diffusion.mean"),
+        (lambda t: t.update({"diffusion.mean": t["diffusion.mean"][:1]}), "another shape for tensor diffusion.mean"),
         (lambda t: t.update({"diffusion.noise": t["diffusion.noise"].half()}), "noise"),
         (lambda t: t.pop("banks.vectors_0"), "lacks tensor banks.vectors_0"),
         (lambda t: t.update({"banks.vectors_0": t["banks.vectors_0"][1:]}), "another shape for tensor banks.vectors_0"),

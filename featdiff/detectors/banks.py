@@ -67,15 +67,17 @@ class Banks(nn.Module):
         The mean over the first neighbours says more than the k-th alone (Sun et al., ICML 2022): it looks at the
         density near the image at several scales.
         """
+        return torch.stack([self.distances(features, space) for space in self.spaces], dim=1)
+
+    @torch.inference_mode()
+    def distances(self, features: Tensor, space: str) -> Tensor:
+        """The same in one space alone: (B, D) -> (B,)."""
         if not self._indices:  # built when first needed: a loaded bank may lie on another device
             self._indices = [make_index(self._bank(i), self.backend) for i in range(len(self.spaces))]
-        features = features.to(self.scales_0.device)
-        found = [
-            index.search(self._view(features, space), self.k)[0]
-            for index, space in zip(self._indices, self.spaces, strict=True)
-        ]
+        index = self._indices[list(self.spaces).index(space)]
+        found = index.search(self._view(features.to(self.scales_0.device), space), self.k)[0]
         tiny = torch.finfo(torch.float32).eps  # a copy of a bank's image has distance 0
-        return torch.stack([distances.clamp_min(tiny).log().mean(1).exp() for distances in found], dim=1)
+        return found.clamp_min(tiny).log().mean(1).exp()
 
     def _bank(self, i: int) -> Tensor:
         vectors: Tensor = getattr(self, f"vectors_{i}")

@@ -32,11 +32,11 @@ from ..store import (
 from ..training import Recipe
 from .arguments import RUNTIME, check_arguments, make_recipe, resolve_device
 from .fitting import as_digests, choose_bank, train_denoiser
-from .heads import HEADS, FusedHeads
+from .heads import DIFFUSION, HEADS, FusedHeads
 from .loading import check_backbone, load_tensors, saved_arguments, take_digests
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
-_TRAINING_VERSION = 2
+_TRAINING_VERSION = 3
 # Arguments that are handed on to DiffusionHeads as they are; training depends on them.
 _DIFFUSION_ARGUMENTS = (
     "joint",
@@ -86,7 +86,7 @@ class Detector:
         Reconstruct by DDIM steps of this stride; default: in one step.
     head : "fused", "layerwise", "mse", "mfsim" or "lr"
         Which score becomes ``ood_score``; all but ``fused`` are diffusion alone, see
-        :meth:`featdiff.detectors.heads.DiffusionHeads.forward`.
+        :meth:`featdiff.detectors.heads.DiffusionHeads.forward`, and keep no bank.
     fusion : "mean", "max", "fisher", "tippett" or "covariance"
         How ``fused`` joins its heads; see :class:`featdiff.fusion.Fusion`.
     neighbors : int
@@ -130,7 +130,7 @@ class Detector:
         hidden_max: int = 320,
         blocks: int = 3,
         timesteps: int = 100,
-        start_times: Sequence[int] = (20, 60, 95),
+        start_times: Sequence[int] = (70, 95),
         draws: int = 2,
         stride: int | None = None,
         head: str = "fused",
@@ -188,7 +188,8 @@ class Detector:
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         checkpoint = kept.folder / f"training-{self._training_key(unique)}.pt"
-        self.validation_loss_ = train_denoiser(self.heads_, table, rows, self.recipe, self.seed, checkpoint, progress)
+        trained = train_denoiser(self.heads_, table, rows, self.recipe, self.seed, checkpoint, progress)
+        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         bank = choose_bank(self.heads_, table, rows.training, size, method, self.seed)
         self.heads_.fill_banks(table[bank])
@@ -209,6 +210,8 @@ class Detector:
 
     def _new_heads(self, bank_rows: int) -> FusedHeads:
         arguments = {name: self.arguments[name] for name in (*_DIFFUSION_ARGUMENTS, *_FUSION_ARGUMENTS)}
+        if self.head != "fused":
+            arguments["neighbors"] = 0  # what the score does not look at costs nothing
         return FusedHeads(self.extractor_.columns, bank_rows=bank_rows, **arguments).to(self.device)
 
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
@@ -292,7 +295,7 @@ class Detector:
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
         self.check_fitted("bank_digests_")
-        scores, layers = self.heads_(features)
+        scores, layers = self.heads_(features, HEADS if self.head == "fused" else DIFFUSION)
         scores = {"featdiff": scores.pop(self.head)} | scores
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}

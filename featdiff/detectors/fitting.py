@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibration import Split
 from ..neighbors import coreset
 from ..store import FeatureTable, Progress
-from ..training import Recipe, start, train
+from ..training import Recipe, TrainingState, start, train
 from .checkpoints import resume, write_checkpoint
 from .heads import FusedHeads
 
@@ -27,8 +27,8 @@ def train_denoiser(
     seed: int,
     checkpoint: Path,
     progress: Progress | None,
-) -> float:
-    """Train the denoiser of ``heads`` in place, or take it from ``checkpoint``; returns its validation loss.
+) -> TrainingState:
+    """Train the denoiser of ``heads`` in place, or take it from ``checkpoint``.
 
     Checkpoints and the result are kept in that file, for the next run.
     """
@@ -41,19 +41,21 @@ def train_denoiser(
     def read(i: np.ndarray) -> Tensor:
         return heads.stages(table[rows.training[i]])
 
-    saved = time.monotonic()
+    saved = last = time.monotonic()
     validation = heads.stages(table[rows.validation])
     for step in train(state, read, len(rows.training), validation, diffusion.scheduler, recipe, seed):
-        if step.val_loss is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+        now = time.monotonic()
+        state.seconds, last = state.seconds + now - last, now
+        if step.val_loss is not None and now - saved > CHECKPOINT_SECONDS:
             write_checkpoint(state, checkpoint)
-            saved = time.monotonic()
+            saved = last = time.monotonic()
         if progress:
             progress("training", step.step, step.steps)
     if not finished:
         write_checkpoint(state, checkpoint)
     diffusion.early.load_state_dict(state.early)
     diffusion.denoiser.requires_grad_(False)
-    return state.best_loss
+    return state
 
 
 def choose_bank(

@@ -1,0 +1,111 @@
+"""``featdiff bench``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .config import preset_folder
+from .options import runtime_arguments, runtime_options, weights_option
+from .progress import Bars, say
+
+
+@click.command("bench")
+@click.argument("suite")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    required=True,
+    help="Folder that holds the suite's images.",
+)
+@click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0].")
+@weights_option
+@click.option("--layers", help="auto, or names or indices separated by commas [auto].")
+@click.option("--seed", type=int, help="Decides split, weights and noise [0].")
+@click.option("--download", is_flag=True, help="Let torchvision fetch what is not in the data folder.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["table", "json", "csv", "markdown"]),
+    help="[by -o: .json, .csv, .md; else table]",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the result [standard output].")
+@runtime_options
+def command(
+    suite: str,
+    data: Path,
+    download: bool,
+    format_: str | None,
+    output: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compare featdiff, each of its heads, DLSR's joint network and the rivals on a SUITE of image sets.
+
+    SUITE is cifar10, openood-cifar10, folders (train/ and test/ are in-domain, every other folder or zip is an OOD
+    set) or a TOML file. All share one extraction of features; published numbers are printed beside.
+
+    \b
+    Example: featdiff bench folders --data my-sets/ -o comparison.md
+    """
+    from featdiff.allocator import keep_freed_memory
+    from featdiff.bench import run_suite
+    from featdiff.comparison import to_csv, to_markdown
+    from featdiff.exceptions import UsageError, did_you_mean
+    from featdiff.suites import load_suite
+
+    keep_freed_memory()
+    known = {file.stem: file for file in sorted((preset_folder() / "suites").glob("*.toml"))}
+    if suite not in known and not Path(suite).is_file():
+        hint = did_you_mean(suite, list(known))
+        raise UsageError(f"no suite or file {suite!r}{hint}; suites: {', '.join(known)}")
+    given = {name: options[name] for name in ("backbone", "weights", "layers", "seed") if options[name] is not None}
+    with Bars(quiet) as bars:
+        result = run_suite(
+            load_suite(known.get(suite, Path(suite))),
+            data,
+            given | runtime_arguments(options),
+            download,
+            bars,
+            lambda line: say(line, quiet),
+        )
+    format_ = format_ or _guess(output)
+    if format_ == "table" and output is None:
+        print_grids(result)
+        return
+    write = {"json": lambda r: json.dumps(r, indent=2) + "\n", "csv": to_csv, "markdown": to_markdown}
+    text = write["markdown" if format_ == "table" else format_](result)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+        say(f"written: {output}", quiet)
+
+
+def _guess(output: Path | None) -> str:
+    by_suffix = {".json": "json", ".csv": "csv"}
+    return "table" if output is None else by_suffix.get(output.suffix.lower(), "markdown")
+
+
+def print_grids(result: dict[str, Any]) -> None:
+    """Tables for people, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from featdiff.comparison import EXPLANATION, grids
+
+    console = Console(width=None if Console().is_terminal else 200)
+    for grid in grids(result):
+        table = Table(title=grid.title)
+        table.add_column(grid.header[0])
+        for name in grid.header[1:]:
+            table.add_column(name, justify="right")
+        for line in grid.lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}")
+    for name, reason in result["left_out"].items():
+        console.print(f"left out: {name}: {reason}")

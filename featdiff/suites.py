@@ -1,0 +1,255 @@
+"""A suite file and a data folder -> what to train on, what to test on, and what others have published.
+
+A suite is TOML. ``[sources.NAME]`` says where images are, ``[[tasks]]`` which of them are in-domain and which are not,
+``[detectors.NAME]`` which detectors stand beside the default one, ``[[published]]`` what papers report.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .evaluation import PROTOCOLS
+from .exceptions import UsageError, did_you_mean
+from .sources import ZIP_SUFFIXES, FileRef, ImageRef, list_images, printable
+
+#: In ``ood``: every folder and zip archive below the data folder that is neither ``train`` nor ``test``.
+EVERYTHING_ELSE = "*"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images of a set are.
+
+    Parameters
+    ----------
+    path : paths below the data folder; the first that exists is taken
+    imglist, root : an OpenOOD list (``path label`` on each line), and the folder its paths count from
+    torchvision : ``name`` of a class of ``torchvision.datasets`` and its keyword arguments
+    classes : keep only these class folders, or these classes of a torchvision data set
+    """
+
+    path: tuple[str, ...] = ()
+    imglist: str = ""
+    root: str = ""
+    torchvision: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Train on ``train``, test on ``test`` against each of ``ood`` (names of sources)."""
+
+    name: str
+    train: str
+    test: str
+    ood: tuple[str, ...]
+    protocols: tuple[str, ...] = ("matched",)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number from the literature, in percent, for one set or (``ood`` empty) for the mean of a task's sets."""
+
+    method: str
+    task: str
+    auroc: float
+    source: str
+    protocol: str = "as-published"
+    ood: str = ""
+    fpr95: float | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a benchmark runs."""
+
+    title: str
+    sources: Mapping[str, Source]
+    tasks: tuple[Task, ...]
+    detectors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+
+
+def load_suite(file: Path) -> Suite:
+    """Read a suite.
+
+    Raises
+    ------
+    UsageError
+        No such file, not TOML, an unknown or missing key, or a task that names an unknown source.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {error}") from None
+    _known(content, [*inspect.signature(Suite).parameters], str(file))
+    sources = {name: _make(Source, part, f"{file}: sources.{name}") for name, part in _table(content, "sources", file)}
+    tasks = [_make(Task, part, f"{file}: tasks") for part in _list(content, "tasks", file)]
+    published = [_make(Published, part, f"{file}: published") for part in _list(content, "published", file)]
+    if not tasks:
+        raise UsageError(f"{file}: a suite needs at least one task, [[tasks]]")
+    for task in tasks:
+        _check_task(task, list(sources), file)
+    return Suite(
+        content.get("title", file.stem),
+        sources,
+        tuple(tasks),
+        dict(_table(content, "detectors", file)),
+        tuple(published),
+    )
+
+
+def _table(content: dict[str, Any], name: str, file: Path) -> list[tuple[str, Any]]:
+    found = content.get(name, {})
+    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+        raise UsageError(f"{file}: {name} must be tables, [{name}.NAME]")
+    return list(found.items())
+
+
+def _list(content: dict[str, Any], name: str, file: Path) -> list[Any]:
+    found = content.get(name, [])
+    if not isinstance(found, list):
+        raise UsageError(f"{file}: {name} must be a list of tables, [[{name}]]")
+    return found
+
+
+def _make(kind: Callable[..., Any], content: Any, where: str) -> Any:
+    """A dataclass from its TOML table."""
+    fields = inspect.signature(kind).parameters
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: must be a table")
+    _known(content, list(fields), where)
+    for name, parameter in fields.items():
+        if parameter.default is inspect.Parameter.empty and name not in content:
+            raise UsageError(f"{where}: lacks {name}")
+    return kind(**{name: _checked(value, str(fields[name].annotation), name, where) for name, value in content.items()})
+
+
+def _checked(value: Any, annotation: str, name: str, where: str) -> Any:
+    """A value of the annotated kind; a single text may stand for a list of one."""
+    if annotation.startswith("tuple"):
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(part, str) for part in values):
+            raise UsageError(f"{where}: {name} must be text or a list of texts, not {value!r}")
+        return tuple(values)
+    kinds: dict[str, tuple[Any, str]] = {"str": (str, "text"), "Mapping": (dict, "a table")}
+    kind, what = kinds.get(annotation.partition("[")[0], ((int, float), "a number"))
+    if not isinstance(value, kind):
+        raise UsageError(f"{where}: {name} must be {what}, not {value!r}")
+    return value
+
+
+def _known(content: Mapping[str, Any], known: list[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
+
+
+def _check_task(task: Task, sources: list[str], file: Path) -> None:
+    for name in (task.train, task.test, *task.ood):
+        if name not in sources and name != EVERYTHING_ELSE:
+            raise UsageError(
+                f"{file}: task {task.name!r} names an unknown source {name!r}{did_you_mean(name, sources)}"
+            )
+    for protocol in task.protocols:
+        if protocol not in PROTOCOLS:
+            raise UsageError(f"{file}: unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+
+
+def find_images(source: Source, data: Path, download: bool = False) -> list[ImageRef]:
+    """The images of a source.
+
+    Parameters
+    ----------
+    data : folder that paths and downloads count from
+    download : bool
+        Whether torchvision may fetch what is not there.
+
+    Raises
+    ------
+    UsageError
+        They are not there, and how they could be had.
+    """
+    for path in source.path:
+        found = [data / path / name for name in source.classes] or [data / path]
+        if _exists(data / path):
+            return list_images([str(part) for part in found])
+    if source.imglist and (data / source.imglist).exists():
+        return _from_imglist(data / source.imglist, data / source.root)
+    if source.torchvision:
+        return _from_torchvision(source, data, download)
+    wanted = " or ".join([*source.path, *([source.imglist] if source.imglist else [])])
+    raise UsageError(f"not below {data}: {wanted or 'no place is named'}")
+
+
+def everything_else(data: Path) -> dict[str, Source]:
+    """Folders and zip archives of the data folder, but for ``train`` and ``test``, by name."""
+    found = {
+        entry.name.removesuffix(".zip"): Source(path=(entry.name,))
+        for entry in sorted(data.iterdir())
+        if entry.is_dir() or entry.name.lower().endswith(ZIP_SUFFIXES)
+    }
+    return {name: source for name, source in found.items() if name not in ("train", "test") and name[0] != "."}
+
+
+def _exists(path: Path) -> bool:
+    """Also a folder inside an archive."""
+    return path.exists() or any(part.is_file() for part in path.parents if part.name.lower().endswith(ZIP_SUFFIXES))
+
+
+def _from_imglist(file: Path, root: Path) -> list[ImageRef]:
+    names = [line.rpartition(" ")[0] or line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [FileRef(printable(root / name), str(root / name)) for name in names]
+
+
+@dataclass(frozen=True)
+class DatasetRef(ImageRef):
+    """One picture of a torchvision data set, read when it is needed."""
+
+    dataset: Any
+    index: int
+
+    def read(self) -> Image.Image:
+        picture: Image.Image = self.dataset[self.index][0]
+        return picture
+
+
+def _from_torchvision(source: Source, data: Path, download: bool) -> list[ImageRef]:
+    from torchvision import datasets
+
+    options = dict(source.torchvision)
+    name = str(options.pop("name", ""))
+    if name not in datasets.__all__:
+        raise UsageError(f"torchvision has no data set {name!r}{did_you_mean(name, list(datasets.__all__))}")
+    kind = getattr(datasets, name)
+    if "download" in inspect.signature(kind).parameters:
+        options["download"] = download
+    try:
+        dataset = kind(str(data), **options)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        hint = "" if download else ", or let it be fetched with --download"
+        reason = " ".join(str(error).split())
+        raise UsageError(f"torchvision's {name} is not below {data} ({reason}): put it there{hint}") from None
+    wanted = _labels(dataset, name, source.classes)
+    return [DatasetRef(f"{name}[{i}]", dataset, i) for i in range(len(dataset)) if wanted is None or wanted(i)]
+
+
+def _labels(dataset: Any, name: str, classes: tuple[str, ...]) -> Callable[[int], bool] | None:
+    """Which pictures are of these classes; None: all are wanted."""
+    if not classes:
+        return None
+    known, targets = getattr(dataset, "classes", []), getattr(dataset, "targets", [])
+    for label in classes:
+        if label not in known:
+            raise UsageError(f"torchvision's {name} has no class {label!r}{did_you_mean(label, list(known))}")
+    numbers = {known.index(label) for label in classes}
+    return lambda i: int(targets[i]) in numbers
