@@ -62,6 +62,8 @@ def command(
     if suite not in known and not Path(suite).is_file():
         hint = did_you_mean(suite, list(known))
         raise UsageError(f"no suite or file {suite!r}{hint}; suites: {', '.join(known)}")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"no folder {output.parent} for {output.name}")
     given = {name: options[name] for name in ("backbone", "weights", "layers", "seed") if options[name] is not None}
     with Bars(quiet) as bars:
         result = run_suite(

@@ -63,8 +63,8 @@ def run_suite(
     result: dict[str, Any] = {"suite": suite.title, "backbone": "", "tasks": []}
     left_out: dict[str, str] = {}
     for task in suite.tasks:
-        tell(f"{task.name}: trained on {task.train}, tested on {task.test}")
         train, test = (find_images(suite.sources[name], data, download) for name in (task.train, task.test))
+        tell(f"{task.name}: {len(train):,} images to train, {len(test):,} to test")
         ood = _ood_sets(suite, task, data, download, left_out, tell)
         detectors = _fit(suite, arguments or {}, train, progress, tell)
         result["backbone"] = detectors[DEFAULT].extractor_.backbone.tag

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[1]
 FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
@@ -60,6 +63,18 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
     return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def typed(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of the README: a plain ``featdiff`` line through its entry point in this process, which need not
+    import torch anew, anything else in a shell."""
+    if not command.startswith("featdiff ") or "|" in command:
+        return shell(command, folder)
+    (script,) = entry_points(group="console_scripts", name="featdiff")
+    arguments = shlex.split(command)
+    with contextlib.chdir(folder):
+        done = CliRunner().invoke(script.load(), arguments[1:], prog_name="featdiff")
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:

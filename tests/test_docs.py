@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import EXPECTED, HUB, OTHER, SETUP, blocks, commands, newcomer_folder, python, shell
+from helpers import EXPECTED, HUB, OTHER, SETUP, blocks, commands, newcomer_folder, python, shell, typed
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
     ran = [command for command in commands() if not command.startswith((*SETUP, *OTHER)) and command != HUB]
     assert len(ran) >= 8
     for command in ran:
-        result = shell(command, newcomer)
+        result = typed(command, newcomer)
         assert result.returncode == EXPECTED.get(command, 0), f"{command}: {result.stderr}"
         assert "Traceback" not in result.stderr
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import HUB, OTHER, README, ROOT, blocks, commands, newcomer_folder, python, shell
+from helpers import HUB, OTHER, README, ROOT, blocks, commands, newcomer_folder, python, typed
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
     ran = [command for command in commands() if command.startswith(OTHER)]
     assert len(ran) == len(OTHER)
     for command in ran:
-        result = shell(command, newcomer)
+        result = typed(command, newcomer)
         assert result.returncode == 0, f"{command}: {result.stderr}"
         assert "Traceback" not in result.stderr
 
@@ -30,7 +30,7 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
 def test_hub_command_of_the_readme_without_a_hub(tmp_path: Path) -> None:
     """Typed with no folder and no hub: the sample set is named loudly, and the error names the tag and the ways out."""
     assert HUB in commands()
-    done = shell(HUB, tmp_path)
+    done = typed(HUB, tmp_path)
     assert done.returncode == 1
     assert "built-in sample set" in done.stderr
     for words in ("resnet50.a1_in1k", "connect to the hub", "--weights FILE", "--backbone tf_efficientnet_lite0"):
@@ -48,7 +48,7 @@ def test_python_blocks_of_the_readme(newcomer: Path) -> None:
 def test_config_block_of_the_readme(newcomer: Path) -> None:
     (block,) = blocks("toml")
     (newcomer / "mine.toml").write_text(block)
-    done = shell("featdiff train --config mine.toml -o from-config", newcomer)
+    done = typed("featdiff train --config mine.toml -o from-config", newcomer)
     assert done.returncode == 0, done.stderr
     assert "390 images" in done.stderr
 
@@ -60,9 +60,9 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 
 def test_every_command_and_exit_code_is_in_the_readme() -> None:
-    listed = shell("featdiff --help", ROOT).stdout
+    listed = typed("featdiff --help", ROOT).stdout
     names = re.findall(r"^  (\w+)  +[A-Z]", listed.partition("Commands:")[2], flags=re.M)
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
         assert f"featdiff {name}" in README
     for code in ("0", "1", "2", "3", "4", "130"):
