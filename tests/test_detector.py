@@ -194,7 +194,7 @@ def test_unreadable_image_changes_no_other_row(fitted: Detector, fresh: list[str
 
 
 def test_stream_is_the_same_as_all_at_once(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
-    detector = Detector(**small, image_batch=8).fit(files)
+    detector = Detector(**small, image_batch=2).fit(files)
     parts = list(detector.iter_scores(fresh))
     assert [len(part) for part in parts] == [8, 8, 4]
     whole = detector.score(fresh)

@@ -35,21 +35,13 @@ from .fitting import as_digests, choose_bank, train_denoiser
 from .heads import DIFFUSION, HEADS, FusedHeads
 from .loading import check_backbone, load_tensors, saved_arguments, take_digests
 
+# Heads work on this many image batches at once: on few rows they would mostly wait for memory.
+_BATCHES_AT_ONCE = 4
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 3
-# Arguments that are handed on to DiffusionHeads as they are; training depends on them.
-_DIFFUSION_ARGUMENTS = (
-    "joint",
-    "hidden_ratio",
-    "hidden_max",
-    "blocks",
-    "timesteps",
-    "start_times",
-    "draws",
-    "stride",
-    "seed",
-)
-_FUSION_ARGUMENTS = ("neighbors", "fusion", "backend")
+# Arguments that are handed on to the heads; training depends on the first ones alone.
+_TRAINING_ARGUMENTS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
+_SCORING_ARGUMENTS = ("start_times", "draws", "stride", "neighbors", "fusion", "backend")
 
 
 class Detector:
@@ -209,7 +201,7 @@ class Detector:
         return FeatureExtractor(loaded, layers, self.device)
 
     def _new_heads(self, bank_rows: int) -> FusedHeads:
-        arguments = {name: self.arguments[name] for name in (*_DIFFUSION_ARGUMENTS, *_FUSION_ARGUMENTS)}
+        arguments = {name: self.arguments[name] for name in (*_TRAINING_ARGUMENTS, *_SCORING_ARGUMENTS)}
         if self.head != "fused":
             arguments["neighbors"] = 0  # what the score does not look at costs nothing
         return FusedHeads(self.extractor_.columns, bank_rows=bank_rows, **arguments).to(self.device)
@@ -243,8 +235,8 @@ class Detector:
 
     def _training_key(self, digests: list[bytes]) -> str:
         """A hash of all that decides a training run: images, settings and seed."""
-        settings = [self.arguments[name] for name in _DIFFUSION_ARGUMENTS]
-        facts = repr([_TRAINING_VERSION, self.recipe, self.seed, settings, self.calibration, self.validation])
+        settings = [self.arguments[name] for name in _TRAINING_ARGUMENTS]
+        facts = repr([_TRAINING_VERSION, self.recipe, settings, self.calibration, self.validation])
         return hashlib.sha256(facts.encode() + b"".join(digests)).hexdigest()[:16]
 
     # ---- score ----
@@ -256,7 +248,7 @@ class Detector:
     def iter_scores(
         self, images: object, fpr: float | None = None, progress: Progress | None = None
     ) -> Iterator[Scores]:
-        """Score images batch by batch, in their order; memory does not grow with their number.
+        """Score images part by part, in their order; memory does not grow with their number.
 
         The request is checked at once, images are read as the iterator is used.
 
@@ -276,16 +268,34 @@ class Detector:
         self.check_fitted()
         fpr = self.fpr if fpr is None else fpr
         check_fpr(fpr, len(self.calibration_))
-        return self._stream(*self._batches(images), fpr, progress)
+        at_once = 1 if is_loader(images) else _BATCHES_AT_ONCE * self.image_batch  # a loader may be a live stream
+        return self._stream(*self._batches(images), at_once, fpr, progress)
 
-    def _stream(self, batches: Iterator[Batch], total: int, fpr: float, progress: Progress | None) -> Iterator[Scores]:
+    def _stream(
+        self, batches: Iterator[Batch], total: int, at_once: int, fpr: float, progress: Progress | None
+    ) -> Iterator[Scores]:
+        paths: list[str] = []
+        vectors: dict[int, np.ndarray] = {}
+        failed: dict[int, str] = {}
         done = 0
-        for batch in batches:
-            vectors, failed = featurise(batch, self.extractor_)
-            yield self._verdict([item.ref.path for item in batch.loaded], vectors, failed, fpr)
-            done += len(batch.loaded)
-            if progress:
-                progress("scoring", done, max(total, done))
+        try:
+            for batch in batches:
+                found, bad = featurise(batch, self.extractor_)
+                vectors |= {len(paths) + i: vector for i, vector in found.items()}
+                failed |= {len(paths) + i: reason for i, reason in bad.items()}
+                paths += [item.ref.path for item in batch.loaded]
+                done += len(batch.loaded)
+                if progress:
+                    progress("scoring", done, max(total, done))
+                if len(paths) >= at_once:
+                    yield self._verdict(paths, vectors, failed, fpr)
+                    paths, vectors, failed = [], {}, {}
+        except KeyboardInterrupt:
+            if paths:  # what went through the backbone is not lost
+                yield self._verdict(paths, vectors, failed, fpr)
+            raise
+        if paths:
+            yield self._verdict(paths, vectors, failed, fpr)
 
     def score_features(self, features: Tensor) -> np.ndarray:
         """Pooled features (B, D) of ``extractor_`` -> ood_score (B,), higher = more OOD."""
