@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featdiff import Detector
 from featdiff.exceptions import UsageError
 from featdiff.sources import list_images
 from featdiff.suites import Source, everything_else, find_images, load_suite
@@ -51,6 +52,15 @@ def test_shipped_suites_are_whole(file: Path) -> None:
 
 def test_shipped_suites_are_these() -> None:
     assert [file.stem for file in SUITES] == ["cifar10", "folders", "openood-cifar10"]
+
+
+def test_suite_of_start_times_compares_like_with_like() -> None:
+    """The default's times are in it as well, and every detector is diffusion alone."""
+    suite = load_suite(Path(__file__).parent / "benchmarks" / "start_times.toml")
+    assert len(suite.detectors) >= 8
+    for arguments in suite.detectors.values():
+        assert set(arguments) == {"start_times", "draws", "head"}
+        assert Detector(**arguments).head == "layerwise"
 
 
 def test_class_splits_of_cifar10_are_disjoint_and_whole() -> None:
