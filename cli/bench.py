@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from .config import preset_folder
+from .main import EXIT_UNREADABLE
 from .options import runtime_arguments, runtime_options, weights_option
-from .progress import Bars, say
+from .progress import Bars, list_unreadable, say
 
 
 @click.command("bench")
@@ -32,7 +33,12 @@ from .progress import Bars, say
     type=click.Choice(["table", "json", "csv", "markdown"]),
     help="[by -o: .json, .csv, .md; else table]",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the result [standard output].")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    help="File for the result [standard output].",
+)
 @runtime_options
 def command(
     suite: str,
@@ -42,7 +48,7 @@ def command(
     output: Path | None,
     quiet: bool,
     **options: Any,
-) -> None:
+) -> int:
     """Compare featdiff, each of its heads, DLSR's joint network and the rivals on a SUITE of image sets.
 
     SUITE is cifar10, openood-cifar10, folders (train/ and test/ are in-domain, every other folder or zip is an OOD
@@ -75,16 +81,16 @@ def command(
             lambda line: say(line, quiet),
         )
     format_ = format_ or _guess(output)
-    if format_ == "table" and output is None:
-        print_grids(result)
-        return
     write = {"json": lambda r: json.dumps(r, indent=2) + "\n", "csv": to_csv, "markdown": to_markdown}
-    text = write["markdown" if format_ == "table" else format_](result)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        output.write_text(text, encoding="utf-8")
+    if output is not None:
+        output.write_text(write["markdown" if format_ == "table" else format_](result), encoding="utf-8")
         say(f"written: {output}", quiet)
+    elif format_ == "table":
+        print_grids(result)
+    else:
+        click.echo(write[format_](result), nl=False)
+    list_unreadable(list(result["unreadable"].items()), quiet)
+    return EXIT_UNREADABLE if result["unreadable"] else 0
 
 
 def _guess(output: Path | None) -> str:
@@ -95,19 +101,20 @@ def _guess(output: Path | None) -> str:
 def print_grids(result: dict[str, Any]) -> None:
     """Tables for people, on standard output."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from featdiff.comparison import EXPLANATION, grids
 
     console = Console(width=None if Console().is_terminal else 200)
     for grid in grids(result):
-        table = Table(title=grid.title)
+        table = Table(title=escape(grid.title))
         table.add_column(grid.header[0])
         for name in grid.header[1:]:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         for line in grid.lines:
-            table.add_row(*line)
+            table.add_row(*map(escape, line))
         console.print(table)
-    console.print(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}")
+    console.print(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}", markup=False)
     for name, reason in result["left_out"].items():
-        console.print(f"left out: {name}: {reason}")
+        console.print(f"left out: {name}: {reason}", markup=False)

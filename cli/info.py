@@ -40,14 +40,15 @@ def _facts(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> dic
     backbone, images, arguments = config["backbone"], config["images"], config["arguments"]
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
     parameters = sum(value.numel() for name, value in tensors.items() if name.startswith("diffusion.denoiser."))
+    neighbours = arguments["head"] == "fused" and arguments["neighbors"] > 0
     return {
         "model": f"{folder} ({size:.1f} MB, format {config['format_version']}, featdiff {config['featdiff_version']})",
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters / 1e6:.1f} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
-        "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain images",
+        "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain images" if neighbours else "none",
         "score": f"{arguments['head']}, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
-        "trained on": f"{images['different']:,} different images",
+        "trained on": f"{images['different']:,} different images, in {config['training_seconds']:.0f} s",
         "calibrated": f"{images['calibration']:,} held-out images; fpr {arguments['fpr']:g}, possible from "
         f"{1 / (images['calibration'] + 1):.2g} up",
     }

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .detectors import Detector
+from .detectors.feature_diffusion import BATCHES_AT_ONCE
 from .detectors.heads import DIFFUSION
 from .evaluation import evaluate_detector, fit_rivals
 from .exceptions import UsageError
-from .images import iter_batches, iter_loaded
+from .images import iter_batches, iter_loaded, short_sides
 from .rivals import Rivals
 from .sources import ImageRef
 from .store import Progress, featurise
-from .suites import EVERYTHING_ELSE, Suite, Task, everything_else, find_images
+from .suites import EVERYTHING_ELSE, NotThere, Suite, Task, everything_else, find_images
 
 #: Name of the default detector in a result; others are named ``<name>_<head>``.
 DEFAULT = "featdiff"
 _TIMED_IMAGES = 512
+
+Tell = Callable[[str], None]
 
 
 def run_suite(
@@ -35,9 +39,9 @@ def run_suite(
     arguments: Mapping[str, Any] | None = None,
     download: bool = False,
     progress: Progress | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = lambda text: None,
 ) -> dict[str, Any]:
-    """Train and measure everything a suite names.
+    """Train and measure everything a suite names. What is wrong with it is said before any work.
 
     Parameters
     ----------
@@ -45,117 +49,131 @@ def run_suite(
     arguments : of all detectors (backbone, layers, device ...) where the suite does not say otherwise
     download : whether torchvision may fetch data sets that are not there
     tell : callable, optional
-        Gets a line for every task, and for every OOD set that is left out because it is not there.
+        Gets a line for every task and detector, and for every OOD set that is left out because it is not there.
 
     Returns
     -------
     dict
-        ``{"suite", "backbone", "tasks": [{"name", "n_train", "methods": {name: {"images_per_second",
-        "training_seconds", "megabytes"}}, "pairs": [...]}], "published": [...], "left_out": {name: reason}}``.
+        ``{"suite", "backbone", "tasks": [{"name", "n_train", "n_bank", "methods": {name: {"images_per_second",
+        "training_seconds", "megabytes"}}, "pairs": [...]}], "published": [...], "left_out": {name: reason},
+        "unreadable": {path: reason}}``.
         Pairs are those of :func:`featdiff.evaluation.evaluate_detector`; ``images_per_second`` is decoding, backbone
-        and the method together, ``training_seconds`` what comes after the features, which all share.
+        and the method together, ``training_seconds`` the training of its networks (of a rival: its fitting),
+        ``megabytes`` what it needs to keep. Shares are 0..1, published ones too.
 
     Raises
     ------
     UsageError
-        In-domain images or all OOD sets of a task are not there, or a detector's arguments make no sense.
+        In-domain images are not there, no task has an OOD set, or a detector's arguments make no sense.
     """
-    result: dict[str, Any] = {"suite": suite.title, "backbone": "", "tasks": []}
+    detectors = _build(suite, arguments or {})
     left_out: dict[str, str] = {}
-    for task in suite.tasks:
-        train, test = (find_images(suite.sources[name], data, download) for name in (task.train, task.test))
-        tell(f"{task.name}: {len(train):,} images to train, {len(test):,} to test")
-        ood = _ood_sets(suite, task, data, download, left_out, tell)
-        detectors = _fit(suite, arguments or {}, train, progress, tell)
-        result["backbone"] = detectors[DEFAULT].extractor_.backbone.tag
-        result["tasks"].append(_measure(task, detectors, test, ood, progress))
-    return result | {"published": [asdict(number) for number in suite.published], "left_out": left_out}
+    plans = [_plan(suite, task, data, download, left_out) for task in suite.tasks]
+    for name, reason in left_out.items():
+        tell(f"left out: {name}: {reason}")
+    if not any(plan.ood for plan in plans):
+        raise UsageError(f"none of the OOD sets is below {data}: {'; '.join(left_out.values())}")
+    unreadable: dict[str, str] = {}
+    tasks = [_run(plan, detectors, unreadable, progress, tell) for plan in plans if plan.ood]
+    published = [asdict(number) for number in suite.published]
+    for number in published:
+        number |= {key: number[key] / 100 for key in ("auroc", "fpr95") if number[key] is not None}
+    backbone = detectors[DEFAULT].extractor_.backbone.tag
+    result = {"suite": suite.title, "backbone": backbone, "tasks": tasks, "published": published}
+    return result | {"left_out": left_out, "unreadable": unreadable}
 
 
-def _ood_sets(
-    suite: Suite, task: Task, data: Path, download: bool, left_out: dict[str, str], tell: Callable[[str], None]
-) -> dict[str, list[ImageRef]]:
-    """What is there of a task's OOD sets."""
+def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, Detector]:
+    built: dict[str, Detector] = {}
+    wanted: dict[str, Mapping[str, Any]] = {DEFAULT: {}, **suite.detectors}
+    for name, own in wanted.items():
+        try:
+            built[name] = Detector(**{**arguments, **own})
+        except (TypeError, UsageError) as error:  # TypeError: an argument that detectors do not have
+            raise UsageError(f"the suite's detector {name!r} cannot be built: {error}") from None
+    return built
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A task with its images."""
+
+    task: Task
+    train: list[ImageRef]
+    test: list[ImageRef]
+    ood: dict[str, list[ImageRef]]
+
+
+def _plan(suite: Suite, task: Task, data: Path, download: bool, left_out: dict[str, str]) -> _Plan:
+    """Find a task's images; OOD sets that are not there, or hold nothing that can be read, are left out."""
+    train, test = (find_images(suite.sources[name], data, download) for name in (task.train, task.test))
     sources = {name: suite.sources[name] for name in task.ood if name != EVERYTHING_ELSE}
     if EVERYTHING_ELSE in task.ood:
         sources |= everything_else(data)
     found = {}
     for name, source in sources.items():
         try:
-            found[name] = find_images(source, data, download)
-        except UsageError as error:
+            images = find_images(source, data, download)
+            if np.isnan(short_sides(images)).all():
+                raise NotThere("none of its images can be read")
+            found[name] = images
+        except NotThere as error:
             left_out[name] = str(error)
-            tell(f"  left out: {name}: {error}")
-    if not found:
-        raise UsageError(f"none of the OOD sets of {task.name!r} is below {data}")
-    return found
+    return _Plan(task, train, test, found)
 
 
-def _fit(
-    suite: Suite,
-    arguments: Mapping[str, Any],
-    train: list[ImageRef],
-    progress: Progress | None,
-    tell: Callable[[str], None],
-) -> dict[str, Detector]:
-    fitted: dict[str, Detector] = {}
-    wanted: dict[str, Mapping[str, Any]] = {DEFAULT: {}, **suite.detectors}
-    for name, own in wanted.items():
-        try:
-            detector = Detector(**{**arguments, **own})
-        except TypeError as error:  # an argument that detectors do not have
-            raise UsageError(f"the suite's detector {name!r} cannot be built: {error}") from None
-        fitted[name] = detector.fit(train, progress)
-        tell(f"  {name}: {len(detector.bank_digests_):,} images, trained in {detector.training_seconds_:.0f} s")
-    return fitted
-
-
-def _measure(
-    task: Task,
-    detectors: Mapping[str, Detector],
-    test: list[ImageRef],
-    ood: Mapping[str, list[ImageRef]],
-    progress: Progress | None,
+def _run(
+    plan: _Plan, detectors: Mapping[str, Detector], unreadable: dict[str, str], progress: Progress | None, tell: Tell
 ) -> dict[str, Any]:
+    """Fit every detector on a task's training images, then measure all methods on its sets."""
+    tell(f"{plan.task.name}: {len(plan.train):,} images to train, {len(plan.test):,} to test")
     default = detectors[DEFAULT]
-    rivals = fit_rivals(default)
-    pairs = evaluate_detector(default, test, ood, task.protocols, progress, rivals=rivals)["pairs"]
-    seconds, features = _timed_pass(default, test)
-    methods = _costs(_default_methods(default) | _rival_methods(rivals), features, default.image_batch, seconds)
     for name, detector in detectors.items():
-        if name == DEFAULT:
+        unreadable |= dict(detector.fit(plan.train, progress).unreadable_)
+        tell(f"  {name}: networks trained in {detector.training_seconds_:.0f} s")
+    rivals = fit_rivals(default)
+
+    def evaluate(detector: Detector, rivals: Rivals | None = None) -> list[dict[str, Any]]:
+        sets = (plan.test, plan.ood, plan.task.protocols)
+        pairs: list[dict[str, Any]] = evaluate_detector(detector, *sets, progress, unreadable, rivals)["pairs"]
+        return pairs
+
+    pairs = evaluate(default, rivals)
+    timed = _timed_pass(default, plan.test)
+    methods = {DEFAULT if name == default.head else name: method for name, method in _methods(default).items()}
+    costs = _costs(methods | _rival_methods(rivals), *timed, default)
+    for name, detector in detectors.items():
+        if detector is default:
             continue
-        for pair, more in zip(pairs, evaluate_detector(detector, test, ood, task.protocols)["pairs"], strict=True):
+        for pair, more in zip(pairs, evaluate(detector), strict=True):
             heads = {detector.head: more["heads"].pop(DEFAULT)} | more["heads"]
-            pair["heads"] |= {f"{name}_{head}": heads[head] for head in DIFFUSION if head in heads}
-        own: dict[str, _Method] = {f"{name}_{head}": method for head, method in _diffusion_methods(detector).items()}
-        methods |= _costs(own, features, default.image_batch, seconds)
-    return {"name": task.name, "n_train": default.n_images_, "methods": methods, "pairs": pairs}
+            pair["heads"] |= {f"{name}_{head}": m for head, m in heads.items() if not head.startswith("layer_")}
+        if detector.extractor_.key() != default.extractor_.key():
+            timed = _timed_pass(detector, plan.test)
+        own = {f"{name}_{head}": method for head, method in _methods(detector).items()}
+        costs |= _costs(own, *timed, detector)
+    sizes = {"n_train": default.n_images_, "n_bank": len(default.bank_digests_)}
+    return {"name": plan.task.name} | sizes | {"methods": costs, "pairs": pairs}
 
 
-#: (what scores a batch of features, seconds of training, bytes it keeps)
+#: (what scores rows of features, seconds of training, bytes it needs to keep)
 _Method = tuple[Callable[[Tensor], object], float, int]
 
 
-def _default_methods(detector: Detector) -> dict[str, _Method]:
-    """The default score, and each of its heads as if it stood alone."""
-    heads, banks = detector.heads_, detector.heads_.banks
-    found: dict[str, _Method] = {DEFAULT: (detector.score_features, detector.training_seconds_, _bytes(heads))}
-    found |= _diffusion_methods(detector)
-    if banks is not None:
-        for i, space in enumerate(banks.spaces):
-            kept = sum(tensor.nbytes for name, tensor in banks.state_dict().items() if name.endswith(f"_{i}"))
-            found[f"knn_{space}"] = (lambda x, space=space: banks.distances(x, space), 0.0, kept)  # type: ignore[misc]
-    return found
-
-
-def _diffusion_methods(detector: Detector) -> dict[str, _Method]:
-    diffusion, trained = detector.heads_.diffusion, detector.training_seconds_
+def _methods(detector: Detector) -> dict[str, _Method]:
+    """A detector's own score, by the name of its head, and each of its heads as if it stood alone."""
+    heads, trained = detector.heads_, detector.training_seconds_
+    diffusion, banks = heads.diffusion, heads.banks
     early = _bytes(diffusion.early)  # only likelihood regret needs it
     found: dict[str, _Method] = {}
     for head in DIFFUSION:
         kept = _bytes(diffusion) - (0 if head == "lr" else early)
-        found[head] = (lambda x, head=head: diffusion(detector.heads_.pooled(x), (head,)), trained, kept)  # type: ignore[misc]
+        found[head] = (lambda rows, head=head: diffusion(heads.pooled(rows), (head,)), trained, kept)  # type: ignore[misc]
+    if banks is not None:
+        found["fused"] = (detector.score_features, trained, _bytes(heads) - early)
+        for i, space in enumerate(banks.spaces):
+            kept = sum(tensor.nbytes for name, tensor in banks.state_dict().items() if name.endswith(f"_{i}"))
+            found[f"knn_{space}"] = (lambda rows, space=space: banks.distances(rows, space), 0.0, kept)  # type: ignore[misc]
     return found
 
 
@@ -168,11 +186,12 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _costs(
-    methods: Mapping[str, _Method], features: Tensor, batch: int, seconds: float
-) -> dict[str, dict[str, float | None]]:
+    methods: Mapping[str, _Method], seconds: float, features: Tensor, detector: Detector
+) -> dict[str, dict[str, float]]:
+    rows = BATCHES_AT_ONCE * detector.image_batch  # as when files are scored
     return {
         name: {
-            "images_per_second": 1 / (seconds + _seconds(score, features, batch)),
+            "images_per_second": 1 / (seconds + _seconds(score, features, rows)),
             "training_seconds": trained,
             "megabytes": kept / 1e6,
         }
@@ -192,15 +211,15 @@ def _timed_pass(detector: Detector, images: list[ImageRef]) -> tuple[float, Tens
     for batch in iter_batches(loaded, detector.image_batch):
         found, _ = featurise(batch, extractor)
         vectors += [torch.from_numpy(found[i]) for i in sorted(found)]
-    return (time.perf_counter() - start) / len(some), torch.stack(vectors)
+    return (time.perf_counter() - start) / len(vectors), torch.stack(vectors)
 
 
-def _seconds(score: Callable[[Tensor], object], features: Tensor, batch: int) -> float:
-    """Seconds for an image, in batches; the better of two runs, for the first one warms up."""
+def _seconds(score: Callable[[Tensor], object], features: Tensor, rows: int) -> float:
+    """Seconds for an image; the better of two runs, for the first one warms up."""
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()
-        for rows in features.split(batch):
-            score(rows)
+        for part in features.split(rows):
+            score(part)
         best = min(best, time.perf_counter() - start)
     return best / len(features)

@@ -12,7 +12,7 @@ import numpy as np
 
 COLUMNS = (
     *("task", "ood", "protocol", "method", "n_id", "n_ood", "auroc", "auroc_low", "auroc_high", "fpr95"),
-    *("aupr_in", "aupr_out", "images_per_second", "training_seconds", "megabytes", "published"),
+    *("aupr_in", "aupr_out", "images_per_second", "training_seconds", "megabytes", "published_in"),
 )
 
 
@@ -41,9 +41,7 @@ def long_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 rows.append(shared | {"method": method, "auroc_low": low, "auroc_high": high} | measured | costs)
     for number in result["published"]:
         row = {key: number[key] for key in ("task", "ood", "protocol", "method")}
-        rows.append(row | {"auroc": number["auroc"] / 100, "published": number["source"]})
-        if number["fpr95"] is not None:
-            rows[-1]["fpr95"] = number["fpr95"] / 100
+        rows.append(row | {"auroc": number["auroc"], "fpr95": number["fpr95"], "published_in": number["source"]})
     return [{column: row.get(column) for column in COLUMNS} for row in rows]
 
 
@@ -69,7 +67,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 #: What the cells of a grid say.
 EXPLANATION = (
     "AUROC [95 % interval] / FPR95 in percent, mean: AUROC / FPR95; images/s: decoding, backbone and method; "
-    "train: seconds beyond the features, which all share."
+    "train: seconds of training its networks; MB: what it needs to keep."
 )
 
 
@@ -83,7 +81,8 @@ def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
             lines = [_line(name, pairs, task["methods"][name]) for name in methods]
             here = [n for n in result["published"] if (n["task"], n["protocol"]) == (task["name"], protocol)]
             lines += _published_lines(here, [pair["ood"] for pair in pairs])
-            images = f"{task['n_train']:,} images to train, {pairs[0]['n_id']:,} to test"
+            train, bank, test = task["n_train"], task["n_bank"], pairs[0]["n_id"]
+            images = f"{train:,} images to train, {bank:,} of them for rivals, {test:,} to test"
             yield Grid(f"{task['name']}, {protocol} ({images})", header, lines)
 
 
@@ -114,5 +113,5 @@ def _published_lines(numbers: list[dict[str, Any]], sets: list[str]) -> Iterator
 def _number(published: Mapping[str, Any] | None) -> str:
     if published is None:
         return ""
-    fpr95 = "" if published["fpr95"] is None else f" / {published['fpr95']:.1f}"
-    return f"{published['auroc']:.1f}{fpr95}"
+    fpr95 = "" if published["fpr95"] is None else f" / {100 * published['fpr95']:.1f}"
+    return f"{100 * published['auroc']:.1f}{fpr95}"

@@ -210,7 +210,7 @@ def _from_path(path: str) -> list[ImageRef]:
         return sorted(_from_folder(path), key=lambda ref: ref.path) or [
             MissingRef(printable(path), "no images in this folder")
         ]
-    inside = _split_archive(path)
+    inside = split_archive(path)
     if inside:
         return _from_archive(*inside)
     if os.path.lexists(path):
@@ -244,7 +244,7 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
 
 
-def _split_archive(path: str) -> tuple[str, str] | None:
+def split_archive(path: str) -> tuple[str, str] | None:
     """``a/data.zip/train`` -> (``a/data.zip``, ``train/``); None if no part of the path is an archive file."""
     parts = Path(path).parts
     for end in range(1, len(parts) + 1):

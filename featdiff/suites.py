@@ -17,10 +17,14 @@ from PIL import Image
 
 from .evaluation import PROTOCOLS
 from .exceptions import UsageError, did_you_mean
-from .sources import ZIP_SUFFIXES, FileRef, ImageRef, list_images, printable
+from .sources import ZIP_SUFFIXES, FileRef, ImageRef, list_images, printable, split_archive
 
 #: In ``ood``: every folder and zip archive below the data folder that is neither ``train`` nor ``test``.
 EVERYTHING_ELSE = "*"
+
+
+class NotThere(UsageError):
+    """The images of a source are not where it says."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,13 @@ def load_suite(file: Path) -> Suite:
     published = [_make(Published, part, f"{file}: published") for part in _list(content, "published", file)]
     if not tasks:
         raise UsageError(f"{file}: a suite needs at least one task, [[tasks]]")
+    for name, source in sources.items():
+        if source.imglist and source.classes:
+            raise UsageError(f"{file}: sources.{name}: classes cannot be chosen from an imglist")
     for task in tasks:
         _check_task(task, list(sources), file)
+    for number in published:
+        _check_published(number, {task.name: task for task in tasks}, file)
     return Suite(
         content.get("title", file.stem),
         sources,
@@ -155,14 +164,22 @@ def _known(content: Mapping[str, Any], known: list[str], where: str) -> None:
 
 
 def _check_task(task: Task, sources: list[str], file: Path) -> None:
-    for name in (task.train, task.test, *task.ood):
-        if name not in sources and name != EVERYTHING_ELSE:
+    for name in (task.train, task.test, *(name for name in task.ood if name != EVERYTHING_ELSE)):
+        if name not in sources:
             raise UsageError(
                 f"{file}: task {task.name!r} names an unknown source {name!r}{did_you_mean(name, sources)}"
             )
     for protocol in task.protocols:
         if protocol not in PROTOCOLS:
             raise UsageError(f"{file}: unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+
+
+def _check_published(number: Published, tasks: Mapping[str, Task], file: Path) -> None:
+    """A number that belongs to no table would silently never show."""
+    task = tasks.get(number.task)
+    if task is None or number.protocol not in task.protocols or number.ood not in ("", *task.ood):
+        where = f"task {number.task!r}, ood {number.ood!r}, protocol {number.protocol!r}"
+        raise UsageError(f"{file}: published {number.method!r}: the suite has no {where}")
 
 
 def find_images(source: Source, data: Path, download: bool = False) -> list[ImageRef]:
@@ -176,38 +193,46 @@ def find_images(source: Source, data: Path, download: bool = False) -> list[Imag
 
     Raises
     ------
-    UsageError
+    NotThere
         They are not there, and how they could be had.
+    UsageError
+        The source makes no sense: a class or data set that does not exist.
     """
     for path in source.path:
-        found = [data / path / name for name in source.classes] or [data / path]
-        if _exists(data / path):
-            return list_images([str(part) for part in found])
+        if (data / path).exists() or split_archive(str(data / path)):
+            return _from_path(data / path, source.classes)
     if source.imglist and (data / source.imglist).exists():
         return _from_imglist(data / source.imglist, data / source.root)
     if source.torchvision:
         return _from_torchvision(source, data, download)
     wanted = " or ".join([*source.path, *([source.imglist] if source.imglist else [])])
-    raise UsageError(f"not below {data}: {wanted or 'no place is named'}")
+    raise NotThere(f"not below {data}: {wanted or 'no place is named'}")
 
 
 def everything_else(data: Path) -> dict[str, Source]:
     """Folders and zip archives of the data folder, but for ``train`` and ``test``, by name."""
-    found = {
-        entry.name.removesuffix(".zip"): Source(path=(entry.name,))
-        for entry in sorted(data.iterdir())
-        if entry.is_dir() or entry.name.lower().endswith(ZIP_SUFFIXES)
-    }
-    return {name: source for name, source in found.items() if name not in ("train", "test") and name[0] != "."}
+    found: dict[str, Source] = {}
+    for entry in sorted(data.iterdir()):
+        zipped = entry.is_file() and entry.name.lower().endswith(ZIP_SUFFIXES)
+        name = entry.name[: -len(".zip")] if zipped else entry.name
+        if (zipped or entry.is_dir()) and not entry.name.startswith(".") and name not in ("train", "test"):
+            found[entry.name if name in found else name] = Source(path=(entry.name,))
+    return found
 
 
-def _exists(path: Path) -> bool:
-    """Also a folder inside an archive."""
-    return path.exists() or any(part.is_file() for part in path.parents if part.name.lower().endswith(ZIP_SUFFIXES))
+def _from_path(path: Path, classes: tuple[str, ...]) -> list[ImageRef]:
+    if classes:  # a class without images is a mistake that must not pass
+        return [ref for name in classes for ref in list_images(str(path / name))]
+    try:
+        return list_images(str(path))
+    except UsageError as error:
+        raise NotThere(str(error)) from None
 
 
 def _from_imglist(file: Path, root: Path) -> list[ImageRef]:
     names = [line.rpartition(" ")[0] or line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not any((root / name).exists() for name in names):
+        raise NotThere(f"none of the {len(names):,} files of {file} is below {root}")
     return [FileRef(printable(root / name), str(root / name)) for name in names]
 
 
@@ -238,7 +263,7 @@ def _from_torchvision(source: Source, data: Path, download: bool) -> list[ImageR
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         hint = "" if download else ", or let it be fetched with --download"
         reason = " ".join(str(error).split())
-        raise UsageError(f"torchvision's {name} is not below {data} ({reason}): put it there{hint}") from None
+        raise NotThere(f"torchvision's {name} is not below {data} ({reason}): put it there{hint}") from None
     wanted = _labels(dataset, name, source.classes)
     return [DatasetRef(f"{name}[{i}]", dataset, i) for i in range(len(dataset)) if wanted is None or wanted(i)]
 
@@ -247,7 +272,12 @@ def _labels(dataset: Any, name: str, classes: tuple[str, ...]) -> Callable[[int]
     """Which pictures are of these classes; None: all are wanted."""
     if not classes:
         return None
-    known, targets = getattr(dataset, "classes", []), getattr(dataset, "targets", [])
+    known = getattr(dataset, "classes", [])
+    targets: Any = next(
+        (getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), []
+    )
+    if len(targets) != len(dataset):
+        raise UsageError(f"torchvision's {name} does not tell the classes of its pictures")
     for label in classes:
         if label not in known:
             raise UsageError(f"torchvision's {name} has no class {label!r}{did_you_mean(label, list(known))}")

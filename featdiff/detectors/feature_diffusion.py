@@ -35,8 +35,8 @@ from .fitting import as_digests, choose_bank, train_denoiser
 from .heads import DIFFUSION, HEADS, FusedHeads
 from .loading import check_backbone, load_tensors, saved_arguments, take_digests
 
-# Heads work on this many image batches at once: on few rows they would mostly wait for memory.
-_BATCHES_AT_ONCE = 4
+#: Heads work on this many image batches at once: on few rows they would mostly wait for memory.
+BATCHES_AT_ONCE = 4
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 3
 # Arguments that are handed on to the heads; training depends on the first ones alone.
@@ -268,7 +268,7 @@ class Detector:
         self.check_fitted()
         fpr = self.fpr if fpr is None else fpr
         check_fpr(fpr, len(self.calibration_))
-        at_once = 1 if is_loader(images) else _BATCHES_AT_ONCE * self.image_batch  # a loader may be a live stream
+        at_once = 1 if is_loader(images) else BATCHES_AT_ONCE * self.image_batch  # a loader may be a live stream
         return self._stream(*self._batches(images), at_once, fpr, progress)
 
     def _stream(
@@ -290,8 +290,10 @@ class Detector:
                 if len(paths) >= at_once:
                     yield self._verdict(paths, vectors, failed, fpr)
                     paths, vectors, failed = [], {}, {}
-        except KeyboardInterrupt:
-            if paths:  # what went through the backbone is not lost
+        except GeneratorExit:  # nobody listens any more
+            raise
+        except BaseException:  # Ctrl-C, too: what went through the backbone is not lost
+            if paths:
                 yield self._verdict(paths, vectors, failed, fpr)
             raise
         if paths:
@@ -367,6 +369,7 @@ class Detector:
                 "bank": len(self.bank_digests_),
             },
             "validation_loss": self.validation_loss_,
+            "training_seconds": self.training_seconds_,
             "arguments": arguments,
         }
 
@@ -413,4 +416,5 @@ class Detector:
         detector.heads_ = detector._new_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
+        detector.training_seconds_ = config["training_seconds"]
         return detector

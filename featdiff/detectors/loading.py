@@ -29,6 +29,7 @@ _CONFIG_KINDS: dict[str, Any] = {
     "images.calibration": int,
     "images.bank": int,
     "validation_loss": (int, float),
+    "training_seconds": (int, float),
     "arguments": dict,
 }
 
