@@ -10,7 +10,7 @@ import click
 
 from .config import preset_folder
 from .main import EXIT_UNREADABLE
-from .options import runtime_arguments, runtime_options, weights_option
+from .options import backbone_options, detector_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
 
 
@@ -22,10 +22,7 @@ from .progress import Bars, list_unreadable, say
     required=True,
     help="Folder that holds the suite's images.",
 )
-@click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0].")
-@weights_option
-@click.option("--layers", help="auto, or names or indices separated by commas [auto].")
-@click.option("--seed", type=int, help="Decides split, weights and noise [0].")
+@backbone_options
 @click.option("--download", is_flag=True, help="Let torchvision fetch what is not in the data folder.")
 @click.option(
     "--format",
@@ -70,12 +67,11 @@ def command(
         raise UsageError(f"no suite or file {suite!r}{hint}; suites: {', '.join(known)}")
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent} for {output.name}")
-    given = {name: options[name] for name in ("backbone", "weights", "layers", "seed") if options[name] is not None}
     with Bars(quiet) as bars:
         result = run_suite(
             load_suite(known.get(suite, Path(suite))),
             data,
-            given | runtime_arguments(options),
+            detector_arguments(options),
             download,
             bars,
             lambda line: say(line, quiet),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import inspect
-import tomllib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,14 @@ def load_config(name: str) -> Config:
     """
     from featdiff.detectors import Detector
     from featdiff.exceptions import UsageError, did_you_mean
+    from featdiff.settings import check_keys, read_toml
 
     presets = sorted(file.stem for file in preset_folder().glob("*.toml"))
     file = preset_folder() / f"{name}.toml" if name in presets else Path(name)
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(file):  # unlike Path.exists, never an error
         hint = did_you_mean(name, presets)
-        raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}") from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}") from None
+        raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}")
+    content = read_toml(file)
     known = list(inspect.signature(Detector).parameters)
     detector, data = content.pop("detector", {}), content.pop("data", {})
     for name, table in (("detector", detector), ("data", data)):
@@ -60,9 +56,7 @@ def load_config(name: str) -> Config:
         ("key", detector, known),
         ("key", data, ["images"]),
     ):
-        for key in keys:
-            if key not in valid:
-                raise UsageError(f"{file}: unknown {kind} {key!r}{did_you_mean(key, valid)}; known: {', '.join(valid)}")
+        check_keys(keys, valid, str(file), kind)
     images = data.get("images", [])
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):

@@ -93,11 +93,11 @@ def _named(item: str) -> tuple[str, str]:
 def print_table(result: dict[str, Any]) -> None:
     """Percentages, one line per head, on standard output."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        title=f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)"
-    )
+    title = f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)"
+    table = Table(title=escape(title))
     for column in ("OOD set", "protocol", "head"):
         table.add_column(column)
     for column in ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out"):
@@ -107,6 +107,8 @@ def print_table(result: dict[str, Any]) -> None:
             names = (f"{pair['ood']} ({pair['n_ood']:,})", pair["protocol"]) if i == 0 else ("", "")
             low, high = m["auroc_ci"]
             numbers = [f"{100 * m[key]:.1f}" for key in ("fpr95", "aupr_in", "aupr_out")]
-            table.add_row(*names, head, f"{100 * m['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", *numbers)
+            table.add_row(
+                *map(escape, (*names, head)), f"{100 * m['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", *numbers
+            )
         table.add_section()
     Console(width=None if Console().is_terminal else 120).print(table)

@@ -34,6 +34,25 @@ def weights_option(function: F) -> F:
     )(function)
 
 
+def backbone_options(function: F) -> F:
+    """What a new detector looks at: backbone, weights, layers, seed."""
+    for option in (
+        click.option("--seed", type=int, help="Decides split, weights and noise [0]."),
+        click.option("--layers", help="auto, or names or indices separated by commas [auto]."),
+        weights_option,
+        click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0]."),
+    ):
+        function = option(function)
+    return function
+
+
+def detector_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as arguments of a new detector."""
+    names = ("backbone", "weights", "layers", "seed", "fpr")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    return given | runtime_arguments(options)
+
+
 def runtime_options(function: F) -> F:
     """How to run: device, batch size, threads, limits, cache, quiet."""
     for option in (

@@ -8,20 +8,15 @@ from typing import Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .options import MODEL_FOLDER, runtime_arguments, runtime_options, weights_option
+from .options import MODEL_FOLDER, backbone_options, detector_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
-
-_DETECTOR_OPTIONS = ("backbone", "weights", "layers", "fpr", "seed")
 
 
 @click.command("train")
 @click.argument("images", nargs=-1)
-@click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0].")
-@weights_option
-@click.option("--layers", help="auto, or names or indices separated by commas [auto].")
+@backbone_options
 @click.option("--config", metavar="NAME|FILE", help="A preset (dlsr_paper) or a TOML file.")
 @click.option("--fpr", type=float, help="False-alarm rate to be able to hold [0.05].")
-@click.option("--seed", type=int, help="Decides split, weights and noise [0].")
 @click.option("--no-pretrained", is_flag=True, help="Random backbone: for tests only, scores mean nothing.")
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
 @click.option(
@@ -56,9 +51,8 @@ def command(
     check_target(output)
     if is_model(output) and not force:
         raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
-    given = {name: options[name] for name in _DETECTOR_OPTIONS if options[name] is not None}
     detector = Detector(
-        **config.detector | given | runtime_arguments(options) | ({"pretrained": False} if no_pretrained else {})
+        **config.detector | detector_arguments(options) | ({"pretrained": False} if no_pretrained else {})
     )
     if no_pretrained:
         say("WARNING: --no-pretrained: the backbone is random, the scores of this model mean nothing")

@@ -20,7 +20,7 @@ from .detectors.feature_diffusion import BATCHES_AT_ONCE
 from .detectors.heads import DIFFUSION
 from .evaluation import evaluate_detector, fit_rivals
 from .exceptions import UsageError
-from .images import iter_batches, iter_loaded, short_sides
+from .images import short_sides
 from .rivals import Rivals
 from .sources import ImageRef
 from .store import Progress, featurise
@@ -201,15 +201,11 @@ def _costs(
 
 def _timed_pass(detector: Detector, images: list[ImageRef]) -> tuple[float, Tensor]:
     """Seconds for an image through decoding and backbone, and the features of the images that were timed."""
-    extractor = detector.extractor_
-    some = images[:: -(-len(images) // _TIMED_IMAGES)]
-    loaded = iter_loaded(
-        some, extractor.transform, detector.workers, detector.max_pixels, ahead=2 * detector.image_batch
-    )
+    batches, _ = detector.batches(images[:: -(-len(images) // _TIMED_IMAGES)])
     vectors: list[Tensor] = []
     start = time.perf_counter()
-    for batch in iter_batches(loaded, detector.image_batch):
-        found, _ = featurise(batch, extractor)
+    for batch in batches:
+        found, _ = featurise(batch, detector.extractor_)
         vectors += [torch.from_numpy(found[i]) for i in sorted(found)]
     return (time.perf_counter() - start) / len(vectors), torch.stack(vectors)
 

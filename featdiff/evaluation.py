@@ -11,11 +11,11 @@ import numpy as np
 
 from .detectors import Detector
 from .exceptions import UsageError, did_you_mean
-from .images import Downscale, iter_batches, iter_loaded, short_sides
+from .images import Downscale, short_sides
 from .metrics import evaluate
 from .rivals import Rivals
 from .sources import ImageRef, list_images
-from .store import FeatureStore, Progress, extract
+from .store import Progress, extract
 
 #: matched: every set is first brought to the smaller resolution of the pair; as-published: straight to the model.
 PROTOCOLS = ("matched", "as-published")
@@ -102,15 +102,14 @@ def fit_rivals(detector: Detector) -> Rivals:
         The cache does not hold them any more.
     """
     detector.check_fitted()
-    extractor = detector.extractor_
-    store = FeatureStore(detector.cache / "features" / extractor.key(), extractor.width)
+    store = detector.feature_store()
     digests = [digest.tobytes() for digest in detector.bank_digests_]
     if missing := sum(digest not in store for digest in digests):
         raise UsageError(
             f"rivals are fitted on the training images, and {missing:,} of their {len(digests):,} features are not in "
             f"the cache {detector.cache}: train once more with this cache (only what is missing is computed)"
         )
-    return Rivals(extractor).fit(store.table(digests))
+    return Rivals(detector.extractor_).fit(store.table(digests))
 
 
 def _label(source: object) -> str:
@@ -139,13 +138,10 @@ def _heads(
 ) -> dict[str, np.ndarray]:
     """Scores of all heads and rivals for the readable images of a set, first shrunk to ``size`` if one is given."""
     extractor = detector.extractor_
-    transform = Downscale(size, extractor.transform) if size else extractor.transform
-    folder = detector.cache / "features" / extractor.key(f"matched {size}" if size else "")
-    store = FeatureStore(folder, extractor.width)
-    loaded = iter_loaded(
-        images.refs, transform, detector.workers, detector.max_pixels, store, ahead=2 * detector.image_batch
-    )
-    found = extract(iter_batches(loaded, detector.image_batch), extractor, store, len(images.refs), progress)
+    transform = Downscale(size, extractor.transform) if size else None
+    store = detector.feature_store(f"matched {size}" if size else "")
+    batches, total = detector.batches(images.refs, store, transform)
+    found = extract(batches, extractor, store, total, progress)
     unreadable.update(found.unreadable)
     if not found.digests:
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")

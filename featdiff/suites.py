@@ -7,7 +7,6 @@ A suite is TOML. ``[sources.NAME]`` says where images are, ``[[tasks]]`` which o
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from .evaluation import PROTOCOLS
 from .exceptions import UsageError, did_you_mean
+from .settings import check_keys, read_toml
 from .sources import ZIP_SUFFIXES, FileRef, ImageRef, list_images, printable, split_archive
 
 #: In ``ood``: every folder and zip archive below the data folder that is neither ``train`` nor ``test``.
@@ -89,13 +89,8 @@ def load_suite(file: Path) -> Suite:
     UsageError
         No such file, not TOML, an unknown or missing key, or a task that names an unknown source.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}") from None
-    _known(content, [*inspect.signature(Suite).parameters], str(file))
+    content = read_toml(file)
+    check_keys(content, [*inspect.signature(Suite).parameters], str(file))
     sources = {name: _make(Source, part, f"{file}: sources.{name}") for name, part in _table(content, "sources", file)}
     tasks = [_make(Task, part, f"{file}: tasks") for part in _list(content, "tasks", file)]
     published = [_make(Published, part, f"{file}: published") for part in _list(content, "published", file)]
@@ -136,7 +131,7 @@ def _make(kind: Callable[..., Any], content: Any, where: str) -> Any:
     fields = inspect.signature(kind).parameters
     if not isinstance(content, dict):
         raise UsageError(f"{where}: must be a table")
-    _known(content, list(fields), where)
+    check_keys(content, list(fields), where)
     for name, parameter in fields.items():
         if parameter.default is inspect.Parameter.empty and name not in content:
             raise UsageError(f"{where}: lacks {name}")
@@ -155,12 +150,6 @@ def _checked(value: Any, annotation: str, name: str, where: str) -> Any:
     if not isinstance(value, kind):
         raise UsageError(f"{where}: {name} must be {what}, not {value!r}")
     return value
-
-
-def _known(content: Mapping[str, Any], known: list[str], where: str) -> None:
-    for key in content:
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
 
 
 def _check_task(task: Task, sources: list[str], file: Path) -> None:

@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": set(),
     "rivals": {"features", "gaussian", "neighbors", "store"},
     "evaluation": {"detectors", "sources", "images", "store", "metrics", "rivals"},
-    "suites": {"evaluation", "sources"},
+    "settings": set(),
+    "suites": {"evaluation", "settings", "sources"},
     "bench": {"detectors", "evaluation", "rivals", "sources", "images", "store", "suites"},
 }
 #: what a library room must never know of

@@ -207,8 +207,8 @@ class Detector:
         return FusedHeads(self.extractor_.columns, bank_rows=bank_rows, **arguments).to(self.device)
 
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
-        kept = FeatureStore(self.cache / "features" / self.extractor_.key(), self.extractor_.width)
-        batches, total = self._batches(images, kept)
+        kept = self.feature_store()
+        batches, total = self.batches(images, kept)
         found = extract(batches, self.extractor_, kept, total, progress)
         self.unreadable_ = found.unreadable
         if not found.paths:
@@ -216,13 +216,27 @@ class Detector:
             raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
         return found, kept
 
-    def _batches(self, images: object, known: FeatureStore | tuple[()] = ()) -> tuple[Iterator[Batch], int]:
-        """Decoded batches of whatever the user gave, and how many images there are (0 if unknown)."""
+    def feature_store(self, variant: str = "") -> FeatureStore:
+        """Where features of this backbone are kept; ``variant`` names another preparation of the images."""
+        return FeatureStore(self.cache / "features" / self.extractor_.key(variant), self.extractor_.width)
+
+    def batches(
+        self, images: object, known: FeatureStore | tuple[()] = (), transform: Transform | None = None
+    ) -> tuple[Iterator[Batch], int]:
+        """Decoded batches of whatever the user gave, and how many images there are (0 if unknown).
+
+        Images in ``known`` are not decoded; ``transform`` stands in for the extractor's.
+        """
         if is_loader(images):
             return batches_from_loader(images, known), 0
         refs = list_images(images)
         loaded = iter_loaded(
-            refs, self.extractor_.transform, self.workers, self.max_pixels, known, ahead=2 * self.image_batch
+            refs,
+            transform or self.extractor_.transform,
+            self.workers,
+            self.max_pixels,
+            known,
+            ahead=2 * self.image_batch,
         )
         return iter_batches(loaded, self.image_batch), len(refs)
 
@@ -269,7 +283,7 @@ class Detector:
         fpr = self.fpr if fpr is None else fpr
         check_fpr(fpr, len(self.calibration_))
         at_once = 1 if is_loader(images) else BATCHES_AT_ONCE * self.image_batch  # a loader may be a live stream
-        return self._stream(*self._batches(images), at_once, fpr, progress)
+        return self._stream(*self.batches(images), at_once, fpr, progress)
 
     def _stream(
         self, batches: Iterator[Batch], total: int, at_once: int, fpr: float, progress: Progress | None

@@ -78,6 +78,7 @@ class FusedHeads(nn.Module):
         return self.diffusion.normalised(self.pooled(features))
 
     def pooled(self, features: Tensor) -> Tensor:
+        """Rows of an extractor (B, D) -> the stages as they are: what ``diffusion`` takes."""
         return features[:, self._stage_columns]
 
     def fill_banks(self, features: Tensor) -> None:
@@ -189,14 +190,15 @@ class DiffusionHeads(nn.Module):
         """
         x = self.normalised(features)
         late = self.reconstructions(self.denoiser, x)
-        layers = log_z(_stacked_mse(x, late, self.widths), self.mean, self.deviation).mean(1)
+        errors = _stacked_mse(x, late, self.widths)
+        layers = log_z(errors, self.mean, self.deviation).mean(1)
         channels = torch.tensor(self.widths, device=x.device, dtype=x.dtype)
         share = channels / channels.sum()  # mean over all channels, as in the paper
         out: dict[str, Tensor] = {}
         if "layerwise" in names:
             out["layerwise"] = weighted_sum(layers, channels**_LAYER_EXPONENT)
         if "mse" in names:
-            out["mse"] = (_stacked_mse(x, late, self.widths) @ share).mean(1)
+            out["mse"] = (errors @ share).mean(1)
         if "mfsim" in names:
             out["mfsim"] = torch.stack([mfsim(x, x_hat, self.widths).mean(1) for x_hat in late]).mean(0)
         if "lr" in names:

@@ -103,6 +103,13 @@ def test_table_is_for_people(evaluate: Cli, sets: dict[str, Path]) -> None:
     assert [cell for cell in numbers if cell not in line] == []
 
 
+def test_brackets_in_a_name_are_printed(evaluate: Cli, sets: dict[str, Path]) -> None:
+    """They are text, not the table's markup."""
+    result = evaluate("--id", sets["id"], "--ood", f"digits [/b]={sets['digits']}", "--protocol", "matched")
+    assert result.exit_code == 0, result.output
+    assert "[/b]" in result.stdout
+
+
 def test_rivals_are_rows_of_their_own(evaluate: Cli, sets: dict[str, Path]) -> None:
     command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched", "--json", "-q")
     result = evaluate(*command, "--rivals")
