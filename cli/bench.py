@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .config import preset_folder
+from .config import load_config, preset_folder
 from .main import EXIT_UNREADABLE
 from .options import backbone_options, detector_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
@@ -23,6 +25,15 @@ from .progress import Bars, list_unreadable, say
     help="Folder that holds the suite's images.",
 )
 @backbone_options
+@click.option(
+    "--lmd",
+    "lmd_config",
+    metavar="NAME|FILE",
+    help="Add the pixel mode, by a preset (lmd_small) or a TOML file; it takes a thousand times as long.",
+)
+@click.option(
+    "--trunk-weights", type=click.Path(path_type=Path), help="Weights of what its distance lpips looks through."
+)
 @click.option("--download", is_flag=True, help="Let torchvision fetch what is not in the data folder.")
 @click.option(
     "--format",
@@ -40,6 +51,8 @@ from .progress import Bars, list_unreadable, say
 def command(
     suite: str,
     data: Path,
+    lmd_config: str | None,
+    trunk_weights: Path | None,
     download: bool,
     format_: str | None,
     output: Path | None,
@@ -48,7 +61,7 @@ def command(
 ) -> int:
     """Compare featdiff, each of its heads, DLSR's joint network and the rivals on a SUITE of image sets.
 
-    SUITE is cifar10, openood-cifar10, folders (train/ and test/ are in-domain, every other folder or zip is an OOD
+    SUITE is cifar10, openood-cifar10, lmd, folders (train/ and test/ are in-domain, every other folder or zip is an OOD
     set) or a TOML file. All share one extraction of features; published numbers are printed beside.
 
     \b
@@ -67,9 +80,11 @@ def command(
         raise UsageError(f"no suite or file {suite!r}{hint}; suites: {', '.join(known)}")
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent} for {output.name}")
+    chosen = load_suite(known.get(suite, Path(suite)))
+    chosen = replace(chosen, detectors=_with_lmd(chosen.detectors, lmd_config, trunk_weights))
     with Bars(quiet) as bars:
         result = run_suite(
-            load_suite(known.get(suite, Path(suite))),
+            chosen,
             data,
             detector_arguments(options),
             download,
@@ -87,6 +102,22 @@ def command(
         click.echo(write[format_](result), nl=False)
     list_unreadable(list(result["unreadable"].items()), quiet)
     return EXIT_UNREADABLE if result["unreadable"] else 0
+
+
+def _with_lmd(detectors: Mapping[str, Mapping[str, Any]], config: str | None, trunk: Path | None) -> dict[str, Any]:
+    """A suite's detectors, one of the pixel mode added, and the weights that such look through."""
+    from featdiff.exceptions import UsageError
+
+    wanted = {name: dict(own) for name, own in detectors.items()}
+    if config is not None:
+        loaded = load_config(config)
+        if loaded.mode != "pixel":
+            raise UsageError(f"--lmd {config} is of mode {loaded.mode}: it must be of mode pixel")
+        wanted["lmd"] = {"mode": loaded.mode, **loaded.detector}
+    for own in wanted.values():
+        if trunk is not None and own.get("mode") == "pixel":
+            own["weights"] = trunk
+    return wanted
 
 
 def _guess(output: Path | None) -> str:

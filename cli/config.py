@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TABLES = {"detector": "arguments of featdiff.Detector", "data": "images = [...]"}
+_TABLES = {"detector": "arguments of a detector", "data": "images = [...]"}
+FEATURE = "feature"
 
 
 @dataclass
 class Config:
-    """``detector``: constructor arguments; ``images``: what to train on, may be empty."""
+    """``mode``: which kind of detector; ``detector``: its arguments; ``images``: what to train on, may be empty."""
 
+    mode: str = FEATURE
     detector: dict[str, Any] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
 
@@ -31,12 +33,14 @@ def preset_folder() -> Path:
 def load_config(name: str) -> Config:
     """A preset by name, or a TOML file; relative image paths count from the file's folder.
 
+    The table ``[detector]`` holds arguments of the detector of its ``mode`` (default: feature).
+
     Raises
     ------
     UsageError
-        No such preset or file, not TOML, or an unknown key.
+        No such preset or file, not TOML, an unknown mode, or an unknown key.
     """
-    from featdiff.detectors import Detector
+    from featdiff.detectors import MODES
     from featdiff.exceptions import UsageError, did_you_mean
     from featdiff.settings import check_keys, read_toml
 
@@ -46,11 +50,16 @@ def load_config(name: str) -> Config:
         hint = did_you_mean(name, presets)
         raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}")
     content = read_toml(file)
-    known = list(inspect.signature(Detector).parameters)
     detector, data = content.pop("detector", {}), content.pop("data", {})
     for name, table in (("detector", detector), ("data", data)):
         if not isinstance(table, dict):
             raise UsageError(f"{file}: {name} must be a table, [{name}]")
+    mode = detector.pop("mode", FEATURE)
+    if mode not in MODES:
+        raise UsageError(
+            f"{file}: unknown mode {mode!r}{did_you_mean(str(mode), list(MODES))}; known: {', '.join(MODES)}"
+        )
+    known = [*inspect.signature(MODES[mode]).parameters]
     for kind, keys, valid in (
         ("table", content, list(_TABLES)),
         ("key", detector, known),
@@ -61,4 +70,4 @@ def load_config(name: str) -> Config:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UsageError(f"{file}: images must be a path or a list of paths, not {images!r}")
-    return Config(detector, [str(file.parent / image) for image in images])
+    return Config(mode, detector, [str(file.parent / image) for image in images])

@@ -28,27 +28,56 @@ def command(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(config, indent=2))
         return
+    describe = _pixel_facts if config.get("mode") == "pixel" else _feature_facts
     try:
-        lines = _facts(folder, config, tensors)
+        lines = _shared_facts(folder, config) | describe(config, tensors) | _training_facts(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelError(f"the model at {folder} is damaged: config.json: {type(error).__name__} {error}") from None
     for name, value in lines.items():
         click.echo(f"{name:<11} {value}")
 
 
-def _facts(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    backbone, images, arguments = config["backbone"], config["images"], config["arguments"]
+def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
-    parameters = sum(value.numel() for name, value in tensors.items() if name.startswith("diffusion.denoiser."))
+    made = f"format {config['format_version']}, featdiff {config['featdiff_version']}"
+    return {"model": f"{folder} ({size:.1f} MB, {made})"}
+
+
+def _feature_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
+    backbone, images, arguments = config["backbone"], config["images"], config["arguments"]
+    parameters = _parameters(tensors, "diffusion.denoiser.")
     neighbours = arguments["head"] == "fused" and arguments["neighbors"] > 0
     return {
-        "model": f"{folder} ({size:.1f} MB, format {config['format_version']}, featdiff {config['featdiff_version']})",
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
-        "denoisers": f"{parameters / 1e6:.1f} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
+        "denoisers": f"{parameters:.1f} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
         "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain images" if neighbours else "none",
         "score": f"{arguments['head']}, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
-        "trained on": f"{images['different']:,} different images, in {config['training_seconds']:.0f} s",
-        "calibrated": f"{images['calibration']:,} held-out images; fpr {arguments['fpr']:g}, possible from "
-        f"{1 / (images['calibration'] + 1):.2g} up",
     }
+
+
+def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
+    unet, arguments = config["unet"], config["arguments"]
+    size, channels = unet["sample_size"], unet["in_channels"]
+    source = arguments["pretrained"] or "trained here"
+    return {
+        "images": f"{size} x {size} pixels, {channels} channel{'s' if channels > 1 else ''}",
+        "U-Net": f"{_parameters(tensors, 'denoiser.'):.1f} M parameters, {source}",
+        "inpainting": f"mask {arguments['mask']}, {arguments['sampler']} in {arguments['steps']} steps, "
+        f"{arguments['repetitions']} repetitions",
+        "score": f"{arguments['aggregate']} of {arguments['distances'][0]} over repetitions",
+    }
+
+
+def _training_facts(config: dict[str, Any]) -> dict[str, str]:
+    images, fpr = config["images"], config["arguments"]["fpr"]
+    held_out = images["calibration"]
+    return {
+        "trained on": f"{images['different']:,} different images, in {config['training_seconds']:.0f} s",
+        "calibrated": f"{held_out:,} held-out images; fpr {fpr:g}, possible from {1 / (held_out + 1):.2g} up",
+    }
+
+
+def _parameters(tensors: dict[str, Any], prefix: str) -> float:
+    """Millions of them."""
+    return sum(value.numel() for name, value in tensors.items() if name.startswith(prefix)) / 1e6

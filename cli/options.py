@@ -53,6 +53,11 @@ def detector_arguments(options: dict[str, Any]) -> dict[str, Any]:
     return given | runtime_arguments(options)
 
 
+def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as arguments of a saved detector that is loaded."""
+    return ({"weights": options["weights"]} if options["weights"] else {}) | runtime_arguments(options)
+
+
 def runtime_options(function: F) -> F:
     """How to run: device, batch size, threads, limits, cache, quiet."""
     for option in (

@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
-from .options import model_option, runtime_arguments, runtime_options, weights_option
+from .options import model_arguments, model_option, runtime_options, weights_option
 from .progress import Bars, say
 
 
@@ -28,6 +28,11 @@ from .progress import Bars, say
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the rows [standard output].")
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="Pixel mode: a picture of the least and the most strange images and their inpaintings.",
+)
 @click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
 @runtime_options
 def command(
@@ -36,6 +41,7 @@ def command(
     format_: str | None,
     output: Path | None,
     fpr: float | None,
+    figure: Path | None,
     fail_on_ood: bool,
     quiet: bool,
     **options: Any,
@@ -48,20 +54,27 @@ def command(
     \b
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
     """
-    from featdiff import Detector
     from featdiff.allocator import keep_freed_memory
+    from featdiff.detectors import load_detector
     from featdiff.exceptions import UsageError
     from featdiff.report import open_writer
     from featdiff.scores import UNREADABLE
+    from featdiff.sources import list_images
 
     keep_freed_memory()
-    detector = Detector.from_pretrained(model, weights=options["weights"], **runtime_arguments(options))
+    detector = load_detector(model, **model_arguments(options))
+    if figure and detector.mode != "pixel":
+        raise UsageError(
+            "--figure shows what inpainting did, and this model does not inpaint: train one with --mode pixel"
+        )
+    refs = list_images(list(images))
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
-    rows = detector.iter_scores(list(images), fpr, bars)
+    rows = detector.iter_scores(refs, fpr, bars)
     first = next(rows, None)
     if first is None:
         raise UsageError("there are no paths on standard input")
     flagged = unreadable = total = 0
+    scores = []
     with _open(output) as stream, bars:
         writer = open_writer(format_ or _guess(output), stream)
         try:
@@ -70,10 +83,13 @@ def command(
                 flagged += int(part.is_ood.sum())
                 unreadable += part.status.count(UNREADABLE)
                 total += len(part)
+                scores.append(part.ood_score)
         except KeyboardInterrupt:
             raise Stopped(f"interrupted; {total:,} rows are written") from None
         finally:
             writer.close()
+    if figure:
+        _draw(detector, refs, scores, figure)
     rate = fpr if fpr is not None else detector.fpr
     seconds = bars.seconds.get("scoring", 0.0)
     bad = f", {unreadable:,} unreadable" if unreadable else ""
@@ -82,6 +98,17 @@ def command(
     if flagged and fail_on_ood:
         return EXIT_OOD
     return EXIT_UNREADABLE if unreadable else 0
+
+
+def _draw(detector: Any, refs: list[Any], scores: list[Any], file: Path) -> None:
+    """The least and the most strange images, inpainted once more: the same noise gives the same picture."""
+    import numpy as np
+
+    from featdiff.detectors.pixel_diffusion import least_and_most
+    from featdiff.report import save_inpaintings
+
+    shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
+    save_inpaintings(file, *detector.inpaintings(shown))
 
 
 def _guess(output: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from .progress import Bars, list_unreadable, say
 @click.command("train")
 @click.argument("images", nargs=-1)
 @backbone_options
-@click.option("--config", metavar="NAME|FILE", help="A preset (dlsr_paper) or a TOML file.")
+@click.option(
+    "--mode",
+    type=click.Choice(["feature", "pixel"]),
+    help="pixel: inpaint the images themselves (LMD), slow and classic [feature].",
+)
+@click.option("--pretrained", metavar="FOLDER|ORG/NAME", help="Pixel mode: a diffusers pipeline, not trained again.")
+@click.option("--distances", metavar="NAMES", help="Pixel mode: the first of them is the score [lpips,mse,ssim].")
+@click.option("--config", metavar="NAME|FILE", help="A preset (dlsr_paper, lmd_small ...) or a TOML file.")
 @click.option("--fpr", type=float, help="False-alarm rate to be able to hold [0.05].")
 @click.option("--no-pretrained", is_flag=True, help="Random backbone: for tests only, scores mean nothing.")
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
@@ -39,21 +47,21 @@ def command(
     \b
     Example: featdiff train photos/ --backbone resnet50 -o my-model
     """
-    from featdiff import Detector, samples
+    from featdiff import samples
     from featdiff.allocator import keep_freed_memory
     from featdiff.exceptions import UsageError
     from featdiff.persist import check_target, is_model
+    from featdiff.report import save_inpaintings
 
     from .config import Config, load_config
 
     keep_freed_memory()
     config = load_config(options["config"]) if options["config"] else Config()
+    quiet = quiet or not is_first_process()
     check_target(output)
     if is_model(output) and not force:
         raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
-    detector = Detector(
-        **config.detector | detector_arguments(options) | ({"pretrained": False} if no_pretrained else {})
-    )
+    detector = _new_detector(config, no_pretrained, options)
     if no_pretrained:
         say("WARNING: --no-pretrained: the backbone is random, the scores of this model mean nothing")
     source: object = list(images) or config.images
@@ -64,13 +72,55 @@ def command(
         say("This only shows that featdiff runs; for your own data: featdiff train FOLDER")
     try:
         with Bars(quiet) as bars:
-            detector.fit(source, bars)
+            detector.fit(source, _tell_where(bars, detector, quiet))
+        if not is_first_process():
+            return 0
         detector.save_pretrained(output)
+        if detector.mode == "pixel":
+            save_inpaintings(output / "inpaintings.png", *detector.inpaintings())
     except KeyboardInterrupt:
         raise Stopped("interrupted; features and checkpoints are kept, the same command goes on from there") from None
     _summary(detector, output, bars, quiet)
     list_unreadable(detector.unreadable_, quiet)
     return EXIT_UNREADABLE if detector.unreadable_ else 0
+
+
+def _new_detector(config: Any, no_pretrained: bool, options: dict[str, Any]) -> Any:
+    """What the config and the options ask for, of the mode that either names."""
+    from featdiff.detectors import MODES
+    from featdiff.exceptions import UsageError
+
+    mode = options["mode"] or config.mode
+    if config.detector and mode != config.mode:
+        raise UsageError(f"--config {options['config']} is of mode {config.mode}, not {mode}")
+    given = detector_arguments(options)
+    if options["pretrained"]:
+        given["pretrained"] = options["pretrained"]
+    if options["distances"]:
+        given["distances"] = options["distances"].split(",")
+    if mode == "feature" and (options["pretrained"] or options["distances"]):
+        raise UsageError("--pretrained and --distances need --mode pixel")
+    if mode == "pixel" and (options["layers"] or no_pretrained):
+        raise UsageError("--layers and --no-pretrained mean nothing in pixel mode")
+    if no_pretrained:
+        given["pretrained"] = False
+    return MODES[mode](**config.detector | given)
+
+
+def is_first_process() -> bool:
+    """Whether to talk and to write: of the processes of ``accelerate launch`` only one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tell_where(bars: Bars, detector: Any, quiet: bool) -> Any:
+    """``bars``, and a word on where the loss and samples of a long training run can be seen."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "training" and stage not in bars.counts and detector.mode == "pixel":
+            say(f"loss and samples, as training goes: {detector.journal_}", quiet)
+        bars(stage, done, total)
+
+    return progress
 
 
 def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
@@ -79,11 +129,14 @@ def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {len(detector.unreadable_):,} unreadable" if detector.unreadable_ else ""
     rate = f"{bars.rate('features'):,.0f} images/s"
-    say(
-        f"{detector.n_images_:,} images{duplicates}{bad}; features {bars.seconds['features']:.0f} s ({rate})",
-        quiet,
-    )
+    stage = "features" if detector.mode == "feature" else "reading"
+    say(f"{detector.n_images_:,} images{duplicates}{bad}; {stage} {bars.seconds['features']:.0f} s ({rate})", quiet)
     trained = bars.seconds.get("training")
-    say(f"trained {trained:.0f} s" if trained else "training found complete in the cache", quiet)
+    done = "training found complete in the cache"
+    if detector.arguments["pretrained"] and detector.mode == "pixel":
+        done = f"not trained: {detector.name}"
+    say(f"trained {trained:.0f} s" if trained else done, quiet)
     say(f"calibrated on {n_cal:,} held-out images: --fpr from {1 / (n_cal + 1):.2g} up", quiet)
+    if detector.mode == "pixel":
+        say(f"the least and the most strange of them: {output / 'inpaintings.png'}", quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score IMAGES -m {output}", quiet)

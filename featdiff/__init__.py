@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .detectors import Detector as Detector
+    from .detectors import PixelDetector as PixelDetector
+    from .detectors import load_detector as load_detector
     from .exceptions import FeatdiffError as FeatdiffError
     from .features import FeatureExtractor as FeatureExtractor
     from .scores import Scores as Scores
 
-__all__ = ["Detector", "FeatdiffError", "FeatureExtractor", "Scores"]
+__all__ = ["Detector", "FeatdiffError", "FeatureExtractor", "PixelDetector", "Scores", "load_detector"]
 _ROOMS = {
     "Detector": "detectors",
     "FeatdiffError": "exceptions",
     "FeatureExtractor": "features",
+    "PixelDetector": "detectors",
     "Scores": "scores",
+    "load_detector": "detectors",
 }
 
 

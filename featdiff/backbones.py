@@ -119,6 +119,29 @@ def fingerprint(model: nn.Module) -> str:
     return hasher.hexdigest()
 
 
+def read_state_dict(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a weights file by name; nothing in it is executed.
+
+    Raises
+    ------
+    WeightsError
+        No such file, or not a weights file.
+    """
+    from timm.models import load_state_dict
+
+    if not Path(file).is_file():
+        raise WeightsError(f"no weights file at {file}")
+    try:
+        state: dict[str, Tensor] = load_state_dict(str(file), device="cpu", weights_only=True)
+    except Exception as error:  # torch, safetensors and timm each have errors of their own here
+        pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "it holds pickled objects, which could run code" if pickled else "it is not a state dict of tensors"
+        raise WeightsError(f"{file} is not a weights file that can be read safely: {reason}") from None
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{file} is not a weights file: it holds other things than tensors")
+    return state
+
+
 def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """Load a weights file into a timm model, strictly; a classifier head in the file is left out.
 
@@ -127,18 +150,7 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     WeightsError
         No such file, not a weights file, or weights that do not fit (the first differences are named).
     """
-    from timm.models import load_state_dict
-
-    if not Path(file).is_file():
-        raise WeightsError(f"no weights file at {file}")
-    try:
-        state = load_state_dict(str(file), device="cpu", weights_only=True)
-    except Exception as error:  # torch, safetensors and timm each have errors of their own here
-        pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
-        reason = "it holds pickled objects, which could run code" if pickled else "it is not a state dict of tensors"
-        raise WeightsError(f"{file} is not a weights file that can be read safely: {reason}") from None
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{file} is not a weights file: it holds other things than tensors")
+    state = read_state_dict(file)
     own = model.state_dict()
     if _mismatch(own, _without_classifier(model, state)):
         remap = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .detectors import Detector
-from .detectors.feature_diffusion import BATCHES_AT_ONCE
+from .detectors import MODES, BaseDetector, Detector, PixelDetector
 from .detectors.heads import DIFFUSION
 from .evaluation import evaluate_detector, fit_rivals
 from .exceptions import UsageError
@@ -29,6 +28,9 @@ from .suites import EVERYTHING_ELSE, NotThere, Suite, Task, everything_else, fin
 #: Name of the default detector in a result; others are named ``<name>_<head>``.
 DEFAULT = "featdiff"
 _TIMED_IMAGES = 512
+_TIMED_INPAINTINGS = 16  # each takes a thousand times as long
+# Arguments of the command that mean the same in every mode.
+_EVERY_MODE = ("fpr", "seed", "device", "workers", "max_pixels", "cache")
 
 Tell = Callable[[str], None]
 
@@ -67,6 +69,9 @@ def run_suite(
         In-domain images are not there, no task has an OOD set, or a detector's arguments make no sense.
     """
     detectors = _build(suite, arguments or {})
+    default = detectors.pop(DEFAULT)
+    if not isinstance(default, Detector):
+        raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
     left_out: dict[str, str] = {}
     plans = [_plan(suite, task, data, download, left_out) for task in suite.tasks]
     for name, reason in left_out.items():
@@ -74,21 +79,25 @@ def run_suite(
     if not any(plan.ood for plan in plans):
         raise UsageError(f"none of the OOD sets is below {data}: {'; '.join(left_out.values())}")
     unreadable: dict[str, str] = {}
-    tasks = [_run(plan, detectors, unreadable, progress, tell) for plan in plans if plan.ood]
+    tasks = [_run(plan, default, detectors, unreadable, progress, tell) for plan in plans if plan.ood]
     published = [asdict(number) for number in suite.published]
     for number in published:
         number |= {key: number[key] / 100 for key in ("auroc", "fpr95") if number[key] is not None}
-    backbone = detectors[DEFAULT].extractor_.backbone.tag
-    result = {"suite": suite.title, "backbone": backbone, "tasks": tasks, "published": published}
+    result = {"suite": suite.title, "backbone": default.name, "tasks": tasks, "published": published}
     return result | {"left_out": left_out, "unreadable": unreadable}
 
 
-def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, Detector]:
-    built: dict[str, Detector] = {}
+def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, BaseDetector]:
+    built: dict[str, BaseDetector] = {}
     wanted: dict[str, Mapping[str, Any]] = {DEFAULT: {}, **suite.detectors}
     for name, own in wanted.items():
+        kind = MODES.get(own.get("mode", Detector.mode))
+        if kind is None:
+            raise UsageError(f"the suite's detector {name!r} has no mode {own['mode']!r}; known: {', '.join(MODES)}")
+        shared = arguments if kind is Detector else {k: v for k, v in arguments.items() if k in _EVERY_MODE}
+        own = {key: value for key, value in own.items() if key != "mode"}
         try:
-            built[name] = Detector(**{**arguments, **own})
+            built[name] = kind(**{**shared, **own})
         except (TypeError, UsageError) as error:  # TypeError: an argument that detectors do not have
             raise UsageError(f"the suite's detector {name!r} cannot be built: {error}") from None
     return built
@@ -123,17 +132,21 @@ def _plan(suite: Suite, task: Task, data: Path, download: bool, left_out: dict[s
 
 
 def _run(
-    plan: _Plan, detectors: Mapping[str, Detector], unreadable: dict[str, str], progress: Progress | None, tell: Tell
+    plan: _Plan,
+    default: Detector,
+    others: Mapping[str, BaseDetector],
+    unreadable: dict[str, str],
+    progress: Progress | None,
+    tell: Tell,
 ) -> dict[str, Any]:
     """Fit every detector on a task's training images, then measure all methods on its sets."""
     tell(f"{plan.task.name}: {len(plan.train):,} images to train, {len(plan.test):,} to test")
-    default = detectors[DEFAULT]
-    for name, detector in detectors.items():
+    for name, detector in {DEFAULT: default, **others}.items():
         unreadable |= dict(detector.fit(plan.train, progress).unreadable_)
         tell(f"  {name}: networks trained in {detector.training_seconds_:.0f} s")
     rivals = fit_rivals(default)
 
-    def evaluate(detector: Detector, rivals: Rivals | None = None) -> list[dict[str, Any]]:
+    def evaluate(detector: BaseDetector, rivals: Rivals | None = None) -> list[dict[str, Any]]:
         sets = (plan.test, plan.ood, plan.task.protocols)
         pairs: list[dict[str, Any]] = evaluate_detector(detector, *sets, progress, unreadable, rivals)["pairs"]
         return pairs
@@ -142,18 +155,21 @@ def _run(
     timed = _timed_pass(default, plan.test)
     methods = {DEFAULT if name == default.head else name: method for name, method in _methods(default).items()}
     costs = _costs(methods | _rival_methods(rivals), *timed, default)
-    for name, detector in detectors.items():
-        if detector is default:
-            continue
+    for name, detector in others.items():
         for pair, more in zip(pairs, evaluate(detector), strict=True):
-            heads = {detector.head: more["heads"].pop(DEFAULT)} | more["heads"]
+            heads = {_own_head(detector): more["heads"].pop(DEFAULT)} | more["heads"]
             pair["heads"] |= {f"{name}_{head}": m for head, m in heads.items() if not head.startswith("layer_")}
         if detector.extractor_.key() != default.extractor_.key():
             timed = _timed_pass(detector, plan.test)
-        own = {f"{name}_{head}": method for head, method in _methods(detector).items()}
-        costs |= _costs(own, *timed, detector)
+        methods = _methods(detector) if isinstance(detector, Detector) else _pixel_methods(detector)
+        costs |= _costs({f"{name}_{head}": method for head, method in methods.items()}, *timed, detector)
     sizes = {"n_train": default.n_images_, "n_bank": len(default.bank_digests_)}
     return {"name": plan.task.name} | sizes | {"methods": costs, "pairs": pairs}
+
+
+def _own_head(detector: BaseDetector) -> str:
+    """What a detector's ood_score is called among its heads."""
+    return str(detector.arguments["head"] if isinstance(detector, Detector) else detector.arguments["distances"][0])
 
 
 #: (what scores rows of features, seconds of training, bytes it needs to keep)
@@ -177,6 +193,17 @@ def _methods(detector: Detector) -> dict[str, _Method]:
     return found
 
 
+def _pixel_methods(detector: BaseDetector) -> dict[str, _Method]:
+    """Each distance as if it stood alone; what was inpainted before is inpainted again."""
+    assert isinstance(detector, PixelDetector)
+    heads, trained = detector.heads_, detector.training_seconds_
+    kept = _bytes(heads) - _bytes(heads.distances)
+    return {
+        name: (lambda rows, name=name: heads(rows, (name,)), trained, kept + _bytes(heads.distances[name]))  # type: ignore[misc]
+        for name in heads.names
+    }
+
+
 def _rival_methods(rivals: Rivals) -> dict[str, _Method]:
     return {name: (rival, rival.seconds, 4 * rival.numbers) for name, rival in rivals.methods.items()}
 
@@ -186,9 +213,11 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _costs(
-    methods: Mapping[str, _Method], seconds: float, features: Tensor, detector: Detector
+    methods: Mapping[str, _Method], seconds: float, features: Tensor, detector: BaseDetector
 ) -> dict[str, dict[str, float]]:
-    rows = BATCHES_AT_ONCE * detector.image_batch  # as when files are scored
+    rows = detector.batches_at_once * detector.image_batch  # as when files are scored
+    if isinstance(detector, PixelDetector):
+        features = features[:_TIMED_INPAINTINGS]
     return {
         name: {
             "images_per_second": 1 / (seconds + _seconds(score, features, rows)),
@@ -199,7 +228,7 @@ def _costs(
     }
 
 
-def _timed_pass(detector: Detector, images: list[ImageRef]) -> tuple[float, Tensor]:
+def _timed_pass(detector: BaseDetector, images: list[ImageRef]) -> tuple[float, Tensor]:
     """Seconds for an image through decoding and backbone, and the features of the images that were timed."""
     batches, _ = detector.batches(images[:: -(-len(images) // _TIMED_IMAGES)])
     vectors: list[Tensor] = []

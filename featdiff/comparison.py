@@ -67,7 +67,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 #: What the cells of a grid say.
 EXPLANATION = (
     "AUROC [95 % interval] / FPR95 in percent, mean: AUROC / FPR95; images/s: decoding, backbone and method; "
-    "train: seconds of training its networks; MB: what it needs to keep."
+    "x time: the time for an image in times of featdiff's; train: seconds of training its networks; "
+    "MB: what it needs to keep."
 )
 
 
@@ -76,9 +77,10 @@ def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
     for task in result["tasks"]:
         for protocol in dict.fromkeys(pair["protocol"] for pair in task["pairs"]):
             pairs = [pair for pair in task["pairs"] if pair["protocol"] == protocol]
-            header = ["method", *(pair["ood"] for pair in pairs), "mean", "images/s", "train", "MB"]
+            header = ["method", *(pair["ood"] for pair in pairs), "mean", "images/s", "x time", "train", "MB"]
             methods = [name for name in pairs[0]["heads"] if name in task["methods"] and not _is_single_layer(name)]
-            lines = [_line(name, pairs, task["methods"][name]) for name in methods]
+            default = task["methods"][methods[0]]["images_per_second"]
+            lines = [_line(name, pairs, task["methods"][name], default) for name in methods]
             here = [n for n in result["published"] if (n["task"], n["protocol"]) == (task["name"], protocol)]
             lines += _published_lines(here, [pair["ood"] for pair in pairs])
             train, bank, test = task["n_train"], task["n_bank"], pairs[0]["n_id"]
@@ -90,7 +92,7 @@ def _is_single_layer(method: str) -> bool:
     return method.startswith("rival_mahalanobis_") and method != "rival_mahalanobis_all"
 
 
-def _line(method: str, pairs: list[dict[str, Any]], costs: Mapping[str, float]) -> list[str]:
+def _line(method: str, pairs: list[dict[str, Any]], costs: Mapping[str, float], default_speed: float) -> list[str]:
     found = [pair["heads"][method] for pair in pairs]
     cells = []
     for m in found:
@@ -98,7 +100,15 @@ def _line(method: str, pairs: list[dict[str, Any]], costs: Mapping[str, float]) 
         cells.append(f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}")
     means = [100 * np.mean([m[key] for m in found]) for key in ("auroc", "fpr95")]
     speed, seconds, size = (costs[key] for key in ("images_per_second", "training_seconds", "megabytes"))
-    return [method, *cells, f"{means[0]:.2f} / {means[1]:.2f}", f"{speed:.1f}", f"{seconds:.1f}", f"{size:.1f}"]
+    return [
+        method,
+        *cells,
+        f"{means[0]:.2f} / {means[1]:.2f}",
+        f"{speed:.4g}",
+        f"{default_speed / speed:.3g}",
+        f"{seconds:.1f}",
+        f"{size:.1f}",
+    ]
 
 
 def _published_lines(numbers: list[dict[str, Any]], sets: list[str]) -> Iterator[list[str]]:
@@ -107,7 +117,7 @@ def _published_lines(numbers: list[dict[str, Any]], sets: list[str]) -> Iterator
         mine = {n["ood"]: n for n in numbers if (n["method"], n["source"]) == (method, source)}
         cells = [_number(mine.get(name)) for name in (*sets, "")]
         if set(cells) != {""}:
-            yield [f"published: {method} ({source})", *cells, "", "", ""]
+            yield [f"published: {method} ({source})", *cells, "", "", "", ""]
 
 
 def _number(published: Mapping[str, Any] | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .detectors import Detector
+from .detectors import BaseDetector, Detector
 from .exceptions import UsageError, did_you_mean
 from .images import Downscale, short_sides
 from .metrics import evaluate
@@ -40,7 +40,7 @@ class ImageSet:
 
 
 def evaluate_detector(
-    detector: Detector,
+    detector: BaseDetector,
     in_domain: object,
     ood: Mapping[str, object],
     protocols: Sequence[str] = PROTOCOLS,
@@ -88,10 +88,10 @@ def evaluate_detector(
                 known[here] = _heads(detector, rivals, home, here, unreadable, progress)
             there = _heads(detector, rivals, away, away.shrunk_to(size), unreadable, progress)
             pairs.append(_pair(name, protocol, known[here], there))
-    return {"id": _label(in_domain), "model": detector.extractor_.backbone.tag, "pairs": pairs}
+    return {"id": _label(in_domain), "model": detector.name, "pairs": pairs}
 
 
-def fit_rivals(detector: Detector) -> Rivals:
+def fit_rivals(detector: BaseDetector) -> Rivals:
     """kNN, Mahalanobis and PCA residual on the training images whose vectors the detector keeps.
 
     Their features are read from the detector's cache, where training left them.
@@ -99,9 +99,11 @@ def fit_rivals(detector: Detector) -> Rivals:
     Raises
     ------
     UsageError
-        The cache does not hold them any more.
+        The cache does not hold them any more, or the detector does not look at features.
     """
     detector.check_fitted()
+    if not isinstance(detector, Detector):
+        raise UsageError("rivals look at features, and this model at pixels: train one of mode feature")
     store = detector.feature_store()
     digests = [digest.tobytes() for digest in detector.bank_digests_]
     if missing := sum(digest not in store for digest in digests):
@@ -129,7 +131,7 @@ def _image_set(name: str, source: object) -> ImageSet:
 
 
 def _heads(
-    detector: Detector,
+    detector: BaseDetector,
     rivals: Rivals | None,
     images: ImageSet,
     size: int | None,
@@ -145,8 +147,12 @@ def _heads(
     unreadable.update(found.unreadable)
     if not found.digests:
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")
-    chunks = store.table(found.digests).chunks()
-    parts = [detector.all_heads(rows) | (rivals(rows) if rivals else {}) for rows in chunks]
+    parts, done = [], 0
+    for rows in store.table(found.digests).chunks(detector.rows_at_once):
+        parts.append(detector.all_heads(rows) | (rivals(rows) if rivals else {}))
+        done += len(rows)
+        if progress:
+            progress("scoring", done, len(found.digests))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -1,14 +1,21 @@
-"""The noise schedule (a diffusers scheduler) and the stored noise draws. Knows no model and no feature."""
+"""Noise schedules (diffusers schedulers) and where noise comes from. Knows no model and no feature."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .exceptions import UsageError, did_you_mean
+
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+
+#: Ways from noise to an image, by the name of diffusers' scheduler. The last keeps earlier steps in mind.
+SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
 
 
 def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: float = 0.0195) -> DDIMScheduler:
@@ -28,7 +35,42 @@ def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: f
     )
 
 
-def add_noise(scheduler: DDIMScheduler, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def make_pixel_scheduler(timesteps: int = 1000) -> DDPMScheduler:
+    """The schedule of DDPM (Ho et al., 2020): linear betas from 1e-4 to 0.02, the network predicts the noise.
+
+    With other numbers of times the betas are scaled, so that x_T is noise alone. Estimates of x_0 are kept in [-1, 1].
+    """
+    from diffusers import DDPMScheduler
+
+    scale = 1000 / timesteps
+    return DDPMScheduler(num_train_timesteps=timesteps, beta_start=1e-4 * scale, beta_end=min(0.02 * scale, 0.999))
+
+
+def make_sampler(kind: str, scheduler: SchedulerMixin, steps: int) -> Any:
+    """A scheduler for denoising in ``steps`` steps along the schedule that a network was trained on.
+
+    Parameters
+    ----------
+    kind : one of ``SAMPLERS``
+
+    Raises
+    ------
+    UsageError
+        An unknown sampler, or more steps than the schedule has times.
+    """
+    import diffusers
+
+    if kind not in SAMPLERS:
+        raise UsageError(f"unknown sampler {kind!r}{did_you_mean(kind, list(SAMPLERS))}; known: {', '.join(SAMPLERS)}")
+    total = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise UsageError(f"steps must lie in 1 .. {total}, the length of the noise schedule, not {steps}")
+    sampler = getattr(diffusers, SAMPLERS[kind]).from_config(scheduler.config)
+    sampler.set_timesteps(steps)
+    return sampler
+
+
+def add_noise(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = sqrt(alpha-bar_t) x + sqrt(1 - alpha-bar_t) noise (DLSR eq. 1).
 
     x, noise : (B or 1, ..., D), both with as many axes; t : (B,) integers in 0 .. timesteps - 1.
@@ -45,3 +87,19 @@ def draw_noise(draws: int, width: int, seed: int) -> Tensor:
     """
     half = torch.randn((draws + 1) // 2, width, generator=torch.Generator().manual_seed(seed))
     return torch.stack([half, -half], dim=1).flatten(0, 1)[:draws]
+
+
+def noise_sources(contents: Sequence[bytes], repetitions: int, seed: int) -> list[torch.Generator]:
+    """Generators on the CPU, one for each image and repetition: all repetitions of the first image, then the next.
+
+    What they give depends on the image's content, the repetition and the seed: not on its neighbours in a batch, the
+    order, or the device. diffusers' schedulers take such a list as ``generator``.
+    """
+    sources = []
+    for content in contents:
+        for repetition in range(repetitions):
+            key = hashlib.blake2b(
+                content, digest_size=7, salt=repetition.to_bytes(8, "big"), key=seed.to_bytes(8, "big")
+            )
+            sources.append(torch.Generator().manual_seed(int.from_bytes(key.digest(), "big")))
+    return sources

@@ -93,25 +93,37 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
-    if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
-        what = "no such folder" if not folder.exists() else f"it has no {CONFIG} and {TENSORS}"
-        raise ModelError(f"no featdiff model at {folder}: {what}. Make one with: featdiff train IMAGES -o {folder}")
+    config = load_config(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             identity = (file.metadata() or {}).get("id")
-    except (ValueError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ModelError(f"the model at {folder} is damaged: {error}") from None
     except OSError as error:
         raise ModelError(f"the model at {folder} cannot be read: {error.strerror}") from None
-    check_config(config, folder)
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"the model at {folder} is damaged: tensor {name} holds NaN or infinite values")
     if identity not in (None, config.get("id")):
         raise ModelError(f"the model at {folder} is damaged: {CONFIG} and {TENSORS} were not written together")
     return config, tensors
+
+
+def load_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the config alone; ``ModelError`` as for :func:`load`."""
+    folder = Path(folder)
+    if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
+        what = "no such folder" if not folder.exists() else f"it has no {CONFIG} and {TENSORS}"
+        raise ModelError(f"no featdiff model at {folder}: {what}. Make one with: featdiff train IMAGES -o {folder}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"the model at {folder} is damaged: {error}") from None
+    except OSError as error:
+        raise ModelError(f"the model at {folder} cannot be read: {error.strerror}") from None
+    check_config(config, folder)
+    return dict(config)
 
 
 def check_config(config: Any, folder: Path) -> None:

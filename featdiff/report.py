@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -186,3 +187,37 @@ def save_histograms(
     for text in (*axes.legend().get_texts(), axes.title):
         text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
     figure.savefig(file, dpi=150)
+
+
+def save_inpaintings(
+    file: str | os.PathLike[str], x: np.ndarray, masked: np.ndarray, inpainted: np.ndarray, scores: np.ndarray
+) -> None:
+    """A picture with one line for each image: original, masked, inpainted, and what differs (black = nothing).
+
+    Parameters
+    ----------
+    file : path ending in .png, .svg or .pdf
+    x, masked, inpainted : (N, C, H, W) in [-1, 1]
+    scores : (N,)
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = {
+        "original": (x + 1) / 2,
+        "masked": (masked + 1) / 2,
+        "inpainted": (inpainted + 1) / 2,
+        "difference": np.abs(inpainted - x) / 2,
+    }
+    figure = Figure(figsize=(1.6 * len(columns) + 0.8, 1.6 * len(x) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(x), len(columns), squeeze=False)
+    for j, (name, images) in enumerate(columns.items()):
+        grid[0][j].set_title(name)
+        for i, image in enumerate(images):
+            shown = np.moveaxis(np.clip(image, 0, 1), 0, -1)
+            grid[i][j].imshow(np.repeat(shown, 3, axis=-1) if shown.shape[-1] == 1 else shown)
+            grid[i][j].set(xticks=[], yticks=[])
+    for i, score in enumerate(scores):
+        grid[i][0].set_ylabel(f"ood_score {score:.1f}")
+    figure.savefig(file, dpi=120)

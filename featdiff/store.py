@@ -13,14 +13,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .exceptions import FeatdiffError
-from .features import FeatureExtractor
-from .images import Batch
+from .images import Batch, Transform
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 _SHARD_BYTES = 4 << 20
@@ -34,20 +34,38 @@ def default_cache() -> Path:
     return Path(os.environ.get("FEATDIFF_CACHE") or platformdirs.user_cache_dir("featdiff"))
 
 
+class Extractor(Protocol):
+    """Decoded images -> one vector each: :class:`featdiff.features.FeatureExtractor`, :class:`featdiff.pixels.Pixels`.
+
+    ``width`` is a vector's length, ``transform`` makes what is called with, ``key`` names what decides the numbers.
+    """
+
+    width: int
+
+    @property
+    def transform(self) -> Transform: ...
+
+    def key(self, variant: str = "") -> str: ...
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+
 class FeatureStore:
     """Vectors of one width, found by the digest of the image they came from.
 
     Parameters
     ----------
     folder : Path
-        One folder per extractor (see :meth:`FeatureExtractor.key`); made when missing.
+        One folder per extractor (see :meth:`Extractor.key`); made when missing.
     width : int
         Length of a vector.
+    dtype : NumPy type
+        Of its numbers.
     """
 
-    def __init__(self, folder: Path, width: int) -> None:
-        self.folder, self.width = Path(folder), width
-        self._capacity = max(1, _SHARD_BYTES // (4 * width))
+    def __init__(self, folder: Path, width: int, dtype: type[np.number] = np.float32) -> None:
+        self.folder, self.width, self.dtype = Path(folder), width, np.dtype(dtype)
+        self._capacity = max(1, _SHARD_BYTES // (self.dtype.itemsize * width))
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._shards: list[np.ndarray] = []  # memory maps (n, width)
         self._where: dict[bytes, tuple[int, int]] = {}
@@ -65,11 +83,11 @@ class FeatureStore:
         return len(self._where)
 
     def add(self, digest: bytes, vector: np.ndarray) -> None:
-        """Keep one vector (width,) float32; written to disk when a shard is full, or by :meth:`flush`."""
+        """Keep one vector (width,); written to disk when a shard is full, or by :meth:`flush`."""
         if digest in self._where:
             return
         self._where[digest] = (len(self._shards), len(self._pending))
-        self._pending.append((digest, np.array(vector, dtype=np.float32)))  # a copy: callers reuse their buffers
+        self._pending.append((digest, np.array(vector, dtype=self.dtype)))  # a copy: callers reuse their buffers
         if len(self._pending) == self._capacity:
             self.flush()
 
@@ -96,7 +114,7 @@ class FeatureStore:
         """The vectors of ``digests``, in that order, as a table on disk."""
         self.flush()
         where = np.array([self._where[digest] for digest in digests], dtype=np.int32).reshape(-1, 2)
-        return FeatureTable(self._shards, where, self.width)
+        return FeatureTable(self._shards, where, self.width, self.dtype)
 
     def _open(self, file: Path) -> None:
         try:
@@ -107,7 +125,7 @@ class FeatureStore:
         arrays = isinstance(digests, np.ndarray) and isinstance(shard, np.ndarray)
         if not arrays or digests.dtype != np.uint8 or digests.ndim != 2 or digests.shape[1] != 16:
             return
-        if shard.dtype != np.float32 or shard.shape != (len(digests), self.width):
+        if shard.dtype != self.dtype or shard.shape != (len(digests), self.width):
             return
         for row, digest in enumerate(digests):
             self._where.setdefault(digest.tobytes(), (len(self._shards), row))
@@ -121,14 +139,15 @@ class FeatureTable:
     shards: list[np.ndarray]
     where: np.ndarray  # (N, 2) shard and row
     width: int
+    dtype: np.dtype[np.number] = np.dtype(np.float32)
 
     def __len__(self) -> int:
         return len(self.where)
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
-        """Rows (n,) of integers -> (n, D) float32 on the CPU."""
+        """Rows (n,) of integers -> (n, D) on the CPU."""
         where = self.where[rows]
-        out = np.empty((len(where), self.width), dtype=np.float32)
+        out = np.empty((len(where), self.width), dtype=self.dtype)
         for shard in np.unique(where[:, 0]):
             mine = where[:, 0] == shard
             out[mine] = self.shards[shard][where[mine, 1]]
@@ -150,22 +169,23 @@ class Extraction:
     computed: int = 0  # how many went through the backbone just now
 
 
-def featurise(batch: Batch, extractor: FeatureExtractor) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+def featurise(batch: Batch, extractor: Extractor) -> tuple[dict[int, np.ndarray], dict[int, str]]:
     """Run the backbone over a batch: vectors and failures, both by position in ``batch.loaded``."""
     failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
     if batch.pixels is None:
         return {}, failed
-    vectors = extractor(batch.pixels).cpu().numpy()
-    finite = np.isfinite(vectors).all(axis=1)
-    for i, good in zip(batch.decoded, finite, strict=True):
-        if not good:
-            failed[i] = "the backbone gives NaN or infinite features for it"
+    rows = extractor(batch.pixels).cpu()
+    judged, reason = rows, "the backbone gives NaN or infinite features for it"
+    if not rows.is_floating_point():  # whole numbers hide what was wrong
+        judged, reason = batch.pixels.flatten(1), "it holds NaN or infinite values"
+    finite, vectors = torch.isfinite(judged).all(1), rows.numpy()
+    failed |= {i: reason for k, i in enumerate(batch.decoded) if not finite[k]}
     return {i: vectors[k] for k, i in enumerate(batch.decoded) if finite[k]}, failed
 
 
 def extract(
     batches: Iterable[Batch],
-    extractor: FeatureExtractor,
+    extractor: Extractor,
     store: FeatureStore,
     total: int = 0,
     progress: Progress | None = None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from .evaluation import PROTOCOLS
@@ -36,14 +37,20 @@ class Source:
     path : paths below the data folder; the first that exists is taken
     imglist, root : an OpenOOD list (``path label`` on each line), and the folder its paths count from
     torchvision : ``name`` of a class of ``torchvision.datasets`` and its keyword arguments
+    sklearn : name of a set of pictures that scikit-learn brings: digits
     classes : keep only these class folders, or these classes of a torchvision data set
+    skip, limit : leave out so many images, and take at most so many of the rest, in an order that is shuffled the same
+        way every time: with them, one set can serve for training and testing. 0: all.
     """
 
     path: tuple[str, ...] = ()
     imglist: str = ""
     root: str = ""
     torchvision: Mapping[str, Any] = field(default_factory=dict)
+    sklearn: str = ""
     classes: tuple[str, ...] = ()
+    skip: int = 0
+    limit: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,13 @@ def _checked(value: Any, annotation: str, name: str, where: str) -> Any:
         if not isinstance(values, list) or not all(isinstance(part, str) for part in values):
             raise UsageError(f"{where}: {name} must be text or a list of texts, not {value!r}")
         return tuple(values)
-    kinds: dict[str, tuple[Any, str]] = {"str": (str, "text"), "Mapping": (dict, "a table")}
+    kinds: dict[str, tuple[Any, str]] = {
+        "str": (str, "text"),
+        "Mapping": (dict, "a table"),
+        "int": (int, "a whole number"),
+    }
     kind, what = kinds.get(annotation.partition("[")[0], ((int, float), "a number"))
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (annotation == "int" and (value is True or value is False or value < 0)):
         raise UsageError(f"{where}: {name} must be {what}, not {value!r}")
     return value
 
@@ -187,6 +198,17 @@ def find_images(source: Source, data: Path, download: bool = False) -> list[Imag
     UsageError
         The source makes no sense: a class or data set that does not exist.
     """
+    found = _all_images(source, data, download)
+    if not source.skip and not source.limit:
+        return found
+    order = np.random.default_rng(0).permutation(len(found))[source.skip :]
+    chosen = np.sort(order[: source.limit] if source.limit else order)
+    if not len(chosen):
+        raise NotThere(f"there are {len(found):,} images, and {source.skip:,} are left out")
+    return [found[i] for i in chosen]
+
+
+def _all_images(source: Source, data: Path, download: bool) -> list[ImageRef]:
     for path in source.path:
         if (data / path).exists() or split_archive(str(data / path)):
             return _from_path(data / path, source.classes)
@@ -194,6 +216,8 @@ def find_images(source: Source, data: Path, download: bool = False) -> list[Imag
         return _from_imglist(data / source.imglist, data / source.root)
     if source.torchvision:
         return _from_torchvision(source, data, download)
+    if source.sklearn:
+        return _from_sklearn(source.sklearn)
     wanted = " or ".join([*source.path, *([source.imglist] if source.imglist else [])])
     raise NotThere(f"not below {data}: {wanted or 'no place is named'}")
 
@@ -223,6 +247,15 @@ def _from_imglist(file: Path, root: Path) -> list[ImageRef]:
     if not any((root / name).exists() for name in names):
         raise NotThere(f"none of the {len(names):,} files of {file} is below {root}")
     return [FileRef(printable(root / name), str(root / name)) for name in names]
+
+
+def _from_sklearn(name: str) -> list[ImageRef]:
+    if name != "digits":
+        raise UsageError(f"scikit-learn brings no set of pictures {name!r}; known: digits")
+    from sklearn.datasets import load_digits
+
+    grey = (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    return list_images([Image.fromarray(digit) for digit in grey])
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "samples": set(),
     "backbones": {"images"},
     "features": {"backbones", "images"},
-    "store": {"features", "images"},
+    "store": {"images"},
+    "masks": set(),
+    "pixels": {"images"},
     "noise": set(),
     "denoisers": set(),
     "training": {"noise"},
     "reconstruct": {"noise"},
     "residuals": set(),
+    "distances": {"backbones", "features", "residuals"},
     "fusion": set(),
     "neighbors": set(),
     "gaussian": set(),
@@ -35,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "persist": set(),
     "detectors": {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
-        *("residuals", "neighbors", "fusion", "calibration", "persist", "scores"),
+        *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
     },
     "comparison": set(),
     "rivals": {"features", "gaussian", "neighbors", "store"},
@@ -100,9 +103,24 @@ def test_the_map_has_no_cycles() -> None:
 def test_the_reader_of_this_test_sees_forbidden_imports(tmp_path: Path) -> None:
     """The check itself works: each spelling of an import is recognised."""
     file = LIBRARY / "noise.py"
-    assert imported(file)[0] == set()
+    assert imported(file)[0] == {"exceptions"}
     assert "torch" in imported(file)[1]
     assert imported(LIBRARY / "detectors" / "heads.py")[0] >= {"noise", "denoisers", "residuals"}
+
+
+def test_the_pixel_mode_looks_at_features_only_for_the_distance_that_is_one() -> None:
+    """LMD shares rooms with the feature mode, but not its eyes."""
+    for name in ("pixel_diffusion", "pixel_heads", "journal", "pipelines", "accelerating"):
+        tree = ast.parse((LIBRARY / "detectors" / f"{name}.py").read_text())
+        users = [
+            function.name
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+            if isinstance(node, ast.ImportFrom) and node.module == "features"
+        ]
+        everywhere = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "features"]
+        assert len(everywhere) == len(users) and set(users) <= {"_new_feature_cosine"}, name
 
 
 def test_command_modules_use_relative_imports_only() -> None:

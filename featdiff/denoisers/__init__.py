@@ -1,5 +1,6 @@
-"""Networks ``denoiser(x_t, t) -> x0_hat``; they know no schedule and no images."""
+"""Networks ``denoiser(x_t, t) -> prediction``; they know no schedule and no files."""
 
 from .lfdn import LFDN, LayerwiseLFDN
+from .unet import PixelDenoiser, make_unet
 
-__all__ = ["LFDN", "LayerwiseLFDN"]
+__all__ = ["LFDN", "LayerwiseLFDN", "PixelDenoiser", "make_unet"]

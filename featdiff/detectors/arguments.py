@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..calibration import check_fpr
+from ..distances import DISTANCES
 from ..exceptions import UsageError, did_you_mean
 from ..fusion import FUSIONS
 from ..neighbors import check_backend, check_coreset
@@ -19,23 +20,21 @@ from ..training import Recipe
 #: Arguments that say how to run, not what the model is: they are not saved, and may differ when it is loaded.
 RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
 _WHOLE = ("hidden_max", "blocks", "timesteps", "draws", "bank_size", "image_batch", "max_pixels")
-_WHOLE_OR_NONE = ("stride", "workers")
+_WHOLE_PIXEL = (
+    *("width", "blocks", "timesteps", "mask_blocks", "mask_patch", "repetitions", "steps", "resamplings"),
+    *("image_batch", "max_pixels"),
+)
+#: Precisions that ``accelerate`` offers for training.
+PRECISIONS = ("no", "fp16", "bf16")
 
 
 def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
     """Kinds and ranges of the constructor's arguments (``UsageError`` names the first that is wrong)."""
-    for name in (*_WHOLE, *_WHOLE_OR_NONE):
-        if arguments[name] is None and name in _WHOLE_OR_NONE:
-            continue
-        if not _is_whole(arguments[name]) or arguments[name] < 1:
-            raise UsageError(f"{name} must be a whole number above 0, not {arguments[name]!r}")
-    if not _is_whole(arguments["seed"]) or not 0 <= arguments["seed"] < 2**63:
-        raise UsageError(f"seed must be a whole number of 0 or more, not {arguments['seed']!r}")
+    _check_shared(arguments, _WHOLE)
+    if arguments["stride"] is not None:
+        _check_whole("stride", arguments["stride"])
     if not _is_number(arguments["hidden_ratio"]) or arguments["hidden_ratio"] <= 0:
         raise UsageError(f"hidden_ratio must be a number above 0, not {arguments['hidden_ratio']!r}")
-    for name in ("weights", "cache"):
-        if not isinstance(arguments[name], str | os.PathLike | None):
-            raise UsageError(f"{name} must be a path, not {arguments[name]!r}")
     if not isinstance(arguments["backbone"], str | nn.Module):
         raise UsageError(f"backbone must be a name or a module, not {arguments['backbone']!r}")
     for name in ("joint", "pretrained"):
@@ -54,10 +53,61 @@ def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
         raise UsageError(f"unknown fusion {arguments['fusion']!r}; known: {', '.join(FUSIONS)}")
     if arguments["head"] not in heads:
         raise UsageError(f"unknown head {arguments['head']!r}; known: {', '.join(heads)}")
+
+
+def check_pixel_arguments(arguments: Mapping[str, Any]) -> None:
+    """The same for the pixel mode; what masks, networks and samplers say themselves is left to them."""
+    optional = [name for name in ("size", "channels") if arguments[name] is not None]
+    _check_shared(arguments, (*_WHOLE_PIXEL, *optional))
+    for name in ("multipliers", "attention"):
+        values = arguments[name]
+        if (
+            not isinstance(values, Sequence)
+            or isinstance(values, str)
+            or not all(_is_whole(v) and v > 0 for v in values)
+        ):
+            raise UsageError(f"{name} must be whole numbers above 0, not {values!r}")
+    if not arguments["multipliers"]:
+        raise UsageError("multipliers must name at least one level")
+    if not _is_number(arguments["dropout"]) or not 0 <= arguments["dropout"] < 1:
+        raise UsageError(f"dropout is a share between 0 and 1, not {arguments['dropout']!r}")
+    if not isinstance(arguments["flip"], bool):
+        raise UsageError(f"flip must be true or false, not {arguments['flip']!r}")
+    names = arguments["distances"]
+    if not isinstance(names, Sequence) or isinstance(names, str) or not names or len(set(names)) < len(names):
+        raise UsageError(f"distances must be a list of different names, not {names!r}")
+    for name in names:
+        if name not in DISTANCES:
+            raise UsageError(
+                f"unknown distance {name!r}{did_you_mean(str(name), list(DISTANCES))}; known: {', '.join(DISTANCES)}"
+            )
+    if arguments["mixed_precision"] not in PRECISIONS:
+        raise UsageError(f"unknown mixed_precision {arguments['mixed_precision']!r}; known: {', '.join(PRECISIONS)}")
+    for name in ("pretrained", "mask", "sampler", "aggregate", "trunk", "backbone"):
+        if not isinstance(arguments[name], str) and not (name == "pretrained" and arguments[name] is None):
+            raise UsageError(f"{name} must be text, not {arguments[name]!r}")
+
+
+def _check_shared(arguments: Mapping[str, Any], whole: Sequence[str]) -> None:
+    """What detectors of all modes take, and ``whole`` numbers above 0."""
+    for name in whole:
+        _check_whole(name, arguments[name])
+    if arguments["workers"] is not None:
+        _check_whole("workers", arguments["workers"])
+    if not _is_whole(arguments["seed"]) or not 0 <= arguments["seed"] < 2**63:
+        raise UsageError(f"seed must be a whole number of 0 or more, not {arguments['seed']!r}")
+    for name in ("weights", "cache"):
+        if not isinstance(arguments[name], str | os.PathLike | None):
+            raise UsageError(f"{name} must be a path, not {arguments[name]!r}")
     for name in ("calibration", "validation"):
         if not _is_number(arguments[name]) or not 0 < arguments[name] < 0.5:
             raise UsageError(f"{name} is a share of the images between 0 and 0.5, not {arguments[name]!r}")
     check_fpr(arguments["fpr"])
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{name} must be a whole number above 0, not {value!r}")
 
 
 def check_runtime(arguments: Mapping[str, Any]) -> None:
@@ -67,8 +117,8 @@ def check_runtime(arguments: Mapping[str, Any]) -> None:
             raise UsageError(f"{name!r} cannot be changed when a detector is loaded; known: {', '.join(RUNTIME)}")
     resolve_device(arguments.get("device", "cpu"))
     for name in ("image_batch", "workers", "max_pixels"):
-        if arguments.get(name) is not None and (not _is_whole(arguments[name]) or arguments[name] < 1):
-            raise UsageError(f"{name} must be a whole number above 0, not {arguments[name]!r}")
+        if arguments.get(name) is not None:
+            _check_whole(name, arguments[name])
 
 
 def _is_whole(value: object) -> bool:

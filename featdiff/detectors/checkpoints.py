@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from ..store import write_atomically
 from ..training import TrainingState
@@ -18,6 +19,7 @@ def resume(state: TrainingState, file: Path, device: torch.device) -> None:
         return
     try:
         kept = torch.load(file, map_location=device, weights_only=True)
+        _check_fits(kept["best"], state.denoiser)
         fresh = copy.deepcopy(state.state_dict())
         try:
             state.load_state_dict(kept)
@@ -26,6 +28,13 @@ def resume(state: TrainingState, file: Path, device: torch.device) -> None:
             raise
     except Exception:  # torch raises nearly anything on a damaged file, or on one of another version
         file.unlink(missing_ok=True)
+
+
+def _check_fits(weights: dict[str, Tensor], network: nn.Module) -> None:
+    """Whether weights are those of a network like this one; a run without an epoch has none yet."""
+    own = {name: value.shape for name, value in network.state_dict().items()}
+    if weights and {name: value.shape for name, value in weights.items()} != own:
+        raise ValueError("weights of another network")
 
 
 def write_checkpoint(state: TrainingState, file: Path) -> None:

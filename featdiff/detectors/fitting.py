@@ -3,58 +3,68 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..calibration import Split
 from ..neighbors import coreset
 from ..store import FeatureTable, Progress
-from ..training import Recipe, TrainingState, start, train
+from ..training import Augment, Recipe, Rows, Step, TrainingState, start, train
 from .checkpoints import resume, write_checkpoint
 from .heads import FusedHeads
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import SchedulerMixin
 
 #: A stopped run loses at most this much training, or one epoch if that is longer.
 CHECKPOINT_SECONDS = 10
 
 
+Watch = Callable[[Step, TrainingState], None]
+
+
 def train_denoiser(
-    heads: FusedHeads,
-    table: FeatureTable,
-    rows: Split,
+    denoiser: nn.Module,
+    scheduler: SchedulerMixin,
+    read: Rows,
+    n_rows: int,
+    validation: Tensor,
     recipe: Recipe,
     seed: int,
     checkpoint: Path,
     progress: Progress | None,
+    augment: Augment | None = None,
+    accelerator: Accelerator | None = None,
+    watch: Watch | None = None,
 ) -> TrainingState:
-    """Train the denoiser of ``heads`` in place, or take it from ``checkpoint``.
+    """Train ``denoiser`` in place, or take it from ``checkpoint``; arguments as for :func:`featdiff.training.train`.
 
-    Checkpoints and the result are kept in that file, for the next run.
+    Checkpoints and the result are kept in that file, for the next run. ``watch`` sees the state at every step, after
+    the checkpoint that belongs to it.
     """
-    diffusion = heads.diffusion
-    diffusion.denoiser.requires_grad_(True)
-    state = start(diffusion.denoiser, recipe, len(rows.training))
-    resume(state, checkpoint, diffusion.noise.device)
+    denoiser.requires_grad_(True)
+    state = start(denoiser, recipe, n_rows)
+    resume(state, checkpoint, validation.device)
     finished = state.done
-
-    def read(i: np.ndarray) -> Tensor:
-        return heads.stages(table[rows.training[i]])
-
+    writes = accelerator is None or accelerator.is_main_process
     saved = last = time.monotonic()
-    validation = heads.stages(table[rows.validation])
-    for step in train(state, read, len(rows.training), validation, diffusion.scheduler, recipe, seed):
+    for step in train(state, read, n_rows, validation, scheduler, recipe, seed, augment, accelerator):
         now = time.monotonic()
         state.seconds, last = state.seconds + now - last, now
-        if step.val_loss is not None and now - saved > CHECKPOINT_SECONDS:
+        if step.val_loss is not None and now - saved > CHECKPOINT_SECONDS and writes:
             write_checkpoint(state, checkpoint)
             saved = last = time.monotonic()
-        if progress:
+        if watch and writes:
+            watch(step, state)
+        if progress and writes:
             progress("training", step.step, step.steps)
-    if not finished:
+    if not finished and writes:
         write_checkpoint(state, checkpoint)
-    diffusion.early.load_state_dict(state.early)
-    diffusion.denoiser.requires_grad_(False)
+    denoiser.requires_grad_(False)
     return state
 
 

@@ -16,27 +16,41 @@ from ..features import FeatureExtractor
 from ..images import Transform
 from ..persist import check_tensors
 from .arguments import check_runtime
-from .heads import FusedHeads
 
 # What config.json must say: dotted name -> type.
-_CONFIG_KINDS: dict[str, Any] = {
+_SHARED_KINDS: dict[str, Any] = {
     "featdiff_version": str,
-    "backbone.tag": str,
-    "backbone.source": str,
-    "backbone.fingerprint": str,
-    "layers": dict,
     "images.different": int,
     "images.calibration": int,
-    "images.bank": int,
     "validation_loss": (int, float),
     "training_seconds": (int, float),
     "arguments": dict,
 }
+_KINDS: dict[str, dict[str, Any]] = {
+    "feature": {
+        "backbone.tag": str,
+        "backbone.source": str,
+        "backbone.fingerprint": str,
+        "layers": dict,
+        "images.bank": int,
+    },
+    "pixel": {"unet": dict, "scheduler": dict, "features": str},
+}
 
 
-def check_config(config: dict[str, Any], folder: Path) -> None:
-    """Whether a saved config says all that is needed to build its detector again (``ModelError``)."""
-    for path, kind in _CONFIG_KINDS.items():
+def saved_mode(config: dict[str, Any], folder: Path) -> str:
+    """The mode of a saved detector (``ModelError`` if there is no such mode)."""
+    mode = config.get("mode", "feature")  # the first ones did not say
+    if mode not in _KINDS:
+        raise ModelError(f"the model at {folder} has an unknown mode {mode!r}: pip install -U featdiff")
+    return str(mode)
+
+
+def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
+    """Whether a saved config says all that is needed to build a detector of this mode again (``ModelError``)."""
+    if (found := saved_mode(config, folder)) != mode:
+        raise ModelError(f"the model at {folder} is of mode {found}, not {mode}: featdiff.load_detector loads either")
+    for path, kind in (_SHARED_KINDS | _KINDS[mode]).items():
         value: Any = config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -56,7 +70,7 @@ def saved_arguments(
 ) -> dict[str, Any]:
     """The constructor's arguments of a saved detector, with what the user gives now in place of what was saved."""
     check_runtime(runtime)
-    check_config(config, folder)
+    check_config(config, folder, "feature")
     arguments = {**config["arguments"], **({"weights": weights} if weights else {}), **runtime}
     if config["backbone"]["source"] != "module":
         return arguments
@@ -64,6 +78,13 @@ def saved_arguments(
         tag = config["backbone"]["tag"]
         raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({tag})")
     return arguments | {"backbone": backbone, "transform": transform}
+
+
+def pixel_arguments(config: dict[str, Any], folder: Path, runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments of a saved detector of the pixel mode."""
+    check_runtime(runtime)
+    check_config(config, folder, "pixel")
+    return {**config["arguments"], **runtime}
 
 
 def check_backbone(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
@@ -86,7 +107,7 @@ def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndar
     return digests.numpy()
 
 
-def load_tensors(heads: FusedHeads, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
+def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
     """Fill ``heads`` strictly; returns the sorted calibration scores."""
     scores = tensors.pop("calibration", None)
     check_tensors(tensors, heads.state_dict(), folder)

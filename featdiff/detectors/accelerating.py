@@ -1,0 +1,33 @@
+"""Mixed precision and several processes for training, by way of ``accelerate``; without either, nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..exceptions import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
+    """An accelerator if one is needed: reduced precision, or a process that ``accelerate launch`` has started.
+
+    Raises
+    ------
+    UsageError
+        The package is missing, or float16 is asked of a CPU.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if mixed_precision == "no" and not launched:
+        return None
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise UsageError("mixed precision and several GPUs need a package: pip install 'featdiff[pixel]'") from None
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UsageError("mixed_precision 'fp16' needs a GPU: on a CPU choose bf16, or no")
+    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=launched)

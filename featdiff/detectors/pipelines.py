@@ -1,0 +1,80 @@
+"""Unconditional diffusers pipelines -> a U-Net and its schedule, strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from ..exceptions import WeightsError
+
+# Schedules of the same kind of noise; what they say of themselves fits a DDPMScheduler.
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+
+
+def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The U-Net and schedule of a pipeline folder, or of one on the hub (``google/ddpm-cifar10-32``).
+
+    Raises
+    ------
+    WeightsError
+        It cannot be had, is not an unconditional pixel pipeline, or its weights are not whole.
+    """
+    folder = _locate(name)
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older pipelines keep all files side by side
+    schedule = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    kind = _read(unet / "config.json", name).get("_class_name")
+    if kind != "UNet2DModel":
+        raise WeightsError(f"{name} holds a {kind}: an unconditional pixel model (UNet2DModel) is needed")
+    settings = _read(schedule / "scheduler_config.json", name)
+    if settings.get("_class_name") not in _SCHEDULERS:
+        known = ", ".join(_SCHEDULERS)
+        raise WeightsError(f"{name} was trained with a {settings.get('_class_name')}; known schedules: {known}")
+    # diffusers fills missing weights with whatever is in memory, and only logs it
+    try:
+        model, report = UNet2DModel.from_pretrained(
+            unet, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except Exception as error:  # no file, a damaged one, weights of other shapes: each its own error
+        raise WeightsError(f"the weights in {unet} cannot be read: {_one_line(error)}") from None
+    for what, names in report.items():
+        if names:
+            raise WeightsError(
+                f"the weights in {unet} do not fit its config.json: {what.replace('_', ' ')}: {names[0]}"
+            )
+    for weight, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"the weights in {unet} are damaged: {weight} holds NaN or infinite values")
+    return model, DDPMScheduler.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+
+
+def _locate(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise WeightsError(f"no pipeline folder at {name}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    except Exception as error:  # the hub has many ways to fail
+        raise WeightsError(
+            f"no folder {name}, and no such pipeline could be had from the hub: {_one_line(error)}"
+        ) from None
+
+
+def _read(file: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{name} is not a diffusers pipeline: no {file.name} that can be read in {file.parent}")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,409 @@
+"""LMD, the reference mode: images -> pixels -> mask -> inpaint -> distance -> calibrate -> verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from ..backbones import DEFAULT_BACKBONE, fingerprint, load_backbone
+from ..denoisers import PixelDenoiser, make_unet
+from ..distances import LPIPS, MSE, SSIM, FeatureCosine
+from ..exceptions import ModelError, UsageError
+from ..images import MAX_PIXELS
+from ..masks import make_masks
+from ..noise import make_pixel_scheduler
+from ..persist import load, locate
+from ..pixels import Pixels
+from ..store import FeatureStore, FeatureTable, Progress
+from ..training import Recipe
+from .accelerating import make_accelerator
+from .arguments import check_pixel_arguments
+from .base import BaseDetector
+from .fitting import train_denoiser
+from .journal import Journal
+from .loading import load_tensors, pixel_arguments
+from .pipelines import load_pipeline
+from .pixel_heads import PixelHeads
+
+_TRAINING_VERSION = 1
+_NETWORK = ("width", "multipliers", "blocks", "attention", "dropout")
+_TRAINING_ARGUMENTS = ("size", "channels", *_NETWORK, "timesteps", "flip", "mixed_precision", "seed")
+_SCORING_ARGUMENTS = ("sampler", "steps", "resamplings", "aggregate", "seed")
+_DEFAULT_SIZE, _DEFAULT_CHANNELS = 32, 3
+# Ten minutes on two CPU cores at 32 px.
+SMALL_RECIPE = Recipe(
+    epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
+)
+
+
+class PixelDetector(BaseDetector):
+    """Lift, Map, Detect (Liu et al., ICML 2023, arXiv 2302.10326): slow and classic.
+
+    Part of an image is masked, a diffusion model trained on in-domain images fills it in, and what comes back is
+    compared with the original: strange images come back changed. Departures from the paper: the noise belongs to the
+    image and the repetition, so that a score can be had again and depends on no other image; a discrete schedule
+    (DDPM); and conformal p-values.
+
+    Parameters
+    ----------
+    size, channels : int, optional
+        Side of the images in pixels, and 3 or 1 channels; default: 32 and 3, or what a ``pretrained`` model takes.
+    width, multipliers, blocks, attention, dropout
+        The U-Net, see :func:`featdiff.denoisers.make_unet`.
+    timesteps : int
+        Length of the noise schedule.
+    flip : bool
+        Train on mirror images, too.
+    pretrained : str, optional
+        A diffusers unconditional pipeline (folder, or ``org/name`` on the hub) to use in place of training.
+    mask, mask_blocks, mask_patch, mask_ratio
+        See :func:`featdiff.masks.make_masks`.
+    repetitions : int
+        How often each image is inpainted, with other noise and another mask.
+    sampler, steps, resamplings
+        See :func:`featdiff.noise.make_sampler` and :func:`featdiff.reconstruct.inpaint`; LMD takes 1000 steps.
+    distances : sequence of names in :data:`featdiff.distances.DISTANCES`
+        The first is the score, all are measured by ``eval``.
+    aggregate : "median", "mean", "min" or "max"
+        Over repetitions.
+    trunk, weights
+        What ``lpips`` looks through, see :class:`featdiff.distances.LPIPS`.
+    backbone : str
+        What ``features`` looks through: a timm name.
+    recipe : Recipe or mapping of its fields
+        How the U-Net is trained.
+    mixed_precision : "no", "fp16" or "bf16"
+        Precision of training.
+    calibration, validation, fpr, seed, device, image_batch, workers, max_pixels, cache
+        As for :class:`featdiff.Detector`. ``image_batch`` images go through the U-Net at once, each with all its
+        repetitions.
+
+    Raises
+    ------
+    UsageError
+        An argument outside its range, or a mask, network or size that do not fit each other.
+    """
+
+    mode = "pixel"
+    _kept_in = ("pixels", np.uint8)
+    extractor_: Pixels
+
+    def __init__(
+        self,
+        *,
+        size: int | None = None,
+        channels: int | None = None,
+        width: int = 16,
+        multipliers: Sequence[int] = (1, 2, 4),
+        blocks: int = 1,
+        attention: Sequence[int] = (8,),
+        dropout: float = 0.0,
+        timesteps: int = 1000,
+        flip: bool = False,
+        pretrained: str | None = None,
+        mask: str = "checkerboard_alt",
+        mask_blocks: int = 8,
+        mask_patch: int = 4,
+        mask_ratio: float = 0.5,
+        repetitions: int = 4,
+        sampler: str = "ddim",
+        steps: int = 20,
+        resamplings: int = 1,
+        distances: Sequence[str] = ("lpips", "mse", "ssim"),
+        aggregate: str = "median",
+        trunk: str = "squeeze",
+        weights: str | os.PathLike[str] | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        mixed_precision: str = "no",
+        calibration: float = 0.2,
+        validation: float = 0.05,
+        fpr: float = 0.05,
+        seed: int = 0,
+        device: str = "auto",
+        image_batch: int = 8,
+        workers: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_pixel_arguments(arguments)
+        arguments["recipe"] = SMALL_RECIPE if recipe is None else recipe
+        super().__init__(arguments)
+        self.rows_at_once = 4 * self.image_batch  # so often are distances written to disk
+
+    @property
+    def name(self) -> str:
+        """What the images are compared with."""
+        return str(self.arguments["pretrained"] or f"U-Net at {self.extractor_.size} px")
+
+    # ---- fit ----
+
+    def fit(self, images: object, progress: Progress | None = None) -> Self:
+        """Learn what is in-domain from ordinary images; no labels, no OOD images.
+
+        Parameters
+        ----------
+        images : as for :func:`featdiff.sources.list_images`, or a DataLoader of (B, C, size, size) tensors in [-1, 1]
+            Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
+        progress : callable (stage, done, total), optional
+
+        Raises
+        ------
+        UsageError
+            No images, or too few for ``fpr``.
+        WeightsError, FeatdiffError
+            A pipeline or the weights of a distance cannot be had, the cache cannot be written, or training diverged.
+        """
+        vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
+        accelerator = make_accelerator(self.arguments["mixed_precision"], self.device)
+        if accelerator is not None:
+            self.device = accelerator.device
+        self.heads_ = self._new_heads(*self._new_network(), self._new_distances())
+        # images -> pixels
+        self.extractor_ = self.heads_.pixels
+        found, kept = self._extract(images, progress)
+        unique, table, rows = self._held_out(found.digests, kept)
+        # pixels -> noise -> denoise
+        self.validation_loss_, self.training_seconds_ = 0.0, 0.0
+        if self.arguments["pretrained"] is None:
+            key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
+            self.journal_ = kept.folder / f"training-{key}"
+            self._train(table, rows.training, rows.validation, accelerator, progress)
+        # mask -> inpaint -> distance
+        self._distance_store = self._new_distance_store()
+        held_out = np.array_split(rows.validation, len(rows.validation) // self.rows_at_once + 1)
+        self.heads_.fit_statistics(torch.cat([self._distances(table[part]) for part in held_out]))
+        # -> calibrate
+        scores = self._calibrate(table, rows.calibration, progress)
+        self.examples_ = table[rows.calibration[least_and_most(scores)]]
+        return self
+
+    def _train(
+        self, table: FeatureTable, training: np.ndarray, validation: np.ndarray, accelerator: Any, progress: Any
+    ) -> None:
+        heads = self.heads_
+
+        def read(i: np.ndarray) -> Tensor:
+            return heads.pixels.images(table[i].to(self.device))
+
+        trained = train_denoiser(
+            heads.denoiser,
+            heads.scheduler,
+            lambda i: read(training[i]),
+            len(training),
+            read(validation),
+            self.recipe,
+            self.seed,
+            self.journal_.with_suffix(".pt"),
+            progress,
+            flip_half if self.arguments["flip"] else None,
+            accelerator,
+            Journal(self.journal_, heads.pixels, heads.scheduler, self.seed),
+        )
+        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
+
+    def _new_network(self) -> tuple[UNet2DModel, Any]:
+        """A U-Net and its schedule: trained elsewhere, or to be trained here."""
+        wanted = (self.arguments["size"], self.arguments["channels"])
+        if self.arguments["pretrained"] is None:
+            size, channels = wanted[0] or _DEFAULT_SIZE, wanted[1] or _DEFAULT_CHANNELS
+            with torch.random.fork_rng(devices=[]):  # seeded initial weights; the global random state is left alone
+                torch.default_generator.manual_seed(self.seed)
+                unet = make_unet(size, channels, **{name: self.arguments[name] for name in _NETWORK})
+            return unet, make_pixel_scheduler(self.arguments["timesteps"])
+        unet, scheduler = load_pipeline(self.arguments["pretrained"])
+        found = (unet.config.sample_size, unet.config.in_channels)
+        for name, want, have in zip(("size", "channels"), wanted, found, strict=True):
+            if want not in (None, have):
+                raise UsageError(f"{self.arguments['pretrained']} was trained with {name} {have}, not {want}")
+        return unet, scheduler
+
+    def _new_distances(self, load: bool = True) -> dict[str, nn.Module]:
+        trunk, weights = self.arguments["trunk"], self.arguments["weights"]
+        make: dict[str, Callable[[], nn.Module]] = {
+            "lpips": lambda: LPIPS(trunk, weights, load),
+            "mse": MSE,
+            "ssim": SSIM,
+            "features": self._new_feature_cosine,
+        }
+        return {name: make[name]() for name in self.arguments["distances"]}
+
+    def _new_feature_cosine(self) -> FeatureCosine:
+        from ..features import FeatureExtractor
+
+        return FeatureCosine(FeatureExtractor(load_backbone(self.arguments["backbone"]), device=self.device))
+
+    def _new_heads(
+        self, unet: UNet2DModel, scheduler: Any, distances: dict[str, nn.Module], blank: bool = False
+    ) -> PixelHeads:
+        """``blank``: masks come from a saved model, and so does everything else."""
+        a, config = self.arguments, unet.config
+        size, repetitions = config.sample_size, a["repetitions"]
+        masks = torch.zeros(repetitions, size, size, dtype=torch.bool)
+        if not blank:
+            shapes = {"blocks": a["mask_blocks"], "patch": a["mask_patch"], "ratio": a["mask_ratio"]}
+            masks = make_masks(a["mask"], size, repetitions, **shapes, seed=self.seed)
+        settings = {name: a[name] for name in _SCORING_ARGUMENTS}
+        pixels = Pixels(size, config.in_channels)
+        return PixelHeads(pixels, PixelDenoiser(unet), scheduler, masks, distances, **settings).to(self.device)
+
+    # ---- distances, kept on disk: they take long ----
+
+    def _new_distance_store(self) -> FeatureStore:
+        heads, hasher = self.heads_, hashlib.sha256()
+        weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._looks_through()]
+        settings = [self.arguments[name] for name in _SCORING_ARGUMENTS]
+        facts = [weights, heads.names, settings, _without_private(heads.scheduler.config)]
+        hasher.update(json.dumps(facts, sort_keys=True).encode())
+        hasher.update(heads.masks.cpu().numpy().tobytes())
+        return FeatureStore(self.cache / "distances" / hasher.hexdigest()[:16], len(heads.names))
+
+    def _distances(self, rows: Tensor) -> Tensor:
+        """Rows (B, D) -> all distances (B, n); each content is inpainted once, over all runs."""
+        store, digests = self._distance_store, [_digest(row) for row in rows]
+        new = [i for i, digest in enumerate(digests) if digest not in store]
+        try:
+            for start in range(0, len(new), self.image_batch):
+                part = new[start : start + self.image_batch]
+                for i, values in zip(part, self.heads_(rows[part]).cpu().numpy(), strict=True):
+                    store.add(digests[i], values)
+        finally:  # Ctrl-C, too
+            store.flush()
+        return store.table(digests)[np.arange(len(digests))]
+
+    # ---- score ----
+
+    @torch.inference_mode()
+    def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of pixels (B, D) -> (ood_score (B,), nothing (B, 0)), higher = more OOD."""
+        self.check_fitted()
+        parts = features.split(self.image_batch)
+        found = torch.cat([self.heads_.scores(self.heads_(rows, self.heads_.names[:1])) for rows in parts])
+        return found[:, 0].double().cpu().numpy(), np.empty((len(found), 0))
+
+    def score_features(self, features: Tensor) -> np.ndarray:
+        """Rows of pixels (B, D) -> ood_score (B,), higher = more OOD; what has been inpainted before is looked up."""
+        return self.heads_.scores(self._distances(features))[:, 0].double().cpu().numpy()
+
+    def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
+        """Rows of pixels (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), and each distance."""
+        self.check_fitted()
+        scores = self.heads_.scores(self._distances(features)).double().cpu().numpy()
+        return {"featdiff": scores[:, 0]} | dict(zip(self.heads_.names, scores.T, strict=True))
+
+    # ---- look ----
+
+    def inpaintings(self, images: object = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What inpainting does to images: what :func:`featdiff.report.save_inpaintings` draws.
+
+        Parameters
+        ----------
+        images : as for :meth:`fit`, few
+            Those that cannot be read are left out. Default: the least and the most strange images held out at fit.
+
+        Returns
+        -------
+        images, masked and inpainted images, each (N, C, H, W) in [-1, 1], and ood_scores (N,)
+            The inpainting is the repetition whose distance is nearest to the image's.
+
+        Raises
+        ------
+        NotFittedError, UsageError
+            Not fitted here, so that images must be given; none of them can be read.
+        """
+        self.check_fitted("calibration_" if images is not None else "examples_")
+        if images is None:
+            rows = self.examples_
+        else:
+            decoded = [batch.pixels for batch in self.batches(images)[0] if batch.pixels is not None]
+            if not decoded:
+                raise UsageError("none of the images to inpaint could be read")
+            rows = torch.cat([self.extractor_(pixels) for pixels in decoded])
+        parts = [self.heads_.shown(part) for part in rows.split(self.image_batch)]
+        x, masked, inpainted, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        return x, masked, inpainted, scores
+
+    # ---- save and load ----
+
+    def config(self) -> dict[str, Any]:
+        """All that ``config.json`` says besides the format."""
+        config, heads = super().config(), self.heads_
+        parts = {"unet": heads.denoiser.unet.config, "scheduler": heads.scheduler.config}
+        plain = {name: _without_private(part) for name, part in parts.items()}
+        return config | plain | {"features": self._looks_through()}
+
+    def _looks_through(self) -> str:
+        """The fingerprint of the distance ``features``; its backbone is not part of the model."""
+        cosine = self.heads_.distances["features"] if "features" in self.heads_.names else None
+        return cosine.fingerprint if isinstance(cosine, FeatureCosine) else ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The heads and the calibration scores."""
+        return self.heads_.state_dict() | super().tensors()
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, local_files_only: bool = False, **runtime: Any
+    ) -> PixelDetector:
+        """Load a saved detector, strictly.
+
+        Parameters
+        ----------
+        name : folder, or hub repository ``org/name``
+        local_files_only : bool
+            Never ask the hub for the detector.
+        runtime : ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``
+
+        Raises
+        ------
+        ModelError
+            No model, a damaged or newer one, or one of another mode.
+        """
+        folder = locate(name, local_files_only)
+        config, tensors = load(folder)
+        arguments = pixel_arguments(config, folder, runtime)
+        try:
+            detector = cls(**arguments)
+            unet = UNet2DModel.from_config(config["unet"])
+            distances = detector._new_distances(load=False)
+            detector.heads_ = detector._new_heads(unet, DDPMScheduler.from_config(config["scheduler"]), distances, True)
+        except (TypeError, ValueError) as error:  # UsageError, too
+            raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
+        detector.extractor_ = detector.heads_.pixels
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
+        if detector._looks_through() != config["features"]:
+            raise ModelError(f"{arguments['backbone']} has other weights than the detector at {folder} was fitted with")
+        detector._distance_store = detector._new_distance_store()
+        detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
+        detector.training_seconds_ = config["training_seconds"]
+        return detector
+
+
+def _without_private(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers config without what diffusers notes for itself."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _digest(row: Tensor) -> bytes:
+    return hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def least_and_most(scores: np.ndarray, each: int = 4) -> np.ndarray:
+    """Positions of the least and of the most strange images, ``each`` of them, by rising score; NaN are left out."""
+    order = np.argsort(scores)[: np.isfinite(scores).sum()]
+    return order if len(order) <= 2 * each else np.concatenate([order[:each], order[-each:]])
+
+
+def flip_half(x: Tensor, source: torch.Generator) -> Tensor:
+    """Mirror every other image of (B, C, H, W), by chance."""
+    heads = torch.rand(len(x), 1, 1, 1, generator=source, device=x.device) < 0.5
+    return torch.where(heads, x.flip(-1), x)
