@@ -38,7 +38,7 @@ def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: f
 def make_pixel_scheduler(timesteps: int = 1000) -> DDPMScheduler:
     """The schedule of DDPM (Ho et al., 2020): linear betas from 1e-4 to 0.02, the network predicts the noise.
 
-    With other numbers of times the betas are scaled, so that x_T is noise alone. Estimates of x_0 are kept in [-1, 1].
+    With other numbers of times the betas are scaled, so that x_T is noise alone. DDPM and DDIM steps keep estimates of x_0 in [-1, 1].
     """
     from diffusers import DDPMScheduler
 
@@ -56,16 +56,19 @@ def make_sampler(kind: str, scheduler: SchedulerMixin, steps: int) -> Any:
     Raises
     ------
     UsageError
-        An unknown sampler, or more steps than the schedule has times.
+        An unknown sampler, or steps that do not divide the schedule evenly.
     """
     import diffusers
 
     if kind not in SAMPLERS:
         raise UsageError(f"unknown sampler {kind!r}{did_you_mean(kind, list(SAMPLERS))}; known: {', '.join(SAMPLERS)}")
     total = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise UsageError(f"steps must lie in 1 .. {total}, the length of the noise schedule, not {steps}")
-    sampler = getattr(diffusers, SAMPLERS[kind]).from_config(scheduler.config)
+    if steps < 1 or total % steps:
+        fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise UsageError(f"steps must divide the {total} times of the noise schedule: one of {fitting}, not {steps}")
+    # from the last time on, where there is nothing but noise
+    kind_of = getattr(diffusers, SAMPLERS[kind])
+    sampler = kind_of.from_config(scheduler.config, timestep_spacing="trailing", steps_offset=0)
     sampler.set_timesteps(steps)
     return sampler
 

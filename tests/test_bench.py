@@ -261,7 +261,7 @@ def test_csv_can_be_read_again(result: dict[str, Any]) -> None:
 def test_grids(result: dict[str, Any]) -> None:
     matched, published = grids(result)
     assert matched.title == "far, matched (390 images to train, 292 of them for rivals, 24 to test)"
-    assert matched.header == ["method", "digits", "mean", "images/s", "train", "MB"]
+    assert matched.header == ["method", "digits", "mean", "images/s", "x time", "train", "MB"]
     lines = {line[0]: line[1:] for line in matched.lines}
     m = result["tasks"][0]["pairs"][0]["heads"]["rival_knn"]
     low, high = m["auroc_ci"]
@@ -270,9 +270,9 @@ def test_grids(result: dict[str, Any]) -> None:
     )
     assert lines["rival_knn"][1] == f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}"
     assert not any(name.startswith("layer_") or name.startswith("rival_mahalanobis_layer") for name in lines)
-    assert lines["published: a leaderboard's (a leaderboard)"] == ["", "90.0", "", "", ""]
+    assert lines["published: a leaderboard's (a leaderboard)"] == ["", "90.0", "", "", "", ""]
     others = {line[0]: line[1:] for line in published.lines}
-    assert others["published: a paper's (Someone 2020, table 1)"] == ["87.5 / 40.0", "", "", "", ""]
+    assert others["published: a paper's (Someone 2020, table 1)"] == ["87.5 / 40.0", "", "", "", "", ""]
 
 
 def test_mean_is_over_the_sets_of_one_task_and_protocol() -> None:
@@ -285,7 +285,7 @@ def test_mean_is_over_the_sets_of_one_task_and_protocol() -> None:
     tasks = [{"name": "t", "n_train": 4, "n_bank": 3, "methods": costs, "pairs": pairs}]
     first, second = grids({"tasks": tasks, "published": []})
     assert first.lines == [
-        ["featdiff", "50.0 [50.0, 50.0] / 25.0", "70.0 [70.0, 70.0] / 35.0", "60.00 / 30.00", "1.0", "2.0", "3.0"]
+        ["featdiff", "50.0 [50.0, 50.0] / 25.0", "70.0 [70.0, 70.0] / 35.0", "60.00 / 30.00", "1", "1", "2.0", "3.0"]
     ]
     assert second.lines[0][2] == "100.00 / 50.00"
 
@@ -293,7 +293,7 @@ def test_mean_is_over_the_sets_of_one_task_and_protocol() -> None:
 def test_markdown(result: dict[str, Any]) -> None:
     text = to_markdown(result)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {7}
+    assert {line.count("|") for line in lines} == {8}
     assert "Left out: absent: not below" in text
     assert "test_resnet.r160_in1k" in text
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from featdiff.denoisers import PixelDenoiser, make_unet
+from featdiff.denoisers.unet import PixelDenoiser, make_unet
 from featdiff.exceptions import UsageError
 from featdiff.masks import make_masks
 from featdiff.noise import SAMPLERS, make_pixel_scheduler, make_sampler, noise_sources
@@ -101,7 +101,7 @@ def test_with_nothing_known_it_is_the_sampling_loop_of_diffusers(network: nn.Mod
     found = run(network, x[:1], "ddpm", steps=10, known=nothing)
 
     (source,) = noise_sources(CONTENTS[:1], 1, 0)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     image = torch.randn(x[:1].shape, generator=source)
     for t in scheduler.timesteps:
@@ -145,12 +145,19 @@ def test_a_finished_run_leaves_the_sampler_fit_for_the_next(network: nn.Module, 
 
 @pytest.mark.parametrize(
     ("kind", "steps", "words"),
-    [("dim", 5, "did you mean ddim"), ("ddim", 0, "1 .. 1000"), ("ddpm", 1001, "1 .. 1000")],
+    [("dim", 5, "did you mean ddim"), ("ddim", 0, "must divide the 1000 times"), ("ddpm", 2000, "not 2000"), ("dpm++", 600, "500, 1000, not 600")],
 )
 def test_samplers_that_cannot_be_are_refused(kind: str, steps: int, words: str) -> None:
     with pytest.raises(UsageError) as error:
         make_sampler(kind, make_pixel_scheduler(), steps)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_every_sampler_starts_where_there_is_nothing_but_noise(kind: str) -> None:
+    times = make_sampler(kind, make_pixel_scheduler(), 10).timesteps.tolist()
+    assert (len(times), times[0]) == (10, 999)
+    assert times == sorted(times, reverse=True)
 
 
 @pytest.mark.parametrize("timesteps", [50, 100, 1000])

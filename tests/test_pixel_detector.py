@@ -17,7 +17,7 @@ from PIL import Image
 
 from featdiff import Detector, PixelDetector, load_detector
 from featdiff.calibration import p_values
-from featdiff.denoisers import make_unet
+from featdiff.denoisers.unet import make_unet
 from featdiff.detectors.pixel_diffusion import flip_half, least_and_most
 from featdiff.evaluation import evaluate_detector
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError, WeightsError

@@ -44,12 +44,12 @@ def picture(file: Path, shade: int = 0) -> None:
 def test_shipped_suites_are_whole(file: Path) -> None:
     suite = load_suite(file)
     assert suite.tasks
-    assert "dlsr_joint" in suite.detectors
+    assert set(suite.detectors) == ({"lmd"} if file.stem == "lmd" else {"dlsr_joint"})
     assert all(0 < number.auroc <= 100 for number in suite.published)
 
 
 def test_shipped_suites_are_these() -> None:
-    assert [file.stem for file in SUITES] == ["cifar10", "folders", "openood-cifar10"]
+    assert [file.stem for file in SUITES] == ["cifar10", "folders", "lmd", "openood-cifar10"]
 
 
 def test_suite_of_start_times_compares_like_with_like() -> None:
@@ -100,6 +100,9 @@ def test_a_single_string_stands_for_a_list(tmp_path: Path) -> None:
         (GOOD, "=", "is not TOML"),
         ('path = "a"', "path = 3", "path must be text or a list of texts, not 3"),
         ('name = "t"', "name = 3", "name must be text, not 3"),
+        ('path = "a"', 'path = "a"\nlimit = -1', "limit must be a whole number, not -1"),
+        ('path = "a"', 'path = "a"\nskip = true', "skip must be a whole number, not True"),
+        ('path = "a"', 'path = "a"\nskip = 1.5', "skip must be a whole number, not 1.5"),
     ],
 )
 def test_wrong_suites_are_refused_in_one_line(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -117,6 +120,29 @@ def test_first_path_that_exists_is_taken(tmp_path: Path) -> None:
     picture(tmp_path / "second" / "x.png")
     found = find_images(Source(path=("first.zip/x", "first", "second")), tmp_path)
     assert [ref.path for ref in found] == [str(tmp_path / "second" / "x.png")]
+
+
+def test_one_set_serves_for_training_and_testing(tmp_path: Path) -> None:
+    for i in range(20):
+        picture(tmp_path / "set" / f"{i:02d}.png", shade=i)
+    first, rest, all_ = (
+        [ref.path for ref in find_images(Source(path=("set",), skip=skip, limit=limit), tmp_path)]
+        for skip, limit in ((0, 12), (12, 0), (0, 0))
+    )
+    assert (len(first), len(rest)) == (12, 8)
+    assert sorted(first + rest) == all_
+    assert first != all_[:12] and first == sorted(first)
+    with pytest.raises(NotThere, match="there are 20 images, and 20 are left out"):
+        find_images(Source(path=("set",), skip=20), tmp_path)
+
+
+def test_digits_of_scikit_learn(tmp_path: Path) -> None:
+    found = find_images(Source(sklearn="digits"), tmp_path)
+    assert len(found) == 1797
+    first = np.asarray(found[0].read().convert("L"))
+    assert (first.shape, first.max(), first[0, 0]) == ((8, 8), 239, 0)
+    with pytest.raises(UsageError, match="known: digits"):
+        find_images(Source(sklearn="faces"), tmp_path)
 
 
 def test_class_folders_inside_an_archive(tmp_path: Path) -> None:

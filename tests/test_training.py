@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from featdiff.denoisers import LFDN
 from featdiff.exceptions import FeatdiffError, UsageError
-from featdiff.noise import make_scheduler
+from featdiff.noise import make_pixel_scheduler, make_scheduler
 from featdiff.training import Recipe, Step, TrainingState, start, train, validation_loss
 
 WIDTH = 4
@@ -532,3 +532,94 @@ def test_validation_times_are_spread_over_the_whole_schedule(rows: int) -> None:
     assert t.max() <= 99
     assert t.mean().item() == pytest.approx(49.5, abs=20)
     assert len(t.unique()) == min(rows, 100)
+
+
+# ---- learning rates, gradients, images ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lr_schedule": "constant"}, [1.0] * 8),
+        ({"lr_schedule": "constant", "warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ({"lr_schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
+        (
+            {"lr_schedule": "cosine", "warmup_steps": 1},
+            [0.5, *(0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(1, 8))],
+        ),
+    ],
+)
+def test_learning_rates(settings: dict[str, Any], expected: list[float]) -> None:
+    recipe = Recipe(**{**SHORT, "epochs": 2, "batch_size": 24, "learning_rate": 0.01, "min_steps": 8}, **settings)
+    steps = list(run(start(network(), recipe, 96), recipe, data()))
+    assert [step.lr for step in steps] == pytest.approx([0.01 * value for value in expected])
+
+
+def test_one_cycle_is_at_its_top_when_the_warm_up_ends() -> None:
+    recipe = Recipe(epochs=1, batch_size=8, min_steps=100, learning_rate=0.01, warmup_steps=30, patience=99)
+    rates = [step.lr for step in run(start(network(), recipe, 96), recipe, data())]
+    assert abs(int(np.argmax(rates)) - 30) <= 1
+    assert max(rates) == pytest.approx(0.01, rel=0.01)
+
+
+def test_long_gradients_are_cut() -> None:
+    """With plain SGD in place of AdamW, a step is as long as its gradient times the rate."""
+    lengths = []
+    for clip in (0.0, 1e-3):
+        recipe = Recipe(**{**SHORT, "epochs": 1, "batch_size": 96}, clip_norm=clip, lr_schedule="constant")
+        state = start(network(), recipe, 96)
+        state.optimizer = torch.optim.SGD(state.denoiser.parameters(), lr=1.0)
+        state.schedule = torch.optim.lr_scheduler.ConstantLR(state.optimizer, factor=1.0)
+        before = [p.detach().clone() for p in state.denoiser.parameters()]
+        steps = run(state, recipe, data())
+        next(steps)
+        now = [p.detach() for p in state.denoiser.parameters()]
+        lengths.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(before, now, strict=True))))
+    assert lengths[1] == pytest.approx(1e-3, rel=0.01) and lengths[0] > 0.01
+
+
+def test_long_epochs_are_cut() -> None:
+    assert Recipe(epochs=3, batch_size=10, min_steps=0, epoch_steps=4).plan(100) == (3, 4)
+    assert Recipe(epochs=1, batch_size=10, min_steps=9, epoch_steps=4).plan(100) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"clip_norm": -1}, {"warmup_steps": -1}, {"warmup_steps": 1.5}, {"epoch_steps": 0}]
+)
+def test_settings_out_of_range(setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(setting))):
+        Recipe(**setting)
+
+
+def test_a_schedule_of_noise_is_trained_to_predict_noise() -> None:
+    """The loss of a network that gives nothing is the mean square of its target."""
+    still = network()
+    with torch.no_grad():
+        still.project_out.weight.zero_()
+        still.project_out.bias.zero_()
+    x = 3 * data(4096)
+    assert validation_loss(still, x, make_scheduler(), 0).item() == pytest.approx(9, rel=0.05)
+    assert validation_loss(still, x, make_pixel_scheduler(), 0).item() == pytest.approx(1, rel=0.05)
+
+
+def test_rows_can_be_changed_by_chance_and_the_run_repeats() -> None:
+    seen: list[Tensor] = []
+
+    def note(x: Tensor, source: torch.Generator) -> Tensor:
+        seen.append(torch.rand(1, generator=source))
+        return -x
+
+    recipe = Recipe(**SHORT)
+    first, second = (
+        [
+            step.loss
+            for step in train(
+                start(network(), recipe, 96), reader(data()), 96, data(32, 9), make_scheduler(), recipe, 0, augment
+            )
+        ]
+        for augment in (note, note)
+    )
+    assert first == second
+    assert len(seen) == 2 * len(first) and len({float(value) for value in seen}) == len(first)
+    mirrored = [step.loss for step in run(start(network(), recipe, 96), recipe, -data())]
+    assert first[0] == pytest.approx(mirrored[0])  # the source has moved on only after the first noise

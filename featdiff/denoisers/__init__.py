@@ -1,6 +1,5 @@
-"""Networks ``denoiser(x_t, t) -> prediction``; they know no schedule and no files."""
+"""Networks ``denoiser(x_t, t) -> prediction``; they know no schedule and no files. ``unet`` holds the one for pixels."""
 
 from .lfdn import LFDN, LayerwiseLFDN
-from .unet import PixelDenoiser, make_unet
 
-__all__ = ["LFDN", "LayerwiseLFDN", "PixelDenoiser", "make_unet"]
+__all__ = ["LFDN", "LayerwiseLFDN"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ..exceptions import UsageError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 
 class PixelDenoiser(nn.Module):
@@ -47,6 +49,8 @@ def make_unet(
     UsageError
         A size that cannot be halved so often, or attention at a side that no level has.
     """
+    from diffusers import UNet2DModel
+
     halvings = len(multipliers) - 1
     if size % 2**halvings:
         raise UsageError(
@@ -66,7 +70,7 @@ def make_unet(
         block_out_channels=widths,
         down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        norm_num_groups=math.gcd(32, *widths),
-        attention_head_dim=math.gcd(64, *widths),
+        norm_num_groups=math.gcd(32, max(1, width // 4), *widths),  # of four channels or more
+        attention_head_dim=None,  # one head
         dropout=dropout,
     )

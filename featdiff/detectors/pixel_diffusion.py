@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ..backbones import DEFAULT_BACKBONE, fingerprint, load_backbone
-from ..denoisers import PixelDenoiser, make_unet
+from ..denoisers.unet import PixelDenoiser, make_unet
 from ..distances import LPIPS, MSE, SSIM, FeatureCosine
 from ..exceptions import ModelError, UsageError
 from ..images import MAX_PIXELS

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoisers import PixelDenoiser
+from ..denoisers.unet import PixelDenoiser
 from ..exceptions import UsageError, did_you_mean
 from ..noise import make_sampler, noise_sources
 from ..pixels import Pixels
