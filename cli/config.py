@@ -55,7 +55,7 @@ def load_config(name: str) -> Config:
         if not isinstance(table, dict):
             raise UsageError(f"{file}: {name} must be a table, [{name}]")
     mode = detector.pop("mode", FEATURE)
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise UsageError(
             f"{file}: unknown mode {mode!r}{did_you_mean(str(mode), list(MODES))}; known: {', '.join(MODES)}"
         )

@@ -30,7 +30,7 @@ def weights_option(function: F) -> F:
     return click.option(
         "--weights",
         type=click.Path(path_type=Path),
-        help="Weights of the backbone: a safetensors or state-dict file.",
+        help="Weights of the backbone (pixel mode: of what lpips looks through), a safetensors or state-dict file.",
     )(function)
 
 
@@ -65,7 +65,7 @@ def runtime_options(function: F) -> F:
         click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
         click.option("--workers", type=click.IntRange(1), help="Decoding threads [one per core]."),
-        click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images per backbone pass [32]."),
+        click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images at once [32; pixel mode 8]."),
         click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto]."),
     ):
         function = option(function)

@@ -63,10 +63,8 @@ def command(
 
     keep_freed_memory()
     detector = load_detector(model, **model_arguments(options))
-    if figure and detector.mode != "pixel":
-        raise UsageError(
-            "--figure shows what inpainting did, and this model does not inpaint: train one with --mode pixel"
-        )
+    if figure:
+        _check_figure(figure, detector.mode)
     refs = list_images(list(images))
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     rows = detector.iter_scores(refs, fpr, bars)
@@ -100,6 +98,18 @@ def command(
     return EXIT_UNREADABLE if unreadable else 0
 
 
+def _check_figure(file: Path, mode: str) -> None:
+    """Before the long work: whether there will be something to draw, and a place for it."""
+    from featdiff.exceptions import UsageError
+
+    if mode != "pixel":
+        raise UsageError("--figure shows inpaintings, and this model makes none: train one with --mode pixel")
+    if file.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--figure {file}: the file must end in .png, .svg or .pdf")
+    if not file.parent.is_dir():
+        raise UsageError(f"no folder {file.parent} for {file.name}")
+
+
 def _draw(detector: Any, refs: list[Any], scores: list[Any], file: Path) -> None:
     """The least and the most strange images, inpainted once more: the same noise gives the same picture."""
     import numpy as np
@@ -108,7 +118,8 @@ def _draw(detector: Any, refs: list[Any], scores: list[Any], file: Path) -> None
     from featdiff.report import save_inpaintings
 
     shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
-    save_inpaintings(file, *detector.inpaintings(shown))
+    if shown:
+        save_inpaintings(file, *detector.inpaintings(shown))
 
 
 def _guess(output: Path | None) -> str:

@@ -75,9 +75,10 @@ def command(
             detector.fit(source, _tell_where(bars, detector, quiet))
         if not is_first_process():
             return 0
+        shown = detector.inpaintings() if detector.mode == "pixel" else None
         detector.save_pretrained(output)
-        if detector.mode == "pixel":
-            save_inpaintings(output / "inpaintings.png", *detector.inpaintings())
+        if shown:
+            save_inpaintings(output / "inpaintings.png", *shown)
     except KeyboardInterrupt:
         raise Stopped("interrupted; features and checkpoints are kept, the same command goes on from there") from None
     _summary(detector, output, bars, quiet)

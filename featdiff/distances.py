@@ -23,9 +23,17 @@ if TYPE_CHECKING:
 DISTANCES = ("lpips", "mse", "ssim", "features")
 #: Networks whose features LPIPS compares, and torchvision's names for them.
 TRUNKS = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
+# What is left of smaller images has no pixel in the last layers.
+_SMALLEST = {"squeeze": 17, "alex": 31, "vgg": 16}
 
 
-class MSE(nn.Module):
+class Distance(nn.Module):
+    """(B, C, H, W) twice -> (B,). Images must have at least ``smallest`` pixels a side."""
+
+    smallest = 1
+
+
+class MSE(Distance):
     """Mean squared error over pixels and channels, in [0, 4]."""
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
@@ -33,20 +41,28 @@ class MSE(nn.Module):
         return mse(x.flatten(1), x_hat.flatten(1), [x[0].numel()])[:, 0]
 
 
-class SSIM(nn.Module):
+class SSIM(Distance):
     """1 - structural similarity (Wang et al., 2004; Gaussian window of 11 pixels), in [0, 2]."""
 
+    smallest = 11
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torchmetrics.functional.image import structural_similarity_index_measure
+        except ImportError:
+            raise UsageError("the distance ssim needs a package: pip install 'featdiff[pixel]'") from None
+        self._measure = structural_similarity_index_measure
+
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """(B, C, H, W) twice, at least 11 pixels a side -> (B,)."""
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        # single precision would find differences in flat images that are none
-        similarity = structural_similarity_index_measure(x_hat.double(), x.double(), data_range=2.0, reduction="none")
-        assert isinstance(similarity, Tensor)
-        return (1 - similarity).to(x.dtype)
+        """(B, C, H, W) twice -> (B,)."""
+        # single precision would find differences in flat images that are none; MPS has no other
+        a, b = (image.to("cpu" if image.device.type == "mps" else image.device).double() for image in (x, x_hat))
+        similarity = torch.as_tensor(self._measure(b, a, data_range=2.0, reduction="none"))
+        return (1 - similarity).to(x)
 
 
-class LPIPS(nn.Module):
+class LPIPS(Distance):
     """Learned perceptual distance (Zhang et al., CVPR 2018, version 0.1), >= 0.
 
     Parameters
@@ -74,7 +90,7 @@ class LPIPS(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls torchvision in an old way
             self._measure = [lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)]  # in a list: not part of the state
-        self.trunk = self._measure[0].net
+        self.trunk, self.smallest = self._measure[0].net, _SMALLEST[trunk]
         if load:
             self._load(trunk, weights)
         self.requires_grad_(False).eval()
@@ -92,7 +108,7 @@ class LPIPS(nn.Module):
             raise WeightsError(f"{weights} does not fit torchvision's {TRUNKS[trunk]}: {error}") from None
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """(B, 3 or 1, H, W) twice, at least 28 pixels a side -> (B,)."""
+        """(B, 3 or 1, H, W) twice -> (B,)."""
         measure = self._measure[0].to(x.device)
         x, x_hat = (image.expand(-1, 3, -1, -1) for image in (x, x_hat))
         return torch.as_tensor(measure(x, x_hat)).flatten()
@@ -117,7 +133,7 @@ def _read(trunk: str, weights: str | os.PathLike[str] | None) -> dict[str, Tenso
     return state
 
 
-class FeatureCosine(nn.Module):
+class FeatureCosine(Distance):
     """1 - cosine of a backbone's features, in [0, 2]; images are brought to its size (as LMD does with SimCLR's).
 
     Parameters

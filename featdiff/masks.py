@@ -63,7 +63,7 @@ def from_picture(file: str | os.PathLike[str], size: int) -> Tensor:
     Raises
     ------
     UsageError
-        It cannot be read, its size does not fit, or nothing is left to inpaint or to go by.
+        It cannot be read, or its size does not fit.
     """
     try:
         picture = np.asarray(Image.open(file).convert("L"))
@@ -78,12 +78,7 @@ def from_picture(file: str | os.PathLike[str], size: int) -> Tensor:
             f"and its side must divide {size}"
         )
     known = torch.from_numpy(picture >= 128).repeat_interleave(size // height, 0)
-    known = known.repeat_interleave(size // height, 1)
-    if known.all() or not known.any():
-        raise UsageError(
-            f"the mask {file} is all {'bright' if known.any() else 'dark'}: some pixels of each are needed"
-        )
-    return known
+    return known.repeat_interleave(size // height, 1)
 
 
 def make_masks(
@@ -102,7 +97,7 @@ def make_masks(
     Raises
     ------
     UsageError
-        An unknown kind, or one that does not fit the image.
+        An unknown kind, one that does not fit the image, or one that leaves nothing to fill in or to go by.
     """
     source = torch.Generator().manual_seed(seed)
     if kind in ("checkerboard", "checkerboard_alt"):
@@ -117,6 +112,11 @@ def make_masks(
     else:
         known = ", ".join(MASKS)
         raise UsageError(f"no mask {kind!r}{did_you_mean(kind, list(MASKS))}; known: {known}, or the path of a picture")
+    for mask in masks:
+        if mask.all() or not mask.any():
+            raise UsageError(
+                f"the mask {kind} leaves nothing to {'fill in' if mask.all() else 'go by'} at {size} pixels"
+            )
     return torch.stack(masks)
 
 

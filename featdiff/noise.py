@@ -38,7 +38,8 @@ def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: f
 def make_pixel_scheduler(timesteps: int = 1000) -> DDPMScheduler:
     """The schedule of DDPM (Ho et al., 2020): linear betas from 1e-4 to 0.02, the network predicts the noise.
 
-    With other numbers of times the betas are scaled, so that x_T is noise alone. DDPM and DDIM steps keep estimates of x_0 in [-1, 1].
+    With other numbers of times the betas are scaled, so that x_T is noise alone. DDPM and DDIM steps keep estimates
+    of x_0 in [-1, 1].
     """
     from diffusers import DDPMScheduler
 

@@ -7,13 +7,14 @@ so several runs may write at once, an interrupted run resumes, and a second run 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from .images import Batch, Transform
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 _SHARD_BYTES = 4 << 20
+_MAPPED_BYTES = 1 << 19
+_FEW_SHARDS = 100  # more may not fit under the usual limit of open files
 _VECTORS, _DIGESTS = ".vectors.npy", ".digests.npy"
 
 
@@ -108,7 +111,7 @@ class FeatureStore:
             _remove(files[_VECTORS])
             raise
         self._pending.clear()
-        self._shards.append(np.load(files[_VECTORS], mmap_mode="r"))
+        self._keep(_read(files[_VECTORS]))
 
     def table(self, digests: Sequence[bytes]) -> FeatureTable:
         """The vectors of ``digests``, in that order, as a table on disk."""
@@ -118,8 +121,10 @@ class FeatureStore:
 
     def _open(self, file: Path) -> None:
         try:
-            digests = np.load(file, allow_pickle=False)
-            shard = np.load(file.with_name(file.name.replace(_DIGESTS, _VECTORS)), mmap_mode="r", allow_pickle=False)
+            digests = _read(file)
+            shard = _read(file.with_name(file.name.replace(_DIGESTS, _VECTORS)))
+        except FeatdiffError:
+            raise
         except Exception:  # NumPy raises nearly anything on a damaged file
             return  # not a shard, or one damaged by a dying disk: its images are computed again
         arrays = isinstance(digests, np.ndarray) and isinstance(shard, np.ndarray)
@@ -129,7 +134,39 @@ class FeatureStore:
             return
         for row, digest in enumerate(digests):
             self._where.setdefault(digest.tobytes(), (len(self._shards), row))
+        self._keep(shard)
+
+    def _keep(self, shard: np.ndarray) -> None:
         self._shards.append(shard)
+        if len(self._shards) == _FEW_SHARDS:
+            _allow_more_files()
+
+
+def _read(file: Path) -> np.ndarray:
+    """An array on disk: small ones are read, large ones mapped, which keeps a file open for each.
+
+    Raises
+    ------
+    FeatdiffError
+        More files than the system lets a process open.
+    """
+    mode: Any = "r" if file.stat().st_size >= _MAPPED_BYTES else None
+    try:
+        array: np.ndarray = np.load(file, mmap_mode=mode, allow_pickle=False)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise FeatdiffError(f"{file}: {error.strerror}: allow more (ulimit -n), and start again") from None
+    return array
+
+
+def _allow_more_files() -> None:
+    """Raise this process's limit of open files to what the system grants (no such limit on Windows)."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass

@@ -230,6 +230,9 @@ class _Engine:
         if accelerator is not None:
             self.network, self.optimizer = accelerator.prepare(state.denoiser, state.optimizer)
             self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+            epochs = accelerator.gather(torch.tensor([state.epoch], device=accelerator.device))
+            if epochs.min() != epochs.max():
+                raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
         if recipe.batch_size % self.processes:
             raise UsageError(f"{self.processes} processes cannot share a batch_size of {recipe.batch_size} evenly")
 
@@ -303,10 +306,12 @@ def _snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def validation_loss(denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, seed: int, size: int = 2048) -> Tensor:
+def validation_loss(
+    denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, seed: int, at_once: int = 1 << 20
+) -> Tensor:
     """The loss () on ``x`` (V, ...) with times spread evenly and noise that is the same at every call.
 
-    ``size`` rows go through the network at once.
+    Rows of ``at_once`` numbers in all go through the network together.
     """
     was_training = denoiser.training
     denoiser.eval()
@@ -314,6 +319,7 @@ def validation_loss(denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, s
     spread = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
     t = spread.long()[torch.randperm(len(x), generator=source, device=x.device)]
     noise = torch.randn(x.shape, generator=source, device=x.device)
+    size = max(1, at_once // x[0].numel())
     parts = zip(x.split(size), noise.split(size), t.split(size), strict=True)
     total = torch.stack([len(part[0]) * _loss(denoiser, *part, scheduler) for part in parts]).sum()
     denoiser.train(was_training)

@@ -149,6 +149,25 @@ def test_weights_that_cannot_be_downloaded_say_what_else_to_do(monkeypatch: pyte
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_lpips_knows_the_smallest_image_its_trunk_can_see(trunk: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        measure = LPIPS(trunk, load=False)  # random weights: sizes are what is asked for
+    size = measure.smallest
+    x, y = (torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    assert torch.isfinite(measure(x, y)).all()
+    with pytest.raises(RuntimeError):
+        measure(x[..., 1:, 1:], y[..., 1:, 1:])
+
+
+def test_ssim_knows_the_smallest_image_its_window_fits_in() -> None:
+    size = SSIM.smallest
+    x, y = images()[..., :size, :size], images(seed=1)[..., :size, :size]
+    assert torch.isfinite(SSIM()(x, y)).all()
+    assert size == 11
+
+
 def test_an_unknown_trunk_is_refused() -> None:
     with pytest.raises(UsageError, match="did you mean squeeze"):
         LPIPS("squeez")

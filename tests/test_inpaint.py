@@ -145,7 +145,12 @@ def test_a_finished_run_leaves_the_sampler_fit_for_the_next(network: nn.Module, 
 
 @pytest.mark.parametrize(
     ("kind", "steps", "words"),
-    [("dim", 5, "did you mean ddim"), ("ddim", 0, "must divide the 1000 times"), ("ddpm", 2000, "not 2000"), ("dpm++", 600, "500, 1000, not 600")],
+    [
+        ("dim", 5, "did you mean ddim"),
+        ("ddim", 0, "must divide the 1000 times"),
+        ("ddpm", 2000, "not 2000"),
+        ("dpm++", 600, "500, 1000, not 600"),
+    ],
 )
 def test_samplers_that_cannot_be_are_refused(kind: str, steps: int, words: str) -> None:
     with pytest.raises(UsageError) as error:

@@ -111,6 +111,7 @@ def test_a_picture_is_a_mask_and_is_enlarged(tmp_path: Path) -> None:
         ({"kind": "random", "patch": 32}, ["mask_patch 32"]),
         ({"kind": "random", "ratio": 0.0}, ["mask_ratio", "0.0"]),
         ({"kind": "random", "ratio": 1.0}, ["mask_ratio", "1.0"]),
+        ({"kind": "random", "patch": 16, "ratio": 0.99}, ["nothing to go by"]),
         ({"kind": "chekerboard"}, ["'chekerboard'", "did you mean checkerboard"]),
         ({"kind": "nowhere/mask.png"}, ["nowhere/mask.png", "path of a picture"]),
     ],
@@ -125,8 +126,6 @@ def test_masks_that_do_not_fit_are_refused(arguments: dict[str, Any], words: lis
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (np.zeros((8, 8)), ["dark"]),
-        (np.full((8, 8), 255), ["bright"]),
         (np.eye(3) * 255, ["3 x 3", "must divide 32"]),
         (np.ones((8, 4)) * 255, ["4 x 8"]),
         (np.eye(64) * 255, ["64 x 64"]),
@@ -138,6 +137,13 @@ def test_pictures_that_cannot_be_masks_are_refused(tmp_path: Path, values: np.nd
         from_picture(file, 32)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("shade", "word"), [(0, "go by"), (255, "fill in")])
+def test_pictures_of_one_shade_are_refused(tmp_path: Path, shade: int, word: str) -> None:
+    file = picture(tmp_path / "mask.png", np.full((8, 8), shade))
+    with pytest.raises(UsageError, match=f"leaves nothing to {word} at 32 pixels"):
+        make_masks(str(file), 32, 2)
 
 
 def test_files_that_are_not_pictures_are_refused(tmp_path: Path) -> None:

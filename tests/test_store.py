@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -636,3 +637,38 @@ def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_cache() == tmp_path
     monkeypatch.delenv("FEATDIFF_CACHE")
     assert default_cache().name == "featdiff" and default_cache().is_absolute()
+
+
+_MANY_SHARDS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import featdiff.store as store
+hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 4096)
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+store._SHARD_BYTES, store._MAPPED_BYTES = 1280, 512  # shards of 10 vectors, which are mapped; their digests are read
+kept = store.FeatureStore(Path(sys.argv[1]), 32)
+digests = [i.to_bytes(16, "big") for i in range(3200)]
+for i, digest in enumerate(digests):
+    kept.add(digest, np.full(32, i))
+again = store.FeatureStore(Path(sys.argv[1]), 32)
+assert len(again) == 3200
+for table in (kept.table(digests), again.table(digests)):
+    assert [int(row[0]) for row in table[np.arange(3200)]] == list(range(3200))
+print(len(list(Path(sys.argv[1]).glob("*.vectors.npy"))))
+"""
+
+
+def test_more_shards_than_a_process_may_open_at_first(tmp_path: Path) -> None:
+    """320 mapped shards under a limit of 150 files: the limit is raised as far as the system grants."""
+    run = subprocess.run([sys.executable, "-c", _MANY_SHARDS, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["320"]
+
+
+def test_too_many_open_files_is_one_clear_line(tmp_path: Path) -> None:
+    """When the system grants no more."""
+    code = _MANY_SHARDS.replace("(150, hard)", "(150, 150)")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "FeatdiffError" in run.stderr.splitlines()[-1] and "ulimit -n" in run.stderr.splitlines()[-1]

@@ -19,15 +19,19 @@ def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator 
     Raises
     ------
     UsageError
-        The package is missing, or float16 is asked of a CPU.
+        The package is missing, or the device has no such precision.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if mixed_precision == "no" and not launched:
         return None
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError:
         raise UsageError("mixed precision and several GPUs need a package: pip install 'featdiff[pixel]'") from None
-    if mixed_precision == "fp16" and device.type == "cpu":
-        raise UsageError("mixed_precision 'fp16' needs a GPU: on a CPU choose bf16, or no")
-    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=launched)
+    if not launched:  # its settings belong to the whole process, and an earlier training may have had others
+        AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=launched)
+    except ValueError as error:
+        raise UsageError(f"mixed_precision {mixed_precision!r} cannot be had on {device}: {error}") from None

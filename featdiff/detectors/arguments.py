@@ -25,7 +25,7 @@ _WHOLE_PIXEL = (
     *("image_batch", "max_pixels"),
 )
 #: Precisions that ``accelerate`` offers for training.
-PRECISIONS = ("no", "fp16", "bf16")
+PRECISIONS = ("no", "bf16")
 
 
 def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
@@ -71,10 +71,13 @@ def check_pixel_arguments(arguments: Mapping[str, Any]) -> None:
         raise UsageError("multipliers must name at least one level")
     if not _is_number(arguments["dropout"]) or not 0 <= arguments["dropout"] < 1:
         raise UsageError(f"dropout is a share between 0 and 1, not {arguments['dropout']!r}")
+    if not _is_number(arguments["mask_ratio"]):
+        raise UsageError(f"mask_ratio must be a number, not {arguments['mask_ratio']!r}")
     if not isinstance(arguments["flip"], bool):
         raise UsageError(f"flip must be true or false, not {arguments['flip']!r}")
     names = arguments["distances"]
-    if not isinstance(names, Sequence) or isinstance(names, str) or not names or len(set(names)) < len(names):
+    listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+    if not listed or not names or len(set(names)) < len(names):
         raise UsageError(f"distances must be a list of different names, not {names!r}")
     for name in names:
         if name not in DISTANCES:

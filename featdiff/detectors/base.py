@@ -228,9 +228,9 @@ class BaseDetector:
                 done += len(batch.loaded)
                 if progress:
                     progress("scoring", done, max(total, done))
-                if len(paths) >= at_once:
-                    yield self._verdict(paths, vectors, failed, fpr)
-                    paths, vectors, failed = [], {}, {}
+                if len(paths) >= at_once:  # taken out first: what is interrupted here is not begun again below
+                    part, paths, vectors, failed = (paths, vectors, failed), [], {}, {}
+                    yield self._verdict(*part, fpr)
         except GeneratorExit:  # nobody listens any more
             raise
         except BaseException:  # Ctrl-C, too: what went through the backbone is not lost

@@ -18,7 +18,7 @@ def resume(state: TrainingState, file: Path, device: torch.device) -> None:
     if not file.exists():
         return
     try:
-        kept = torch.load(file, map_location=device, weights_only=True)
+        kept = torch.load(file, map_location="cpu", weights_only=True)
         _check_fits(kept["best"], state.denoiser)
         fresh = copy.deepcopy(state.state_dict())
         try:

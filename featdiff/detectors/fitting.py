@@ -14,13 +14,14 @@ from ..neighbors import coreset
 from ..store import FeatureTable, Progress
 from ..training import Augment, Recipe, Rows, Step, TrainingState, start, train
 from .checkpoints import resume, write_checkpoint
-from .heads import FusedHeads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import SchedulerMixin
 
-#: A stopped run loses at most this much training, or one epoch if that is longer.
+    from .heads import FusedHeads
+
+#: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
 CHECKPOINT_SECONDS = 10
 
 
@@ -43,8 +44,7 @@ def train_denoiser(
 ) -> TrainingState:
     """Train ``denoiser`` in place, or take it from ``checkpoint``; arguments as for :func:`featdiff.training.train`.
 
-    Checkpoints and the result are kept in that file, for the next run. ``watch`` sees the state at every step, after
-    the checkpoint that belongs to it.
+    Checkpoints and the result are kept in that file, for the next run. ``watch`` sees the state at every step.
     """
     denoiser.requires_grad_(True)
     state = start(denoiser, recipe, n_rows)
@@ -52,14 +52,17 @@ def train_denoiser(
     finished = state.done
     writes = accelerator is None or accelerator.is_main_process
     saved = last = time.monotonic()
+    pause = float(CHECKPOINT_SECONDS)
     for step in train(state, read, n_rows, validation, scheduler, recipe, seed, augment, accelerator):
         now = time.monotonic()
         state.seconds, last = state.seconds + now - last, now
-        if step.val_loss is not None and now - saved > CHECKPOINT_SECONDS and writes:
-            write_checkpoint(state, checkpoint)
-            saved = last = time.monotonic()
         if watch and writes:
             watch(step, state)
+        if step.val_loss is not None and now - saved > pause and writes:
+            start_of_write = time.monotonic()
+            write_checkpoint(state, checkpoint)
+            saved = last = time.monotonic()
+            pause = max(CHECKPOINT_SECONDS, 20 * (saved - start_of_write))  # large networks take long to write
         if progress and writes:
             progress("training", step.step, step.steps)
     if not finished and writes:

@@ -39,19 +39,17 @@ class Journal:
         self.folder, self.loss = folder, folder / "loss.csv"
         self._pixels, self._scheduler, self._seed = pixels, scheduler, seed
         self._sampled = time.monotonic()
-        self._rows: list[list[object]] = []
         self._started = False
 
     def __call__(self, step: Step, state: TrainingState) -> None:
-        """Note a step; at an epoch's end write what was noted, and now and then (and last of all) a grid."""
+        """Write a step down; at an epoch's end, now and then, draw a grid, and one last of all."""
         if not self._started:
             self._begin(step.step)
-        self._rows.append([step.step, step.epoch, f"{step.loss:.6g}", _text(step.val_loss), f"{step.lr:.4g}"])
+        with self.loss.open("a", newline="") as file:
+            row = [step.step, step.epoch, f"{step.loss:.6g}", _text(step.val_loss), f"{step.lr:.4g}"]
+            csv.writer(file).writerow(row)
         if step.val_loss is None:
             return
-        with self.loss.open("a", newline="") as file:
-            csv.writer(file).writerows(self._rows)
-        self._rows = []
         if time.monotonic() - self._sampled > SAMPLE_SECONDS or step.step == step.steps:
             self.sample(state.average.module, step.step)
             self._sampled = time.monotonic()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..exceptions import ModelError
-from ..features import FeatureExtractor
-from ..images import Transform
 from ..persist import check_tensors
 from .arguments import check_runtime
+
+if TYPE_CHECKING:
+    from ..features import FeatureExtractor
+    from ..images import Transform
 
 # What config.json must say: dotted name -> type.
 _SHARED_KINDS: dict[str, Any] = {

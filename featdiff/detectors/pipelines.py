@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 
 from ..exceptions import WeightsError
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
 
 # Schedules of the same kind of noise; what they say of themselves fits a DDPMScheduler.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
@@ -23,6 +25,8 @@ def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
     WeightsError
         It cannot be had, is not an unconditional pixel pipeline, or its weights are not whole.
     """
+    from diffusers import DDPMScheduler, UNet2DModel
+
     folder = _locate(name)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older pipelines keep all files side by side
     schedule = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
@@ -45,10 +49,26 @@ def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
             raise WeightsError(
                 f"the weights in {unet} do not fit its config.json: {what.replace('_', ' ')}: {names[0]}"
             )
+    if problem := _unfit(model.config):
+        raise WeightsError(f"{name} cannot be used here: its U-Net {problem}")
     for weight, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise WeightsError(f"the weights in {unet} are damaged: {weight} holds NaN or infinite values")
-    return model, DDPMScheduler.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+    try:
+        return model, DDPMScheduler.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise WeightsError(f"the schedule of {name} cannot be built: {_one_line(error)}") from None
+
+
+def _unfit(config: Any) -> str:
+    """What keeps a U-Net from inpainting square images by their noise alone; empty if nothing does."""
+    if not isinstance(config.sample_size, int):
+        return f"takes images of {config.sample_size} pixels, not of one square size"
+    if config.out_channels != config.in_channels:
+        return f"gives {config.out_channels} channels for {config.in_channels} (a learned variance?)"
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        return "wants to be told a class"
+    return ""
 
 
 def _locate(name: str) -> Path:

@@ -6,16 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones import DEFAULT_BACKBONE, fingerprint, load_backbone
 from ..denoisers.unet import PixelDenoiser, make_unet
-from ..distances import LPIPS, MSE, SSIM, FeatureCosine
+from ..distances import LPIPS, MSE, SSIM, Distance, FeatureCosine
 from ..exceptions import ModelError, UsageError
 from ..images import MAX_PIXELS
 from ..masks import make_masks
@@ -32,6 +31,9 @@ from .journal import Journal
 from .loading import load_tensors, pixel_arguments
 from .pipelines import load_pipeline
 from .pixel_heads import PixelHeads
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 _TRAINING_VERSION = 1
 _NETWORK = ("width", "multipliers", "blocks", "attention", "dropout")
@@ -71,7 +73,7 @@ class PixelDetector(BaseDetector):
     sampler, steps, resamplings
         See :func:`featdiff.noise.make_sampler` and :func:`featdiff.reconstruct.inpaint`; LMD takes 1000 steps.
     distances : sequence of names in :data:`featdiff.distances.DISTANCES`
-        The first is the score, all are measured by ``eval``.
+        The first is the score, all are measured by ``eval``. ``lpips`` and ``ssim`` need images of some size.
     aggregate : "median", "mean", "min" or "max"
         Over repetitions.
     trunk, weights
@@ -80,7 +82,7 @@ class PixelDetector(BaseDetector):
         What ``features`` looks through: a timm name.
     recipe : Recipe or mapping of its fields
         How the U-Net is trained.
-    mixed_precision : "no", "fp16" or "bf16"
+    mixed_precision : "no" or "bf16"
         Precision of training.
     calibration, validation, fpr, seed, device, image_batch, workers, max_pixels, cache
         As for :class:`featdiff.Detector`. ``image_batch`` images go through the U-Net at once, each with all its
@@ -156,6 +158,9 @@ class PixelDetector(BaseDetector):
             Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
 
+        Of several processes (``accelerate launch``), all train, and only the first goes on: the others' detectors stay
+        unfitted.
+
         Raises
         ------
         UsageError
@@ -163,13 +168,10 @@ class PixelDetector(BaseDetector):
         WeightsError, FeatdiffError
             A pipeline or the weights of a distance cannot be had, the cache cannot be written, or training diverged.
         """
-        vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
-        accelerator = make_accelerator(self.arguments["mixed_precision"], self.device)
-        if accelerator is not None:
-            self.device = accelerator.device
-        self.heads_ = self._new_heads(*self._new_network(), self._new_distances())
+        for name in ("calibration_", "examples_"):
+            vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
+        self.prepare()
         # images -> pixels
-        self.extractor_ = self.heads_.pixels
         found, kept = self._extract(images, progress)
         unique, table, rows = self._held_out(found.digests, kept)
         # pixels -> noise -> denoise
@@ -177,7 +179,8 @@ class PixelDetector(BaseDetector):
         if self.arguments["pretrained"] is None:
             key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
             self.journal_ = kept.folder / f"training-{key}"
-            self._train(table, rows.training, rows.validation, accelerator, progress)
+            if not self._train(table, rows.training, rows.validation, progress):
+                return self
         # mask -> inpaint -> distance
         self._distance_store = self._new_distance_store()
         held_out = np.array_split(rows.validation, len(rows.validation) // self.rows_at_once + 1)
@@ -187,10 +190,26 @@ class PixelDetector(BaseDetector):
         self.examples_ = table[rows.calibration[least_and_most(scores)]]
         return self
 
+    def prepare(self) -> Self:
+        """Build the network, the masks and the distances; :meth:`fit` begins with it. No image is needed.
+
+        Raises
+        ------
+        UsageError, WeightsError
+            They do not fit each other, or cannot be had.
+        """
+        self.heads_ = self._new_heads(*self._new_network(), self._new_distances())
+        self.extractor_ = self.heads_.pixels
+        return self
+
     def _train(
-        self, table: FeatureTable, training: np.ndarray, validation: np.ndarray, accelerator: Any, progress: Any
-    ) -> None:
-        heads = self.heads_
+        self, table: FeatureTable, training: np.ndarray, validation: np.ndarray, progress: Progress | None
+    ) -> bool:
+        """Train the network; whether this process goes on from there."""
+        accelerator = make_accelerator(self.arguments["mixed_precision"], self.device)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self.device = accelerator.device
+        heads = self.heads_.to(self.device)
 
         def read(i: np.ndarray) -> Tensor:
             return heads.pixels.images(table[i].to(self.device))
@@ -210,6 +229,7 @@ class PixelDetector(BaseDetector):
             Journal(self.journal_, heads.pixels, heads.scheduler, self.seed),
         )
         self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
+        return accelerator is None or accelerator.is_main_process
 
     def _new_network(self) -> tuple[UNet2DModel, Any]:
         """A U-Net and its schedule: trained elsewhere, or to be trained here."""
@@ -227,9 +247,9 @@ class PixelDetector(BaseDetector):
                 raise UsageError(f"{self.arguments['pretrained']} was trained with {name} {have}, not {want}")
         return unet, scheduler
 
-    def _new_distances(self, load: bool = True) -> dict[str, nn.Module]:
+    def _new_distances(self, load: bool = True) -> dict[str, Distance]:
         trunk, weights = self.arguments["trunk"], self.arguments["weights"]
-        make: dict[str, Callable[[], nn.Module]] = {
+        make: dict[str, Callable[[], Distance]] = {
             "lpips": lambda: LPIPS(trunk, weights, load),
             "mse": MSE,
             "ssim": SSIM,
@@ -243,11 +263,14 @@ class PixelDetector(BaseDetector):
         return FeatureCosine(FeatureExtractor(load_backbone(self.arguments["backbone"]), device=self.device))
 
     def _new_heads(
-        self, unet: UNet2DModel, scheduler: Any, distances: dict[str, nn.Module], blank: bool = False
+        self, unet: UNet2DModel, scheduler: Any, distances: dict[str, Distance], blank: bool = False
     ) -> PixelHeads:
         """``blank``: masks come from a saved model, and so does everything else."""
         a, config = self.arguments, unet.config
         size, repetitions = config.sample_size, a["repetitions"]
+        for name, distance in distances.items():
+            if size < (smallest := distance.smallest):
+                raise UsageError(f"the distance {name} needs images of at least {smallest} pixels, not {size}")
         masks = torch.zeros(repetitions, size, size, dtype=torch.bool)
         if not blank:
             shapes = {"blocks": a["mask_blocks"], "patch": a["mask_patch"], "ratio": a["mask_ratio"]}
@@ -318,9 +341,11 @@ class PixelDetector(BaseDetector):
         Raises
         ------
         NotFittedError, UsageError
-            Not fitted here, so that images must be given; none of them can be read.
+            Not fitted; loaded, so that images must be given; none of them can be read.
         """
-        self.check_fitted("calibration_" if images is not None else "examples_")
+        self.check_fitted()
+        if images is None and not hasattr(self, "examples_"):
+            raise UsageError("this detector was loaded, and does not hold the images it was fitted with: give some")
         if images is None:
             rows = self.examples_
         else:
@@ -368,6 +393,8 @@ class PixelDetector(BaseDetector):
         ModelError
             No model, a damaged or newer one, or one of another mode.
         """
+        from diffusers import DDPMScheduler, UNet2DModel
+
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
         arguments = pixel_arguments(config, folder, runtime)
@@ -376,7 +403,7 @@ class PixelDetector(BaseDetector):
             unet = UNet2DModel.from_config(config["unet"])
             distances = detector._new_distances(load=False)
             detector.heads_ = detector._new_heads(unet, DDPMScheduler.from_config(config["scheduler"]), distances, True)
-        except (TypeError, ValueError) as error:  # UsageError, too
+        except (TypeError, ValueError, NotImplementedError) as error:  # UsageError, too
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         detector.extractor_ = detector.heads_.pixels
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)

@@ -84,7 +84,7 @@ class PixelHeads(nn.Module):
     def scores(self, distances: Tensor) -> Tensor:
         """Distances (B, n), the first n of ``names`` -> z-scores of their logarithms (B, n), higher = more OOD."""
         n = distances.shape[1]
-        return (_log(distances) - self.mean[:n]) / self.deviation[:n]
+        return (_log(distances.to(self.mean)) - self.mean[:n]) / self.deviation[:n]
 
     @torch.inference_mode()
     def forward(self, rows: Tensor, names: Sequence[str] = ()) -> Tensor:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/lmd.py --data FOLDER --trunk-weights squeezenet1_1.safetensors
 
-Trains on the suite ``lmd`` (cached: ``featdiff bench lmd`` shares it). AUROC / FPR95 on 200 images of each set. The paper's
-setting, 1000 steps and 10 repetitions, is timed on a few images and not evaluated: it would take hours.
+Trains on the suite ``lmd`` (cached: ``featdiff bench lmd`` shares it). AUROC / FPR95 on 200 images of each set. The
+paper's setting, 1000 steps and 10 repetitions, is timed on a few images and not evaluated: it would take hours.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def feature_seconds(detector: Detector, refs: list) -> float:
 def use(detector: PixelDetector, sampler: str, steps: int, repetitions: int) -> None:
     heads = detector.heads_
     heads.sampler = make_sampler(sampler, heads.scheduler, steps)
-    heads.masks = make_masks("checkerboard_alt", heads.pixels.size, repetitions)[:, None]
+    heads.masks = make_masks("checkerboard_alt", heads.pixels.size, repetitions)[:, None].to(heads.masks.device)
 
 
 def distances(detector: PixelDetector, rows: Tensor) -> Tensor:

@@ -155,6 +155,48 @@ def test_weights_that_cannot_be_had_are_said_before_any_work(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("figure", "words"), [("seen.jpeg", "must end in .png, .svg or .pdf"), ("nowhere/seen.png", "no folder")]
+)
+def test_a_figure_that_cannot_be_is_refused_before_the_work(
+    featdiff_cli: Cli, model: Path, photos: Path, tmp_path: Path, figure: str, words: str
+) -> None:
+    fails(featdiff_cli("score", photos, "-m", model, "--figure", tmp_path / figure), 2, words)
+
+
+def test_bench_prints_lmd_as_rows_and_how_much_slower_it_is(
+    featdiff_cli: Cli, photos: Path, config: Path, seeded_backbone: Path, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.toml"
+    suite.write_text(
+        """
+[sources.all]
+path = "photos"
+[[tasks]]
+name = "noise"
+train = "all"
+test = "all"
+ood = "all"
+"""
+    )
+    (tmp_path / "photos").symlink_to(photos)
+    fixed = ("--data", tmp_path, "--backbone", "test_resnet", "--weights", seeded_backbone, "--fpr", "0.2")
+    command = ("bench", suite, *fixed, "--lmd", config)
+    result = featdiff_cli(*command, "--format", "json")
+    assert result.exit_code == 0, result.output
+    (task,) = json.loads(result.stdout)["tasks"]
+    assert {"lmd_mse", "lmd_ssim"} <= set(task["methods"]) and "lmd_mse" in task["pairs"][0]["heads"]
+    costs = task["methods"]
+    ratio = costs["featdiff"]["images_per_second"] / costs["lmd_mse"]["images_per_second"]
+    assert costs["lmd_mse"]["training_seconds"] > 0
+    assert 0.1 < costs["lmd_mse"]["megabytes"] < 1
+    table = featdiff_cli(*command, "--format", "markdown").stdout.splitlines()
+    (header,) = (line.split(" | ") for line in table if line.startswith("| method"))
+    (line,) = (line.split(" | ") for line in table if line.startswith("| lmd_mse"))
+    assert float(line[header.index("x time")]) == pytest.approx(ratio, rel=0.9)  # timed anew
+    fails(featdiff_cli(*command[:-1], "dlsr_paper"), 2, "--lmd dlsr_paper is of mode feature")
+
+
 def test_interrupted_training_goes_on(photos: Path, config: Path, tmp_path: Path, featdiff_cli: Cli) -> None:
     long = tmp_path / "long.toml"
     long.write_text(config.read_text().replace("epochs = 2", "epochs = 2000, patience = 9999"))
