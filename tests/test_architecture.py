@@ -110,7 +110,7 @@ def test_the_reader_of_this_test_sees_forbidden_imports(tmp_path: Path) -> None:
 
 def test_the_pixel_mode_looks_at_features_only_for_the_distance_that_is_one() -> None:
     """LMD shares rooms with the feature mode, but not its eyes."""
-    for name in ("pixel_diffusion", "pixel_heads", "journal", "pipelines", "accelerating"):
+    for name in ("pixel_diffusion", "pixel_heads", "pixel_parts", "journal", "pipelines", "accelerating"):
         tree = ast.parse((LIBRARY / "detectors" / f"{name}.py").read_text())
         users = [
             function.name
@@ -120,7 +120,7 @@ def test_the_pixel_mode_looks_at_features_only_for_the_distance_that_is_one() ->
             if isinstance(node, ast.ImportFrom) and node.module == "features"
         ]
         everywhere = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "features"]
-        assert len(everywhere) == len(users) and set(users) <= {"_new_feature_cosine"}, name
+        assert len(everywhere) == len(users) and set(users) <= {"features", "make_distances"}, name
 
 
 def test_command_modules_use_relative_imports_only() -> None:

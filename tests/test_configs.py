@@ -11,6 +11,7 @@ import pytest
 from featdiff import Detector, PixelDetector
 from featdiff.detectors import MODES
 from featdiff.detectors.heads import DiffusionHeads
+from featdiff.detectors.pixel_parts import make_network
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -36,7 +37,7 @@ def test_small_lmd_is_the_default_of_the_pixel_mode() -> None:
     for name, value in preset.items():
         kept = default.arguments[name]
         assert (list(kept) if isinstance(kept, tuple) else kept) in (value, None), name
-    network = default._new_network()[0]
+    network = make_network(default.arguments)[0]
     assert (network.config.sample_size, network.config.in_channels) == (preset["size"], preset["channels"])
 
 
@@ -45,7 +46,7 @@ def test_lmd_preset_has_the_size_of_the_paper() -> None:
     settings = arguments("lmd_paper_cifar10")
     del settings["mode"]
     detector = PixelDetector(**settings)
-    network, scheduler = detector._new_network()
+    network, scheduler = make_network(detector.arguments)
     assert 35e6 < sum(p.numel() for p in network.parameters()) < 36.5e6
     assert network.config.down_block_types == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
     assert scheduler.config.num_train_timesteps == detector.arguments["steps"] == 1000

@@ -133,7 +133,7 @@ def test_the_score_is_the_standardised_log_of_the_median_distance(
 @pytest.mark.parametrize("aggregate", ["median", "mean", "min", "max"])
 def test_aggregates(aggregate: str, fitted: PixelDetector) -> None:
     detector = PixelDetector(**TINY | {"aggregate": aggregate, "repetitions": 3})
-    heads = detector._new_heads(*detector._new_network(), detector._new_distances())
+    heads = detector.prepare().heads_
     values = torch.tensor([[3.0, 1.0, 8.0], [2.0, 2.0, 5.0]])
     expected = {"median": [3.0, 2.0], "mean": [4.0, 3.0], "min": [1.0, 2.0], "max": [8.0, 5.0]}[aggregate]
     assert heads._aggregated(values).tolist() == expected
@@ -321,8 +321,7 @@ def test_files_side_by_side_are_an_older_pipeline(folders: dict[str, Path], tmp_
         for file in (folder / part).iterdir():
             shutil.move(file, folder)
         (folder / part).rmdir()
-    unet, _ = PixelDetector(pretrained=str(folder))._new_network()
-    assert unet.config.sample_size == 16
+    assert PixelDetector(pretrained=str(folder), distances=["mse"]).prepare().extractor_.size == 16
 
 
 def damaged_weights(folder: Path) -> None:
@@ -401,7 +400,7 @@ def test_pipelines_that_are_not_whole_are_refused(tmp_path: Path, damage: Any, w
     folder = pipeline(tmp_path / "pipeline")
     damage(folder)
     with pytest.raises(WeightsError) as error:
-        PixelDetector(pretrained=str(folder))._new_network()
+        PixelDetector(pretrained=str(folder), distances=["mse"]).prepare()
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -409,7 +408,7 @@ def test_pipelines_that_are_not_whole_are_refused(tmp_path: Path, damage: Any, w
 @pytest.mark.parametrize("name", ["nowhere", "org/nowhere", "./nowhere/else"])
 def test_pipelines_that_cannot_be_had_are_named(name: str) -> None:
     with pytest.raises(WeightsError) as error:
-        PixelDetector(pretrained=name)._new_network()
+        PixelDetector(pretrained=name, distances=["mse"]).prepare()
     assert name in str(error.value)
 
 
@@ -419,7 +418,7 @@ def test_pipelines_that_cannot_be_had_are_named(name: str) -> None:
 def test_a_pipeline_of_another_size_is_refused(tmp_path: Path, arguments: dict[str, int], words: str) -> None:
     folder = pipeline(tmp_path / "pipeline")
     with pytest.raises(UsageError) as error:
-        PixelDetector(pretrained=str(folder), **arguments)._new_network()
+        PixelDetector(pretrained=str(folder), distances=["mse"], **arguments).prepare()
     assert words in str(error.value)
 
 

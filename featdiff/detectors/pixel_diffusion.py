@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbones import DEFAULT_BACKBONE, fingerprint, load_backbone
-from ..denoisers.unet import PixelDenoiser, make_unet
-from ..distances import LPIPS, MSE, SSIM, Distance, FeatureCosine
+from ..backbones import DEFAULT_BACKBONE, fingerprint
+from ..distances import FeatureCosine
 from ..exceptions import ModelError, UsageError
 from ..images import MAX_PIXELS
-from ..masks import make_masks
-from ..noise import make_pixel_scheduler
 from ..persist import load, locate
 from ..pixels import Pixels
 from ..store import FeatureStore, FeatureTable, Progress
@@ -29,17 +26,11 @@ from .base import BaseDetector
 from .fitting import train_denoiser
 from .journal import Journal
 from .loading import load_tensors, pixel_arguments
-from .pipelines import load_pipeline
 from .pixel_heads import PixelHeads
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
 
 _TRAINING_VERSION = 1
-_NETWORK = ("width", "multipliers", "blocks", "attention", "dropout")
-_TRAINING_ARGUMENTS = ("size", "channels", *_NETWORK, "timesteps", "flip", "mixed_precision", "seed")
-_SCORING_ARGUMENTS = ("sampler", "steps", "resamplings", "aggregate", "seed")
-_DEFAULT_SIZE, _DEFAULT_CHANNELS = 32, 3
+_TRAINING_ARGUMENTS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_precision", "seed")
 # Ten minutes on two CPU cores at 32 px.
 SMALL_RECIPE = Recipe(
     epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
@@ -97,6 +88,7 @@ class PixelDetector(BaseDetector):
     mode = "pixel"
     _kept_in = ("pixels", np.uint8)
     extractor_: Pixels
+    heads_: PixelHeads
 
     def __init__(
         self,
@@ -198,7 +190,8 @@ class PixelDetector(BaseDetector):
         UsageError, WeightsError
             They do not fit each other, or cannot be had.
         """
-        self.heads_ = self._new_heads(*self._new_network(), self._new_distances())
+        distances = make_distances(self.arguments, self.device)
+        self.heads_ = make_heads(self.arguments, *make_network(self.arguments), distances).to(self.device)
         self.extractor_ = self.heads_.pixels
         return self
 
@@ -231,60 +224,12 @@ class PixelDetector(BaseDetector):
         self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
         return accelerator is None or accelerator.is_main_process
 
-    def _new_network(self) -> tuple[UNet2DModel, Any]:
-        """A U-Net and its schedule: trained elsewhere, or to be trained here."""
-        wanted = (self.arguments["size"], self.arguments["channels"])
-        if self.arguments["pretrained"] is None:
-            size, channels = wanted[0] or _DEFAULT_SIZE, wanted[1] or _DEFAULT_CHANNELS
-            with torch.random.fork_rng(devices=[]):  # seeded initial weights; the global random state is left alone
-                torch.default_generator.manual_seed(self.seed)
-                unet = make_unet(size, channels, **{name: self.arguments[name] for name in _NETWORK})
-            return unet, make_pixel_scheduler(self.arguments["timesteps"])
-        unet, scheduler = load_pipeline(self.arguments["pretrained"])
-        found = (unet.config.sample_size, unet.config.in_channels)
-        for name, want, have in zip(("size", "channels"), wanted, found, strict=True):
-            if want not in (None, have):
-                raise UsageError(f"{self.arguments['pretrained']} was trained with {name} {have}, not {want}")
-        return unet, scheduler
-
-    def _new_distances(self, load: bool = True) -> dict[str, Distance]:
-        trunk, weights = self.arguments["trunk"], self.arguments["weights"]
-        make: dict[str, Callable[[], Distance]] = {
-            "lpips": lambda: LPIPS(trunk, weights, load),
-            "mse": MSE,
-            "ssim": SSIM,
-            "features": self._new_feature_cosine,
-        }
-        return {name: make[name]() for name in self.arguments["distances"]}
-
-    def _new_feature_cosine(self) -> FeatureCosine:
-        from ..features import FeatureExtractor
-
-        return FeatureCosine(FeatureExtractor(load_backbone(self.arguments["backbone"]), device=self.device))
-
-    def _new_heads(
-        self, unet: UNet2DModel, scheduler: Any, distances: dict[str, Distance], blank: bool = False
-    ) -> PixelHeads:
-        """``blank``: masks come from a saved model, and so does everything else."""
-        a, config = self.arguments, unet.config
-        size, repetitions = config.sample_size, a["repetitions"]
-        for name, distance in distances.items():
-            if size < (smallest := distance.smallest):
-                raise UsageError(f"the distance {name} needs images of at least {smallest} pixels, not {size}")
-        masks = torch.zeros(repetitions, size, size, dtype=torch.bool)
-        if not blank:
-            shapes = {"blocks": a["mask_blocks"], "patch": a["mask_patch"], "ratio": a["mask_ratio"]}
-            masks = make_masks(a["mask"], size, repetitions, **shapes, seed=self.seed)
-        settings = {name: a[name] for name in _SCORING_ARGUMENTS}
-        pixels = Pixels(size, config.in_channels)
-        return PixelHeads(pixels, PixelDenoiser(unet), scheduler, masks, distances, **settings).to(self.device)
-
     # ---- distances, kept on disk: they take long ----
 
     def _new_distance_store(self) -> FeatureStore:
         heads, hasher = self.heads_, hashlib.sha256()
         weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._looks_through()]
-        settings = [self.arguments[name] for name in _SCORING_ARGUMENTS]
+        settings = [self.arguments[name] for name in SCORING]
         facts = [weights, heads.names, settings, _without_private(heads.scheduler.config)]
         hasher.update(json.dumps(facts, sort_keys=True).encode())
         hasher.update(heads.masks.cpu().numpy().tobytes())
@@ -401,8 +346,10 @@ class PixelDetector(BaseDetector):
         try:
             detector = cls(**arguments)
             unet = UNet2DModel.from_config(config["unet"])
-            distances = detector._new_distances(load=False)
-            detector.heads_ = detector._new_heads(unet, DDPMScheduler.from_config(config["scheduler"]), distances, True)
+            scheduler = DDPMScheduler.from_config(config["scheduler"])
+            distances = make_distances(detector.arguments, detector.device, load=False)
+            heads = make_heads(detector.arguments, unet, scheduler, distances, blank=True)
+            detector.heads_ = heads.to(detector.device)
         except (TypeError, ValueError, NotImplementedError) as error:  # UsageError, too
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         detector.extractor_ = detector.heads_.pixels
