@@ -5,7 +5,9 @@ Images are (B, C, H, W) in [-1, 1]. Each distance is a module; only those with w
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -123,7 +125,8 @@ def _read(trunk: str, weights: str | os.PathLike[str] | None) -> dict[str, Tenso
     from torchvision.models import get_model_weights
 
     try:
-        state: dict[str, Tensor] = get_model_weights(TRUNKS[trunk]).DEFAULT.get_state_dict(progress=False)
+        with contextlib.redirect_stdout(sys.stderr):  # torch tells there that it downloads; rows of data go to stdout
+            state: dict[str, Tensor] = get_model_weights(TRUNKS[trunk]).DEFAULT.get_state_dict(progress=True)
     except Exception as error:  # whatever urllib and torch.hub raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(

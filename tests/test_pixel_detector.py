@@ -60,7 +60,7 @@ def model(fitted: PixelDetector, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def pipeline(folder: Path, size: int = 16, channels: int = 3, **scheduler: Any) -> Path:
     """A pipeline folder as diffusers writes it."""
     unet = make_unet(size, channels, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50, **scheduler)).save_pretrained(folder)
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, **scheduler)).save_pretrained(folder)
     return folder
 
 
@@ -306,7 +306,7 @@ def test_a_pipeline_stands_in_for_training(folders: dict[str, Path], tmp_path: P
     detector.fit(folders["train"])
     assert detector.training_seconds_ == 0 and not hasattr(detector, "journal_")
     assert detector.extractor_.size == 16
-    assert detector.heads_.scheduler.config.num_train_timesteps == 50
+    assert detector.heads_.scheduler.config.num_train_timesteps == 100
     for name, value in unet.state_dict().items():
         assert torch.equal(detector.heads_.denoiser.unet.state_dict()[name], value)
     detector.save_pretrained(tmp_path / "model")
@@ -359,12 +359,12 @@ def other_schedule(folder: Path) -> None:
 
 def learned_variance(folder: Path) -> None:
     unet = make_unet(16, 3, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
-    UNet2DModel.from_config({**unet.config, "out_channels": 6}).save_pretrained(folder / "unet")
+    UNet2DModel.from_config(unet.config, out_channels=6).save_pretrained(folder / "unet")
 
 
 def with_classes(folder: Path) -> None:
     unet = make_unet(16, 3, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
-    UNet2DModel.from_config({**unet.config, "num_class_embeds": 4}).save_pretrained(folder / "unet")
+    UNet2DModel.from_config(unet.config, num_class_embeds=4).save_pretrained(folder / "unet")
 
 
 def no_size(folder: Path) -> None:

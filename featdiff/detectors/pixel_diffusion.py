@@ -190,8 +190,9 @@ class PixelDetector(BaseDetector):
         UsageError, WeightsError
             They do not fit each other, or cannot be had.
         """
+        unet, scheduler = make_network(self.arguments)
         distances = make_distances(self.arguments, self.device)
-        self.heads_ = make_heads(self.arguments, *make_network(self.arguments), distances).to(self.device)
+        self.heads_ = make_heads(self.arguments, unet, scheduler, distances).to(self.device)
         self.extractor_ = self.heads_.pixels
         return self
 

@@ -28,7 +28,7 @@ multipliers = [1, 2]
 attention = []
 mask_blocks = 4
 repetitions = 2
-steps = 3
+steps = 4
 distances = ["mse", "ssim"]
 fpr = 0.2
 recipe = { batch_size = 16, epochs = 2, min_steps = 0 }
@@ -99,12 +99,12 @@ def test_eval_and_info(featdiff_cli: Cli, model: Path, photos: Path) -> None:
     found = json.loads(result.stdout)
     assert found["model"] == "U-Net at 16 px"
     assert list(found["pairs"][0]["heads"]) == ["featdiff", "mse", "ssim"]
-    assert found["pairs"][0]["heads"]["featdiff"]["auroc"] == 0.5
+    assert found["pairs"][0]["heads"]["featdiff"]["auroc"] == pytest.approx(0.5)
     fails(featdiff_cli("eval", "--id", photos, "--ood", f"a={photos}", "-m", model, "--rivals"), 2, "rivals look at")
     lines = {line.split()[0]: line for line in featdiff_cli("info", model).stdout.splitlines()}
     assert "16 x 16 pixels, 3 channels" in lines["images"]
     assert "0.1 M parameters, trained here" in lines["U-Net"]
-    assert "mask checkerboard_alt, ddim in 3 steps, 2 repetitions" in lines["inpainting"]
+    assert "mask checkerboard_alt, ddim in 4 steps, 2 repetitions" in lines["inpainting"]
     assert "median of mse" in lines["score"]
     assert "12 held-out images" in lines["calibrated"]
 
@@ -151,7 +151,11 @@ def test_weights_that_cannot_be_had_are_said_before_any_work(
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     result = featdiff_cli("train", "--mode", "pixel", photos, "--cache", tmp_path / "cache", "-o", tmp_path / "model")
-    fails(result, 1, "squeezenet1_1", "--weights", "--distances mse,ssim")
+    assert (result.exit_code, result.stdout) == (1, "")
+    downloading, error = result.stderr.splitlines()
+    assert downloading.startswith("Downloading") and error.startswith("Error: ")
+    for words in ("squeezenet1_1", "--weights", "--distances mse,ssim"):
+        assert words in error
     assert not (tmp_path / "cache").exists()
 
 
@@ -165,22 +169,22 @@ def test_a_figure_that_cannot_be_is_refused_before_the_work(
 
 
 def test_bench_prints_lmd_as_rows_and_how_much_slower_it_is(
-    featdiff_cli: Cli, photos: Path, config: Path, seeded_backbone: Path, tmp_path: Path
+    featdiff_cli: Cli, sample_folders: dict[str, Path], config: Path, seeded_backbone: Path, tmp_path: Path
 ) -> None:
     suite = tmp_path / "suite.toml"
     suite.write_text(
         """
 [sources.all]
-path = "photos"
+path = "tiles"
 [[tasks]]
-name = "noise"
+name = "tiles"
 train = "all"
 test = "all"
 ood = "all"
 """
     )
-    (tmp_path / "photos").symlink_to(photos)
-    fixed = ("--data", tmp_path, "--backbone", "test_resnet", "--weights", seeded_backbone, "--fpr", "0.2")
+    (tmp_path / "tiles").symlink_to(sample_folders["test"])
+    fixed = ("--data", tmp_path, "--backbone", "test_resnet", "--weights", seeded_backbone, "--layers", "layer2")
     command = ("bench", suite, *fixed, "--lmd", config)
     result = featdiff_cli(*command, "--format", "json")
     assert result.exit_code == 0, result.output
