@@ -50,7 +50,7 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str,
     return {
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
-        "denoisers": f"{parameters:.1f} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
+        "denoisers": f"{parameters:.2g} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
         "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain images" if neighbours else "none",
         "score": f"{arguments['head']}, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
     }
@@ -62,7 +62,7 @@ def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, s
     source = arguments["pretrained"] or "trained here"
     return {
         "images": f"{size} x {size} pixels, {channels} channel{'s' if channels > 1 else ''}",
-        "U-Net": f"{_parameters(tensors, 'denoiser.'):.1f} M parameters, {source}",
+        "U-Net": f"{_parameters(tensors, 'denoiser.'):.2g} M parameters, {source}",
         "inpainting": f"mask {arguments['mask']}, {arguments['sampler']} in {arguments['steps']} steps, "
         f"{arguments['repetitions']} repetitions",
         "score": f"{arguments['aggregate']} of {arguments['distances'][0]} over repetitions",
