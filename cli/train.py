@@ -12,6 +12,8 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
 
+INPAINTINGS = "inpaintings.png"
+
 
 @click.command("train")
 @click.argument("images", nargs=-1)
@@ -42,7 +44,8 @@ def command(
     """Learn what is normal from IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
 
     No labels and no bad examples are needed. Without IMAGES, the data named in the config is used, and without
-    that the built-in sample set.
+    that the built-in sample set. Size, mask, repetitions and steps of the pixel mode are set in a config, like the
+    preset lmd_small.
 
     \b
     Example: featdiff train photos/ --backbone resnet50 -o my-model
@@ -75,10 +78,11 @@ def command(
             detector.fit(source, _tell_where(bars, detector, quiet))
         if not is_first_process():
             return 0
+        (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
         shown = detector.inpaintings() if detector.mode == "pixel" else None
         detector.save_pretrained(output)
         if shown:
-            save_inpaintings(output / "inpaintings.png", *shown)
+            save_inpaintings(output / INPAINTINGS, *shown)
     except KeyboardInterrupt:
         raise Stopped("interrupted; features and checkpoints are kept, the same command goes on from there") from None
     _summary(detector, output, bars, quiet)
@@ -139,5 +143,5 @@ def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
     say(f"trained {trained:.0f} s" if trained else done, quiet)
     say(f"calibrated on {n_cal:,} held-out images: --fpr from {1 / (n_cal + 1):.2g} up", quiet)
     if detector.mode == "pixel":
-        say(f"the least and the most strange of them: {output / 'inpaintings.png'}", quiet)
+        say(f"the least and the most strange of them: {output / INPAINTINGS}", quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score IMAGES -m {output}", quiet)

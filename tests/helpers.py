@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPECTED = {
     "featdiff score images/": 3,  # images/ holds a broken file
     "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
-    "featdiff score images/ -m lmd-model --figure inpaintings.png": 3,
+    "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }
 #: needs weights from the hub, which tests do not have
@@ -33,7 +33,7 @@ HUB = "featdiff train --backbone resnet50"
 #: beginnings of the commands that need no model of the default backbone
 OTHER = (
     *("featdiff backbones", "featdiff doctor", "featdiff train photos/ --backbone test_resnet"),
-    *("featdiff train photos/ --mode pixel --pretrained", "featdiff score images/ -m lmd-model"),
+    *("featdiff train photos/ --mode pixel --pretrained", "featdiff score images/ -m ddpm-model"),
 )
 #: needs what LPIPS looks through, which torchvision would download
 DOWNLOAD = "featdiff train photos/ --mode pixel -o lmd-model"

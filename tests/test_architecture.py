@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,13 @@ def test_the_pixel_mode_looks_at_features_only_for_the_distance_that_is_one() ->
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "features":
                 assert node in allowed, name
+
+
+def test_the_feature_mode_does_not_wait_for_what_the_pixel_mode_needs() -> None:
+    heavy = ("diffusers.models.unets.unet_2d", "lpips", "torchmetrics")
+    code = f"import sys, featdiff.detectors; print([name for name in {heavy} if name in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert seen == "[]\n"
 
 
 def test_command_modules_use_relative_imports_only() -> None:
