@@ -257,7 +257,8 @@ def test_a_saved_detector_scores_the_same_without_its_sources(
     assert np.array_equal(loaded.score(folders["digits"]).ood_score, fitted.score(folders["digits"]).ood_score)
     assert np.array_equal(loaded.calibration_, fitted.calibration_)
     assert loaded.config() == fitted.config()
-    assert loaded._new_distance_store().folder.name == fitted._new_distance_store().folder.name
+    assert not list(tmp_path.iterdir())  # scoring keeps nothing
+    assert loaded._distance_store.folder.name == fitted._distance_store.folder.name
 
 
 def test_each_mode_refuses_the_other(model: Path, tiny_model: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -144,14 +145,14 @@ class PixelDetector(BaseDetector):
     def fit(self, images: object, progress: Progress | None = None) -> Self:
         """Learn what is in-domain from ordinary images; no labels, no OOD images.
 
+        Of several processes (``accelerate launch``) all train, and the first one alone goes on: the detectors of the
+        others stay unfitted.
+
         Parameters
         ----------
         images : as for :func:`featdiff.sources.list_images`, or a DataLoader of (B, C, size, size) tensors in [-1, 1]
             Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
-
-        Of several processes (``accelerate launch``), all train, and only the first goes on: the others' detectors stay
-        unfitted.
 
         Raises
         ------
@@ -160,7 +161,7 @@ class PixelDetector(BaseDetector):
         WeightsError, FeatdiffError
             A pipeline or the weights of a distance cannot be had, the cache cannot be written, or training diverged.
         """
-        for name in ("calibration_", "examples_"):
+        for name in ("calibration_", "examples_", "_distance_store"):
             vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
         self.prepare()
         # images -> pixels
@@ -174,7 +175,6 @@ class PixelDetector(BaseDetector):
             if not self._train(table, rows.training, rows.validation, progress):
                 return self
         # mask -> inpaint -> distance
-        self._distance_store = self._new_distance_store()
         held_out = np.array_split(rows.validation, len(rows.validation) // self.rows_at_once + 1)
         self.heads_.fit_statistics(torch.cat([self._distances(table[part]) for part in held_out]))
         # -> calibrate
@@ -227,7 +227,8 @@ class PixelDetector(BaseDetector):
 
     # ---- distances, kept on disk: they take long ----
 
-    def _new_distance_store(self) -> FeatureStore:
+    @cached_property
+    def _distance_store(self) -> FeatureStore:
         heads, hasher = self.heads_, hashlib.sha256()
         weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._looks_through()]
         settings = [self.arguments[name] for name in SCORING]
@@ -357,7 +358,6 @@ class PixelDetector(BaseDetector):
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         if detector._looks_through() != config["features"]:
             raise ModelError(f"{arguments['backbone']} has other weights than the detector at {folder} was fitted with")
-        detector._distance_store = detector._new_distance_store()
         detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
         detector.training_seconds_ = config["training_seconds"]
         return detector
