@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from featdiff import Detector, FeatureExtractor, PixelDetector
+from featdiff.allocator import keep_freed_memory
 from featdiff.backbones import load_backbone
 from featdiff.bench import _timed_pass
 from featdiff.distances import FeatureCosine
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150, help="of each set, for AUROC")
     parser.add_argument("--timed", type=int, default=2, help="images at the paper's setting")
     options = parser.parse_args()
+    keep_freed_memory()
 
     sources = load_suite(SUITE).sources
     train, test, *ood = (find_images(sources[name], options.data) for name in ("train", "test", *OOD))
