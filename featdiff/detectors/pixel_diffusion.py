@@ -64,6 +64,7 @@ class PixelDetector(BaseDetector):
         How often each image is inpainted, with other noise and another mask.
     sampler, steps, resamplings
         See :func:`featdiff.noise.make_sampler` and :func:`featdiff.reconstruct.inpaint`; LMD takes 1000 steps.
+        Samplers with fresh noise at every step (``ddpm``) make known and unknown pixels agree better.
     distances : sequence of names in :data:`featdiff.distances.DISTANCES`
         The first is the score, all are measured by ``eval``. ``lpips`` and ``ssim`` need images of some size.
     aggregate : "median", "mean", "min" or "max"
@@ -109,7 +110,7 @@ class PixelDetector(BaseDetector):
         mask_patch: int = 4,
         mask_ratio: float = 0.5,
         repetitions: int = 4,
-        sampler: str = "ddim",
+        sampler: str = "ddpm",
         steps: int = 20,
         resamplings: int = 1,
         distances: Sequence[str] = ("lpips", "mse", "ssim"),

@@ -104,7 +104,7 @@ def test_eval_and_info(featdiff_cli: Cli, model: Path, photos: Path) -> None:
     lines = {line.split()[0]: line for line in featdiff_cli("info", model).stdout.splitlines()}
     assert "16 x 16 pixels, 3 channels" in lines["images"]
     assert "0.042 M parameters, trained here" in lines["U-Net"]
-    assert "mask checkerboard_alt, ddim in 4 steps, 2 repetitions" in lines["inpainting"]
+    assert "mask checkerboard_alt, ddpm in 4 steps, 2 repetitions" in lines["inpainting"]
     assert "median of mse" in lines["score"]
     assert "12 held-out images" in lines["calibrated"]
 
