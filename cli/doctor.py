@@ -39,11 +39,10 @@ def _checks() -> Iterator[tuple[str, str]]:
         yield f"{name:<14} {found or 'missing'}", "" if found else f"pip install {name}"
     yield _device(), ""
     yield _faiss()
-    pyarrow = _version("pyarrow")
-    yield (
-        f"{'parquet':<14} {'pyarrow ' + pyarrow if pyarrow else 'not installed (pip install featdiff[parquet])'}",
-        "",
-    )
+    for extra, names in {"parquet": ["pyarrow"], "pixel": ["accelerate", "lpips", "torchmetrics"]}.items():
+        parts = {name: _version(name) for name in names}
+        whole = ", ".join(f"{name} {number}" for name, number in parts.items())
+        yield f"{extra:<14} {whole if all(parts.values()) else f'not installed (pip install featdiff[{extra}])'}", ""
     yield _embedded()
     yield _cache()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -158,6 +158,7 @@ def test_doctor_finds_this_installation_well(featdiff_cli: Cli) -> None:
         assert version(name) in found[name]
     assert re.search(r"embedded tf_efficientnet_lite0, SHA-256 [0-9a-f]{16}$", found["weights"])
     assert "offline" in found["hub"]
+    assert f"lpips {version('lpips')}" in found["pixel"] and f"torchmetrics {version('torchmetrics')}" in found["pixel"]
 
 
 def test_doctor_names_the_cache(featdiff_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
