@@ -1,11 +1,13 @@
-"""The code is clean by the README's own commands, and the benchmark starts."""
+"""The code is clean by the README's own commands, and the benchmarks start."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import ROOT, commands, shell
 
 
@@ -15,9 +17,10 @@ def test_code_is_clean_by_the_command_of_the_readme() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_benchmark_command_of_the_readme_starts() -> None:
-    (line,) = [command for command in commands() if "benchmarks" in command]
-    script = line.split()[1]
-    done = shell(f"{sys.executable} {script} --help", ROOT)
+@pytest.mark.parametrize("script", ["costs.py", "lmd.py"])
+def test_benchmark_commands_of_the_readme_start(script: str) -> None:
+    (line,) = [command for command in commands() if script in command]
+    options = re.findall(r"--[a-z-]+", line)
+    done = shell(f"{sys.executable} {line.split()[1]} --help", ROOT)
     assert done.returncode == 0, done.stderr
-    assert "--data" in done.stdout
+    assert options and all(option in done.stdout for option in options)
