@@ -16,6 +16,7 @@ from click.testing import Result
 from helpers import fails, stopped
 from PIL import Image
 
+from featdiff.comparison import grids
 from featdiff.persist import load
 
 Cli = Callable[..., Result]
@@ -194,10 +195,9 @@ ood = "all"
     ratio = costs["featdiff"]["images_per_second"] / costs["lmd_mse"]["images_per_second"]
     assert costs["lmd_mse"]["training_seconds"] > 0
     assert 0.1 < costs["lmd_mse"]["megabytes"] < 1
-    table = featdiff_cli(*command, "--format", "markdown").stdout.splitlines()
-    (header,) = (line.split(" | ") for line in table if line.startswith("| method"))
-    (line,) = (line.split(" | ") for line in table if line.startswith("| lmd_mse"))
-    assert float(line[header.index("x time")]) == pytest.approx(ratio, rel=0.9)  # timed anew
+    (grid,) = grids(json.loads(result.stdout))
+    (line,) = (line for line in grid.lines if line[0] == "lmd_mse")
+    assert float(line[grid.header.index("x time")]) == pytest.approx(ratio, rel=0.01)
     fails(featdiff_cli(*command[:-1], "dlsr_paper"), 2, "--lmd dlsr_paper is of mode feature")
 
 
