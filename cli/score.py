@@ -81,7 +81,8 @@ def command(
                 flagged += int(part.is_ood.sum())
                 unreadable += part.status.count(UNREADABLE)
                 total += len(part)
-                scores.append(part.ood_score)
+                if figure:
+                    scores.append(part.ood_score)
         except KeyboardInterrupt:
             raise Stopped(f"interrupted; {total:,} rows are written") from None
         finally:

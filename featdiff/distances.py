@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .exceptions import UsageError, WeightsError, did_you_mean
+from .exceptions import UsageError, WeightsError, did_you_mean, first_line
 from .residuals import mfsim, mse
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _read(trunk: str, weights: str | os.PathLike[str] | None) -> dict[str, Tenso
         with contextlib.redirect_stdout(sys.stderr):  # torch tells there that it downloads; rows of data go to stdout
             state: dict[str, Tensor] = get_model_weights(TRUNKS[trunk]).DEFAULT.get_state_dict(progress=True)
     except Exception as error:  # whatever urllib and torch.hub raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise WeightsError(
             f"the weights of {TRUNKS[trunk]}, which lpips looks through, could not be downloaded ({reason}): "
             "give a file with --weights, or choose another distance: --distances mse,ssim"

@@ -25,6 +25,11 @@ class NotFittedError(FeatdiffError, ValueError, AttributeError):
     """A detector was asked for scores before it was fitted."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to one line; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """A short ending for an error message: the nearest known names, or nothing."""
     from difflib import get_close_matches

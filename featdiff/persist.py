@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exceptions import ModelError, UsageError
+from .exceptions import ModelError, UsageError, first_line
 
 #: Raised when the layout of the folder changes; a newer one is refused.
 FORMAT_VERSION = 3
@@ -170,6 +170,6 @@ def locate(name: str | os.PathLike[str], local_files_only: bool = False) -> Path
     try:
         found = snapshot_download(str(name), allow_patterns=[CONFIG, TENSORS], local_files_only=local_files_only)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"no folder {name}, and no such model could be had from the hub: {reason}") from None
     return Path(found)

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner, Result
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
@@ -96,6 +98,14 @@ def newcomer_folder(folder: Path, samples: Path) -> None:
     for file in (*sorted((samples / "test").iterdir())[:20], *sorted((samples / "digits").iterdir())[:10]):
         shutil.copy(file, folder / "images")
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
+
+
+def noise_pictures(folder: Path, count: int, side: int) -> Path:
+    """Fill ``folder`` with ``count`` seeded pictures of noise, 00.png and on."""
+    rng = np.random.default_rng(1)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
 
 
 def stopped(arguments: Sequence[object], ready: Callable[[], object], pause: float = 0.0) -> tuple[int, str, str]:

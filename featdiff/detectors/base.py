@@ -110,6 +110,11 @@ class BaseDetector:
             "arguments": arguments,
         }
 
+    def _take_facts(self, config: Mapping[str, Any]) -> None:
+        """Know again what :meth:`config` said of the training."""
+        self.n_images_, self.validation_loss_ = config["images"]["different"], config["validation_loss"]
+        self.training_seconds_ = config["training_seconds"]
+
     def tensors(self) -> dict[str, Tensor]:
         """All that ``model.safetensors`` holds."""
         return {"calibration": torch.from_numpy(self.calibration_)}

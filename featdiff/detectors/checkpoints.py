@@ -13,7 +13,7 @@ from ..store import write_atomically
 from ..training import TrainingState
 
 
-def resume(state: TrainingState, file: Path, device: torch.device) -> None:
+def resume(state: TrainingState, file: Path) -> None:
     """Continue from ``file`` if it is there and whole; a damaged one is as good as none."""
     if not file.exists():
         return

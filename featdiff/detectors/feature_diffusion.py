@@ -302,6 +302,5 @@ class Detector(BaseDetector):
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
         detector.heads_ = detector._new_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
-        detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
-        detector.training_seconds_ = config["training_seconds"]
+        detector._take_facts(config)
         return detector

@@ -48,7 +48,7 @@ def train_denoiser(
     """
     denoiser.requires_grad_(True)
     state = start(denoiser, recipe, n_rows)
-    resume(state, checkpoint, validation.device)
+    resume(state, checkpoint)
     finished = state.done
     writes = accelerator is None or accelerator.is_main_process
     saved = last = time.monotonic()

@@ -74,18 +74,17 @@ class Journal:
         nothing = torch.zeros(_GRID**2, self._pixels.channels, self._pixels.size, self._pixels.size, device=device)
         known = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         file = self.folder / f"samples-{step:07d}.png"
-        _grid(inpaint(denoiser, sampler, nothing, known, sources)).save(file)
+        self._grid(inpaint(denoiser, sampler, nothing, known, sources)).save(file)
         return file
+
+    def _grid(self, images: Tensor) -> Image.Image:
+        """(n * n, C, H, W) in [-1, 1] -> one picture."""
+        b, c, h, w = images.shape
+        side = round(b**0.5)
+        values = self._pixels(images.clamp(-1, 1)).cpu()
+        tiled = values.reshape(side, side, c, h, w).permute(0, 3, 1, 4, 2).reshape(side * h, side * w, c)
+        return Image.fromarray(tiled.squeeze(-1).numpy())
 
 
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
-
-
-def _grid(images: Tensor) -> Image.Image:
-    """(n * n, C, H, W) in [-1, 1] -> one picture."""
-    b, c, h, w = images.shape
-    side = round(b**0.5)
-    values = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    tiled = values.reshape(side, side, c, h, w).permute(0, 3, 1, 4, 2).reshape(side * h, side * w, c)
-    return Image.fromarray(tiled.squeeze(-1).numpy())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..exceptions import WeightsError
+from ..exceptions import WeightsError, first_line
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -43,7 +43,7 @@ def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
             unet, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
         )
     except Exception as error:  # no file, a damaged one, weights of other shapes: each its own error
-        raise WeightsError(f"the weights in {unet} cannot be read: {_one_line(error)}") from None
+        raise WeightsError(f"the weights in {unet} cannot be read: {first_line(error)}") from None
     for what, names in report.items():
         if names:
             raise WeightsError(
@@ -57,7 +57,7 @@ def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
     try:
         return model, DDPMScheduler.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise WeightsError(f"the schedule of {name} cannot be built: {_one_line(error)}") from None
+        raise WeightsError(f"the schedule of {name} cannot be built: {first_line(error)}") from None
 
 
 def _unfit(config: Any) -> str:
@@ -82,7 +82,7 @@ def _locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except Exception as error:  # the hub has many ways to fail
         raise WeightsError(
-            f"no folder {name}, and no such pipeline could be had from the hub: {_one_line(error)}"
+            f"no folder {name}, and no such pipeline could be had from the hub: {first_line(error)}"
         ) from None
 
 
@@ -94,7 +94,3 @@ def _read(file: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{name} is not a diffusers pipeline: no {file.name} that can be read in {file.parent}")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

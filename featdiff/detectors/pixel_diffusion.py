@@ -359,8 +359,7 @@ class PixelDetector(BaseDetector):
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         if detector._looks_through() != config["features"]:
             raise ModelError(f"{arguments['backbone']} has other weights than the detector at {folder} was fitted with")
-        detector.n_images_, detector.validation_loss_ = config["images"]["different"], config["validation_loss"]
-        detector.training_seconds_ = config["training_seconds"]
+        detector._take_facts(config)
         return detector
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from helpers import fails, stopped
+from helpers import fails, noise_pictures, stopped
 from PIL import Image
 
 from featdiff.comparison import grids
@@ -39,11 +39,7 @@ recipe = { batch_size = 16, epochs = 2, min_steps = 0 }
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 small pictures of noise."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(1)
-    for i in range(60):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 60, 16)
 
 
 @pytest.fixture(scope="module")

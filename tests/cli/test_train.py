@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from helpers import fails, stopped
-from PIL import Image
+from helpers import fails, noise_pictures, stopped
 
 from featdiff import Detector
 from featdiff.persist import load
@@ -41,11 +39,7 @@ transform = {{ input_size = [3, 32, 32], crop_pct = 1.0 }}
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 small pictures of noise."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(1)
-    for i in range(40):
-        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("photos"), 40, 24)
 
 
 @pytest.fixture
