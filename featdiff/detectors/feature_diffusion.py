@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -16,11 +15,11 @@ from ..exceptions import ModelError, UsageError
 from ..features import FeatureExtractor, Layers
 from ..images import MAX_PIXELS, Transform
 from ..persist import load, locate
-from ..store import FeatureTable, Progress
+from ..store import Progress
 from ..training import Recipe
 from .arguments import check_arguments
 from .base import BaseDetector
-from .fitting import as_digests, choose_bank, train_denoiser
+from .fitting import as_digests, fit_heads
 from .heads import DIFFUSION, HEADS, FusedHeads
 from .loading import check_backbone, load_tensors, saved_arguments, take_digests
 
@@ -176,38 +175,14 @@ class Detector(BaseDetector):
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
-        self._train(table, rows.training, rows.validation, kept.folder / f"training-{key}.pt", progress)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
-        bank = choose_bank(self.heads_, table, rows.training, size, method, self.seed)
-        self.heads_.fill_banks(table[bank])
+        checkpoint = kept.folder / f"training-{key}.pt"
+        trained, bank = fit_heads(self.heads_, table, rows, self.recipe, self.seed, size, method, checkpoint, progress)
+        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
         self.bank_digests_ = as_digests(unique, bank)
-        self.heads_.fit_statistics(table[rows.validation])
         # -> calibrate
         self._calibrate(table, rows.calibration)
         return self
-
-    def _train(
-        self,
-        table: FeatureTable,
-        training: np.ndarray,
-        validation: np.ndarray,
-        checkpoint: Path,
-        progress: Progress | None,
-    ) -> None:
-        heads, diffusion = self.heads_, self.heads_.diffusion
-        trained = train_denoiser(
-            diffusion.denoiser,
-            diffusion.scheduler,
-            lambda i: heads.stages(table[training[i]]),
-            len(training),
-            heads.stages(table[validation]),
-            self.recipe,
-            self.seed,
-            checkpoint,
-            progress,
-        )
-        diffusion.early.load_state_dict(trained.early)
-        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
 
     def _extractor(self) -> FeatureExtractor:
         given, layers, transform = (self.arguments[name] for name in ("backbone", "layers", "transform"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from ..calibration import Split
 from ..neighbors import coreset
-from ..store import FeatureTable, Progress
+from ..store import Progress
 from ..training import Augment, Recipe, Rows, Step, TrainingState, start, train
 from .checkpoints import resume, write_checkpoint
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 #: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
 CHECKPOINT_SECONDS = 10
 
-
 Watch = Callable[[Step, TrainingState], None]
 
 
@@ -36,7 +36,7 @@ def train_denoiser(
     validation: Tensor,
     recipe: Recipe,
     seed: int,
-    checkpoint: Path,
+    checkpoint: Path | None,
     progress: Progress | None,
     augment: Augment | None = None,
     accelerator: Accelerator | None = None,
@@ -44,35 +44,79 @@ def train_denoiser(
 ) -> TrainingState:
     """Train ``denoiser`` in place, or take it from ``checkpoint``; arguments as for :func:`featdiff.training.train`.
 
-    Checkpoints and the result are kept in that file, for the next run. ``watch`` sees the state at every step.
+    Checkpoints and the result are kept in that file, if there is to be one, for the next run. ``watch`` sees the state
+    at every step.
     """
     denoiser.requires_grad_(True)
     state = start(denoiser, recipe, n_rows)
-    resume(state, checkpoint)
+    if checkpoint:
+        resume(state, checkpoint)
     finished = state.done
-    writes = accelerator is None or accelerator.is_main_process
+    leads = accelerator is None or accelerator.is_main_process
     saved = last = time.monotonic()
     pause = float(CHECKPOINT_SECONDS)
     for step in train(state, read, n_rows, validation, scheduler, recipe, seed, augment, accelerator):
         now = time.monotonic()
         state.seconds, last = state.seconds + now - last, now
-        if watch and writes:
+        if watch and leads:
             watch(step, state)
-        if step.val_loss is not None and now - saved > pause and writes:
+        if checkpoint and step.val_loss is not None and now - saved > pause and leads:
             start_of_write = time.monotonic()
             write_checkpoint(state, checkpoint)
             saved = last = time.monotonic()
             pause = max(CHECKPOINT_SECONDS, 20 * (saved - start_of_write))  # large networks take long to write
-        if progress and writes:
+        if progress and leads:
             progress("training", step.step, step.steps)
-    if not finished and writes:
+    if checkpoint and not finished and leads:
         write_checkpoint(state, checkpoint)
     denoiser.requires_grad_(False)
     return state
 
 
-def choose_bank(
-    heads: FusedHeads, table: FeatureTable, training: np.ndarray, size: int, method: str, seed: int
+class Table(Protocol):
+    """Rows of features (N, D) by their numbers: a :class:`featdiff.store.FeatureTable`, or a tensor."""
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor: ...
+
+
+def fit_heads(
+    heads: FusedHeads,
+    table: Table,
+    rows: Split,
+    recipe: Recipe,
+    seed: int,
+    bank_size: int,
+    method: str,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[TrainingState, np.ndarray]:
+    """Train the denoisers, fill the banks and set all statistics; calibration rows are left alone.
+
+    Returns
+    -------
+    What came of training, and the numbers of the rows in the banks, ascending.
+    """
+    diffusion = heads.diffusion
+    state = train_denoiser(
+        diffusion.denoiser,
+        diffusion.scheduler,
+        lambda i: heads.stages(table[rows.training[i]]),
+        len(rows.training),
+        heads.stages(table[rows.validation]),
+        recipe,
+        seed,
+        checkpoint,
+        progress,
+    )
+    diffusion.early.load_state_dict(state.early)
+    bank = _choose_bank(heads, table, rows.training, bank_size, method, seed)
+    heads.fill_banks(table[bank])
+    heads.fit_statistics(table[rows.validation])
+    return state, bank
+
+
+def _choose_bank(
+    heads: FusedHeads, table: Table, training: np.ndarray, size: int, method: str, seed: int
 ) -> np.ndarray:
     """At most ``size`` of the training rows for the banks, ascending; see :func:`featdiff.neighbors.coreset`."""
     # choosing among many more rows than are kept needs memory and time, and gains nothing
