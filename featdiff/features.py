@@ -1,7 +1,7 @@
 """A backbone and layer names -> one pooled vector per layer and image. Knows nothing of diffusion.
 
 timm models go through ``forward_intermediates`` (NCHW for CNN, ViT and Swin alike); any other module, or a layer
-inside a stage, through forward hooks.
+inside a stage, through forward hooks (:mod:`featdiff.taps`).
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from einops import reduce
 from PIL import Image
 from torch import Tensor, nn
 
 from .backbones import Backbone, fingerprint
-from .exceptions import UsageError, did_you_mean
+from .exceptions import UsageError, did_you_mean, first_line
 from .images import Transform
+from .taps import SPREAD, Tap, Taps, channels_first, find_module, pool, spread
 
 #: ``layers="auto"`` takes every stage of a CNN or Swin, and this many evenly spaced blocks of a plain ViT.
 AUTO_LAYERS = 5
 #: The layer of a timm model's pre-logits: what its classifier sees.
 PRE_LOGITS = "pre_logits"
-#: ``<layer>:std`` is the spatial deviation of a layer's channels.
-SPREAD = ":std"
+#: The columns of a classifier's logits.
+LOGITS = "logits"
 # Raised when the numbers that an extractor gives for the same weights change.
 _FEATURE_VERSION = 2
 
@@ -41,23 +41,27 @@ class FeatureExtractor:
     Parameters
     ----------
     backbone : Backbone or nn.Module
-        From :func:`featdiff.backbones.load_backbone`, or any module that takes (B, 3, H, W).
+        From :func:`featdiff.backbones.load_backbone`, or any module that takes (B, C, H, W).
     layers : "auto", names, or indices
         Names as in timm's ``feature_info`` or ``named_modules``; indices (negative ones too) into ``feature_info``;
-        ``pre_logits`` for what a timm model's classifier sees.
+        ``pre_logits`` for what the classifier of a timm model, or of a module that ends in a linear layer, sees.
     device : str or torch.device
     mixed_precision : bool
-        Run the backbone under float16 autocast (GPU only).
+        Run a backbone by name under float16 autocast (GPU only). A module of your own runs as it is.
     transform : callable, optional
         RGB picture -> (3, H, W) tensor; needed for a bare module if it is to read files.
+    input_size : (C, H, W), optional
+        Of the images for a bare module without ``transform``; default (3, 224, 224).
+    logits : bool
+        A row ends with the module's logits.
 
     Attributes
     ----------
     layers, widths : names and channels of the layers
     columns : dict of slices
         Where each vector lies in a row of features: the layers in order, then the spatial deviations
-        (``<layer>:std``) of the deep ones, that is the last stage and ``pre_logits``, where these are maps. (Deviations
-        of early stages tell contrast and compression, not content.)
+        (``<layer>:std``) of the deep ones, that is the last stage and ``pre_logits``, where these are maps, then
+        ``logits`` if asked for. (Deviations of early stages tell contrast and compression, not content.)
     width : int
         Length of a row.
     """
@@ -69,21 +73,28 @@ class FeatureExtractor:
         device: str | torch.device = "cpu",
         mixed_precision: bool = True,
         transform: Transform | None = None,
+        input_size: Sequence[int] | None = None,
+        logits: bool = False,
     ) -> None:
-        self.backbone = backbone if isinstance(backbone, Backbone) else _wrap(backbone, transform)
+        self.backbone = backbone if isinstance(backbone, Backbone) else _wrap(backbone, transform, input_size)
+        own = self.backbone.source == "module"
         self.device = torch.device(device)
-        self.mixed_precision = mixed_precision and self.device.type == "cuda"
+        self.mixed_precision = mixed_precision and self.device.type == "cuda" and not own
         self.model = self.backbone.model.to(self.device)
+        self._logits = logits
         stages = _stage_names(self.model)
         modules = [name for name, _ in self.model.named_modules() if name]
-        has_classifier = bool(stages) and hasattr(self.model, "forward_head")
-        self.layers = resolve_layers(layers, stages, modules, has_classifier)
-        self._stages = {name: stages.index(name) for name in self.layers if name in stages}
+        pixels = self._probe()
+        asks = logits or bool(stages) or PRE_LOGITS in (layers if isinstance(layers, str) else list(layers))
+        self._last_linear = self._find_last_linear(pixels) if own and asks else ""
+        headless = bool(stages) and hasattr(self.model, "forward_head") and not (own and self.model.num_classes)
+        has_pre_logits = headless or bool(self._last_linear)
+        self.layers = resolve_layers(layers, stages, modules, has_pre_logits)
+        self._stages = {name: stages.index(name) for name in self.layers if name in stages and not own}
         self._wants_pre_logits = PRE_LOGITS in self.layers
-        self._inner = [name for name in self.layers if name not in stages and name != PRE_LOGITS]
         *_, self._last = (name for name in self.layers if name != PRE_LOGITS)
-        size = self.backbone.data_config.get("input_size", (3, 224, 224))
-        found = self._forward(torch.zeros(1, *size, device=self.device))
+        self._taps = Taps(self.model, self._own_taps(stages, pixels) if own else self._inner_taps(stages))
+        found = self._forward(pixels)
         ends = np.cumsum([part.shape[1] for part in found.values()]).tolist()
         self.columns = {n: slice(e - v.shape[1], e) for (n, v), e in zip(found.items(), ends, strict=True)}
         self.widths = tuple(found[name].shape[1] for name in self.layers)
@@ -98,12 +109,12 @@ class FeatureExtractor:
         """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``."""
         # the printed module tells settings that leave the weights alone (padding, activation)
         network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
-        facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note]
+        facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *(["logits"] if self._logits else [])]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) preprocessed images -> (B, ``width``) float32 features on ``device``.
+        """(B, C, H, W) preprocessed images -> (B, ``width``) float32 features on ``device``.
 
         Raises
         ------
@@ -112,9 +123,39 @@ class FeatureExtractor:
         """
         return torch.cat([*self._forward(pixels.to(self.device, non_blocking=True)).values()], dim=1)
 
+    def in_passing(self, run: Callable[[], Any], count: int) -> tuple[Any, Tensor]:
+        """What ``run()`` gives, and the features (``count``, ``width``) of that same pass through a module of your own.
+
+        Nothing is changed about the pass: mode, precision and gradients are the caller's.
+
+        Raises
+        ------
+        UsageError
+            The module was not run, or gives no row of logits or features for each image.
+        """
+        with self._taps.recording() as found:
+            output = run()
+        with torch.no_grad():
+            rows = self._rows(self._with_output(found, output), count)
+            return output, torch.cat([*rows.values()], dim=1)
+
+    def last_linear(self) -> nn.Linear | nn.Conv2d:
+        """The layer of a module of your own that gives the logits (``UsageError`` if there is none)."""
+        if not self._last_linear:
+            raise UsageError(f"no linear layer of {self.backbone.tag} gives its logits")
+        found = self.model.get_submodule(self._last_linear)
+        assert isinstance(found, nn.Linear | nn.Conv2d)
+        return found
+
+    def _probe(self) -> Tensor:
+        """Some image, to see what layers give; not an even one, of which many layers would give the same."""
+        size = self.backbone.data_config.get("input_size", (3, 224, 224))
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(self.device, dtype)
+
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Pooled vectors (B, C) of each layer, then of the deep layers' deviations."""
+        """Pooled vectors (B, C) of each layer, of the deep layers' deviations, and logits."""
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
         try:
             with autocast, _evaluating(self.model):
@@ -123,20 +164,29 @@ class FeatureExtractor:
             raise
         except Exception as error:  # networks fail in many ways on a size they were not made for
             shape = f"{pixels.shape[2]} x {pixels.shape[3]} pixels (batch {tuple(pixels.shape)})"
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise UsageError(f"{self.backbone.tag} cannot take images of {shape}: {reason}") from None
+            raise UsageError(f"{self.backbone.tag} cannot take images of {shape}: {first_line(error)}") from None
+        return self._rows(found, len(pixels))
+
+    def _rows(self, found: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         for name in self.layers:
-            if len(found[name]) != len(pixels):
-                raise UsageError(f"layer {name!r} gives {len(found[name])} vectors for {len(pixels)} images")
-        deep = [name + SPREAD for name in (self._last, PRE_LOGITS) if name + SPREAD in found]
-        return {name: found[name].float() for name in (*self.layers, *deep)}
+            if len(found[name]) != count:
+                raise UsageError(f"layer {name!r} gives {len(found[name])} vectors for {count} images")
+        # a pre-logits vector of another width is not the mean of that map
+        deep = [
+            n + SPREAD
+            for n in (self._last, PRE_LOGITS)
+            if n + SPREAD in found and found[n + SPREAD].shape == found[n].shape
+        ]
+        names = [*self.layers, *deep, *([LOGITS] if self._logits else [])]
+        return {name: found[name].float() for name in names}
 
     def _run(self, pixels: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        if self._inner:  # a pass of their own: forward_intermediates never runs the head
-            with recorded(self.model, self._inner, deep=self._last) as found:
-                self.model(pixels)
-        if not self._stages and not self._wants_pre_logits:
+        if self._taps.taps or self._logits:  # for a timm model a pass of their own: the other never runs the head
+            with self._taps.recording() as found:
+                output = self.model(pixels)
+            found = self._with_output(found, output)
+        if self.backbone.source == "module" or not (self._stages or self._wants_pre_logits):
             return found
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         indices = sorted(set(self._stages.values())) or [0]  # timm returns them in this order, and needs one
@@ -150,15 +200,82 @@ class FeatureExtractor:
         for name, i in self._stages.items():
             found[name] = pool(maps[indices.index(i)], name)
             if name == self._last:
-                found |= _spread(maps[indices.index(i)], name)
+                found |= spread(maps[indices.index(i)], name)
         return found
 
+    def _with_output(self, found: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
+        """What the pass gave in the end, where that is a layer that is wanted."""
+        if self._wants_pre_logits and not self._last_linear and self.backbone.source == "module":
+            found[PRE_LOGITS] = pool(logits_of(output), PRE_LOGITS)
+        return found | ({LOGITS: logits_of(output)} if self._logits else {})
+
     def _pre_logits(self, final: Tensor) -> dict[str, Tensor]:
-        """Pre-logits, and the deviations of the map they are the mean of, if they are one's."""
+        """Pre-logits, and the deviations of the map before them."""
         vectors = pool(self.model.forward_head(final, pre_logits=True), PRE_LOGITS)  # type: ignore[operator]
-        spread = _spread(_channels_first(final, self.model, self.model), PRE_LOGITS)
-        same = [v.shape[1] == vectors.shape[1] for v in spread.values()]
-        return {PRE_LOGITS: vectors} | (spread if all(same) else {})
+        return {PRE_LOGITS: vectors} | spread(channels_first(final, self.model, self.model), PRE_LOGITS)
+
+    # ---- where layers are read ----
+
+    def _inner_taps(self, stages: Sequence[str]) -> list[Tap]:
+        """Layers of a timm model that ``forward_intermediates`` does not give."""
+        names = [name for name in self.layers if name not in stages and name != PRE_LOGITS]
+        return [Tap(name, mean=name, spread=name + SPREAD if name == self._last else "") for name in names]
+
+    def _own_taps(self, stages: Sequence[str], pixels: Tensor) -> list[Tap]:
+        """All layers of a module of your own; stages of a timm model are what ``forward_intermediates`` would give."""
+        taps = []
+        for name in self.layers:
+            skip = getattr(self.model, "num_prefix_tokens", 0) if name in stages else 0
+            if name in stages and name not in dict(self.model.named_modules()):
+                raise UsageError(f"layer {name!r} of {self.backbone.tag} is no module of its own; name other layers")
+            if name != PRE_LOGITS:
+                taps.append(Tap(name, name, name + SPREAD if name == self._last else "", skip=skip))
+        if self._wants_pre_logits and self._last_linear:
+            taps.append(Tap(self._last_linear, PRE_LOGITS, incoming=True))
+        if self._wants_pre_logits and (final := self._find_final(pixels)):
+            taps.append(Tap(final, spread=PRE_LOGITS + SPREAD))
+        return taps
+
+    def _find_last_linear(self, pixels: Tensor) -> str:
+        """Name of the module whose output is the logits, if it is a linear one."""
+        with _evaluating(self.model), torch.no_grad():
+            logits = logits_of(self.model(pixels))
+
+            def fits(module: nn.Module, given: Any, gives: Any) -> bool:
+                return isinstance(module, nn.Linear | nn.Conv2d) and _equal(gives, logits)
+
+            return find_module(self.model, lambda: self.model(pixels), fits)
+
+    def _find_final(self, pixels: Tensor) -> str:
+        """Name of the module that gives the map which a timm model's head averages."""
+        if not hasattr(self.model, "forward_features"):
+            return ""
+        run: Any = self.model.forward_features
+        with _evaluating(self.model), torch.no_grad():
+            final = run(pixels)
+            return find_module(self.model, lambda: run(pixels), lambda _, given, gives: _equal(gives, final))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits (B, classes) in what a classifier gives: a tensor, or something with ``logits``.
+
+    Raises
+    ------
+    UsageError
+        Nothing of the kind.
+    """
+    found = output.get(LOGITS) if isinstance(output, Mapping) else getattr(output, LOGITS, output)
+    if not isinstance(found, Tensor):
+        kind = type(output).__name__
+        raise UsageError(f"the classifier gives {kind}; featdiff needs a tensor (B, classes), or one as .logits")
+    return found
+
+
+def _equal(found: Any, wanted: Tensor) -> bool:
+    """Whether a module gives this very tensor, be it in another shape."""
+    return (
+        isinstance(found, Tensor) and found.numel() == wanted.numel() and torch.equal(found.flatten(), wanted.flatten())
+    )
 
 
 def resolve_layers(
@@ -218,11 +335,11 @@ def _stage_names(model: nn.Module) -> list[str]:
     return [info["module"] for info in model.feature_info]  # type: ignore[union-attr]
 
 
-def _wrap(model: nn.Module, transform: Transform | None) -> Backbone:
+def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:
     def missing(image: Any) -> Tensor:
         raise UsageError("a bare module needs transform=... to read pictures, or a DataLoader of ready tensors")
 
-    config = _probe(transform) if transform else {}
+    config = _probe(transform) if transform else {"input_size": tuple(input_size)} if input_size else {}
     # equal weights may sit in different networks: the printed module is part of its identity
     identity = hashlib.sha256(f"{model} {fingerprint(model)}".encode()).hexdigest()
     return Backbone(model, type(model).__name__, "module", identity, config, transform or missing)
@@ -252,63 +369,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def recorded(model: nn.Module, names: Sequence[str], deep: str = "") -> Iterator[dict[str, Tensor]]:
-    """Collect the pooled outputs of the named modules in a forward pass, by hooks that are removed afterwards.
-
-    Of the module ``deep``, the spatial deviations as well.
-    """
-    outputs: dict[str, Tensor] = {}
-    modules: Mapping[str, nn.Module] = dict(model.named_modules())
-
-    def hook(name: str) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple | list) else output
-            # pooled at once: the next module may work in place
-            features = _channels_first(first, module, model)
-            outputs[name] = pool(features, name).clone()
-            if name == deep:
-                outputs.update(_spread(features, name))
-
-        return keep
-
-    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
-    try:
-        yield outputs
-        if unused := [name for name in names if name not in outputs]:
-            raise UsageError(f"layer {unused[0]!r} was not reached in the forward pass")
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _channels_first(output: Tensor, module: nn.Module, model: nn.Module) -> Tensor:
-    # linear layers and layer norms work on the last axis, so a map that leaves them has its channels there
-    formats = (getattr(module, "output_fmt", None), getattr(model, "output_fmt", None))
-    nhwc = type(module) in (nn.Linear, nn.LayerNorm) or "NHWC" in formats
-    return output.movedim(-1, 1) if nhwc and isinstance(output, Tensor) and output.dim() == 4 else output
-
-
-def pool(features: Tensor, name: str = "") -> Tensor:
-    """Global average: (B, C, H, W) maps or (B, N, C) tokens -> (B, C); vectors stay as they are."""
-    if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
-        what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise UsageError(f"layer {name!r} gives {what}; featdiff needs (B, C, H, W), (B, N, C) or (B, C)")
-    if features.dim() == 4:
-        return reduce(features, "b c h w -> b c", "mean")
-    return reduce(features, "b n c -> b c", "mean") if features.dim() == 3 else features
-
-
-def _spread(features: Tensor, name: str) -> dict[str, Tensor]:
-    """Deviations over space: (B, C, H, W) or (B, N, C) -> {"<name>:std": (B, C)}; nothing for vectors."""
-    if features.dim() == 2:
-        return {}
-    places = (2, 3) if features.dim() == 4 else (1,)
-    # as std(correction=0), which torch computes 15 times more slowly on a CPU
-    centred = features.float() - features.float().mean(places, keepdim=True)
-    return {name + SPREAD: centred.square().mean(places).sqrt()}
 
 
 def block_normalise(features: Tensor, widths: Sequence[int], delta: float = 1e-6) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from featdiff.backbones import Backbone, load_backbone
 from featdiff.exceptions import UsageError
-from featdiff.features import AUTO_LAYERS, FeatureExtractor, block_normalise, pool, resolve_layers
+from featdiff.features import AUTO_LAYERS, FeatureExtractor, block_normalise, resolve_layers
+from featdiff.taps import pool
 
 #: A real Swin of 0.2 M weights (maps are NHWC inside, and its input size is fixed).
 SWIN = "swin_tiny_patch4_window7_224"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import PRE_LOGITS, SPREAD, block_normalise
+from ..features import PRE_LOGITS, block_normalise
 from ..neighbors import Index, make_index
+from ..taps import SPREAD
 
 
 class Banks(nn.Module):

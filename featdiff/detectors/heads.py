@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..denoisers import LFDN, LayerwiseLFDN
-from ..features import PRE_LOGITS, SPREAD, block_normalise
+from ..features import PRE_LOGITS, block_normalise
 from ..fusion import Fusion, log_statistics, log_z, weighted_sum
 from ..noise import add_noise, draw_noise, make_scheduler
 from ..reconstruct import reconstruct
 from ..residuals import likelihood_regret, mfsim, mse
+from ..taps import SPREAD
 from .banks import Banks
 
 #: Scores that come from reconstructions alone.
