@@ -10,15 +10,28 @@ if TYPE_CHECKING:
     from .detectors import load_detector as load_detector
     from .exceptions import FeatdiffError as FeatdiffError
     from .features import FeatureExtractor as FeatureExtractor
+    from .guard import Guard as Guard
+    from .guard import Verdict as Verdict
     from .scores import Scores as Scores
 
-__all__ = ["Detector", "FeatdiffError", "FeatureExtractor", "PixelDetector", "Scores", "load_detector"]
+__all__ = [
+    "Detector",
+    "FeatdiffError",
+    "FeatureExtractor",
+    "Guard",
+    "PixelDetector",
+    "Scores",
+    "Verdict",
+    "load_detector",
+]
 _ROOMS = {
     "Detector": "detectors",
     "FeatdiffError": "exceptions",
     "FeatureExtractor": "features",
+    "Guard": "guard",
     "PixelDetector": "detectors",
     "Scores": "scores",
+    "Verdict": "guard",
     "load_detector": "detectors",
 }
 

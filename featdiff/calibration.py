@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .exceptions import UsageError
 
@@ -31,6 +33,16 @@ def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
 def flagged(p: np.ndarray, fpr: float) -> np.ndarray:
     """p-values (B,) -> (B,) bool, ``p <= fpr``; NaN is not flagged."""
     return p <= fpr + _SLACK
+
+
+def tensor_p_values(scores: Tensor, calibration: Tensor, fpr: float) -> tuple[Tensor, Tensor]:
+    """Scores (B,) and sorted calibration scores (n,) -> :func:`p_values` (B,), float32, and :func:`flagged` (B,).
+
+    On any device, and what can be traced for export.
+    """
+    n = len(calibration)
+    at_least = 1 + n - torch.searchsorted(calibration.to(scores.dtype), scores)
+    return at_least.float() / (n + 1), at_least <= int((fpr + _SLACK) * (n + 1))
 
 
 def check_fpr(fpr: float, n: int | None = None) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class FeatureExtractor:
         self.mixed_precision = mixed_precision and self.device.type == "cuda" and not own
         self.model = self.backbone.model.to(self.device)
         self._logits = logits
-        stages = _stage_names(self.model)
+        stages = stage_names(self.model)
         modules = [name for name, _ in self.model.named_modules() if name]
         pixels = self._probe()
         asks = logits or bool(stages) or PRE_LOGITS in (layers if isinstance(layers, str) else list(layers))
@@ -123,21 +123,23 @@ class FeatureExtractor:
         """
         return torch.cat([*self._forward(pixels.to(self.device, non_blocking=True)).values()], dim=1)
 
-    def in_passing(self, run: Callable[[], Any], count: int) -> tuple[Any, Tensor]:
-        """What ``run()`` gives, and the features (``count``, ``width``) of that same pass through a module of your own.
+    def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Collect layers from the passes of a module of your own that are made meanwhile; see :meth:`in_passing`.
 
-        Nothing is changed about the pass: mode, precision and gradients are the caller's.
+        Nothing is changed about a pass: mode, precision and gradients are the caller's.
+        """
+        return self._taps.recording()
+
+    @torch.no_grad()
+    def in_passing(self, found: dict[str, Tensor], output: Any, count: int) -> Tensor:
+        """What :meth:`recording` found in a pass of ``count`` images, and what the pass gave -> rows (B, ``width``).
 
         Raises
         ------
         UsageError
-            The module was not run, or gives no row of logits or features for each image.
+            Not one vector of each layer for each image.
         """
-        with self._taps.recording() as found:
-            output = run()
-        with torch.no_grad():
-            rows = self._rows(self._with_output(found, output), count)
-            return output, torch.cat([*rows.values()], dim=1)
+        return torch.cat([*self._rows(self._with_output(found, output), count).values()], dim=1)
 
     def last_linear(self) -> nn.Linear | nn.Conv2d:
         """The layer of a module of your own that gives the logits (``UsageError`` if there is none)."""
@@ -329,20 +331,26 @@ def _as_index(layer: object) -> int | None:
         return None
 
 
-def _stage_names(model: nn.Module) -> list[str]:
+def stage_names(model: nn.Module) -> list[str]:
+    """Names of a timm model's stages; of any other module, none."""
     if not hasattr(model, "forward_intermediates"):
         return []
     return [info["module"] for info in model.feature_info]  # type: ignore[union-attr]
 
 
 def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:
-    def missing(image: Any) -> Tensor:
-        raise UsageError("a bare module needs transform=... to read pictures, or a DataLoader of ready tensors")
-
     config = _probe(transform) if transform else {"input_size": tuple(input_size)} if input_size else {}
-    # equal weights may sit in different networks: the printed module is part of its identity
-    identity = hashlib.sha256(f"{model} {fingerprint(model)}".encode()).hexdigest()
-    return Backbone(model, type(model).__name__, "module", identity, config, transform or missing)
+    return Backbone(model, type(model).__name__, "module", identity(model), config, transform or _no_transform)
+
+
+def _no_transform(image: Any) -> Tensor:
+    raise UsageError("a bare module needs transform=... to read pictures, or a DataLoader of ready tensors")
+
+
+def identity(model: nn.Module) -> str:
+    """What tells a module of your own from any other: a SHA-256 of its weights and of how it is printed, in hex."""
+    # equal weights may sit in different networks
+    return hashlib.sha256(f"{model} {fingerprint(model)}".encode()).hexdigest()
 
 
 def _probe(transform: Transform) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeGuard
 
 import numpy as np
@@ -275,8 +276,32 @@ def is_loader(source: object) -> TypeGuard[Iterable[object]]:
     return hasattr(source, "__iter__") and not named
 
 
+def _pixels_of(item: object) -> Tensor:
+    """The images in what a loader gives (``UsageError`` if there are none)."""
+    if isinstance(item, Mapping):
+        found: object = item.get("pixel_values")  # as Hugging Face's processors call it
+    else:
+        found = item[0] if isinstance(item, tuple | list) and item else item
+    if not isinstance(found, Tensor) or found.dim() != 4 or not found.is_floating_point():
+        what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(item).__name__
+        raise UsageError(
+            f"a loader must give preprocessed (B, C, H, W) float tensors, alone, first in a tuple, or as "
+            f"'pixel_values', not {what}"
+        )
+    return found
+
+
+def peek_size(loader: Iterable[object]) -> tuple[Iterable[object], tuple[int, ...] | None]:
+    """A loader's batches, and (C, H, W) of the first; None if there is none."""
+    batches = iter(loader)
+    for first in batches:
+        return chain([first], batches), tuple(_pixels_of(first).shape[1:])
+    return (), None
+
+
 def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) -> Iterator[Batch]:
-    """Batches that are already preprocessed: (B, 3, H, W) tensors, or tuples that begin with one.
+    """Batches that are already preprocessed: (B, C, H, W) tensors, tuples that begin with one, or mappings that have
+    one as ``pixel_values``.
 
     Images are named ``loader[0]``, ``loader[1]`` ...; those whose digest is in ``known`` are not passed on.
 
@@ -287,23 +312,8 @@ def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) 
     """
     count = 0
     for item in loader:
-        pixels = item[0] if isinstance(item, tuple | list) and item else item
-        if (
-            not isinstance(pixels, Tensor)
-            or pixels.dim() != 4
-            or pixels.shape[1] != 3
-            or not pixels.is_floating_point()
-        ):
-            what = (
-                f"{pixels.dtype} of shape {tuple(pixels.shape)}"
-                if isinstance(pixels, Tensor)
-                else type(pixels).__name__
-            )
-            raise UsageError(
-                f"a loader must give preprocessed (B, 3, H, W) float tensors, alone or first in a tuple, not {what}"
-            )
         loaded = []
-        pixels = pixels.detach().float()
+        pixels = _pixels_of(item).detach().float()
         for i, image in enumerate(pixels):
             digest = hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
             loaded.append(LoadedImage(ImageRef(f"loader[{count + i}]"), digest))

@@ -42,7 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detectors": {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
+        "taps",
     },
+    "guard": {"detectors", "features", "calibration", "store"},
     "comparison": set(),
     "rivals": {"features", "gaussian", "neighbors", "store"},
     "evaluation": {"detectors", "sources", "images", "store", "metrics", "rivals"},

@@ -16,6 +16,7 @@ from ..exceptions import UsageError, did_you_mean
 from ..fusion import FUSIONS
 from ..neighbors import check_backend, check_coreset
 from ..training import Recipe
+from .logit_heads import LOGIT_HEADS
 
 #: Arguments that say how to run, not what the model is: they are not saved, and may differ when it is loaded.
 RUNTIME = ("device", "image_batch", "workers", "max_pixels", "cache")
@@ -53,6 +54,24 @@ def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
         raise UsageError(f"unknown fusion {arguments['fusion']!r}; known: {', '.join(FUSIONS)}")
     if arguments["head"] not in heads:
         raise UsageError(f"unknown head {arguments['head']!r}; known: {', '.join(heads)}")
+    _check_classifier(arguments)
+
+
+def _check_classifier(arguments: Mapping[str, Any]) -> None:
+    """What only a module of the user's own has: a size, and logits."""
+    size, names = arguments["input_size"], arguments["logit_heads"]
+    if size is not None and (not _is_list(size) or len(size) != 3 or not all(_is_whole(n) and n > 0 for n in size)):
+        raise UsageError(f"input_size must be three whole numbers (channels, height, width), not {size!r}")
+    if not _is_list(names) or len(set(names)) < len(names) or not all(name in LOGIT_HEADS for name in names):
+        raise UsageError(f"logit_heads must be some of {', '.join(LOGIT_HEADS)}, not {names!r}")
+    if names and not isinstance(arguments["backbone"], nn.Module):
+        raise UsageError("logit_heads need logits: give a classifier (a module) as backbone, or use featdiff.Guard")
+    if names and arguments["head"] != "fused":
+        raise UsageError("logit_heads are joined by head='fused' only")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def check_pixel_arguments(arguments: Mapping[str, Any]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import PRE_LOGITS, block_normalise
+from ..features import LOGITS, PRE_LOGITS, block_normalise
 from ..neighbors import Index, make_index
 from ..taps import SPREAD
 
@@ -49,6 +49,10 @@ class Banks(nn.Module):
     def names(self) -> list[str]:
         """``knn_<space>`` for each space."""
         return [f"knn_{space}" for space in self.spaces]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banks:
+        self._indices = []  # they lie where the vectors lay
+        return super()._apply(fn, recurse)
 
     @torch.inference_mode()
     def fit(self, features: Tensor) -> Banks:
@@ -94,7 +98,7 @@ class Banks(nn.Module):
 
 def _spaces(columns: Mapping[str, slice]) -> dict[str, Sequence[str]]:
     """Name of each space -> the columns it is made of."""
-    stages = [name for name in columns if name.removesuffix(SPREAD) != PRE_LOGITS]
+    stages = [name for name in columns if name.removesuffix(SPREAD) not in (PRE_LOGITS, LOGITS)]
     last = [name for name in stages if not name.endswith(SPREAD)][-1]
     spaces: dict[str, Sequence[str]] = {last: [name for name in (last, last + SPREAD) if name in columns]}
     return spaces | {name: [name] for name in (PRE_LOGITS, PRE_LOGITS + SPREAD) if name in columns}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from ..backbones import DEFAULT_BACKBONE, load_backbone
 from ..exceptions import ModelError, UsageError
-from ..features import FeatureExtractor, Layers
-from ..images import MAX_PIXELS, Transform
+from ..features import FeatureExtractor, Layers, identity
+from ..images import MAX_PIXELS, Transform, is_loader, peek_size
 from ..persist import load, locate
 from ..store import Progress
 from ..training import Recipe
@@ -21,13 +22,15 @@ from .arguments import check_arguments
 from .base import BaseDetector
 from .fitting import as_digests, fit_heads
 from .heads import DIFFUSION, HEADS, FusedHeads
-from .loading import check_backbone, load_tensors, saved_arguments, take_digests
+from .loading import check_fingerprint, check_layers, load_tensors, saved_arguments, take_digests
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 3
 # Arguments that are handed on to the heads; training depends on the first ones alone.
 _TRAINING_ARGUMENTS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
-_SCORING_ARGUMENTS = ("start_times", "draws", "stride", "neighbors", "fusion", "backend")
+_SCORING_ARGUMENTS = ("start_times", "draws", "stride", "neighbors", "fusion", "backend", "logit_heads")
+# In-domain rows on which ViM's subspace is fitted: more would not help.
+_VIM_ROWS = 20_000
 
 
 class Detector(BaseDetector):
@@ -44,7 +47,8 @@ class Detector(BaseDetector):
     ----------
     backbone : str or nn.Module
         A timm name, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or any module (then ``layers`` by name, and ``transform``
-        a callable from an RGB picture to a (3, H, W) tensor if files are to be read).
+        a callable from an RGB picture to a (3, H, W) tensor if files are to be read; see also
+        :class:`featdiff.Guard`).
     weights, pretrained, model_args, transform
         See :func:`featdiff.backbones.load_backbone`.
     layers : "auto", or names or indices of layers
@@ -62,6 +66,11 @@ class Detector(BaseDetector):
         Stored noise draws for each start time.
     stride : int, optional
         Reconstruct by DDIM steps of this stride; default: in one step.
+    input_size : (C, H, W), optional
+        Of the images for a module without ``transform``; default: that of the first batch it is fitted on.
+    logit_heads : some of "energy", "msp" and "vim"
+        What else ``fused`` joins, if the backbone is a classifier of your own; see
+        :class:`featdiff.detectors.logit_heads.LogitHeads`.
     head : "fused", "layerwise", "mse", "mfsim" or "lr"
         Which score becomes ``ood_score``; all but ``fused`` are diffusion alone, see
         :meth:`featdiff.detectors.heads.DiffusionHeads.forward`, and keep no bank.
@@ -122,6 +131,8 @@ class Detector(BaseDetector):
         bank_size: int = 10_000,
         coreset: str = "random",
         backend: str = "auto",
+        input_size: Sequence[int] | None = None,
+        logit_heads: Sequence[str] = (),
         recipe: Recipe | Mapping[str, Any] | None = None,
         calibration: float = 0.2,
         validation: float = 0.05,
@@ -169,11 +180,16 @@ class Detector(BaseDetector):
         for name in ("calibration_", "bank_digests_"):
             vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
         # images -> features
+        if is_loader(images) and self.arguments["input_size"] is None:
+            images, self.arguments["input_size"] = peek_size(images)
         self.extractor_ = self._extractor()
         found, kept = self._extract(images, progress)
         unique, table, rows = self._held_out(found.digests, kept)
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
+        if self.heads_.logits is not None:
+            last = self.extractor_.last_linear()
+            self.heads_.logits.fit(table[rows.training[:_VIM_ROWS]], last.weight, last.bias)
         key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         checkpoint = kept.folder / f"training-{key}.pt"
@@ -187,7 +203,8 @@ class Detector(BaseDetector):
     def _extractor(self) -> FeatureExtractor:
         given, layers, transform = (self.arguments[name] for name in ("backbone", "layers", "transform"))
         if isinstance(given, nn.Module):
-            return FeatureExtractor(given, layers, self.device, transform=transform)
+            size, logits = self.arguments["input_size"], bool(self.arguments["logit_heads"])
+            return FeatureExtractor(given, layers, self.device, True, transform, size, logits)
         weights, pretrained, model_args = (self.arguments[name] for name in ("weights", "pretrained", "model_args"))
         loaded = load_backbone(given, weights, pretrained, model_args, transform)
         return FeatureExtractor(loaded, layers, self.device)
@@ -197,6 +214,38 @@ class Detector(BaseDetector):
         if self.head != "fused":
             arguments["neighbors"] = 0  # what the score does not look at costs nothing
         return FusedHeads(self.extractor_.columns, bank_rows=bank_rows, **arguments).to(self.device)
+
+    def on(self, classifier: nn.Module) -> Detector:
+        """The same fitted detector, on what ``classifier`` gives in its own forward pass.
+
+        Parameters
+        ----------
+        classifier : module
+            One that holds the network this detector was fitted on, under the same names.
+
+        Raises
+        ------
+        NotFittedError
+        ModelError
+            Another network, or other weights.
+        """
+        self.check_fitted()
+        own, theirs = self.extractor_.backbone.model.state_dict(), classifier.state_dict()
+        for name, value in own.items():
+            if name not in theirs or not _same(value, theirs[name]):
+                what = "has other weights" if name in theirs else "has no such weights"
+                raise ModelError(f"the classifier is not the network this detector was fitted on: {name} {what}")
+        facts: dict[str, Any] = {"backbone": classifier, "weights": None, "pretrained": True, "model_args": None}
+        if self.extractor_.backbone.source != "module":
+            facts["transform"] = self.extractor_.transform
+        other = Detector(**self.arguments | facts | {"layers": self.extractor_.layers})
+        other.extractor_ = other._extractor()
+        if other.extractor_.columns != self.extractor_.columns:
+            raise ModelError("the classifier gives other layers than this detector was fitted on: call fit on it")
+        other.heads_, other.bank_digests_ = copy.deepcopy(self.heads_), self.bank_digests_
+        for name in ("calibration_", "n_images_", "validation_loss_", "training_seconds_"):
+            setattr(other, name, getattr(self, name))
+        return other
 
     # ---- score ----
 
@@ -268,14 +317,21 @@ class Detector(BaseDetector):
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
         arguments = saved_arguments(config, folder, backbone, transform, weights, runtime)
+        if backbone is not None:  # said before another network fails in its own way
+            check_fingerprint(identity(backbone), config)
         try:
             detector = cls(**arguments)
             detector.extractor_ = detector._extractor()
         except (TypeError, UsageError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
-        check_backbone(detector.extractor_, config, folder)
+        check_fingerprint(detector.extractor_.backbone.fingerprint, config)
+        check_layers(detector.extractor_, config, folder)
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
         detector.heads_ = detector._new_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         detector._take_facts(config)
         return detector
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..denoisers import LFDN, LayerwiseLFDN
-from ..features import PRE_LOGITS, block_normalise
+from ..features import LOGITS, PRE_LOGITS, block_normalise
 from ..fusion import Fusion, log_statistics, log_z, weighted_sum
 from ..noise import add_noise, draw_noise, make_scheduler
 from ..reconstruct import reconstruct
 from ..residuals import likelihood_regret, mfsim, mse
 from ..taps import SPREAD
 from .banks import Banks
+from .logit_heads import LogitHeads
 
 #: Scores that come from reconstructions alone.
 DIFFUSION = ("layerwise", "mse", "mfsim", "lr")
@@ -30,9 +31,10 @@ _DIFFUSION_WEIGHT = 0.75
 class FusedHeads(nn.Module):
     """Diffusion and neighbours in one score; its state dict is what a saved detector holds.
 
-    ``diffusion`` reconstructs the stages, ``banks`` look up neighbours of deep features. Each of the heads
-    ``layerwise``, ``knn_<space>`` ... becomes a z-score of its logarithm among held-out in-domain images (``mean`` and
-    ``deviation`` (heads,)), and ``fusion`` joins them.
+    ``diffusion`` reconstructs the stages, ``banks`` look up neighbours of deep features, ``logits`` asks a classifier's
+    own logits, where that is wanted. Each of the heads ``layerwise``, ``knn_<space>`` ... and ``energy`` ... becomes a
+    z-score (of a distance: of its logarithm) among held-out in-domain images (``mean`` and ``deviation`` (heads,)), and
+    ``fusion`` joins them.
 
     Parameters
     ----------
@@ -44,6 +46,7 @@ class FusedHeads(nn.Module):
         Vectors in each bank.
     fusion, backend : str
         See :class:`featdiff.fusion.Fusion` and :func:`featdiff.neighbors.make_index`.
+    logit_heads : some of :data:`featdiff.detectors.logit_heads.LOGIT_HEADS`
     diffusion : further arguments of :class:`DiffusionHeads`
     """
 
@@ -58,16 +61,18 @@ class FusedHeads(nn.Module):
         bank_rows: int,
         fusion: str,
         backend: str,
+        logit_heads: Sequence[str] = (),
         **diffusion: Any,
     ) -> None:
         super().__init__()
-        layers = [name for name in columns if not name.endswith(SPREAD)]
+        layers = [name for name in columns if not name.endswith(SPREAD) and name != LOGITS]
         stages = [name for name in layers if name != PRE_LOGITS]
         self.diffusion = DiffusionHeads([columns[name].stop - columns[name].start for name in stages], **diffusion)
         self._stage_columns = [i for name in stages for i in range(columns[name].start, columns[name].stop)]
         self.banks = Banks(columns, bank_rows, neighbors, backend) if neighbors else None
         self.layers = [*stages, *(name for name in layers if self.banks and name == PRE_LOGITS)]
-        self.names = ["layerwise", *(self.banks.names if self.banks else [])]
+        self.logits = LogitHeads(logit_heads, columns) if logit_heads else None
+        self.names = ["layerwise", *(self.banks.names if self.banks else []), *logit_heads]
         weights = [_DIFFUSION_WEIGHT, *(1.0 for _ in self.names[1:])]
         self.fusion = Fusion(len(self.names), fusion, weights)
         self.register_buffer("mean", torch.zeros(len(self.names)))
@@ -100,7 +105,8 @@ class FusedHeads(nn.Module):
     def forward(self, features: Tensor, names: Sequence[str] = HEADS) -> tuple[dict[str, Tensor], Tensor]:
         """Rows of an extractor (B, D) -> ({name: (B,)}, layer scores (B, L)); higher = more OOD.
 
-        ``fused`` joins the heads; asked for, it brings each ``knn_<space>`` along: the geometric mean of distances.
+        ``fused`` joins the heads; asked for, it brings each ``knn_<space>`` along: the geometric mean of distances, and
+        the heads that look at logits.
         The score of layer ``pre_logits`` is its neighbours', in standard deviations of its logarithm.
         """
         raw, out, layers = self._raw(features, (*names, "layerwise"))
@@ -109,17 +115,20 @@ class FusedHeads(nn.Module):
             del out["layerwise"]
         if "fused" in names:
             out = {"fused": self.fusion(z)} | out
-            out |= {name: raw[:, i].exp() for i, name in enumerate(self.names) if i}
+            apart = {name: raw[:, i] for i, name in enumerate(self.names) if i}
+            out |= {name: score.exp() if name.startswith("knn_") else score for name, score in apart.items()}
         if PRE_LOGITS in self.layers:
             layers = torch.cat([layers, z[:, [self.names.index(f"knn_{PRE_LOGITS}")]]], dim=1)
         return out, layers
 
     def _raw(self, features: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """What is standardised, (B, heads): the diffusion score and logarithms of distances."""
+        """What is standardised, (B, heads): the diffusion score, logarithms of distances, and scores of logits."""
         out, layers = self.diffusion(self.pooled(features), names)
         raw = out["layerwise"][:, None]
         if self.banks is not None:
             raw = torch.cat([raw, self.banks(features).log()], dim=1)
+        if self.logits is not None:
+            raw = torch.cat([raw, self.logits(features.to(raw.device))], dim=1)
         return raw, out, layers
 
     def _z(self, raw: Tensor) -> Tensor:

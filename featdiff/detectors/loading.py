@@ -89,14 +89,18 @@ def pixel_arguments(config: dict[str, Any], folder: Path, runtime: Mapping[str, 
     return {**config["arguments"], **runtime}
 
 
-def check_backbone(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
-    """Refuse a backbone whose weights or layers are not those the detector was fitted with."""
-    tag, expected, found = config["backbone"]["tag"], config["backbone"]["fingerprint"], extractor.backbone.fingerprint
+def check_fingerprint(found: str, config: dict[str, Any]) -> None:
+    """Refuse a backbone other than the one the detector was fitted with."""
+    tag, expected = config["backbone"]["tag"], config["backbone"]["fingerprint"]
     if found != expected:
         raise ModelError(
             f"the backbone {tag} has other weights than this detector was fitted with (SHA-256 {found[:12]}, "
             f"expected {expected[:12]}): give the original weights, or train again"
         )
+
+
+def check_layers(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
+    """Refuse layers that are not those the detector was fitted with."""
     if dict(zip(extractor.layers, extractor.widths, strict=True)) != config["layers"]:
         raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
 

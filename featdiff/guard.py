@@ -1,0 +1,350 @@
+"""A classifier that also says when an image is something it was never made for, in the same forward pass."""
+
+from __future__ import annotations
+
+import os
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import check_fpr, tensor_p_values
+from .detectors import Detector
+from .exceptions import NotFittedError, UsageError, first_line
+from .features import FeatureExtractor, Layers, logits_of, resolve_layers, stage_names
+from .store import Progress
+
+#: The class that an abstaining guard predicts for flagged images.
+ABSTAINED = -1
+# How far up the stack a warning points: past this module and torch's, to who called the guard.
+_CALLER = 6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says of B images; all tensors lie where the logits do.
+
+    ood_score : (B,) float, higher = more OOD, about 0 +- 1 for in-domain images. p_value : (B,) conformal, in (0, 1].
+    is_ood : (B,) bool, p_value <= fpr. layers : for each layer (B,), in in-domain standard deviations.
+    predicted : (B,) the class of the largest logit; -1 for flagged images if the guard abstains.
+    """
+
+    ood_score: Tensor
+    p_value: Tensor
+    is_ood: Tensor
+    layers: dict[str, Tensor]
+    predicted: Tensor
+
+
+class Guard(nn.Module):
+    """Wraps a classifier: ``logits, verdict = guard(images)``, from one pass through it.
+
+    The classifier runs as it would without the guard: same mode, precision, gradients and logits to the last bit. Its
+    layers are read by hooks that are there only meanwhile. Any number of threads may use a guard. It can be compiled by
+    ``torch.compile``, and takes a classifier that is, or is in ``DataParallel`` or ``DistributedDataParallel``.
+
+    Parameters
+    ----------
+    classifier : nn.Module
+        Takes (B, C, H, W), gives logits (B, classes) or something with ``logits``. Registered as a submodule.
+    detector : Detector, optional
+        One fitted on this classifier, or on its backbone; else call :meth:`fit`.
+    layers : "auto", or names
+        For :meth:`fit`; see :func:`featdiff.features.resolve_layers`. ``auto`` is for timm models.
+    fpr : float, optional
+        False-alarm rate: this share of in-domain images is flagged. Default: the detector's, or 0.05. Can be set anew.
+    abstain : bool
+        Predict class -1 for flagged images.
+    arguments : further arguments of :class:`featdiff.Detector`, for :meth:`fit`
+        For example ``logit_heads=("energy",)``.
+
+    Raises
+    ------
+    UsageError
+        An unknown layer, or an argument outside its range.
+    ModelError
+        The detector was fitted on another network.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        detector: Detector | None = None,
+        *,
+        layers: Layers | None = None,
+        fpr: float | None = None,
+        abstain: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(classifier, nn.Module):
+            raise UsageError(f"a guard wraps a classifier (nn.Module), not {type(classifier).__name__}")
+        if detector is not None and (layers is not None or arguments):
+            given = [*arguments, *(["layers"] if layers is not None else [])]
+            raise UsageError(
+                f"{given[0]} is decided by the detector: leave it away, or leave the detector away and fit"
+            )
+        self.classifier, self.abstain = classifier, abstain
+        network = _unwrapped(classifier)
+        if detector is None:
+            self._arguments = {"layers": "auto" if layers is None else layers, **arguments}
+            names = [name for name, _ in network.named_modules() if name]
+            resolve_layers(self._arguments["layers"], stage_names(network), names, has_classifier=True)
+            self.detector = self._new_detector()
+        else:
+            self.detector = detector.on(network)
+        self.fpr = self.detector.fpr if fpr is None else fpr
+        check_fpr(self.fpr)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        # a code object of its own: torch.compile keeps what it made of a function with its code, and would take what it
+        # made of the bare classifier, which reads no layers, for this
+        run: Any = types.FunctionType(_run.__code__.replace(), globals())
+        given: Any = self.classifier
+        self._run = given.dynamo_ctx(run) if isinstance(given, torch._dynamo.OptimizedModule) else run
+        self._here = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_here")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def _new_detector(self) -> Detector:
+        device = next((str(p.device) for p in self.classifier.parameters()), "cpu")
+        return Detector(_unwrapped(self.classifier), **{"device": device, **self._arguments})
+
+    # ---- fit ----
+
+    def fit(self, loader: object, progress: Progress | None = None) -> Self:
+        """Learn from ordinary images what is in-domain, in the classifier's own features; no labels are needed.
+
+        Parameters
+        ----------
+        loader : iterable of batches
+            Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or whatever
+            :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
+        progress : callable (stage, done, total), optional
+
+        Raises
+        ------
+        UsageError
+            No images, too few for the false-alarm rate, or a classifier that they do not suit.
+        """
+        if not hasattr(self, "_arguments"):
+            raise UsageError("this guard was given a fitted detector: make a Guard without one to fit it anew")
+        detector = self._new_detector()
+        detector.fpr = self.fpr
+        with torch.random.fork_rng(devices=[]):  # loaders draw from the global source
+            self.detector = detector.fit(loader, progress)
+        return self
+
+    # ---- the forward pass ----
+
+    # torch.compile sees the classifier alone, in _run; hooks come and go, and rows are judged, outside of that
+    @torch.compiler.disable(recursive=False)
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Verdict | None]:
+        """Images (B, C, H, W), and whatever else the classifier takes -> (logits (B, classes), verdict).
+
+        While the guard is :meth:`off`, the verdict is None.
+
+        Raises
+        ------
+        NotFittedError
+        UsageError
+            An empty batch, images or layers with NaN (the rows are named), images of another precision than the
+            classifier, or no row of logits for each image.
+        """
+        if self._is_off():
+            return logits_of(self.classifier(images, *args, **kwargs)), None
+        self._check(images)
+        network = self.classifier
+        if isinstance(network, nn.DataParallel):
+            logits, rows = self._on_replicas(network, images, args, kwargs)
+            return logits, self._verdict(logits, rows, images)
+        if isinstance(network, torch._dynamo.OptimizedModule):
+            network = network._orig_mod
+        with self._recording(images) as found:
+            output = self._run(network, images, *args, **kwargs)
+        logits, rows = self._rows(found, output, len(images))
+        return logits, self._verdict(logits, rows, images)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """For a while, in this thread, the bare classifier: ``guard(images)`` gives (logits, None)."""
+        before = self._is_off()
+        self._here.off = True
+        try:
+            yield
+        finally:
+            self._here.off = before
+
+    @torch.compiler.disable
+    def _is_off(self) -> bool:
+        return getattr(self._here, "off", False)
+
+    @torch.compiler.disable
+    def _check(self, images: Tensor) -> None:
+        if not hasattr(self.detector, "calibration_"):
+            raise NotFittedError(
+                "this guard is not fitted: call fit(loader), or Guard.from_pretrained(folder, classifier)"
+            )
+        if not isinstance(images, Tensor) or images.dim() == 0 or len(images) == 0:
+            what = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise UsageError(f"a guard takes a batch of at least one image, not {what}")
+        if any(module.training for module in _unwrapped(self.classifier).modules()):
+            warnings.warn(
+                "the classifier is in train mode, so scores depend on the batch and on chance: call eval() first",
+                stacklevel=_CALLER,
+            )
+
+    @torch.compiler.disable
+    def _recording(self, images: Tensor) -> _Recording:
+        return _Recording(self.detector.extractor_, images)
+
+    @torch.compiler.disable
+    def _rows(self, found: dict[str, Tensor], output: Any, count: int) -> tuple[Tensor, Tensor]:
+        """Logits, and a row of features for each image."""
+        logits = logits_of(output)
+        if logits.dim() != 2 or len(logits) != count:
+            raise UsageError(f"the classifier gives logits of shape {tuple(logits.shape)} for {count} images")
+        return logits, self.detector.extractor_.in_passing(found, output, count)
+
+    @torch.compiler.disable
+    def _on_replicas(
+        self, network: nn.DataParallel[Any], images: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The same on all GPUs of a DataParallel: each replica reads its own layers."""
+        output_device = getattr(network, "output_device", None)  # without a GPU, there is none
+        tapped = nn.DataParallel(_Tapped(self, network.module), network.device_ids or None, output_device)
+        logits, rows = tapped(images, *args, **kwargs)
+        return logits, rows
+
+    @torch.compiler.disable
+    def _verdict(self, logits: Tensor, rows: Tensor, images: Tensor) -> Verdict:
+        detector = self.detector
+        self._check_finite(rows, images)
+        if detector.heads_.mean.device != rows.device:
+            detector.heads_.to(rows.device)
+        with torch.autocast(rows.device.type, enabled=False):
+            heads, layers = detector.heads_(rows, (detector.head,))
+        # copies are ordinary tensors where the caller's are, not those of the inference mode that the heads work in
+        score, layers = heads[detector.head].clone(), layers.clone()
+        p_value, is_ood = tensor_p_values(score, torch.as_tensor(detector.calibration_, device=score.device), self.fpr)
+        predicted = logits.detach().argmax(1)
+        if self.abstain:
+            predicted = predicted.masked_fill(is_ood, ABSTAINED)
+        return Verdict(score, p_value, is_ood, dict(zip(detector.layers, layers.T, strict=True)), predicted)
+
+    def _check_finite(self, rows: Tensor, images: Tensor) -> None:
+        finite = torch.isfinite(rows)
+        if finite.all():
+            return
+        bad = (~finite.all(1)).nonzero().flatten().tolist()
+        where = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+        if not torch.isfinite(images[bad[0]]).all():
+            raise UsageError(f"images with NaN or infinite pixels in the batch, rows {where}: leave them out")
+        columns = self.detector.extractor_.columns
+        layer = next(name for name, part in columns.items() if not finite[bad[0], part].all())
+        hint = "; float16 ends at 65,504: use bfloat16" if torch.float16 in _precisions(self.classifier) else ""
+        raise UsageError(f"layer {layer!r} gives NaN or infinite values for rows {where} of the batch{hint}")
+
+    # ---- save and load ----
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the fitted detector, without the classifier; see :meth:`featdiff.Detector.save_pretrained`."""
+        self.detector.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        classifier: nn.Module,
+        *,
+        fpr: float | None = None,
+        abstain: bool = False,
+        local_files_only: bool = False,
+        **runtime: Any,
+    ) -> Guard:
+        """A saved guard for the classifier it was fitted on.
+
+        Parameters
+        ----------
+        name : folder, or hub repository ``org/name``
+        runtime : further keywords of :meth:`featdiff.Detector.from_pretrained`
+
+        Raises
+        ------
+        ModelError
+            No model, a damaged one, or another classifier (its weights and structure are compared).
+        """
+        network = _unwrapped(classifier)
+        device = next((str(p.device) for p in network.parameters()), "cpu")
+        options = {"device": device, "local_files_only": local_files_only, **runtime}
+        return cls(classifier, Detector.from_pretrained(name, backbone=network, **options), fpr=fpr, abstain=abstain)
+
+
+def _run(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return network(*args, **kwargs)
+
+
+class _Recording:
+    """The coming and going of hooks, out of sight of torch.compile; tells why a pass failed where that is known."""
+
+    def __init__(self, extractor: FeatureExtractor, images: Tensor) -> None:
+        self._context, self._network, self._images = extractor.recording(), extractor.model, images
+
+    @torch.compiler.disable
+    def __enter__(self) -> dict[str, Tensor]:
+        return self._context.__enter__()
+
+    @torch.compiler.disable
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self._context.__exit__(kind, error, trace)
+        except UsageError as missed:  # a layer was not reached
+            if any(module._compiled_call_impl is not None for module in self._network.modules()):
+                raise UsageError(f"{missed}: compile the guard, not the classifier with its compile()") from None
+            raise
+        precisions, given = _precisions(self._network), self._images.dtype
+        if isinstance(error, RuntimeError) and precisions and given not in precisions:
+            wanted = " and ".join(sorted(str(precision).removeprefix("torch.") for precision in precisions))
+            raise UsageError(
+                f"the images are {str(given).removeprefix('torch.')}, the classifier's weights {wanted}: convert "
+                f"either, or use torch.autocast ({first_line(error)})"
+            ) from error
+
+
+class _Tapped(nn.Module):
+    """What DataParallel copies to each GPU: a classifier that gives (logits, features)."""
+
+    def __init__(self, guard: Guard, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._read = guard._rows
+        self._recording = guard._recording
+
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        with self._recording(images) as found:
+            output = self.network(images, *args, **kwargs)
+        return self._read(found, output, len(images))
+
+
+def _unwrapped(classifier: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(classifier, (torch._dynamo.OptimizedModule, *wrappers)):
+        classifier = classifier.module if isinstance(classifier, wrappers) else classifier._orig_mod
+    return classifier
+
+
+def _precisions(classifier: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in classifier.parameters() if p.is_floating_point()}
