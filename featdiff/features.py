@@ -81,6 +81,7 @@ class FeatureExtractor:
         self.device = torch.device(device)
         self.mixed_precision = mixed_precision and self.device.type == "cuda" and not own
         self.model = self.backbone.model.to(self.device)
+        self._precision = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self._logits = logits
         stages = stage_names(self.model)
         modules = [name for name, _ in self.model.named_modules() if name]
@@ -121,7 +122,8 @@ class FeatureExtractor:
         UsageError
             The backbone does not take images of this shape.
         """
-        return torch.cat([*self._forward(pixels.to(self.device, non_blocking=True)).values()], dim=1)
+        pixels = pixels.to(self.device, self._precision, non_blocking=True)
+        return torch.cat([*self._forward(pixels).values()], dim=1)
 
     def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Collect layers from the passes of a module of your own that are made meanwhile; see :meth:`in_passing`.
@@ -152,8 +154,8 @@ class FeatureExtractor:
     def _probe(self) -> Tensor:
         """Some image, to see what layers give; not an even one, of which many layers would give the same."""
         size = self.backbone.data_config.get("input_size", (3, 224, 224))
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        return torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(self.device, dtype)
+        pixels = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
+        return pixels.to(self.device, self._precision)
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:

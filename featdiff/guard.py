@@ -92,6 +92,8 @@ class Guard(nn.Module):
             )
         self.classifier, self.abstain = classifier, abstain
         network = _unwrapped(classifier)
+        self.fpr = fpr if fpr is not None else detector.fpr if detector else 0.05
+        check_fpr(self.fpr)
         if detector is None:
             self._arguments = {"layers": "auto" if layers is None else layers, **arguments}
             names = [name for name, _ in network.named_modules() if name]
@@ -99,8 +101,6 @@ class Guard(nn.Module):
             self.detector = self._new_detector()
         else:
             self.detector = detector.on(network)
-        self.fpr = self.detector.fpr if fpr is None else fpr
-        check_fpr(self.fpr)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -120,7 +120,7 @@ class Guard(nn.Module):
 
     def _new_detector(self) -> Detector:
         device = next((str(p.device) for p in self.classifier.parameters()), "cpu")
-        return Detector(_unwrapped(self.classifier), **{"device": device, **self._arguments})
+        return Detector(_unwrapped(self.classifier), **{"device": device, "fpr": self.fpr, **self._arguments})
 
     # ---- fit ----
 
@@ -142,7 +142,6 @@ class Guard(nn.Module):
         if not hasattr(self, "_arguments"):
             raise UsageError("this guard was given a fitted detector: make a Guard without one to fit it anew")
         detector = self._new_detector()
-        detector.fpr = self.fpr
         with torch.random.fork_rng(devices=[]):  # loaders draw from the global source
             self.detector = detector.fit(loader, progress)
         return self

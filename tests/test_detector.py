@@ -271,7 +271,7 @@ def test_loader_can_be_scored(fitted: Detector, fresh: list[str], labels: bool) 
 
 @pytest.mark.parametrize("batch", [torch.zeros(3, 8, 8), "text", (), None], ids=["3d", "text", "empty", "none"])
 def test_loader_of_something_else_is_refused(fitted: Detector, batch: object) -> None:
-    with pytest.raises(UsageError, match=r"a loader must give .*\(B, 3, H, W\)"):
+    with pytest.raises(UsageError, match=r"a loader must give .*\(B, C, H, W\)"):
         fitted.score(iter([batch]))
 
 

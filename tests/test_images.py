@@ -942,14 +942,20 @@ def test_empty_loader_and_empty_batch() -> None:
     assert (batch.loaded, batch.pixels, batch.decoded) == ([], None, [])
 
 
+def test_batches_of_a_mapping_and_of_grey_images() -> None:
+    grey = torch.rand(2, 1, 4, 4)
+    named, plain = batches_from_loader([{"pixel_values": grey, "labels": [0, 1]}, grey])
+    assert torch.equal(named.pixels, grey)  # type: ignore[arg-type]
+    assert [item.digest for item in named.loaded] == [item.digest for item in plain.loaded]
+
+
 @pytest.mark.parametrize(
     ("item", "words"),
     [
         (torch.zeros(3, 4, 4), r"\(3, 4, 4\)"),
         (torch.zeros(2, 1, 3, 4, 4), r"\(2, 1, 3, 4, 4\)"),
-        (torch.zeros(2, 1, 4, 4), r"\(2, 1, 4, 4\)"),
-        (torch.zeros(2, 4, 4, 3), r"\(2, 4, 4, 3\)"),
-        ({"pixel_values": torch.zeros(2, 3, 4, 4)}, "dict"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"uint8"),
+        ({"pixels": torch.zeros(2, 3, 4, 4)}, "dict"),
         ((torch.arange(2), torch.zeros(2, 3, 4, 4)), r"\(2,\)"),
         ([torch.zeros(3, 4, 4)] * 2, r"\(3, 4, 4\)"),
         (np.zeros((2, 3, 4, 4), np.float32), "ndarray"),
@@ -961,7 +967,7 @@ def test_empty_loader_and_empty_batch() -> None:
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_other_batches_are_usage_errors_that_say_what_is_taken(item: object, words: str) -> None:
-    with pytest.raises(UsageError, match=rf"\(B, 3, H, W\).*{words}"):
+    with pytest.raises(UsageError, match=rf"\(B, C, H, W\).*{words}"):
         list(batches_from_loader([TILES, item]))
 
 

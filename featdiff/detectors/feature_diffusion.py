@@ -187,9 +187,9 @@ class Detector(BaseDetector):
         unique, table, rows = self._held_out(found.digests, kept)
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
-        if self.heads_.logits is not None:
+        if self.heads_.logits is not None and "vim" in self.heads_.logits.names:
             last = self.extractor_.last_linear()
-            self.heads_.logits.fit(table[rows.training[:_VIM_ROWS]], last.weight, last.bias)
+            self.heads_.logits.fit_vim(table[rows.training[:_VIM_ROWS]], last.weight, last.bias)
         key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         checkpoint = kept.folder / f"training-{key}.pt"

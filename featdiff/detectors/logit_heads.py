@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..exceptions import UsageError
 from ..features import LOGITS, PRE_LOGITS
 
 #: energy: Liu et al., NeurIPS 2020; msp: Hendrycks & Gimpel, ICLR 2017; vim: Wang et al., CVPR 2022.
@@ -26,6 +27,11 @@ class LogitHeads(nn.Module):
     names : some of ``LOGIT_HEADS``
     columns : mapping of names to slices
         Where ``logits`` and ``pre_logits`` lie in a row of features.
+
+    Raises
+    ------
+    UsageError
+        ViM without ``pre_logits``.
     """
 
     origin: Tensor
@@ -37,16 +43,16 @@ class LogitHeads(nn.Module):
         self.names = tuple(names)
         self._columns = {name: columns[name] for name in (LOGITS, PRE_LOGITS) if name in columns}
         if "vim" in names:
+            if PRE_LOGITS not in columns:
+                raise UsageError(f"vim looks at the layer {PRE_LOGITS}: name it among the layers")
             width = columns[PRE_LOGITS].stop - columns[PRE_LOGITS].start
             self.register_buffer("origin", torch.zeros(width))
             self.register_buffer("basis", torch.eye(width))
             self.register_buffer("scale", torch.ones(()))
 
     @torch.inference_mode()
-    def fit(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> LogitHeads:
+    def fit_vim(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> LogitHeads:
         """Fit ViM on in-domain rows (N, D), for a classifier of these weights (classes, d) and biases (classes,)."""
-        if "vim" not in self.names:
-            return self
         weight = weight.detach().flatten(1).double()
         if bias is not None:
             self.origin.copy_(-(torch.linalg.pinv(weight) @ bias.detach().double()))
