@@ -92,8 +92,7 @@ class Guard(nn.Module):
             )
         self.classifier, self.abstain = classifier, abstain
         network = _unwrapped(classifier)
-        self.fpr = fpr if fpr is not None else detector.fpr if detector else 0.05
-        check_fpr(self.fpr)
+        self._fpr = fpr if fpr is not None else detector.fpr if detector else 0.05
         if detector is None:
             self._arguments = {"layers": "auto" if layers is None else layers, **arguments}
             names = [name for name, _ in network.named_modules() if name]
@@ -101,7 +100,22 @@ class Guard(nn.Module):
             self.detector = self._new_detector()
         else:
             self.detector = detector.on(network)
+        self.fpr = self._fpr
         self._prepare()
+
+    @property
+    def fpr(self) -> float:
+        """False-alarm rate; can be set anew (``UsageError`` if the calibration images cannot support it)."""
+        return self._fpr
+
+    @fpr.setter
+    def fpr(self, rate: float) -> None:
+        check_fpr(rate, len(self.detector.calibration_) if self._is_fitted else None)
+        self._fpr = rate
+
+    @property
+    def _is_fitted(self) -> bool:
+        return hasattr(self.detector, "calibration_")
 
     def _prepare(self) -> None:
         # a code object of its own: torch.compile keeps what it made of a function with its code, and would take what it
@@ -150,8 +164,8 @@ class Guard(nn.Module):
 
     # torch.compile sees the classifier alone, in _run; hooks come and go, and rows are judged, outside of that
     @torch.compiler.disable(recursive=False)
-    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Verdict | None]:
-        """Images (B, C, H, W), and whatever else the classifier takes -> (logits (B, classes), verdict).
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Verdict | None]:
+        """All that the classifier takes, images (B, C, H, W) first or as ``pixel_values`` -> (logits, verdict).
 
         While the guard is :meth:`off`, the verdict is None.
 
@@ -163,16 +177,16 @@ class Guard(nn.Module):
             classifier, or no row of logits for each image.
         """
         if self._is_off():
-            return logits_of(self.classifier(images, *args, **kwargs)), None
-        self._check(images)
+            return logits_of(self.classifier(*args, **kwargs)), None
+        images = self._images_in(args, kwargs)
         network = self.classifier
         if isinstance(network, nn.DataParallel):
-            logits, rows = self._on_replicas(network, images, args, kwargs)
+            logits, rows = self._on_replicas(network, args, kwargs)
             return logits, self._verdict(logits, rows, images)
         if isinstance(network, torch._dynamo.OptimizedModule):
             network = network._orig_mod
         with self._recording(images) as found:
-            output = self._run(network, images, *args, **kwargs)
+            output = self._run(network, *args, **kwargs)
         logits, rows = self._rows(found, output, len(images))
         return logits, self._verdict(logits, rows, images)
 
@@ -191,8 +205,10 @@ class Guard(nn.Module):
         return getattr(self._here, "off", False)
 
     @torch.compiler.disable
-    def _check(self, images: Tensor) -> None:
-        if not hasattr(self.detector, "calibration_"):
+    def _images_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The images among the arguments, after a look at them and at the classifier."""
+        images = args[0] if args else kwargs.get("pixel_values")
+        if not self._is_fitted:
             raise NotFittedError(
                 "this guard is not fitted: call fit(loader), or Guard.from_pretrained(folder, classifier)"
             )
@@ -204,6 +220,7 @@ class Guard(nn.Module):
                 "the classifier is in train mode, so scores depend on the batch and on chance: call eval() first",
                 stacklevel=_CALLER,
             )
+        return images
 
     @torch.compiler.disable
     def _recording(self, images: Tensor) -> _Recording:
@@ -219,12 +236,12 @@ class Guard(nn.Module):
 
     @torch.compiler.disable
     def _on_replicas(
-        self, network: nn.DataParallel[Any], images: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, network: nn.DataParallel[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The same on all GPUs of a DataParallel: each replica reads its own layers."""
         output_device = getattr(network, "output_device", None)  # without a GPU, there is none
         tapped = nn.DataParallel(_Tapped(self, network.module), network.device_ids or None, output_device)
-        logits, rows = tapped(images, *args, **kwargs)
+        logits, rows = tapped(*args, **kwargs)
         return logits, rows
 
     @torch.compiler.disable
@@ -331,9 +348,10 @@ class _Tapped(nn.Module):
         self._read = guard._rows
         self._recording = guard._recording
 
-    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        images = args[0] if args else kwargs["pixel_values"]
         with self._recording(images) as found:
-            output = self.network(images, *args, **kwargs)
+            output = self.network(*args, **kwargs)
         return self._read(found, output, len(images))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from einops import rearrange
 from PIL import Image
@@ -349,6 +350,41 @@ class Cube(nn.Module):
 
 
 PIXELS = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        "test_efficientnet",
+        "test_convnext",
+        "test_nfnet",
+        "test_byobnet",
+        "test_maxvit",
+        "test_vit",
+        SWIN,
+    ],
+)
+def test_a_classifier_gives_in_passing_what_its_backbone_gives(name: str) -> None:
+    """Read by hooks in the pass that ends in logits: the same columns and numbers, and the logits themselves."""
+    bare = backbone(name)
+    args = {"num_classes": 7, **(SWIN_ARGS if name == SWIN else {})}
+    classifier = load_backbone(name, pretrained=False, model_args=args).model
+    classifier.load_state_dict(bare.model.state_dict(), strict=False)
+    size = bare.data_config["input_size"]
+    named, passing = FeatureExtractor(bare), FeatureExtractor(classifier, input_size=size, logits=True)
+    assert list(passing.columns) == [*named.columns, "logits"]
+    expected, found = named(images(name)), passing(images(name))
+    torch.testing.assert_close(found[:, : named.width], expected, rtol=1e-3, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.equal(found[:, named.width :], classifier(images(name)))
+
+
+def test_stages_that_are_no_modules_are_refused() -> None:
+    """HRNet's first stage is a few lines of its forward pass."""
+    network = timm.create_model("hrnet_w18_small", pretrained=False)
+    with pytest.raises(UsageError, match="layer 'stem' of HighResolutionNet is no module of its own"):
+        FeatureExtractor(network)
 
 
 def test_module_layers_of_every_kind() -> None:

@@ -129,6 +129,8 @@ def test_logits_to_the_last_bit_and_a_verdict(kind: str, images: Tensor) -> None
     guard = Guard(classifier, layers=layers, recipe=RECIPE, fpr=0.1).fit(loader(some_images(120, seed=1)))
     logits, verdict = guard(images)
     bare = classifier(images)
+    if kind == "huggingface":
+        assert torch.equal(guard(pixel_values=images)[1].ood_score, verdict.ood_score)
     assert torch.equal(logits, bare if isinstance(bare, Tensor) else bare.logits)
     assert verdict.ood_score.shape == verdict.p_value.shape == verdict.is_ood.shape == (6,)
     assert list(verdict.layers) == guard.detector.layers
@@ -165,6 +167,8 @@ def test_false_alarm_rate_can_be_set_anew(guard: Guard) -> None:
     _, verdict = loose(ordinary)
     assert strict.is_ood.tolist() == (strict.p_value <= 0.1).tolist()
     assert verdict.is_ood.sum() > 70 > strict.is_ood.sum()
+    with pytest.raises(UsageError, match="needs at least 999 held-out images"):
+        loose.fpr = 0.001
 
 
 def test_abstaining_guard_predicts_minus_one(guard: Guard, saved: Path, images: Tensor) -> None:
