@@ -97,6 +97,11 @@ def newcomer_folder(folder: Path, samples: Path) -> None:
     (folder / "images").mkdir()
     for file in (*sorted((samples / "test").iterdir())[:20], *sorted((samples / "digits").iterdir())[:10]):
         shutil.copy(file, folder / "images")
+    for place, names in (("train", ("china", "flower")), ("test", ("china", "flower"))):
+        for name in names:
+            (folder / "classes" / place / name).mkdir(parents=True)
+            for file in sorted((samples / place).glob(f"{name}*"))[:60]:
+                shutil.copy(file, folder / "classes" / place / name)
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
 
 
