@@ -126,7 +126,7 @@ class FeatureExtractor:
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise UsageError(f"{self.backbone.tag} cannot take images of {shape}: {reason}") from None
         for name in self.layers:
-            if len(found[name]) != len(pixels):
+            if found[name].shape[0] != pixels.shape[0]:  # len() would fix the batch size of an export
                 raise UsageError(f"layer {name!r} gives {len(found[name])} vectors for {len(pixels)} images")
         deep = [name + SPREAD for name in (self._last, PRE_LOGITS) if name + SPREAD in found]
         return {name: found[name].float() for name in (*self.layers, *deep)}
