@@ -148,7 +148,7 @@ def need(*packages: str) -> None:
             importlib.import_module(name)
         except ImportError:
             raise UsageError(
-                f"{name} is not installed, and ONNX files need it: pip install 'featdiff[onnx]', or use the format pt2"
+                f"{name} is not installed, and ONNX files need it: pip install 'featdiff[onnx]', or use --format pt2"
             ) from None
 
 
@@ -186,25 +186,32 @@ def write(
 ) -> dict[str, Path]:
     """Trace ``exportable`` once and write it in each format, with the metadata ``known``; see :func:`export`."""
     target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file; exported files go into a folder")
-    exportable(_example(known))  # what torch refuses, too, is said in its own words
+    try:
+        target.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the long work
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    with torch.inference_mode():
+        exportable(_example(known))  # what torch refuses, too, is said in its own words
     make = {"onnx": _onnx_bytes, "pt2": _pt2_bytes}
     try:
-        with warnings.catch_warnings(action="ignore"):  # the exporters warn of their own ways
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # the exporters warn of their own ways
             program = _trace(exportable, _example(known))
-            found = {FILES[name]: make[name](program, known, exportable.outputs) for name in formats}
+            found = {name: make[name](program, known, exportable.outputs) for name in formats}
     except Exception as error:  # exporters fail in many ways on what they do not know; the first cause says most
         while error.__cause__ is not None:
             error = error.__cause__  # type: ignore[assignment]
         raise FeatdiffError(f"{known['backbone']} cannot be exported: {first_line(error)}") from None
+    files = {name: target / FILES[name] for name in found}
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, data in found.items():
-            write_whole(target / name, data)
+        for name, file in files.items():
+            write_whole(file, found[name])
     except OSError as error:
-        raise FeatdiffError(f"{target} cannot be written: {error.strerror or error}") from None
-    return {name: target / FILES[name] for name in formats}
+        raise _unwritable(target, error) from None
+    return files
+
+
+def _unwritable(folder: Path, error: OSError) -> FeatdiffError:
+    return FeatdiffError(f"{folder} cannot be written: {error.strerror or error}")
 
 
 def _example(known: Mapping[str, Any]) -> Tensor:
@@ -229,7 +236,7 @@ def _onnx_bytes(program: torch.export.ExportedProgram, known: Mapping[str, Any],
     for key, value in known.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     if proto.ByteSize() >= 2 << 30:
-        raise ValueError("one ONNX file cannot hold more than 2 GB: use the format pt2")
+        raise ValueError("one ONNX file cannot hold more than 2 GB: use --format pt2")
     return bytes(proto.SerializeToString())
 
 
