@@ -12,6 +12,11 @@ import click
 from .main import EXIT_FAILED
 
 _PACKAGES = ("featdiff", "torch", "torchvision", "timm", "diffusers", "scikit-learn", "pillow", "safetensors")
+_EXTRAS = {
+    "parquet": ["pyarrow"],
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    "pixel": ["accelerate", "lpips", "torchmetrics"],
+}
 
 
 @click.command("doctor")
@@ -39,7 +44,7 @@ def _checks() -> Iterator[tuple[str, str]]:
         yield f"{name:<14} {found or 'missing'}", "" if found else f"pip install {name}"
     yield _device(), ""
     yield _faiss()
-    for extra, names in {"parquet": ["pyarrow"], "pixel": ["accelerate", "lpips", "torchmetrics"]}.items():
+    for extra, names in _EXTRAS.items():
         parts = {name: _version(name) for name in names}
         whole = ", ".join(f"{name} {number}" for name, number in parts.items())
         yield f"{extra:<14} {whole if all(parts.values()) else f'not installed (pip install featdiff[{extra}])'}", ""

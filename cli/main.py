@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
+    "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
     "bench": ("bench", "Compare featdiff, its heads and rivals on a suite of image sets."),
     "demo": ("demo", "Train, score and evaluate on a built-in sample set, with a picture."),
     "info": ("info", "Show what a saved model is."),

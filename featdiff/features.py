@@ -169,11 +169,11 @@ class FeatureExtractor:
         except Exception as error:  # networks fail in many ways on a size they were not made for
             shape = f"{pixels.shape[2]} x {pixels.shape[3]} pixels (batch {tuple(pixels.shape)})"
             raise UsageError(f"{self.backbone.tag} cannot take images of {shape}: {first_line(error)}") from None
-        return self._rows(found, len(pixels))
+        return self._rows(found, pixels.shape[0])  # len() would fix the batch size of an export
 
     def _rows(self, found: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         for name in self.layers:
-            if len(found[name]) != count:
+            if found[name].shape[0] != count:
                 raise UsageError(f"layer {name!r} gives {len(found[name])} vectors for {count} images")
         # a pre-logits vector of another width is not the mean of that map
         deep = [

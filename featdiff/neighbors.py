@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .exceptions import FeatdiffError, UsageError, did_you_mean
 
@@ -24,6 +24,8 @@ LARGE = 100_000
 #: ``auto`` compresses a bank above this size: inverted lists hold every vector once more.
 _COMPRESS_BYTES = 8 << 30
 _BLOCK = 1 << 24  # distances held at once, about 64 MB
+#: Candidates beyond k: fast distances are rough between near vectors, exact ones then choose.
+_SPARE = 8
 
 _forked = False
 
@@ -126,7 +128,7 @@ class TorchIndex:
 
     def _nearest(self, queries: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
         # |q - b|^2 = |q|^2 + |b|^2 - 2 q b loses digits for near vectors: a few candidates more, then exactly
-        wanted, centred = min(len(self.bank), k + 8), queries - self._mean
+        wanted, centred = min(len(self.bank), k + _SPARE), queries - self._mean
         values, rows = [], []
         for start in range(0, len(self.bank), width):
             part, squares = self._centred[start : start + width], self._squares[start : start + width]
@@ -136,6 +138,44 @@ class TorchIndex:
             rows.append(row + start)
         best = torch.cat(values, 1).topk(wanted, largest=False).indices
         return _exactly(queries, self.bank, torch.cat(rows, 1).gather(1, best), k)
+
+
+class CodedIndex(nn.Module):
+    """Exact search in a bank of 8-bit numbers with a scale for each row, by tensor operations alone.
+
+    What a file for other programs does (see :mod:`featdiff.exporting`): any number of queries at once, no look at
+    their values, and the bank is kept at a quarter of its size. Neighbours and distances are :class:`TorchIndex`'s.
+
+    Parameters
+    ----------
+    codes, scales : (n, d) int8, (n, 1) float32
+        The bank is their product.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mean", self.bank.mean(0))
+        self.register_buffer("squares", (self.bank - self.mean).square().sum(1))
+
+    @property
+    def bank(self) -> Tensor:
+        """The vectors (n, d), computed anew."""
+        return self.codes.float() * self.scales
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`Index.search`, for queries and ``k`` that are known to be good."""
+        wanted = min(len(self.codes), k + _SPARE)
+        products = (self.codes.float() @ (queries - self.mean).T) * self.scales
+        near = (self.squares - 2 * products.T).topk(wanted, largest=False).indices
+        best = _distances(queries, self.codes[near].float() * self.scales[near]).topk(k, largest=False)
+        return best.values, near.gather(1, best.indices)
 
 
 class FaissIndex:
@@ -215,9 +255,14 @@ def _exactly(queries: Tensor, bank: Tensor, rows: Tensor, k: int) -> tuple[Tenso
     repeated = torch.zeros_like(rows, dtype=torch.bool)
     repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
     parts = zip(queries.split(256), rows.split(256), strict=True)
-    distances = torch.cat([(bank[r] - q[:, None]).square().sum(2) for q, r in parts]).sqrt()
+    distances = torch.cat([_distances(q, bank[r]) for q, r in parts])
     order = distances.masked_fill(repeated, torch.inf).sort(dim=1, stable=True)
     return order.values[:, :k], rows.gather(1, order.indices[:, :k])
+
+
+def _distances(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(Q, d) to (Q, c, d) -> Euclidean (Q, c)."""
+    return (candidates - queries[:, None]).square().sum(2).sqrt()
 
 
 def _checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
@@ -226,7 +271,8 @@ def _checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     if not 1 <= k <= len(bank):
         raise UsageError(f"k must lie in 1 .. {len(bank)} (the size of the bank), not {k}")
     queries = queries.to(bank.device, torch.float32)
-    _check_finite(queries, "the queries")
+    if not torch.compiler.is_compiling():  # a compiled graph cannot look at values
+        _check_finite(queries, "the queries")
     return queries
 
 

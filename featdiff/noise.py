@@ -79,7 +79,9 @@ def add_noise(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) ->
 
     x, noise : (B or 1, ..., D), both with as many axes; t : (B,) integers in 0 .. timesteps - 1.
     """
-    return scheduler.add_noise(x, noise, t)
+    # as diffusers' own, which keeps a tensor of its caller's device (or of a tracer) in the scheduler
+    alpha_bar = scheduler.alphas_cumprod.to(x)[t].reshape(-1, *(1 for _ in x.shape[1:]))
+    return alpha_bar**0.5 * x + (1 - alpha_bar) ** 0.5 * noise
 
 
 def draw_noise(draws: int, width: int, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,6 +65,17 @@ def _write(file: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all (``OSError``)."""
+    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        _write(temporary, data)
+        temporary.replace(file)
+    finally:  # also after Ctrl-C; there is nothing left to remove if all went well
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def check_target(folder: str | os.PathLike[str]) -> None:

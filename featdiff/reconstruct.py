@@ -45,7 +45,7 @@ def reconstruct(
     (B, K, D)
         One reconstruction for each row and draw.
     """
-    rows, draws = len(x), len(noise)
+    rows, draws = x.shape[0], len(noise)  # len(x) would fix the batch size of an export
     clean, drawn = x.repeat_interleave(draws, dim=0), noise.repeat(rows, 1)
 
     def at(t: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .exceptions import FeatdiffError
 from .images import Batch, Transform
+from .persist import write_whole
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 _SHARD_BYTES = 4 << 20
@@ -266,17 +267,10 @@ def write_atomically(file: Path, data: bytes) -> None:
     FeatdiffError
         The disk is full or the place cannot be written.
     """
-    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(file)
+        write_whole(file, data)
     except OSError as error:
         raise _full(file.parent, error) from None
-    finally:
-        _remove(temporary)  # also after Ctrl-C; there is nothing left to remove if all went well
 
 
 def _remove(file: Path) -> None:

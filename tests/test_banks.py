@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from featdiff.detectors.banks import Banks
 from featdiff.detectors.heads import FusedHeads
 from featdiff.fusion import FUSIONS
+from featdiff.neighbors import CodedIndex
 
 COLUMNS = {
     "early": slice(0, 6),
@@ -67,6 +69,20 @@ def test_scores_ignore_the_rest_of_the_batch() -> None:
     for i in range(9):
         assert torch.equal(banks(queries[i : i + 1])[0], whole[i])
     assert torch.equal(banks(queries.flip(0)).flip(0), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_a_copy_searches_on_its_own(backend: str) -> None:
+    """One for an export, say, whose search is made of tensor operations alone and finds the same."""
+    banks, queries = Banks(COLUMNS, 50, 3, backend).fit(features(50)), features(7, seed=4)
+    before = banks(queries)
+    indices = list(banks._indices)
+    other = copy.deepcopy(banks)
+    assert torch.equal(other(queries), before)
+    other.search_coded()
+    assert all(isinstance(index, CodedIndex) for index in other._indices)
+    assert torch.equal(other(queries), before)
+    assert banks._indices == indices
 
 
 def test_spaces_follow_the_columns() -> None:

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from featdiff import neighbors
 from featdiff.exceptions import FeatdiffError, UsageError
-from featdiff.neighbors import BACKENDS, CORESETS, FaissIndex, Index, TorchIndex, check_backend, check_coreset, coreset
+from featdiff.neighbors import (
+    BACKENDS,
+    CORESETS,
+    CodedIndex,
+    FaissIndex,
+    Index,
+    TorchIndex,
+    check_backend,
+    check_coreset,
+    coreset,
+)
 from featdiff.neighbors import make_index as make
 
 APPROXIMATE = ("faiss-ivf", "faiss-hnsw", "faiss-pq")
@@ -138,6 +148,27 @@ def test_a_query_has_one_result_whatever_the_batch(exact: str, batch: int) -> No
     parts = [index.search(part, 3) for part in queries.split(batch)]
     assert torch.equal(torch.cat([d for d, _ in parts]), together[0])
     assert torch.equal(torch.cat([r for _, r in parts]), together[1])
+
+
+@pytest.mark.parametrize(("n", "k"), [(500, 5), (500, 500), (1, 1), (12, 6)])
+def test_search_among_8_bit_numbers_is_exact(n: int, k: int) -> None:
+    """The same as among their products with the scales, which are never held at once."""
+    codes = (40 * normal(n, 24)).round().clamp(-127, 127).to(torch.int8)
+    scales, queries = 0.01 + normal(n, 1, seed=1).abs() / 50, normal(30, 24, seed=2)
+    queries[0] = codes[-1] * scales[-1]
+    index = CodedIndex(codes, scales)
+    distances, rows = index.search(queries, k)
+    wanted, wanted_rows = TorchIndex(codes * scales).search(queries, k)
+    assert torch.equal(distances, wanted) and torch.equal(rows, wanted_rows)
+    assert distances[0, 0] == 0 and rows[0, 0] == n - 1
+    assert index.bank.shape == (n, 24) and index.codes.dtype == torch.int8
+
+
+def test_exact_search_is_one_graph_when_compiled() -> None:
+    index, queries = TorchIndex(normal(300, 8)), normal(7, 8, seed=1)
+    compiled = torch.compile(index.search, backend="eager", fullgraph=True)
+    for found, wanted in zip(compiled(queries, 5), index.search(queries, 5), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_no_queries(exact: str) -> None:

@@ -57,9 +57,19 @@ def test_add_noise_equals_the_ddpm_scheduler_of_diffusers() -> None:
     torch.testing.assert_close(add_noise(make_scheduler(), x, noise, t), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("shape", "noises"), [((4, 5), (4, 5)), ((1, 3, 5), (4, 1, 5)), ((4, 3, 5), (4, 3, 5))])
+def test_add_noise_is_bit_by_bit_that_of_the_schedule(shape: tuple[int, ...], noises: tuple[int, ...]) -> None:
+    source = torch.Generator().manual_seed(4)
+    x, noise = torch.randn(shape, generator=source), torch.randn(noises, generator=source)
+    t = torch.tensor([0, 31, 31, 99])
+    assert torch.equal(add_noise(make_scheduler(), x, noise, t), make_scheduler().add_noise(x, noise, t))
+
+
 def test_add_noise_leaves_its_arguments_alone() -> None:
-    x, noise = torch.ones(2, 3), torch.full((2, 3), 2.0)
-    add_noise(make_scheduler(), x, noise, torch.tensor([5, 90]))
+    x, noise, scheduler = torch.ones(2, 3), torch.full((2, 3), 2.0), make_scheduler()
+    kept = scheduler.alphas_cumprod
+    add_noise(scheduler, x, noise, torch.tensor([5, 90]))
+    assert scheduler.alphas_cumprod is kept
     assert torch.equal(x, torch.ones(2, 3))
     assert torch.equal(noise, torch.full((2, 3), 2.0))
 

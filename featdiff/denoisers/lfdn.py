@@ -64,7 +64,7 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Noisy vectors (B, ..., width) at integer times (B,) -> estimate of the clean vectors, same shape."""
         time = F.silu(self.time_embedding(self.time_waves(t).to(x_t.dtype)))
-        time = time.reshape(len(t), *(1 for _ in x_t.shape[1:-1]), time.shape[-1])
+        time = time.reshape(t.shape[0], *(1 for _ in x_t.shape[1:-1]), time.shape[-1])
         h = self.project_in(x_t)
         for block in self.residual_blocks:
             h = block(h, time)

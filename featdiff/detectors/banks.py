@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..features import LOGITS, PRE_LOGITS, block_normalise
-from ..neighbors import Index, make_index
+from ..neighbors import CodedIndex, Index, make_index
 from ..taps import SPREAD
 
 
@@ -51,7 +52,8 @@ class Banks(nn.Module):
         return [f"knn_{space}" for space in self.spaces]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banks:
-        self._indices = []  # they lie where the vectors lay
+        if isinstance(self._indices, list):  # those lie where the vectors lay
+            self._indices = []
         return super()._apply(fn, recurse)
 
     @torch.inference_mode()
@@ -84,9 +86,20 @@ class Banks(nn.Module):
         tiny = torch.finfo(torch.float32).eps  # a copy of a bank's image has distance 0
         return found.clamp_min(tiny).log().mean(1).exp()
 
+    def search_coded(self) -> None:
+        """From now on search by tensor operations alone, exactly, whatever ``backend`` says; for an export."""
+        found = [CodedIndex(*self._coded(i)) for i in range(len(self.spaces))]
+        self._indices = cast(list[Index], nn.ModuleList(found))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_indices": []}  # a copy builds its own: FAISS' are not ours to copy
+
+    def _coded(self, i: int) -> tuple[Tensor, Tensor]:
+        """The 8-bit vectors (rows, width) of a space, and their scales (rows, 1)."""
+        return getattr(self, f"vectors_{i}"), getattr(self, f"scales_{i}")
+
     def _bank(self, i: int) -> Tensor:
-        vectors: Tensor = getattr(self, f"vectors_{i}")
-        scales: Tensor = getattr(self, f"scales_{i}")
+        vectors, scales = self._coded(i)
         return vectors.float() * scales
 
     def _view(self, features: Tensor, space: str) -> Tensor:

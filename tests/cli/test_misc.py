@@ -16,7 +16,7 @@ from click.testing import Result
 from helpers import FEATDIFF, ROOT, fails
 
 Cli = Callable[..., Result]
-COMMANDS = ["train", "score", "eval", "bench", "demo", "info", "backbones", "doctor"]
+COMMANDS = ["train", "score", "eval", "export", "bench", "demo", "info", "backbones", "doctor"]
 
 # Runs the installed command and tells which heavy packages it imported, and its exit code.
 PROGRAM = """
@@ -159,6 +159,7 @@ def test_doctor_finds_this_installation_well(featdiff_cli: Cli) -> None:
     assert re.search(r"embedded tf_efficientnet_lite0, SHA-256 [0-9a-f]{16}$", found["weights"])
     assert "offline" in found["hub"]
     assert f"lpips {version('lpips')}" in found["pixel"] and f"torchmetrics {version('torchmetrics')}" in found["pixel"]
+    assert f"onnxruntime {version('onnxruntime')}" in found["onnx"]
 
 
 def test_doctor_names_the_cache(featdiff_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

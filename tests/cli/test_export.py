@@ -1,0 +1,73 @@
+"""``featdiff export``: options and refusals. What it writes and says by default is in ``tests/test_exporting.py``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from helpers import fails
+
+Cli = Callable[..., Result]
+
+
+def test_one_format_quietly_into_a_folder_of_choice(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    result = featdiff_cli("export", "-m", tiny_model, "--format", "pt2", "-o", tmp_path / "deep" / "out", "-q")
+    assert (result.exit_code, result.output) == (0, "")
+    (file,) = (tmp_path / "deep" / "out").iterdir()
+    assert file.name == "model.pt2" and zipfile.is_zipfile(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "onxx"], ["unknown format 'onxx'", "did you mean onnx?"]),
+        (["--format", ","], ["name at least one format"]),
+        (["--verify", "nowhere"], ["nowhere"]),
+        (["--device", "meta"], ["meta"]),
+    ],
+)
+def test_options_that_make_no_sense(
+    featdiff_cli: Cli, tiny_model: Path, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    fails(featdiff_cli("export", "-m", tiny_model, "-o", tmp_path / "out", "-q", *options), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = featdiff_cli("export", "-m", tiny_model, "-o", tmp_path / "file", "-q")
+    fails(result, 1, f"{tmp_path / 'file'} cannot be written: File exists")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_packages_that_are_missing(
+    featdiff_cli: Cli,
+    tiny_model: Path,
+    few_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    options = ["-o", tmp_path / "out", "--verify", few_images, "-q"]
+    result = featdiff_cli("export", "-m", tiny_model, *options)
+    fails(result, 2, f"{package} is not installed", "pip install 'featdiff[onnx]'", "--format pt2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_model_and_a_backbone_of_other_weights(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    fails(featdiff_cli("export", "-m", tmp_path / "none"), 1, "no featdiff model at")
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "other.safetensors")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    result = featdiff_cli("export", "-m", model, "--weights", tmp_path / "other.safetensors", "-q")
+    fails(result, 1, "has other weights than this detector was fitted with")
