@@ -8,14 +8,24 @@ if TYPE_CHECKING:
     from .detectors import Detector as Detector
     from .detectors import PixelDetector as PixelDetector
     from .detectors import load_detector as load_detector
+    from .detectors.vectors import FeatureDiffusion as FeatureDiffusion
     from .exceptions import FeatdiffError as FeatdiffError
     from .features import FeatureExtractor as FeatureExtractor
     from .scores import Scores as Scores
 
-__all__ = ["Detector", "FeatdiffError", "FeatureExtractor", "PixelDetector", "Scores", "load_detector"]
+__all__ = [
+    "Detector",
+    "FeatdiffError",
+    "FeatureDiffusion",
+    "FeatureExtractor",
+    "PixelDetector",
+    "Scores",
+    "load_detector",
+]
 _ROOMS = {
     "Detector": "detectors",
     "FeatdiffError": "exceptions",
+    "FeatureDiffusion": "detectors.vectors",
     "FeatureExtractor": "features",
     "PixelDetector": "detectors",
     "Scores": "scores",
