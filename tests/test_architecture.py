@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": set(),
     "metrics": set(),
     "scores": set(),
+    "arrays": set(),
     "report": {"scores"},
     "persist": set(),
     "detectors": {

@@ -18,7 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..calibration import check_fpr, flagged, p_values, split, threshold
-from ..exceptions import ModelError, TooFewRows, UsageError
+from ..exceptions import ModelError, TooFewRows, UsageError, first_line
 from ..persist import load, locate, save
 from ..scores import OK, UNREADABLE, Scores
 from ..store import Progress
@@ -40,12 +40,17 @@ class FeatureDiffusion(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     """Feature diffusion on rows of numbers: embeddings of CLIP, DINO or anything else, as a scikit-learn estimator.
 
     The method of :class:`featdiff.Detector` without its backbone: a small denoiser for each layer (after DLSR, Yang et
-    al., NeurIPS 2024, arXiv 2411.10701), distances to the nearest in-domain vectors of the last layer, and
-    split-conformal p-values from rows that took no part in training.
+    al., NeurIPS 2024, arXiv 2411.10701), if asked for the distances to the nearest in-domain vectors of the last layer,
+    and split-conformal p-values from rows that took no part in training.
 
     It is meant for embeddings, whose columns are of one kind: a layer is scaled as a whole, and each row is brought to
     mean 0 and variance 1 over the columns of a layer, beside two constants that keep its level and length in sight.
     Columns of different units need a ``StandardScaler`` before it; embeddings are better off without.
+
+    The defaults are one choice for all data, for 50,000 rows a second and more on two cores. They were chosen on 320
+    columns of one network for CIFAR-10 against other sets (far) and against classes left out (near), mean AUROC:
+    90.3 / 80.8 as they are, 90.5 / 80.7 with larger denoisers (``hidden_max=160, blocks=3``) at half the speed, and
+    89.8 / 82.1 with ``neighbors=5`` at less than half. Another seed moves these numbers by up to half a point.
 
     Parameters
     ----------
@@ -102,7 +107,7 @@ class FeatureDiffusion(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         blocks: int = 2,
         start_times: Sequence[int] = (95,),
         draws: int = 2,
-        neighbors: int = 5,
+        neighbors: int = 0,
         bank_size: int = 500,
         coreset: str = "cluster",
         recipe: Recipe | Mapping[str, Any] | None = None,
@@ -157,7 +162,7 @@ class FeatureDiffusion(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         some = np.random.default_rng(seed).permutation(held_out.training)[:_SCALE_ROWS]
         heads.fit_scale(rows[different[np.sort(some)]])
         table = Prepared(rows, different, heads)
-        size, method = given["bank_size"], given["coreset"]
+        size, method = (given["bank_size"], given["coreset"]) if given["neighbors"] else (1, "random")
         trained, _ = fit_heads(heads.heads, table, held_out, recipe, seed, size, method, progress=progress)
         # -> calibrate
         self.heads_, self.layers_, self.fpr_ = heads, columns, fpr
@@ -217,8 +222,9 @@ class FeatureDiffusion(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         check_fpr(fpr, len(self.calibration_))
         good = np.isfinite(X).all(axis=1)
         score, layers = np.full(len(X), np.nan), np.full((len(X), len(self.layers_)), np.nan)
-        if good.any():
-            score[good], layers[good] = self._score(X[good])
+        if X.shape[1] != self.n_features_in_:
+            raise UsageError(f"rows have {X.shape[1]} columns, and {self.n_features_in_} are expected")
+        score[good], layers[good] = self.heads_.score(X[good])
         p = p_values(score, self.calibration_)
         status = [OK if is_good else UNREADABLE for is_good in good]
         reason = ["" if is_good else NOT_FINITE for is_good in good]
@@ -317,7 +323,10 @@ def _slices(pairs: Any) -> Any:
 def _draw_seed(random_state: object) -> int:
     if random_state is None:  # scikit-learn would take NumPy's global generator
         return int(np.random.default_rng().integers(2**31))
-    return int(check_random_state(random_state).randint(2**31 - 1))
+    try:
+        return int(check_random_state(random_state).randint(2**31 - 1))
+    except ValueError as error:
+        raise UsageError(f"random_state (--seed) is no seed: {first_line(error)}") from None
 
 
 def _without_copies(rows: np.ndarray) -> np.ndarray:
