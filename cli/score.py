@@ -65,13 +65,15 @@ def command(
     from featdiff.scores import UNREADABLE
 
     keep_freed_memory()
-    bars = Bars(quiet or (output is None and sys.stdout.isatty()))
+    hidden = quiet or (output is None and sys.stdout.isatty())
     refs: list[Any] = []
     if features:
         detector, arrays = open_vectors(features, images, model, options | {"figure": figure})
+        bars = Bars(hidden)
         rows, rate, what = score_vectors(detector, arrays, fpr, bars), detector.fpr_, "rows"
     else:
         detector, refs = _open_images(images, model, options, figure)
+        bars = Bars(hidden)
         rows, rate, what = detector.iter_scores(refs, fpr, bars), detector.fpr, "images"
     first = next(rows, None)
     if first is None:

@@ -126,7 +126,7 @@ def _open_safetensors(file: Path) -> Arrays:
             parts = {name: opened.get_slice(name) for name in sorted(opened.keys())}
             kinds = {name: part.get_dtype() for name, part in parts.items()}
             shapes = {
-                name: _shape(file, part.get_shape(), _is_real(kinds[name]), kinds[name], f" {name}")
+                name: _shape(file, part.get_shape(), _is_real(kinds[name]), kinds[name], f": tensor {name}")
                 for name, part in parts.items()
             }
     except (SafetensorError, OSError) as error:
@@ -192,7 +192,7 @@ def _stacked(column: Any) -> np.ndarray:
     width = int(known[counts.argmax()]) if len(known) else 0
     out = np.full((len(column), width), np.nan, np.float32)
     good = lengths == width
-    out[good] = _numbers(column.filter(good).flatten()).reshape(-1, width)
+    out[good] = _numbers(column.filter(good).flatten()).reshape(good.sum(), width)
     return out
 
 
@@ -204,11 +204,11 @@ def _whole(file: Path, parts: Mapping[str, Part], shapes: Mapping[str, Sequence[
     return Arrays(str(file), parts, {name: shape[1] for name, shape in shapes.items()}, next(iter(rows.values())))
 
 
-def _shape(file: Path, shape: Sequence[int], is_real: bool, kind: str, name: str = "") -> Sequence[int]:
+def _shape(file: Path, shape: Sequence[int], is_real: bool, kind: str, part: str = "") -> Sequence[int]:
     if len(shape) != 2:
-        raise UsageError(f"{file}:{name} has the shape {tuple(shape)}; needed are rows of vectors, (n, d)")
+        raise UsageError(f"{file}{part} has the shape {tuple(shape)}; needed are rows of vectors, (n, d)")
     if not is_real:
-        raise UsageError(f"{file}:{name} holds {kind}, not real numbers")
+        raise UsageError(f"{file}{part} holds {kind}, not real numbers")
     return shape
 
 

@@ -346,7 +346,7 @@ def _supported(fpr: float, held_out: int, share: float) -> float:
     except UsageError:
         least = 1 / (held_out + 1)
         needed = math.ceil((1 / fpr - 1) / share)
-        message = f"fpr {fpr:g} needs about {needed} different rows, and {least:.2g} is the least that these support"
-        warnings.warn(TooFewRows(f"{message}: fit on more rows, or ask for that"), stacklevel=3)
+        known = f"fpr {fpr:g} needs about {needed} different rows: fit on more, or ask for"
+        warnings.warn(TooFewRows(f"{known} {math.ceil(1000 * least) / 1000:g}"), stacklevel=3)
         return least
     return fpr
