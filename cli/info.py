@@ -28,7 +28,7 @@ def command(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(config, indent=2))
         return
-    describe = _pixel_facts if config.get("mode") == "pixel" else _feature_facts
+    describe = {"pixel": _pixel_facts, "vectors": _vector_facts}.get(str(config.get("mode")), _feature_facts)
     try:
         lines = _shared_facts(folder, config) | describe(config, tensors) | _training_facts(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -69,12 +69,24 @@ def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, s
     }
 
 
+def _vector_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
+    images, arguments = config["images"], config["arguments"]
+    parameters = _parameters(tensors, "heads.diffusion.denoiser.")
+    return {
+        "vectors": f"rows of {config['width']:,} numbers",
+        "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
+        "denoisers": f"{parameters:.2g} M parameters, one per layer",
+        "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain rows" if images["bank"] else "none",
+        "score": f"fused, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
+    }
+
+
 def _training_facts(config: dict[str, Any]) -> dict[str, str]:
     images, fpr = config["images"], config["arguments"]["fpr"]
-    held_out = images["calibration"]
+    held_out, what = images["calibration"], "rows" if config.get("mode") == "vectors" else "images"
     return {
-        "trained on": f"{images['different']:,} different images, in {config['training_seconds']:.0f} s",
-        "calibrated": f"{held_out:,} held-out images; fpr {fpr:g}, possible from {1 / (held_out + 1):.2g} up",
+        "trained on": f"{images['different']:,} different {what}, in {config['training_seconds']:.0f} s",
+        "calibrated": f"{held_out:,} held-out {what}; fpr {fpr:g}, possible from {1 / (held_out + 1):.2g} up",
     }
 
 

@@ -14,10 +14,12 @@ import click
 from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
 from .options import model_arguments, model_option, runtime_options, weights_option
 from .progress import Bars, say
+from .vectors import features_option, open_vectors, score_vectors
 
 
 @click.command("score")
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
+@features_option
 @model_option
 @weights_option
 @click.option(
@@ -37,6 +39,7 @@ from .progress import Bars, say
 @runtime_options
 def command(
     images: tuple[str, ...],
+    features: str | None,
     model: str,
     format_: str | None,
     output: Path | None,
@@ -46,28 +49,32 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Score IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
+    """Score IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin; or the rows of a file of
+    vectors, with --features.
 
-    One row per image: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
+    One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
     is_ood means p_value <= fpr: of images like those trained on, this share is flagged.
 
     \b
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
+    Example: featdiff score --features embeddings.npy -o scores.csv
     """
     from featdiff.allocator import keep_freed_memory
-    from featdiff.detectors import load_detector
     from featdiff.exceptions import UsageError
     from featdiff.report import open_writer
     from featdiff.scores import UNREADABLE
-    from featdiff.sources import list_images
 
     keep_freed_memory()
-    detector = load_detector(model, **model_arguments(options))
-    if figure:
-        _check_figure(figure, detector.mode)
-    refs = list_images(list(images))
-    bars = Bars(quiet or (output is None and sys.stdout.isatty()))
-    rows = detector.iter_scores(refs, fpr, bars)
+    hidden = quiet or (output is None and sys.stdout.isatty())
+    refs: list[Any] = []
+    if features:
+        detector, arrays = open_vectors(features, images, model, options | {"figure": figure})
+        bars = Bars(hidden)
+        rows, rate, what = score_vectors(detector, arrays, fpr, bars), detector.fpr_, "rows"
+    else:
+        detector, refs = _open_images(images, model, options, figure)
+        bars = Bars(hidden)
+        rows, rate, what = detector.iter_scores(refs, fpr, bars), detector.fpr, "images"
     first = next(rows, None)
     if first is None:
         raise UsageError("there are no paths on standard input")
@@ -89,14 +96,29 @@ def command(
             writer.close()
     if figure:
         _draw(detector, refs, scores, figure)
-    rate = fpr if fpr is not None else detector.fpr
+    rate = rate if fpr is None else fpr
     seconds = bars.seconds.get("scoring", 0.0)
     bad = f", {unreadable:,} unreadable" if unreadable else ""
-    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} images/s)"
-    say(f"{total:,} images in {speed}: {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
+    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {what}/s)"
+    say(f"{total:,} {what} in {speed}: {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
     if flagged and fail_on_ood:
         return EXIT_OOD
     return EXIT_UNREADABLE if unreadable else 0
+
+
+def _open_images(
+    images: tuple[str, ...], model: str, options: dict[str, Any], figure: Path | None
+) -> tuple[Any, list[Any]]:
+    """A saved model of images, and what it shall score."""
+    from featdiff.detectors import load_detector
+    from featdiff.sources import list_images
+
+    if not images:
+        raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
+    detector = load_detector(model, **model_arguments(options))
+    if figure:
+        _check_figure(figure, detector.mode)
+    return detector, list_images(list(images))
 
 
 def _check_figure(file: Path, mode: str) -> None:

@@ -11,12 +11,14 @@ import click
 from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
+from .vectors import features_option, train_on_vectors
 
 INPAINTINGS = "inpaintings.png"
 
 
 @click.command("train")
 @click.argument("images", nargs=-1)
+@features_option
 @backbone_options
 @click.option(
     "--mode",
@@ -47,23 +49,27 @@ def command(
     that the built-in sample set. Size, mask, repetitions and steps of the pixel mode are set in a config, like the
     preset lmd_small.
 
+    With --features, the rows of a file are learned in place of images; --layers then tells which columns belong to
+    which layer, like 0:192,192:320.
+
     \b
     Example: featdiff train photos/ --backbone resnet50 -o my-model
+    Example: featdiff train --features embeddings.npy -o my-model
     """
     from featdiff import samples
     from featdiff.allocator import keep_freed_memory
-    from featdiff.exceptions import UsageError
-    from featdiff.persist import check_target, is_model
     from featdiff.report import save_inpaintings
 
     from .config import Config, load_config
 
     keep_freed_memory()
+    if options["features"]:
+        _check_free(output, force)
+        options["no_pretrained"] = no_pretrained
+        return train_on_vectors(options["features"], images, output, quiet, options)
     config = load_config(options["config"]) if options["config"] else Config()
     quiet = quiet or not is_first_process()
-    check_target(output)
-    if is_model(output) and not force:
-        raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
+    _check_free(output, force)
     detector = _new_detector(config, no_pretrained, options)
     if no_pretrained:
         say("WARNING: --no-pretrained: the backbone is random, the scores of this model mean nothing")
@@ -88,6 +94,16 @@ def command(
     _summary(detector, output, bars, quiet)
     list_unreadable(detector.unreadable_, quiet)
     return EXIT_UNREADABLE if detector.unreadable_ else 0
+
+
+def _check_free(output: Path, force: bool) -> None:
+    """Whether a model may be written there."""
+    from featdiff.exceptions import UsageError
+    from featdiff.persist import check_target, is_model
+
+    check_target(output)
+    if is_model(output) and not force:
+        raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
 
 
 def _new_detector(config: Any, no_pretrained: bool, options: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .detectors import Detector as Detector
     from .detectors import PixelDetector as PixelDetector
     from .detectors import load_detector as load_detector
+    from .detectors.vectors import FeatureDiffusion as FeatureDiffusion
     from .exceptions import FeatdiffError as FeatdiffError
     from .features import FeatureExtractor as FeatureExtractor
     from .guard import Guard as Guard
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Detector",
     "FeatdiffError",
+    "FeatureDiffusion",
     "FeatureExtractor",
     "Guard",
     "PixelDetector",
@@ -27,6 +29,7 @@ __all__ = [
 _ROOMS = {
     "Detector": "detectors",
     "FeatdiffError": "exceptions",
+    "FeatureDiffusion": "detectors.vectors",
     "FeatureExtractor": "features",
     "Guard": "guard",
     "PixelDetector": "detectors",

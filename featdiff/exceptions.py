@@ -9,6 +9,10 @@ class UsageError(FeatdiffError, ValueError):
     """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read."""
 
 
+class TooFewRows(UsageError, UserWarning):
+    """A false-alarm rate that so few rows cannot support. A warning where a larger rate can stand in."""
+
+
 class UnreadableImage(FeatdiffError, ValueError):
     """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -41,15 +41,8 @@ def check_arguments(arguments: Mapping[str, Any], heads: Sequence[str]) -> None:
     for name in ("joint", "pretrained"):
         if not isinstance(arguments[name], bool):
             raise UsageError(f"{name} must be true or false, not {arguments[name]!r}")
-    times, last = arguments["start_times"], arguments["timesteps"] - 1
-    if not isinstance(times, Sequence) or not times or not all(_is_whole(t) and 0 <= t <= last for t in times):
-        raise UsageError(f"start_times must be whole numbers in 0 .. {last}, not {times!r}")
-    if not _is_whole(arguments["neighbors"]) or arguments["neighbors"] < 0:
-        raise UsageError(f"neighbors must be a whole number, 0 or more, not {arguments['neighbors']!r}")
-    if arguments["bank_size"] < arguments["neighbors"]:
-        raise UsageError(f"a bank of {arguments['bank_size']} vectors has no {arguments['neighbors']} neighbours")
+    _check_looking(arguments, arguments["timesteps"] - 1)
     check_backend(arguments["backend"])
-    check_coreset(arguments["coreset"])
     if arguments["fusion"] not in FUSIONS:
         raise UsageError(f"unknown fusion {arguments['fusion']!r}; known: {', '.join(FUSIONS)}")
     if arguments["head"] not in heads:
@@ -110,6 +103,35 @@ def check_pixel_arguments(arguments: Mapping[str, Any]) -> None:
             raise UsageError(f"{name} must be text, not {arguments[name]!r}")
 
 
+def check_vector_arguments(arguments: Mapping[str, Any]) -> None:
+    """The same for :class:`featdiff.FeatureDiffusion`; layers are left to who knows the columns."""
+    for name in ("hidden_max", "blocks", "draws", "bank_size"):
+        _check_whole(name, arguments[name])
+    _check_share("calibration", arguments["calibration"], "rows")
+    check_fpr(arguments["fpr"])
+    _check_looking(arguments, 99)
+    share = arguments["contamination"]
+    if share != "auto" and (not _is_number(share) or not 0 < share <= 0.5):
+        raise UsageError(f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}")
+
+
+def _check_looking(arguments: Mapping[str, Any], last: int) -> None:
+    """From which times up to ``last`` denoisers are asked, and what banks hold."""
+    times = arguments["start_times"]
+    if not isinstance(times, Sequence) or not times or not all(_is_whole(t) and 0 <= t <= last for t in times):
+        raise UsageError(f"start_times must be whole numbers in 0 .. {last}, not {times!r}")
+    if not _is_whole(arguments["neighbors"]) or arguments["neighbors"] < 0:
+        raise UsageError(f"neighbors must be a whole number, 0 or more, not {arguments['neighbors']!r}")
+    if arguments["bank_size"] < arguments["neighbors"]:
+        raise UsageError(f"a bank of {arguments['bank_size']} vectors has no {arguments['neighbors']} neighbours")
+    check_coreset(arguments["coreset"])
+
+
+def _check_share(name: str, share: object, of: str = "images") -> None:
+    if not _is_number(share) or not 0 < share < 0.5:
+        raise UsageError(f"{name} is a share of the {of} between 0 and 0.5, not {share!r}")
+
+
 def _check_shared(arguments: Mapping[str, Any], whole: Sequence[str]) -> None:
     """What detectors of all modes take, and ``whole`` numbers above 0."""
     for name in whole:
@@ -122,8 +144,7 @@ def _check_shared(arguments: Mapping[str, Any], whole: Sequence[str]) -> None:
         if not isinstance(arguments[name], str | os.PathLike | None):
             raise UsageError(f"{name} must be a path, not {arguments[name]!r}")
     for name in ("calibration", "validation"):
-        if not _is_number(arguments[name]) or not 0 < arguments[name] < 0.5:
-            raise UsageError(f"{name} is a share of the images between 0 and 0.5, not {arguments[name]!r}")
+        _check_share(name, arguments[name])
     check_fpr(arguments["fpr"])
 
 
@@ -147,7 +168,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

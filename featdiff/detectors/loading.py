@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..features import FeatureExtractor
     from ..images import Transform
 
+#: The mode of :class:`featdiff.FeatureDiffusion`, which looks at no images.
+VECTORS = "vectors"
 # What config.json must say: dotted name -> type.
 _SHARED_KINDS: dict[str, Any] = {
     "featdiff_version": str,
@@ -37,6 +39,14 @@ _KINDS: dict[str, dict[str, Any]] = {
         "images.bank": int,
     },
     "pixel": {"unet": dict, "scheduler": dict, "features": str},
+    VECTORS: {
+        "layers": dict,
+        "width": int,
+        "feature_names": list,
+        "fpr": (int, float),
+        "offset": (int, float),
+        "images.bank": int,
+    },
 }
 
 
@@ -51,7 +61,8 @@ def saved_mode(config: dict[str, Any], folder: Path) -> str:
 def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
     """Whether a saved config says all that is needed to build a detector of this mode again (``ModelError``)."""
     if (found := saved_mode(config, folder)) != mode:
-        raise ModelError(f"the model at {folder} is of mode {found}, not {mode}: featdiff.load_detector loads either")
+        hint = "this one was trained on images" if mode == VECTORS else "featdiff.load_detector loads either"
+        raise ModelError(f"the model at {folder} is of mode {found}, not {mode}: {hint}")
     for path, kind in (_SHARED_KINDS | _KINDS[mode]).items():
         value: Any = config
         for key in path.split("."):
