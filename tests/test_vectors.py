@@ -96,7 +96,7 @@ def test_strange_rows_score_higher(fitted: FeatureDiffusion) -> None:
 def test_false_alarms_on_new_rows_come_at_the_rate_asked_for() -> None:
     """Mean over ten fits; its standard deviation is about 0.01."""
     found = [
-        np.mean(FeatureDiffusion(recipe={"epochs": 1, "min_steps": 20}, fpr=0.1, random_state=seed)
+        np.mean(FeatureDiffusion(recipe={"epochs": 1, "min_steps": 5}, fpr=0.1, random_state=seed)
                 .fit(inside(500, seed)).predict(inside(1000, 50 + seed)) == -1)
         for seed in range(10)
     ]  # fmt: skip
