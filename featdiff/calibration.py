@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from .exceptions import UsageError
 
 # k / (n + 1) and the same rate written as a decimal may differ in the last bits
 _SLACK = 1e-9
+# The same where p-values are float32; two of them are never so close, for n is at most 10,000.
+_ROUNDING = 1e-7
+
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
@@ -30,19 +35,15 @@ def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1))
 
 
-def flagged(p: np.ndarray, fpr: float) -> np.ndarray:
+def tensor_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    """The same on tensors of any device: (B,), (n,) float32 -> (B,) float32. Can be traced for export."""
+    at_least = (calibration >= scores[:, None]).sum(1)
+    return torch.where(scores.isnan(), scores, (1 + at_least) / (len(calibration) + 1))
+
+
+def flagged(p: Array, fpr: float) -> Array:
     """p-values (B,) -> (B,) bool, ``p <= fpr``; NaN is not flagged."""
-    return p <= fpr + _SLACK
-
-
-def tensor_p_values(scores: Tensor, calibration: Tensor, fpr: float) -> tuple[Tensor, Tensor]:
-    """Scores (B,) and sorted calibration scores (n,) -> :func:`p_values` (B,), float32, and :func:`flagged` (B,).
-
-    On any device, and what can be traced for export.
-    """
-    n = len(calibration)
-    at_least = 1 + n - torch.searchsorted(calibration.to(scores.dtype), scores)
-    return at_least.float() / (n + 1), at_least <= int((fpr + _SLACK) * (n + 1))
+    return p <= fpr + _ROUNDING
 
 
 def check_fpr(fpr: float, n: int | None = None) -> None:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .calibration import threshold
+from .calibration import tensor_p_values, threshold
 from .exceptions import FeatdiffError, UsageError, did_you_mean, first_line
+from .features import evaluating, logits_of
 from .persist import write_whole
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .detectors.base import BaseDetector
     from .detectors.heads import FusedHeads
     from .features import FeatureExtractor
+    from .guard import Guard
 
 #: Kinds of files, and what they are called.
 FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -68,12 +70,10 @@ class Exportable(nn.Module):
         self.register_buffer("calibration", torch.from_numpy(calibration).float())  # scores are float32 from the start
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> scores (B,), p-values (B,) as of :func:`featdiff.calibration.p_values`, and the rest."""
+        """(B, 3, H, W) -> scores (B,), p-values (B,), and the rest."""
         rows, *further = self.run(pixels)
         score = self.heads(rows, (self.head,))[0][self.head]
-        at_least = (self.calibration >= score[:, None]).sum(1)
-        p = (1 + at_least) / (len(self.calibration) + 1)
-        return score, torch.where(score.isnan(), score, p), *further
+        return score, tensor_p_values(score, self.calibration), *further
 
 
 class Rows(nn.Module):
@@ -87,21 +87,31 @@ class Rows(nn.Module):
         return (self._extractor(pixels),)
 
 
+class RowsAndLogits(Rows):
+    """The same for a guarded classifier, in one pass: (B, C, H, W) -> (rows (B, D), logits (B, classes))."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with evaluating(self.network), self._extractor.recording() as found:
+            output = self.network(pixels)
+        return self._extractor.in_passing(found, output, pixels.shape[0]), logits_of(output)
+
+
 def export(
-    detector: BaseDetector,
+    model: BaseDetector | Guard,
     folder: str | os.PathLike[str],
     formats: Sequence[str] = tuple(FILES),
-    input_size: Sequence[int] | None = None,
+    classes: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Write a detector and its backbone as ``model.onnx`` and ``model.pt2``; older ones are replaced.
 
+    The files of a guard give ``logits`` (B, classes) as a third output.
+
     Parameters
     ----------
-    detector : fitted, of the default mode, on the CPU
+    model : fitted, of the default mode, on the CPU
     folder : made when missing
     formats : which of ``FILES``
-    input_size : (3, H, W), optional
-        Default: what the backbone's preprocessing gives; needed for a module without ``transform``.
+    classes : names of a guarded classifier's classes, for the metadata
 
     Returns
     -------
@@ -114,7 +124,7 @@ def export(
     FeatdiffError
         The network does something that cannot be exported, or the files cannot be written.
     """
-    detector = check_exportable(detector)
+    detector, guarded = check_exportable(model), model is not detector_of(model)
     if not formats:
         raise UsageError(f"name at least one format: {', '.join(FILES)}")
     for name in formats:
@@ -122,12 +132,20 @@ def export(
             raise UsageError(f"unknown format {name!r}{did_you_mean(name, list(FILES))}; known: {', '.join(FILES)}")
     if "onnx" in formats:
         need("onnx", "onnxscript")
-    exportable = Exportable(Rows(detector.extractor_), detector.heads_, detector.head, detector.calibration_)
-    return write(exportable, facts(detector, input_size), folder, formats)
+    run = (RowsAndLogits if guarded else Rows)(detector.extractor_)
+    further = ("logits",) if guarded else ()
+    exportable = Exportable(run, detector.heads_, detector.head, detector.calibration_, further)
+    return write(exportable, facts(model) | {"classes": list(classes)}, folder, formats)
 
 
-def check_exportable(detector: BaseDetector) -> Detector:
+def detector_of(model: BaseDetector | Guard) -> BaseDetector:
+    """The detector of a guard, or the detector itself."""
+    return model.detector if isinstance(model, nn.Module) else model
+
+
+def check_exportable(model: BaseDetector | Guard) -> Detector:
     """Refuse what is not fitted, of the pixel mode, or not on the CPU (``NotFittedError``, ``UsageError``)."""
+    detector = detector_of(model)
     if detector.mode != "feature":
         raise UsageError(
             "only detectors of the default mode can be exported: the pixel mode draws its noise from each image's "
@@ -152,26 +170,25 @@ def need(*packages: str) -> None:
             ) from None
 
 
-def facts(detector: Detector, input_size: Sequence[int] | None = None) -> dict[str, Any]:
+def facts(model: BaseDetector | Guard) -> dict[str, Any]:
     """What the metadata of a file says; in ONNX every value is JSON, in .pt2 all are one JSON object (``FACTS``).
 
     ``preprocessing`` holds timm's names (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``), or a hash
-    of what a transform of your own does. ``class_names`` is empty: a detector alone classifies nothing.
+    of what a transform of your own does. ``classes`` is empty: a detector alone classifies nothing, see :func:`export`.
     """
     from importlib.metadata import version
 
+    detector = check_exportable(model)
+    fpr = model.fpr  # a guard has one of its own
     backbone = detector.extractor_.backbone
     preprocessing = {key: value for key, value in backbone.data_config.items() if key != "input_size"}
-    size = input_size or backbone.data_config.get("input_size")
-    if size is None:
-        raise UsageError("this network came without a transform: say what it takes, input_size=(3, HEIGHT, WIDTH)")
     found = {
         "featdiff_version": version("featdiff"),
-        "threshold": threshold(detector.calibration_, detector.fpr),
-        "fpr": detector.fpr,
+        "threshold": threshold(detector.calibration_, fpr),
+        "fpr": fpr,
         "calibration_images": len(detector.calibration_),
-        "class_names": [],
-        "input_size": size,
+        "classes": [],
+        "input_size": backbone.data_config["input_size"],
         "preprocessing": preprocessing,
         "backbone": backbone.tag,
         "backbone_fingerprint": backbone.fingerprint,

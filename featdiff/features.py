@@ -162,7 +162,7 @@ class FeatureExtractor:
         """Pooled vectors (B, C) of each layer, of the deep layers' deviations, and logits."""
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
         try:
-            with autocast, _evaluating(self.model):
+            with autocast, evaluating(self.model):
                 found = self._run(pixels)
         except (UsageError, torch.OutOfMemoryError):
             raise
@@ -242,7 +242,7 @@ class FeatureExtractor:
 
     def _find_last_linear(self, pixels: Tensor) -> str:
         """Name of the module whose output is the logits, if it is a linear one."""
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             logits = logits_of(self.model(pixels))
 
             def fits(module: nn.Module, given: Any, gives: Any) -> bool:
@@ -255,7 +255,7 @@ class FeatureExtractor:
         if not hasattr(self.model, "forward_features"):
             return ""
         run: Any = self.model.forward_features
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             final = run(pixels)
             return find_module(self.model, lambda: run(pixels), lambda _, given, gives: _equal(gives, final))
 
@@ -341,7 +341,7 @@ def stage_names(model: nn.Module) -> list[str]:
 
 
 def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:
-    config = _probe(transform) if transform else {"input_size": tuple(input_size)} if input_size else {}
+    config = _probe(transform) if transform else {"input_size": tuple(input_size or (3, 224, 224))}
     return Backbone(model, type(model).__name__, "module", identity(model), config, transform or _no_transform)
 
 
@@ -370,7 +370,7 @@ def _probe(transform: Transform) -> dict[str, Any]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every part of a user's network gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()

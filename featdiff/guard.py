@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .calibration import check_fpr, tensor_p_values
+from .calibration import check_fpr, flagged, tensor_p_values
 from .detectors import Detector
 from .exceptions import NotFittedError, UsageError, first_line
 from .features import FeatureExtractor, Layers, logits_of, resolve_layers, stage_names
@@ -254,7 +254,9 @@ class Guard(nn.Module):
             heads, layers = detector.heads_(rows, (detector.head,))
         # copies are ordinary tensors where the caller's are, not those of the inference mode that the heads work in
         score, layers = heads[detector.head].clone(), layers.clone()
-        p_value, is_ood = tensor_p_values(score, torch.as_tensor(detector.calibration_, device=score.device), self.fpr)
+        calibration = torch.as_tensor(detector.calibration_, dtype=score.dtype, device=score.device)
+        p_value = tensor_p_values(score, calibration)
+        is_ood = flagged(p_value, self.fpr)
         predicted = logits.detach().argmax(1)
         if self.abstain:
             predicted = predicted.masked_fill(is_ood, ABSTAINED)

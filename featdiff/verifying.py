@@ -6,7 +6,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .store import Progress
 if TYPE_CHECKING:
     from .detectors import Detector
     from .detectors.base import BaseDetector
+    from .guard import Guard
 
 #: Scores of a file may be this far from torch's, in shares of their size or of 1, whichever is more.
 LIMIT = 1e-4
@@ -60,7 +61,7 @@ class Agreement:
 
 
 def verify(
-    detector: BaseDetector,
+    model: BaseDetector | Guard,
     files: Sequence[str | os.PathLike[str]],
     images: object,
     progress: Progress | None = None,
@@ -70,7 +71,7 @@ def verify(
 
     Parameters
     ----------
-    detector : the one that was exported
+    model : detector or guard that was exported
     files : .onnx and .pt2
     images : as for :meth:`Detector.score`
     unreadable : dict, optional
@@ -83,16 +84,17 @@ def verify(
     UsageError
         None of the images can be read, or ONNX Runtime is missing.
     """
-    detector = check_exportable(detector)
+    detector = check_exportable(model)
+    known = facts(model)
     paths = [Path(file) for file in files]
-    ways = [_Way(_torch(detector)), *(_Way(_open(path, detector)) for path in paths)]
+    ways = [_Way(_torch(detector)), *(_Way(_open(path, known)) for path in paths)]
     for pixels in _readable(detector, images, progress, {} if unreadable is None else unreadable):
         for way in ways:
             way.take(pixels)
     if not ways[0].sizes:
         raise UsageError("none of the images to compare on could be read")
     own, *others = ways
-    return [_compare(path, way, own, detector) for path, way in zip(paths, others, strict=True)]
+    return [_compare(path, way, own, detector, model.fpr) for path, way in zip(paths, others, strict=True)]
 
 
 class _Way:
@@ -122,16 +124,16 @@ class _Way:
         return sum(self.sizes[first:]) / sum(self._seconds[first:])
 
 
-def _compare(file: Path, way: _Way, own: _Way, detector: Detector) -> Agreement:
+def _compare(file: Path, way: _Way, own: _Way, detector: Detector, fpr: float) -> Agreement:
     (scores, p), (expected, expected_p) = way.outputs, own.outputs
     difference = np.abs(scores - expected) / np.maximum(1, np.abs(expected))
-    verdicts = scores > threshold(detector.calibration_, detector.fpr)
+    verdicts = scores > threshold(detector.calibration_, fpr)
     wrong = ~np.isclose(p, p_values(scores, detector.calibration_), rtol=1e-5, atol=0)
     return Agreement(
         file,
         len(scores),
         float(difference.max()),
-        int((verdicts != flagged(expected_p, detector.fpr)).sum()),
+        int((verdicts != flagged(expected_p, fpr)).sum()),
         int(wrong.sum()),
         way.speed,
         own.speed,
@@ -165,8 +167,8 @@ def _torch(detector: Detector) -> Run:
     return run
 
 
-def _open(file: Path, detector: Detector) -> Run:
-    """An exported file as a function, after a look at its metadata."""
+def _open(file: Path, expected: Mapping[str, Any]) -> Run:
+    """An exported file as a function, after a look at whether its metadata is what is expected."""
     if file.suffix not in (".onnx", ".pt2"):
         raise UsageError(f"{file} is neither an .onnx nor a .pt2 file")
     if not file.is_file():
@@ -177,8 +179,8 @@ def _open(file: Path, detector: Detector) -> Run:
         run, known = (_open_onnx if file.suffix == ".onnx" else _open_pt2)(file)
     except Exception as error:  # either library raises nearly anything on a damaged file
         raise ModelError(f"{file} cannot be loaded: {first_line(error)}") from None
-    for key, value in facts(detector, known.get("input_size")).items():
-        if key != "featdiff_version" and known.get(key) != value:
+    for key, value in expected.items():
+        if key not in ("featdiff_version", "classes") and known.get(key) != value:
             says, is_ = (json.dumps(what)[:60] for what in (known.get(key), value))
             raise ModelError(f"{file} was not exported from this detector: its {key} is {says}, not {is_}")
     return run

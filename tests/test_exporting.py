@@ -23,11 +23,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from featdiff import Detector, PixelDetector
+from featdiff import Detector, Guard, PixelDetector
 from featdiff.calibration import flagged, p_values, threshold
 from featdiff.detectors.heads import DIFFUSION
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
-from featdiff.exporting import FACTS, FILES, Exportable, Rows, export, facts, write
+from featdiff.exporting import FACTS, FILES, Exportable, Rows, export, facts
 from featdiff.fusion import FUSIONS
 from featdiff.neighbors import TorchIndex
 from featdiff.verifying import LIMIT, verify
@@ -48,7 +48,7 @@ SMALL: dict[str, Any] = {
 class Net(nn.Module):
     """Somebody's own network, with a habit that an exporter may not like."""
 
-    def __init__(self, habit: str = "") -> None:
+    def __init__(self, habit: str = "", classes: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 8, 5, stride=2)
@@ -56,25 +56,15 @@ class Net(nn.Module):
         self.body = nn.Conv2d(8, 12, 3, stride=2)
         self.dropout = nn.Dropout(0.5)
         self.habit = habit
+        self.last = nn.Linear(12, classes) if classes else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.habit == "looks" and x.mean() > 0.9:
             return self.body(self.stem(x))
         if self.habit == "counts":
             x = x[: int(len(x))].clone()
-        return self.dropout(self.body(self.act(self.stem(x))))
-
-
-class WithLogits(nn.Module):
-    """What a wrapped classifier would do: rows for the heads, and logits beside them."""
-
-    def __init__(self, rows: nn.Module, width: int) -> None:
-        super().__init__()
-        self.rows, self.classifier = rows, nn.Linear(width, 4)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        (rows,) = self.rows(pixels)
-        return rows, self.classifier(rows)
+        x = self.dropout(self.body(self.act(self.stem(x))))
+        return self.last(x.mean((2, 3))) if self.last else x
 
 
 def noise(count: int, size: int = SIZE, seed: int = 0) -> Tensor:
@@ -205,7 +195,7 @@ def test_metadata_say_what_the_detector_is(tiny_detector: Detector, files: dict[
     flags = flagged(p_values(tiny_detector.calibration_, tiny_detector.calibration_), 0.05)
     np.testing.assert_array_equal(tiny_detector.calibration_ > found["threshold"], flags)
     assert found["threshold"] in tiny_detector.calibration_
-    assert (found["fpr"], found["calibration_images"], found["class_names"]) == (0.05, 78, [])
+    assert (found["fpr"], found["calibration_images"], found["classes"]) == (0.05, 78, [])
     assert found["input_size"] == [3, 160, 160]
     wanted = {key: backbone.data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     wanted |= {key: list(backbone.data_config[key]) for key in ("mean", "std")}
@@ -246,29 +236,29 @@ def test_files_tell_nothing_of_the_machine_and_hold_no_ballast(
 # ---- all that a detector can be ----
 
 
-def test_a_module_and_what_it_gives_beside_rows(tmp_path: Path) -> None:
-    """Features taken by hooks; logits as a third output, as a wrapped classifier has them. Nothing is changed."""
-    network = Net().train()
-    network.dropout.eval()
+def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
+    """All from one pass, layers taken by hooks. Nothing is changed."""
+    network = Net(classes=4).eval()
+    network.stem.train()
     hooked = network.act.register_forward_hook(lambda *_: None)
-    detector, x = fitted(network), noise(5, seed=1)
+    guard = Guard(network, **SMALL | {"logit_heads": ("energy",)}).fit(iter([noise(60)]))
+    x, names = noise(5, seed=1), ["cat", "dog", "hat", "log"]
+    detector = guard.detector
     before = expected(detector, x)
-    run = WithLogits(Rows(detector.extractor_), detector.extractor_.width)
-    exportable = Exportable(run, detector.heads_, detector.head, detector.calibration_, ("logits",))
-    known = facts(detector, (3, SIZE, SIZE)) | {"class_names": ["cat", "dog", "hat", "log"]}
-    file = write(exportable, known, tmp_path, ["pt2"])["pt2"]
-    for part in (x, x[:1]):
-        score, p, logits = run_pt2(file, part)
-        same_scores(score, before[: len(part)])
-        np.testing.assert_allclose(p, p_values(before[: len(part)], detector.calibration_), rtol=1e-6)
-        with torch.inference_mode():
-            np.testing.assert_allclose(logits, run(part)[1].numpy(), rtol=1e-4, atol=1e-5)
-    found = metadata("pt2", file)
-    assert found["class_names"] == ["cat", "dog", "hat", "log"]
-    assert found["outputs"] == ["ood_score", "p_value", "logits"]
+    files = export(guard, tmp_path, classes=names)
+    for kind, run in RUNS.items():
+        for part in (x, x[:1]):
+            score, p, logits = run(files[kind], part)
+            same_scores(score, before[: len(part)])
+            np.testing.assert_allclose(p, p_values(before[: len(part)], detector.calibration_), rtol=1e-6)
+            with torch.inference_mode():
+                np.testing.assert_allclose(logits, network(part).numpy(), rtol=1e-4, atol=1e-5)
+        assert metadata(kind, files[kind])["classes"] == names
+    assert metadata("pt2", files["pt2"])["outputs"] == ["ood_score", "p_value", "logits"]
+    assert [agreement.problem for agreement in verify(guard, [*files.values()], iter([x]))] == ["", ""]
 
     np.testing.assert_array_equal(expected(detector, x), before)
-    assert [module.training for module in network.modules()] == [True, True, True, True, False]
+    assert [name for name, module in network.named_modules() if module.training] == ["stem"]
     assert list(network.act._forward_hooks) == [hooked.id] and not network.stem._forward_hooks
     assert all(isinstance(index, TorchIndex) for index in detector.heads_.banks._indices)  # type: ignore[union-attr]
     assert isinstance(detector.heads_.diffusion.early, type(detector.heads_.diffusion.denoiser))
@@ -293,7 +283,7 @@ def test_what_is_exported_scores_like_every_variant_of_the_detector(arguments: d
 
 def test_a_path_of_several_steps_is_traced_for_any_number_of_images(tmp_path: Path) -> None:
     detector = fitted(Net(), stride=40, fusion="fisher")
-    file = export(detector, tmp_path, ["pt2"], (3, SIZE, SIZE))["pt2"]
+    file = export(detector, tmp_path, ["pt2"])["pt2"]
     for batch in (1, 6):
         x = noise(batch, seed=2)
         same_scores(run_pt2(file, x)[0], expected(detector, x))
@@ -423,11 +413,8 @@ def test_formats(small: Detector, tmp_path: Path, formats: Sequence[str], words:
         export(small, tmp_path, formats)
 
 
-def test_size_of_a_module_without_transform(small: Detector, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"input_size=\(3, HEIGHT, WIDTH\)"):
-        export(small, tmp_path, ["pt2"])
-    with pytest.raises(UsageError, match="cannot take images of 2 x 2 pixels"):
-        export(small, tmp_path, ["pt2"], (3, 2, 2))
+def test_size_of_a_module_is_that_of_the_images_it_was_fitted_on(small: Detector) -> None:
+    assert facts(small)["input_size"] == [3, SIZE, SIZE]
 
 
 def test_size_and_hash_of_a_transform_of_ones_own() -> None:
@@ -443,7 +430,7 @@ def test_networks_that_cannot_be_traced(habit: str, tmp_path: Path) -> None:
     """One looks at values, one at the number of images."""
     detector = fitted(Net(habit))
     with pytest.raises(FeatdiffError, match=r"^Net cannot be exported: .+") as caught:
-        export(detector, tmp_path, input_size=(3, SIZE, SIZE))
+        export(detector, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -458,11 +445,11 @@ def test_packages_of_the_extra(small: Detector, tmp_path: Path, monkeypatch: pyt
 def test_a_file_in_the_way(small: Detector, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FeatdiffError, match="file cannot be written: File exists$"):
-        export(small, tmp_path / "file", ["pt2"], (3, SIZE, SIZE))
+        export(small, tmp_path / "file", ["pt2"])
 
 
 def test_a_full_disk(mounted: Any, tmp_path: Path) -> None:
     folder = mounted(tmp_path / "disk", "64k")
     with pytest.raises(FeatdiffError, match="disk cannot be written: No space left on device$"):
-        export(fitted(Net(), neighbors=0), folder, ["pt2"], (3, SIZE, SIZE))
+        export(fitted(Net(), neighbors=0), folder, ["pt2"])
     assert not list(folder.iterdir())
