@@ -36,6 +36,7 @@ HUB = "featdiff train --backbone resnet50"
 OTHER = (
     *("featdiff backbones", "featdiff doctor", "featdiff train photos/ --backbone test_resnet"),
     *("featdiff train photos/ --mode pixel --pretrained", "featdiff score images/ -m ddpm-model"),
+    *("featdiff train --features", "featdiff score --features", "featdiff export"),
 )
 #: needs what LPIPS looks through, which torchvision would download
 DOWNLOAD = "featdiff train photos/ --mode pixel -o lmd-model"
@@ -102,6 +103,8 @@ def newcomer_folder(folder: Path, samples: Path) -> None:
             (folder / "classes" / place / name).mkdir(parents=True)
             for file in sorted((samples / place).glob(f"{name}*"))[:60]:
                 shutil.copy(file, folder / "classes" / place / name)
+    rng = np.random.default_rng(0)
+    np.save(folder / "embeddings.npy", rng.normal(size=(500, 8)) @ rng.normal(size=(8, 64)))
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
 
 
