@@ -80,7 +80,7 @@ def verify(
     Raises
     ------
     ModelError
-        A file is missing or damaged, or says that it was exported from another detector.
+        A file is missing or damaged, says that it was exported from another detector, or does not take these images.
     UsageError
         None of the images can be read, or ONNX Runtime is missing.
     """
@@ -183,7 +183,14 @@ def _open(file: Path, expected: Mapping[str, Any]) -> Run:
         if key not in ("featdiff_version", "classes") and known.get(key) != value:
             says, is_ = (json.dumps(what)[:60] for what in (known.get(key), value))
             raise ModelError(f"{file} was not exported from this detector: its {key} is {says}, not {is_}")
-    return run
+
+    def checked(pixels: Tensor) -> Sequence[np.ndarray]:
+        try:
+            return run(pixels)
+        except Exception as error:
+            raise ModelError(f"{file} fails on a batch {tuple(pixels.shape)}: {first_line(error)}") from None
+
+    return checked
 
 
 def _open_onnx(file: Path) -> tuple[Run, dict[str, Any]]:

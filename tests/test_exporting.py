@@ -390,6 +390,14 @@ def test_verify_refuses_damaged_and_foreign_files(
         verify(tiny_detector, [shutil.copy(file, tmp_path / "model.pth")], iter([pixels]))
 
 
+@pytest.mark.parametrize("kind", FILES)
+def test_images_of_another_size(tiny_detector: Detector, files: dict[str, Path], kind: str) -> None:
+    """Torch takes them, the file was made for one size."""
+    with pytest.raises(ModelError, match=rf"model.{kind} fails on a batch \(2, 3, 128, 128\): .+") as caught:
+        verify(tiny_detector, [files[kind]], iter([noise(2, 128)]))
+    assert "\n" not in str(caught.value)
+
+
 # ---- refusals ----
 
 
