@@ -27,6 +27,8 @@ from .taps import SPREAD, Tap, Taps, channels_first, find_module, pool, spread
 AUTO_LAYERS = 5
 #: The layer of a timm model's pre-logits: what its classifier sees.
 PRE_LOGITS = "pre_logits"
+#: How the name of a mixed precision ends.
+AUTOCAST = " autocast"
 #: The columns of a classifier's logits.
 LOGITS = "logits"
 # Raised when the numbers that an extractor gives for the same weights change.
@@ -81,7 +83,6 @@ class FeatureExtractor:
         self.device = torch.device(device)
         self.mixed_precision = mixed_precision and self.device.type == "cuda" and not own
         self.model = self.backbone.model.to(self.device)
-        self._precision = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self._logits = logits
         stages = stage_names(self.model)
         modules = [name for name, _ in self.model.named_modules() if name]
@@ -106,11 +107,21 @@ class FeatureExtractor:
         """RGB picture -> (3, H, W) tensor, as the backbone was trained with."""
         return self.backbone.transform
 
+    @property
+    def precision(self) -> str:
+        """What numbers the network works in at the moment, like ``float32`` or ``bfloat16 autocast``."""
+        device = self.device.type
+        mixed = torch.float16 if self.mixed_precision else None
+        if torch.is_autocast_enabled(device):
+            mixed = torch.get_autocast_dtype(device)
+        return str(mixed or _dtype(self.model)).removeprefix("torch.") + (AUTOCAST if mixed else "")
+
     def key(self, note: str = "") -> str:
         """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``."""
         # the printed module tells settings that leave the weights alone (padding, activation)
         network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
-        facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *(["logits"] if self._logits else [])]
+        further = ["logits"] * self._logits + [self.precision] * self.precision.endswith(AUTOCAST)
+        facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *further]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
@@ -122,7 +133,7 @@ class FeatureExtractor:
         UsageError
             The backbone does not take images of this shape.
         """
-        pixels = pixels.to(self.device, self._precision, non_blocking=True)
+        pixels = pixels.to(self.device, _dtype(self.model), non_blocking=True)
         return torch.cat([*self._forward(pixels).values()], dim=1)
 
     def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
@@ -155,7 +166,7 @@ class FeatureExtractor:
         """Some image, to see what layers give; not an even one, of which many layers would give the same."""
         size = self.backbone.data_config.get("input_size", (3, 224, 224))
         pixels = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
-        return pixels.to(self.device, self._precision)
+        return pixels.to(self.device, _dtype(self.model))
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -258,6 +269,10 @@ class FeatureExtractor:
         with evaluating(self.model), torch.no_grad():
             final = run(pixels)
             return find_module(self.model, lambda: run(pixels), lambda _, given, gives: _equal(gives, final))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -23,7 +23,7 @@ from .store import Progress
 #: The class that an abstaining guard predicts for flagged images.
 ABSTAINED = -1
 # How far up the stack a warning points: past this module and torch's, to who called the guard.
-_CALLER = 6
+_CALLER = 8
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ class Guard(nn.Module):
         loader : iterable of batches
             Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or whatever
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
+            Fit in the precision that will be used: in half precision, or under the same ``autocast``, if so.
         progress : callable (stage, done, total), optional
 
         Raises
@@ -216,10 +217,10 @@ class Guard(nn.Module):
             what = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise UsageError(f"a guard takes a batch of at least one image, not {what}")
         if any(module.training for module in _unwrapped(self.classifier).modules()):
-            warnings.warn(
-                "the classifier is in train mode, so scores depend on the batch and on chance: call eval() first",
-                stacklevel=_CALLER,
-            )
+            _warn("the classifier is in train mode, so scores depend on the batch and on chance: call eval() first")
+        now, then = self.detector.extractor_.precision, self.detector.precision_
+        if now != then:
+            _warn(f"the classifier runs in {now}, and the guard was fitted in {then}: scores shift, so fit as you run")
         return images
 
     @torch.compiler.disable
@@ -250,8 +251,7 @@ class Guard(nn.Module):
         self._check_finite(rows, images)
         if detector.heads_.mean.device != rows.device:
             detector.heads_.to(rows.device)
-        with torch.autocast(rows.device.type, enabled=False):
-            heads, layers = detector.heads_(rows, (detector.head,))
+        heads, layers = detector.heads_(rows, (detector.head,))
         # copies are ordinary tensors where the caller's are, not those of the inference mode that the heads work in
         score, layers = heads[detector.head].clone(), layers.clone()
         calibration = torch.as_tensor(detector.calibration_, dtype=score.dtype, device=score.device)
@@ -363,6 +363,10 @@ def _unwrapped(classifier: nn.Module) -> nn.Module:
     while isinstance(classifier, (torch._dynamo.OptimizedModule, *wrappers)):
         classifier = classifier.module if isinstance(classifier, wrappers) else classifier._orig_mod
     return classifier
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=_CALLER)
 
 
 def _precisions(classifier: nn.Module) -> set[torch.dtype]:

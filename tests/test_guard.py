@@ -355,13 +355,29 @@ def test_without_gradients(mode: Any, guard: Guard, images: Tensor) -> None:
     same(verdict, usual)
 
 
-def test_autocast(guard: Guard, images: Tensor) -> None:
+def test_autocast_as_at_fit(images: Tensor) -> None:
+    """Features of 8 bits, heads of 32: ordinary pictures stay ordinary."""
+    classifier = resnet()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, verdict = guard(images)
-        assert torch.equal(logits, guard.classifier(images))
+        guard = Guard(classifier, recipe=RECIPE, fpr=0.1).fit(loader(some_images(200, seed=1)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits, verdict = guard(images)
+        assert torch.equal(logits, classifier(images))
+        assert guard(some_images(100, seed=5))[1].is_ood.sum() < 25
     assert logits.dtype == torch.bfloat16
     assert verdict.ood_score.dtype == torch.float32
     assert verdict.is_ood[4:].all()
+    assert {tensor.dtype for tensor in guard.detector.heads_.diffusion.denoiser.state_dict().values()} == {
+        torch.float32
+    }
+
+
+def test_another_precision_than_at_fit_is_warned_of(saved: Path, images: Tensor) -> None:
+    guard = Guard.from_pretrained(saved, resnet())
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="bfloat16 autocast.*fitted in float32"):
+        _, verdict = guard(images)
+    assert verdict.ood_score.dtype == torch.float32
 
 
 def test_classifier_in_half_precision(images: Tensor) -> None:
@@ -538,6 +554,7 @@ def test_bad_batches(change: Callable[[Tensor], Any], words: str, guard: Guard, 
     assert guard(images)[1] is not None
 
 
+@pytest.mark.filterwarnings("ignore:the classifier runs in float16")
 def test_overflow_names_layer_and_row(images: Tensor) -> None:
     classifier = own_code()
     guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(loader(some_images(60, seed=1)))

@@ -183,6 +183,7 @@ class Detector(BaseDetector):
         if is_loader(images) and self.arguments["input_size"] is None:
             images, self.arguments["input_size"] = peek_size(images)
         self.extractor_ = self._extractor()
+        self.precision_ = self.extractor_.precision
         found, kept = self._extract(images, progress)
         unique, table, rows = self._held_out(found.digests, kept)
         # features -> noise -> denoise -> residual -> fuse
@@ -243,7 +244,7 @@ class Detector(BaseDetector):
         if other.extractor_.columns != self.extractor_.columns:
             raise ModelError("the classifier gives other layers than this detector was fitted on: call fit on it")
         other.heads_, other.bank_digests_ = copy.deepcopy(self.heads_), self.bank_digests_
-        for name in ("calibration_", "n_images_", "validation_loss_", "training_seconds_"):
+        for name in ("calibration_", "n_images_", "validation_loss_", "training_seconds_", "precision_"):
             setattr(other, name, getattr(self, name))
         return other
 
@@ -280,7 +281,10 @@ class Detector(BaseDetector):
             "layers": self.extractor_.layers,
         }
         return config | {
-            "backbone": {"tag": backbone.tag, "source": backbone.source, "fingerprint": backbone.fingerprint},
+            "backbone": {
+                **{"tag": backbone.tag, "source": backbone.source, "fingerprint": backbone.fingerprint},
+                "precision": self.precision_,
+            },
             "layers": dict(zip(self.extractor_.layers, self.extractor_.widths, strict=True)),
         }
 
@@ -330,6 +334,7 @@ class Detector(BaseDetector):
         detector.heads_ = detector._new_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
         detector._take_facts(config)
+        detector.precision_ = config["backbone"].get("precision", detector.extractor_.precision)
         return detector
 
 

@@ -15,12 +15,11 @@ from ..neighbors import coreset
 from ..store import Progress
 from ..training import Augment, Recipe, Rows, Step, TrainingState, start, train
 from .checkpoints import resume, write_checkpoint
+from .heads import FusedHeads, full_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import SchedulerMixin
-
-    from .heads import FusedHeads
 
 #: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
 CHECKPOINT_SECONDS = 10
@@ -97,17 +96,18 @@ def fit_heads(
     What came of training, and the numbers of the rows in the banks, ascending.
     """
     diffusion = heads.diffusion
-    state = train_denoiser(
-        diffusion.denoiser,
-        diffusion.scheduler,
-        lambda i: heads.stages(table[rows.training[i]]),
-        len(rows.training),
-        heads.stages(table[rows.validation]),
-        recipe,
-        seed,
-        checkpoint,
-        progress,
-    )
+    with full_precision(heads.mean):
+        state = train_denoiser(
+            diffusion.denoiser,
+            diffusion.scheduler,
+            lambda i: heads.stages(table[rows.training[i]]),
+            len(rows.training),
+            heads.stages(table[rows.validation]),
+            recipe,
+            seed,
+            checkpoint,
+            progress,
+        )
     diffusion.early.load_state_dict(state.early)
     bank = _choose_bank(heads, table, rows.training, bank_size, method, seed)
     heads.fill_banks(table[bank])

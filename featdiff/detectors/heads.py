@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,11 +96,12 @@ class FusedHeads(nn.Module):
     @torch.inference_mode()
     def fit_statistics(self, features: Tensor) -> None:
         """Set all means and deviations from held-out in-domain features (N, D)."""
-        self.diffusion.fit_statistics(self.pooled(features))
-        raw = torch.cat([self._raw(rows, ("layerwise",))[0] for rows in features.split(1024)])
-        self.mean.copy_(raw.mean(0))
-        self.deviation.copy_(raw.std(0, correction=0).clamp_min(0.05))
-        self.fusion.fit(self._z(raw))
+        with full_precision(self.mean):
+            self.diffusion.fit_statistics(self.pooled(features))
+            raw = torch.cat([self._raw(rows, ("layerwise",))[0] for rows in features.split(1024)])
+            self.mean.copy_(raw.mean(0))
+            self.deviation.copy_(raw.std(0, correction=0).clamp_min(0.05))
+            self.fusion.fit(self._z(raw))
 
     @torch.inference_mode()
     def forward(self, features: Tensor, names: Sequence[str] = HEADS) -> tuple[dict[str, Tensor], Tensor]:
@@ -109,16 +111,17 @@ class FusedHeads(nn.Module):
         the heads that look at logits.
         The score of layer ``pre_logits`` is its neighbours', in standard deviations of its logarithm.
         """
-        raw, out, layers = self._raw(features, (*names, "layerwise"))
-        z = self._z(raw)
-        if "layerwise" not in names:
-            del out["layerwise"]
-        if "fused" in names:
-            out = {"fused": self.fusion(z)} | out
-            apart = {name: raw[:, i] for i, name in enumerate(self.names) if i}
-            out |= {name: score.exp() if name.startswith("knn_") else score for name, score in apart.items()}
-        if PRE_LOGITS in self.layers:
-            layers = torch.cat([layers, z[:, [self.names.index(f"knn_{PRE_LOGITS}")]]], dim=1)
+        with full_precision(self.mean):
+            raw, out, layers = self._raw(features, (*names, "layerwise"))
+            z = self._z(raw)
+            if "layerwise" not in names:
+                del out["layerwise"]
+            if "fused" in names:
+                out = {"fused": self.fusion(z)} | out
+                apart = {name: raw[:, i] for i, name in enumerate(self.names) if i}
+                out |= {name: score.exp() if name.startswith("knn_") else score for name, score in apart.items()}
+            if PRE_LOGITS in self.layers:
+                layers = torch.cat([layers, z[:, [self.names.index(f"knn_{PRE_LOGITS}")]]], dim=1)
         return out, layers
 
     def _raw(self, features: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -133,6 +136,12 @@ class FusedHeads(nn.Module):
 
     def _z(self, raw: Tensor) -> Tensor:
         return (raw - self.mean) / self.deviation
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Work in float32 on this tensor's device, whatever autocast the caller is in: reconstruction errors are small."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class DiffusionHeads(nn.Module):
