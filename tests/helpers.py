@@ -16,8 +16,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from torchvision.models import squeezenet1_1
 
 ROOT = Path(__file__).parents[1]
 FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
@@ -103,6 +105,7 @@ def newcomer_folder(folder: Path, samples: Path) -> None:
             (folder / "classes" / place / name).mkdir(parents=True)
             for file in sorted((samples / place).glob(f"{name}*"))[:60]:
                 shutil.copy(file, folder / "classes" / place / name)
+    torch.save(squeezenet1_1(num_classes=2).state_dict(), folder / "classifier.pt")
     rng = np.random.default_rng(0)
     np.save(folder / "embeddings.npy", rng.normal(size=(500, 8)) @ rng.normal(size=(8, 64)))
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
