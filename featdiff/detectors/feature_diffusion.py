@@ -180,7 +180,8 @@ class Detector(BaseDetector):
         for name in ("calibration_", "bank_digests_"):
             vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
         # images -> features
-        if is_loader(images) and self.arguments["input_size"] is None:
+        own = isinstance(self.arguments["backbone"], nn.Module)
+        if own and is_loader(images) and self.arguments["input_size"] is None:
             images, self.arguments["input_size"] = peek_size(images)
         self.extractor_ = self._extractor()
         self.precision_ = self.extractor_.precision
