@@ -75,6 +75,18 @@ def test_pipeline_and_grid_search() -> None:
     assert np.array_equal(search.predict(rows) == -1, search.decision_function(rows) < 0)
 
 
+def test_layer_scores_as_a_table() -> None:
+    """``set_output``, alone and in a pipeline: a score for each layer, under its name."""
+    model = FeatureDiffusion(layers={"early": slice(0, 8), "late": slice(8, None)}, recipe=QUICK)
+    new = inside(5, 1)
+    table = clone(model).set_output(transform="pandas").fit(inside(100, 0)).transform(new)
+    assert list(table.columns) == ["layer_early", "layer_late"]
+    scores = model.fit(inside(100, 0)).verdicts(new, list("abcde"))
+    np.testing.assert_allclose(table["layer_late"], scores.layers["late"], rtol=1e-6)
+    chain = make_pipeline(StandardScaler(), clone(model)).set_output(transform="pandas")
+    assert list(chain.fit_transform(inside(100, 0)).columns) == ["layer_early", "layer_late"]
+
+
 def test_parameters_are_kept_as_given() -> None:
     layers = [slice(0, 3), slice(3, 9)]
     model = FeatureDiffusion(layers=layers, fpr=7, recipe="nonsense")

@@ -189,9 +189,8 @@ class Detector(BaseDetector):
         unique, table, rows = self._held_out(found.digests, kept)
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
-        if self.heads_.logits is not None and "vim" in self.heads_.logits.names:
-            last = self.extractor_.last_linear()
-            self.heads_.logits.fit_vim(table[rows.training[:_VIM_ROWS]], last.weight, last.bias)
+        if "vim" in self.arguments["logit_heads"]:
+            self._fit_vim(table[rows.training[:_VIM_ROWS]])
         key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         checkpoint = kept.folder / f"training-{key}.pt"
@@ -201,6 +200,11 @@ class Detector(BaseDetector):
         # -> calibrate
         self._calibrate(table, rows.calibration)
         return self
+
+    def _fit_vim(self, features: Tensor) -> None:
+        last, heads = self.extractor_.last_linear(), self.heads_.logits
+        assert heads is not None
+        heads.fit_vim(features, last.weight, last.bias)
 
     def _extractor(self) -> FeatureExtractor:
         given, layers, transform = (self.arguments[name] for name in ("backbone", "layers", "transform"))

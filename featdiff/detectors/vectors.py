@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -36,7 +36,7 @@ _VALIDATION = 0.05
 _SCALE_ROWS = 10_000
 
 
-class FeatureDiffusion(OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Feature diffusion on rows of numbers: embeddings of CLIP, DINO or anything else, as a scikit-learn estimator.
 
     The method of :class:`featdiff.Detector` without its backbone: a small denoiser for each layer (after DLSR, Yang et
@@ -201,6 +201,15 @@ class FeatureDiffusion(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, X: object) -> np.ndarray:
         """(n, d) -> (n,): -1 for outliers, +1 for the others."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def transform(self, X: object) -> np.ndarray:
+        """(n, d) -> (n, layers): a score for each layer, in in-domain standard deviations, higher = more OOD."""
+        return self._score(X)[1]
+
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
+        """Names of the columns of :meth:`transform`: ``layer_<name>``."""
+        check_is_fitted(self)
+        return np.array([f"layer_{name}" for name in self.layers_], dtype=object)
 
     def verdicts(self, X: np.ndarray, names: Sequence[str], fpr: float | None = None) -> Scores:
         """Rows with a name each -> what ``featdiff score`` says of them, with a score for every layer.
