@@ -18,6 +18,7 @@ from .calibration import check_fpr, flagged, tensor_p_values
 from .detectors import Detector
 from .exceptions import NotFittedError, UsageError, first_line
 from .features import FeatureExtractor, Layers, logits_of, resolve_layers, stage_names
+from .images import is_batch
 from .store import Progress
 
 #: The class that an abstaining guard predicts for flagged images.
@@ -143,7 +144,7 @@ class Guard(nn.Module):
 
         Parameters
         ----------
-        loader : iterable of batches
+        loader : iterable of batches, or one batch
             Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or whatever
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
             Fit in the precision that will be used: in half precision, or under the same ``autocast``, if so.
@@ -157,6 +158,10 @@ class Guard(nn.Module):
         if not hasattr(self, "_arguments"):
             raise UsageError("this guard was given a fitted detector: make a Guard without one to fit it anew")
         detector = self._new_detector()
+        if isinstance(loader, Tensor) and is_batch(loader):
+            loader = loader.split(64)
+        if isinstance(loader, list | tuple) and loader and is_batch(loader[0]):
+            loader = iter(loader)
         with torch.random.fork_rng(devices=[]):  # loaders draw from the global source
             self.detector = detector.fit(loader, progress)
         return self

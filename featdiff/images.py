@@ -276,6 +276,15 @@ def is_loader(source: object) -> TypeGuard[Iterable[object]]:
     return hasattr(source, "__iter__") and not named
 
 
+def is_batch(item: object) -> bool:
+    """Whether ``item`` is what a loader would give: preprocessed images, alone or with labels."""
+    try:
+        _pixels_of(item)
+    except UsageError:
+        return False
+    return True
+
+
 def _pixels_of(item: object) -> Tensor:
     """The images in what a loader gives (``UsageError`` if there are none)."""
     if isinstance(item, Mapping):

@@ -210,7 +210,10 @@ def test_other_channels_and_arguments(output: str) -> None:
     classifier = seeded(lambda: OwnCode(channels=1, output=output))
     grey = some_images(120, seed=1, side=28, channels=1)
     batches = [{"pixel_values": part, "labels": torch.zeros(len(part))} for part in grey.split(40)]
-    guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(iter(batches))
+    guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(batches)
+    for same_images in (grey, [(part, torch.zeros(len(part))) for part in grey.split(50)]):
+        again = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(same_images)
+        np.testing.assert_allclose(again.detector.calibration_, guard.detector.calibration_, rtol=1e-3, atol=1e-4)
     logits, verdict = guard(grey[:3], scale=2.0)
     assert torch.equal(logits, 2 * guard(grey[:3])[0])
     assert verdict.ood_score.shape == (3,)
