@@ -112,10 +112,12 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, types and bytes of a module's parameters and buffers, in hex."""
     hasher = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):  # quantised modules keep their settings there
+            hasher.update(f"{name} {value!r}\n".encode())
+            continue
         hasher.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        hasher.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else repr(value.item()).encode()
-        )
+        bytes_of: Any = value.detach().cpu().contiguous().view(torch.uint8).numpy if value.dim() else None
+        hasher.update(bytes_of() if bytes_of else repr(value.item()).encode())
     return hasher.hexdigest()
 
 

@@ -62,7 +62,7 @@ class Exportable(nn.Module):
     ) -> None:
         super().__init__()
         self.run, self.head, self.outputs = run, head, (*OUTPUTS, *further)
-        self.heads = copy.deepcopy(heads)
+        self.heads = copy.deepcopy(heads).cpu()
         if head != "lr":
             self.heads.diffusion.early = nn.Identity()  # only likelihood regret looks at it
         if self.heads.banks is not None:
@@ -92,7 +92,7 @@ class RowsAndLogits(Rows):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         with evaluating(self.network), self._extractor.recording() as found:
-            output = self.network(pixels)
+            output = self.network(pixels.to(self._extractor.dtype))
         return self._extractor.in_passing(found, output, pixels.shape[0]), logits_of(output)
 
 
@@ -152,11 +152,11 @@ def check_exportable(model: BaseDetector | Guard) -> Detector:
             "bytes, which no such file can do"
         )
     detector.check_fitted()
-    if detector.device.type != "cpu":
-        raise UsageError(
-            f"this detector is on {detector.device}, and files are made on the CPU: load it with device='cpu'"
-        )
-    return cast("Detector", detector)
+    detector = cast("Detector", detector)
+    device = detector.extractor_.device
+    if device.type != "cpu":
+        raise UsageError(f"this detector is on {device}, and files are made on the CPU: load it with device='cpu'")
+    return detector
 
 
 def need(*packages: str) -> None:

@@ -80,13 +80,13 @@ class FeatureExtractor:
     ) -> None:
         self.backbone = backbone if isinstance(backbone, Backbone) else _wrap(backbone, transform, input_size)
         own = self.backbone.source == "module"
-        self.device = torch.device(device)
-        self.mixed_precision = mixed_precision and self.device.type == "cuda" and not own
-        self.model = self.backbone.model.to(self.device)
+        self._given_device = torch.device(device)
+        self.mixed_precision = mixed_precision and self._given_device.type == "cuda" and not own
+        self.model = self.backbone.model.to(self._given_device)
         self._logits = logits
         stages = stage_names(self.model)
         modules = [name for name, _ in self.model.named_modules() if name]
-        pixels = self._probe()
+        pixels = self.probe()
         asks = logits or bool(stages) or PRE_LOGITS in (layers if isinstance(layers, str) else list(layers))
         self._last_linear = self._find_last_linear(pixels) if own and asks else ""
         headless = bool(stages) and hasattr(self.model, "forward_head") and not (own and self.model.num_classes)
@@ -108,13 +108,23 @@ class FeatureExtractor:
         return self.backbone.transform
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is now."""
+        return next((p.device for p in self.model.parameters()), self._given_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the network's weights, and so of its images."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
     def precision(self) -> str:
         """What numbers the network works in at the moment, like ``float32`` or ``bfloat16 autocast``."""
         device = self.device.type
         mixed = torch.float16 if self.mixed_precision else None
         if torch.is_autocast_enabled(device):
             mixed = torch.get_autocast_dtype(device)
-        return str(mixed or _dtype(self.model)).removeprefix("torch.") + (AUTOCAST if mixed else "")
+        return str(mixed or self.dtype).removeprefix("torch.") + (AUTOCAST if mixed else "")
 
     def key(self, note: str = "") -> str:
         """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``."""
@@ -133,7 +143,7 @@ class FeatureExtractor:
         UsageError
             The backbone does not take images of this shape.
         """
-        pixels = pixels.to(self.device, _dtype(self.model), non_blocking=True)
+        pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         return torch.cat([*self._forward(pixels).values()], dim=1)
 
     def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
@@ -162,25 +172,31 @@ class FeatureExtractor:
         assert isinstance(found, nn.Linear | nn.Conv2d)
         return found
 
-    def _probe(self) -> Tensor:
+    def probe(self) -> Tensor:
         """Some image, to see what layers give; not an even one, of which many layers would give the same."""
         size = self.backbone.data_config.get("input_size", (3, 224, 224))
         pixels = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
-        return pixels.to(self.device, _dtype(self.model))
+        return pixels.to(self.device, self.dtype)
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pooled vectors (B, C) of each layer, of the deep layers' deviations, and logits."""
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
+        with autocast, self._evaluated(pixels):
+            found = self._run(pixels)
+        return self._rows(found, pixels.shape[0])  # len() would fix the batch size of an export
+
+    @contextmanager
+    def _evaluated(self, pixels: Tensor) -> Iterator[None]:
+        """Eval mode for a pass of these images, whose failure is told in one line."""
         try:
-            with autocast, evaluating(self.model):
-                found = self._run(pixels)
+            with evaluating(self.model):
+                yield
         except (UsageError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # networks fail in many ways on a size they were not made for
             shape = f"{pixels.shape[2]} x {pixels.shape[3]} pixels (batch {tuple(pixels.shape)})"
             raise UsageError(f"{self.backbone.tag} cannot take images of {shape}: {first_line(error)}") from None
-        return self._rows(found, pixels.shape[0])  # len() would fix the batch size of an export
 
     def _rows(self, found: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         for name in self.layers:
@@ -253,7 +269,7 @@ class FeatureExtractor:
 
     def _find_last_linear(self, pixels: Tensor) -> str:
         """Name of the module whose output is the logits, if it is a linear one."""
-        with evaluating(self.model), torch.no_grad():
+        with self._evaluated(pixels), torch.no_grad():
             logits = logits_of(self.model(pixels))
 
             def fits(module: nn.Module, given: Any, gives: Any) -> bool:
@@ -266,13 +282,9 @@ class FeatureExtractor:
         if not hasattr(self.model, "forward_features"):
             return ""
         run: Any = self.model.forward_features
-        with evaluating(self.model), torch.no_grad():
+        with self._evaluated(pixels), torch.no_grad():
             final = run(pixels)
             return find_module(self.model, lambda: run(pixels), lambda _, given, gives: _equal(gives, final))
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -290,11 +302,11 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _equal(found: Any, wanted: Tensor) -> bool:
+def _equal(found: Any, wanted: Any) -> bool:
     """Whether a module gives this very tensor, be it in another shape."""
-    return (
-        isinstance(found, Tensor) and found.numel() == wanted.numel() and torch.equal(found.flatten(), wanted.flatten())
-    )
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.numel() != wanted.numel():
+        return False
+    return torch.equal(found.flatten(), wanted.flatten())
 
 
 def resolve_layers(

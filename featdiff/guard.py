@@ -19,6 +19,7 @@ from .detectors import Detector
 from .exceptions import NotFittedError, UsageError, first_line
 from .features import FeatureExtractor, Layers, logits_of, resolve_layers, stage_names
 from .images import is_batch
+from .persist import load_config, locate
 from .store import Progress
 
 #: The class that an abstaining guard predicts for flagged images.
@@ -112,7 +113,7 @@ class Guard(nn.Module):
     @fpr.setter
     def fpr(self, rate: float) -> None:
         check_fpr(rate, len(self.detector.calibration_) if self._is_fitted else None)
-        self._fpr = rate
+        self._fpr = self.detector.fpr = self.detector.arguments["fpr"] = rate  # so that it is saved, too
 
     @property
     def _is_fitted(self) -> bool:
@@ -125,9 +126,10 @@ class Guard(nn.Module):
         given: Any = self.classifier
         self._run = given.dynamo_ctx(run) if isinstance(given, torch._dynamo.OptimizedModule) else run
         self._here = threading.local()
+        self._moving = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_here")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_here", "_moving")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -144,7 +146,7 @@ class Guard(nn.Module):
 
         Parameters
         ----------
-        loader : iterable of batches, or one batch
+        loader : iterable of batches, or one tensor of images
             Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or whatever
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
             Fit in the precision that will be used: in half precision, or under the same ``autocast``, if so.
@@ -186,11 +188,11 @@ class Guard(nn.Module):
             return logits_of(self.classifier(*args, **kwargs)), None
         images = self._images_in(args, kwargs)
         network = self.classifier
+        if isinstance(network, torch._dynamo.OptimizedModule):
+            network = network._orig_mod
         if isinstance(network, nn.DataParallel):
             logits, rows = self._on_replicas(network, args, kwargs)
             return logits, self._verdict(logits, rows, images)
-        if isinstance(network, torch._dynamo.OptimizedModule):
-            network = network._orig_mod
         with self._recording(images) as found:
             output = self._run(network, *args, **kwargs)
         logits, rows = self._rows(found, output, len(images))
@@ -230,7 +232,7 @@ class Guard(nn.Module):
 
     @torch.compiler.disable
     def _recording(self, images: Tensor) -> _Recording:
-        return _Recording(self.detector.extractor_, images)
+        return _Recording(self.detector.extractor_, images, self.classifier)
 
     @torch.compiler.disable
     def _rows(self, found: dict[str, Tensor], output: Any, count: int) -> tuple[Tensor, Tensor]:
@@ -254,8 +256,9 @@ class Guard(nn.Module):
     def _verdict(self, logits: Tensor, rows: Tensor, images: Tensor) -> Verdict:
         detector = self.detector
         self._check_finite(rows, images)
-        if detector.heads_.mean.device != rows.device:
-            detector.heads_.to(rows.device)
+        with self._moving:
+            if detector.heads_.mean.device != rows.device:
+                detector.heads_.to(rows.device)
         heads, layers = detector.heads_(rows, (detector.head,))
         # copies are ordinary tensors where the caller's are, not those of the inference mode that the heads work in
         score, layers = heads[detector.head].clone(), layers.clone()
@@ -297,7 +300,7 @@ class Guard(nn.Module):
         local_files_only: bool = False,
         **runtime: Any,
     ) -> Guard:
-        """A saved guard for the classifier it was fitted on.
+        """A saved guard for the classifier it was fitted on, or a saved detector for one on its backbone.
 
         Parameters
         ----------
@@ -311,8 +314,11 @@ class Guard(nn.Module):
         """
         network = _unwrapped(classifier)
         device = next((str(p.device) for p in network.parameters()), "cpu")
-        options = {"device": device, "local_files_only": local_files_only, **runtime}
-        return cls(classifier, Detector.from_pretrained(name, backbone=network, **options), fpr=fpr, abstain=abstain)
+        options: dict[str, Any] = {"device": device, **runtime}
+        folder = locate(name, local_files_only)
+        if load_config(folder).get("backbone", {}).get("source") == "module":
+            options["backbone"] = network  # else the backbone has a name: Detector.on compares it
+        return cls(classifier, Detector.from_pretrained(folder, **options), fpr=fpr, abstain=abstain)
 
 
 def _run(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -322,8 +328,9 @@ def _run(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class _Recording:
     """The coming and going of hooks, out of sight of torch.compile; tells why a pass failed where that is known."""
 
-    def __init__(self, extractor: FeatureExtractor, images: Tensor) -> None:
+    def __init__(self, extractor: FeatureExtractor, images: Tensor, classifier: nn.Module) -> None:
         self._context, self._network, self._images = extractor.recording(), extractor.model, images
+        self._classifier = classifier
 
     @torch.compiler.disable
     def __enter__(self) -> dict[str, Tensor]:
@@ -334,16 +341,24 @@ class _Recording:
         try:
             self._context.__exit__(kind, error, trace)
         except UsageError as missed:  # a layer was not reached
-            if any(module._compiled_call_impl is not None for module in self._network.modules()):
-                raise UsageError(f"{missed}: compile the guard, not the classifier with its compile()") from None
+            if self._is_compiled:
+                raise UsageError(f"{missed}: compile the guard, not the classifier inside it") from None
             raise
         precisions, given = _precisions(self._network), self._images.dtype
-        if isinstance(error, RuntimeError) and precisions and given not in precisions:
+        if not isinstance(error, RuntimeError) or "type" not in str(error):
+            return
+        if precisions and given not in precisions:
             wanted = " and ".join(sorted(str(precision).removeprefix("torch.") for precision in precisions))
             raise UsageError(
                 f"the images are {str(given).removeprefix('torch.')}, the classifier's weights {wanted}: convert "
                 f"either, or use torch.autocast ({first_line(error)})"
             ) from error
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether torch.compile took the classifier, or what it is in, before the guard did."""
+        compiled = torch._dynamo.OptimizedModule
+        return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in self._classifier.modules())
 
 
 class _Tapped(nn.Module):

@@ -66,15 +66,15 @@ class Taps:
         Raises
         ------
         UsageError
-            At the end, if a layer was not reached.
+            A layer is gone, or, at the end, was not reached.
         """
         outer, found = getattr(self._here, "found", None), dict[str, Tensor]()
         with self._lock:
+            if not self._running:
+                modules = [self._module(tap) for tap in self.taps]
+                pairs = zip(modules, self._readers, strict=True)
+                self._handles = [module.register_forward_hook(reader) for module, reader in pairs]
             self._running += 1
-            if self._running == 1:
-                modules = {tap.module: self.model.get_submodule(tap.module) for tap in self.taps}
-                pairs = zip(self.taps, self._readers, strict=True)
-                self._handles = [modules[tap.module].register_forward_hook(reader) for tap, reader in pairs]
         self._here.found = found
         try:
             yield found
@@ -88,6 +88,12 @@ class Taps:
         for tap in self.taps:
             if tap.mean and tap.mean not in found:
                 raise UsageError(f"layer {tap.mean!r} was not reached in the forward pass")
+
+    def _module(self, tap: Tap) -> nn.Module:
+        try:
+            return self.model.get_submodule(tap.module)
+        except AttributeError:
+            raise UsageError(f"the network has no layer {tap.module!r} any more") from None
 
     def _read(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found = getattr(self._here, "found", None)

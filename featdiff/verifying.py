@@ -1,4 +1,4 @@
-"""Whether an exported file gives what the detector gives, on real images."""
+"""Whether an exported file gives the scores and verdicts that the detector gives, on real images."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
         "taps",
     },
-    "guard": {"detectors", "features", "calibration", "images", "store"},
+    "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "exporting": {"calibration", "detectors", "features", "guard", "persist"},
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},
     "comparison": set(),

@@ -407,8 +407,9 @@ def test_only_fitted_detectors_of_the_default_mode_on_the_cpu(small: Detector, t
     with pytest.raises(NotFittedError):
         export(Detector(), tmp_path)
     elsewhere = copy.copy(small)
-    elsewhere.device = torch.device("cuda")
-    with pytest.raises(UsageError, match="is on cuda.*: load it with device='cpu'"):
+    elsewhere.extractor_ = copy.copy(small.extractor_)
+    elsewhere.extractor_.model = copy.deepcopy(small.extractor_.model).to("meta")
+    with pytest.raises(UsageError, match="is on meta.*: load it with device='cpu'"):
         export(elsewhere, tmp_path)
 
 

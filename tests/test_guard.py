@@ -76,6 +76,11 @@ class OwnCode(nn.Module):
         return kinds[self.output]
 
 
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(2)
+
+
 def own_code() -> nn.Module:
     return seeded(OwnCode)
 
@@ -179,7 +184,9 @@ def test_abstaining_guard_predicts_minus_one(guard: Guard, saved: Path, images: 
     assert verdict.predicted.tolist() == expected.tolist()
 
 
-def test_detector_of_the_bare_backbone(tiny_arguments: dict[str, Any], sample_folders: dict[str, Path]) -> None:
+def test_detector_of_the_bare_backbone(
+    tiny_arguments: dict[str, Any], sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """A detector trained on files guards a classifier on the same backbone, with another head."""
     some = sorted(sample_folders["test"].iterdir())
     detector = Detector(**{**tiny_arguments, "layers": "layer2,layer4,pre_logits", "fpr": 0.1}).fit(some)
@@ -191,6 +198,9 @@ def test_detector_of_the_bare_backbone(tiny_arguments: dict[str, Any], sample_fo
     expected = detector.score(iter([pixels]))
     np.testing.assert_allclose(verdict.ood_score.numpy(), expected.ood_score, rtol=1e-4, atol=1e-4)
     assert list(verdict.layers) == ["layer2", "layer4", "pre_logits"]
+    detector.save_pretrained(tmp_path / "model")
+    weights = tiny_arguments["weights"]
+    same(Guard.from_pretrained(tmp_path / "model", classifier, weights=weights)(pixels)[1], verdict)
     assert guard.detector.score(some[:5]).p_value.shape == (5,)  # files, by the detector's transform
     with torch.no_grad():
         classifier.layer1[0].conv1.weight[0] += 0.1
@@ -487,10 +497,13 @@ def test_copies(again: Callable[[Guard], Guard], guard: Guard, images: Tensor) -
     assert torch.equal(twin(images)[1].ood_score, guard(images)[1].ood_score)
 
 
-def test_saved_guard_knows_its_classifier(guard: Guard, saved: Path, images: Tensor) -> None:
+def test_saved_guard_knows_its_classifier(guard: Guard, saved: Path, images: Tensor, tmp_path: Path) -> None:
     loaded = Guard.from_pretrained(saved, resnet())
     assert torch.equal(loaded(images)[1].ood_score, guard(images)[1].ood_score)
     assert loaded.fpr == 0.1
+    loaded.fpr = 0.3
+    loaded.save_pretrained(tmp_path / "again")
+    assert Guard.from_pretrained(tmp_path / "again", resnet()).fpr == 0.3
     other_head = resnet()
     nn.init.constant_(other_head.fc.bias, 1.0)
     for stranger in (other_head, own_code()):
@@ -523,6 +536,26 @@ def test_layer_names_are_checked_at_once() -> None:
         Guard(resnet(), layers=["layer1", "layer9"])
     with pytest.raises(UsageError, match="name the layers of your module"):
         Guard(own_code())
+
+
+def test_layer_that_is_gone_for_a_while(saved: Path, images: Tensor) -> None:
+    """One failed pass leaves nothing behind."""
+    guard = Guard.from_pretrained(saved, resnet())
+    expected = guard(images)[1]
+    layer, guard.classifier.layer3 = guard.classifier.layer3, nn.Identity()
+    before = hooks_of(guard.classifier)
+    del guard.classifier.layer3
+    with pytest.raises(UsageError, match="no layer 'layer3' any more"):
+        guard(images)
+    assert sum(hooks_of(guard.classifier)) == sum(before) == 0
+    guard.classifier.layer3 = layer
+    same(guard(images)[1], expected)
+
+
+def test_a_single_logit_has_no_probability_to_compare() -> None:
+    classifier = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(2), Mean(), nn.Linear(8, 1)))
+    with pytest.raises(UsageError, match="single logit"):
+        Guard(classifier, layers=["0", "1"], logit_heads=("msp",), fpr=0.2).fit(loader(some_images(30, seed=1)))
 
 
 def test_layer_that_is_never_reached() -> None:

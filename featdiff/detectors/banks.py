@@ -79,9 +79,10 @@ class Banks(nn.Module):
     @torch.inference_mode()
     def distances(self, features: Tensor, space: str) -> Tensor:
         """The same in one space alone: (B, D) -> (B,)."""
-        if not self._indices:  # built when first needed: a loaded bank may lie on another device
-            self._indices = [make_index(self._bank(i), self.backend) for i in range(len(self.spaces))]
-        index = self._indices[list(self.spaces).index(space)]
+        indices = self._indices  # kept by this name: another thread may move the banks
+        if not indices:  # built when first needed: a loaded bank may lie on another device
+            indices = self._indices = [make_index(self._bank(i), self.backend) for i in range(len(self.spaces))]
+        index = indices[list(self.spaces).index(space)]
         found = index.search(self._view(features.to(self.scales_0.device), space), self.k)[0]
         tiny = torch.finfo(torch.float32).eps  # a copy of a bank's image has distance 0
         return found.clamp_min(tiny).log().mean(1).exp()

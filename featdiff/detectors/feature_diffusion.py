@@ -190,7 +190,7 @@ class Detector(BaseDetector):
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         if "vim" in self.arguments["logit_heads"]:
-            self._fit_vim(table[rows.training[:_VIM_ROWS]])
+            self._fit_vim(table[rows.training[:: -(-len(rows.training) // _VIM_ROWS)]])
         key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         checkpoint = kept.folder / f"training-{key}.pt"
@@ -241,12 +241,14 @@ class Detector(BaseDetector):
             if name not in theirs or not _same(value, theirs[name]):
                 what = "has other weights" if name in theirs else "has no such weights"
                 raise ModelError(f"the classifier is not the network this detector was fitted on: {name} {what}")
+        device = next((str(p.device) for p in classifier.parameters()), "cpu")
         facts: dict[str, Any] = {"backbone": classifier, "weights": None, "pretrained": True, "model_args": None}
+        facts["device"] = device
         if self.extractor_.backbone.source != "module":
             facts["transform"] = self.extractor_.transform
         other = Detector(**self.arguments | facts | {"layers": self.extractor_.layers})
         other.extractor_ = other._extractor()
-        if other.extractor_.columns != self.extractor_.columns:
+        if other.extractor_.columns != self.extractor_.columns or not _alike(self.extractor_, other.extractor_):
             raise ModelError("the classifier gives other layers than this detector was fitted on: call fit on it")
         other.heads_, other.bank_digests_ = copy.deepcopy(self.heads_), self.bank_digests_
         for name in ("calibration_", "n_images_", "validation_loss_", "training_seconds_", "precision_"):
@@ -285,6 +287,8 @@ class Detector(BaseDetector):
             "transform": {} if backbone.source == "module" else backbone.data_config,
             "layers": self.extractor_.layers,
         }
+        if backbone.source == "module":
+            config["arguments"]["input_size"] = list(backbone.data_config["input_size"])
         return config | {
             "backbone": {
                 **{"tag": backbone.tag, "source": backbone.source, "fingerprint": backbone.fingerprint},
@@ -341,6 +345,14 @@ class Detector(BaseDetector):
         detector._take_facts(config)
         detector.precision_ = config["backbone"].get("precision", detector.extractor_.precision)
         return detector
+
+
+def _alike(a: FeatureExtractor, b: FeatureExtractor) -> bool:
+    """Whether two extractors give the same features of some picture, but for rounding."""
+    pixels = a.probe()
+    rows, others = a(pixels).cpu(), b(pixels).cpu()
+    limit = 1e-3 if a.precision == b.precision else 5e-2
+    return bool((rows - others).abs().max() <= limit * rows.abs().max())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -31,7 +31,7 @@ class LogitHeads(nn.Module):
     Raises
     ------
     UsageError
-        ViM without ``pre_logits``.
+        ViM without ``pre_logits``, or MSP with a single logit.
     """
 
     origin: Tensor
@@ -42,6 +42,8 @@ class LogitHeads(nn.Module):
         super().__init__()
         self.names = tuple(names)
         self._columns = {name: columns[name] for name in (LOGITS, PRE_LOGITS) if name in columns}
+        if "msp" in names and columns[LOGITS].stop - columns[LOGITS].start < 2:
+            raise UsageError("msp compares probabilities of classes, and this classifier gives a single logit")
         if "vim" in names:
             if PRE_LOGITS not in columns:
                 raise UsageError(f"vim looks at the layer {PRE_LOGITS}: name it among the layers")
