@@ -272,7 +272,7 @@ class FeatureExtractor:
         with self._evaluated(pixels), torch.no_grad():
             logits = logits_of(self.model(pixels))
 
-            def fits(module: nn.Module, given: Any, gives: Any) -> bool:
+            def fits(module: nn.Module, gives: Any) -> bool:
                 return isinstance(module, nn.Linear | nn.Conv2d) and _equal(gives, logits)
 
             return find_module(self.model, lambda: self.model(pixels), fits)
@@ -284,7 +284,12 @@ class FeatureExtractor:
         run: Any = self.model.forward_features
         with self._evaluated(pixels), torch.no_grad():
             final = run(pixels)
-            return find_module(self.model, lambda: run(pixels), lambda _, given, gives: _equal(gives, final))
+            return find_module(self.model, lambda: run(pixels), lambda _, gives: _equal(gives, final))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a module's weights lie; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .calibration import check_fpr, flagged, tensor_p_values
 from .detectors import Detector
 from .exceptions import NotFittedError, UsageError, first_line
-from .features import FeatureExtractor, Layers, logits_of, resolve_layers, stage_names
+from .features import FeatureExtractor, Layers, device_of, logits_of, resolve_layers, stage_names
 from .images import is_batch
 from .persist import load_config, locate
 from .store import Progress
@@ -136,8 +136,8 @@ class Guard(nn.Module):
         self._prepare()
 
     def _new_detector(self) -> Detector:
-        device = next((str(p.device) for p in self.classifier.parameters()), "cpu")
-        return Detector(_unwrapped(self.classifier), **{"device": device, "fpr": self.fpr, **self._arguments})
+        options = {"device": str(device_of(self.classifier)), "fpr": self.fpr, **self._arguments}
+        return Detector(_unwrapped(self.classifier), **options)
 
     # ---- fit ----
 
@@ -313,8 +313,7 @@ class Guard(nn.Module):
             No model, a damaged one, or another classifier (its weights and structure are compared).
         """
         network = _unwrapped(classifier)
-        device = next((str(p.device) for p in network.parameters()), "cpu")
-        options: dict[str, Any] = {"device": device, **runtime}
+        options: dict[str, Any] = {"device": str(device_of(network)), **runtime}
         folder = locate(name, local_files_only)
         if load_config(folder).get("backbone", {}).get("source") == "module":
             options["backbone"] = network  # else the backbone has a name: Detector.on compares it

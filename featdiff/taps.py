@@ -117,13 +117,13 @@ def first_tensor(output: Any) -> Any:
 
 
 @torch.no_grad()
-def find_module(model: nn.Module, run: Callable[[], object], fits: Callable[[nn.Module, Any, Any], bool]) -> str:
-    """Name of the last module in a pass ``run`` for which ``fits(module, input, output)``; empty if there is none."""
+def find_module(model: nn.Module, run: Callable[[], object], fits: Callable[[nn.Module, Any], bool]) -> str:
+    """Name of the last module in a pass ``run`` for which ``fits(module, output)``; empty if there is none."""
     found = ""
 
     def look(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal found
-        if fits(module, first_tensor(args), first_tensor(output)):
+        if fits(module, first_tensor(output)):
             found = name
 
     handles = [m.register_forward_hook(functools.partial(look, n)) for n, m in model.named_modules() if n]

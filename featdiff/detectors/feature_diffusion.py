@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backbones import DEFAULT_BACKBONE, load_backbone
 from ..exceptions import ModelError, UsageError
-from ..features import FeatureExtractor, Layers, identity
+from ..features import FeatureExtractor, Layers, device_of, identity
 from ..images import MAX_PIXELS, Transform, is_loader, peek_size
 from ..persist import load, locate
 from ..store import Progress
@@ -241,9 +241,8 @@ class Detector(BaseDetector):
             if name not in theirs or not _same(value, theirs[name]):
                 what = "has other weights" if name in theirs else "has no such weights"
                 raise ModelError(f"the classifier is not the network this detector was fitted on: {name} {what}")
-        device = next((str(p.device) for p in classifier.parameters()), "cpu")
         facts: dict[str, Any] = {"backbone": classifier, "weights": None, "pretrained": True, "model_args": None}
-        facts["device"] = device
+        facts["device"] = str(device_of(classifier))
         if self.extractor_.backbone.source != "module":
             facts["transform"] = self.extractor_.transform
         other = Detector(**self.arguments | facts | {"layers": self.extractor_.layers})
