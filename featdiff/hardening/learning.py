@@ -1,0 +1,239 @@
+"""Objective + rows -> a trained student, as a generator of small step records. Knows no files and no images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..exceptions import FeatdiffError, UsageError
+from .objective import Lesson, Objective
+from .recipe import HardenRecipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Learning rates of networks that only losses need, as in the released code of outlier-aware learning.
+_PROJECTION_FACTOR = 2.0
+_CLUB_RATE = 1e-4
+_WARM_UP = 0.1  # share of all steps
+_PARTS = ("objective", "optimizer", "club_optimizer")
+_RESULTS = ("epoch", "stale", "done", "seconds", "best_accuracy", "best", "history")
+
+#: Row numbers (B,) of the training rows, and a source of chance -> what the student is to learn from them.
+Lessons = Callable[[np.ndarray, np.random.Generator], Lesson]
+
+
+@dataclass(frozen=True)
+class LearningStep:
+    """One optimiser step; ``losses`` are weighted, ``accuracy`` is set on the last step of an epoch (held-out rows)."""
+
+    step: int
+    steps: int
+    losses: Mapping[str, float]
+    accuracy: float | None = None
+
+
+@dataclass
+class LearningState:
+    """All that a run needs to go on after a stop.
+
+    ``best`` are the weights of the epoch with the highest accuracy on held-out rows (of equals, the later), ``history``
+    has for each epoch its mean losses and accuracy.
+    """
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    club_optimizer: torch.optim.Optimizer | None
+    epoch: int = 0
+    stale: int = 0
+    done: bool = False
+    seconds: float = 0.0  # spent so far, over all runs; the caller's to count
+    best_accuracy: float = -1.0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def network(self) -> nn.Module:
+        """What ``best`` are weights of."""
+        return self.objective.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers only, fit for ``weights_only=True``; the results alone once done."""
+        plain = {name: getattr(self, name) for name in _RESULTS}
+        if self.done:
+            return plain
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return plain | {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        for name, value in state.items():
+            if name in _PARTS:
+                getattr(self, name).load_state_dict(value)
+            else:
+                setattr(self, name, value)
+
+
+def start(objective: Objective, recipe: HardenRecipe) -> LearningState:
+    """A fresh state: SGD for the student and its projection, Adam for the networks of the bound."""
+    groups = [{"params": [p for p in objective.network.parameters() if p.requires_grad], "factor": 1.0}]
+    if objective.projection is not None:
+        groups.append({"params": [*objective.projection.parameters()], "factor": _PROJECTION_FACTOR})
+    optimizer = torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+    )
+    clubs = [*objective.clubs.parameters()]
+    return LearningState(objective, optimizer, torch.optim.Adam(clubs, lr=_CLUB_RATE) if clubs else None)
+
+
+def learn(
+    state: LearningState,
+    lessons: Lessons,
+    n_rows: int,
+    held_out: tuple[Tensor, Tensor],
+    recipe: HardenRecipe,
+    seed: int,
+    before_epoch: Callable[[int], None] = lambda epoch: None,
+    accelerator: Accelerator | None = None,
+) -> Iterator[LearningStep]:
+    """Train until the plan ends or held-out accuracy has not risen for ``patience`` epochs; then load ``best``.
+
+    What is drawn follows from ``seed`` and the epoch, so a run resumed at an epoch's end goes the same way.
+
+    Parameters
+    ----------
+    n_rows : int
+        Training rows; those that fill no batch are left out of an epoch.
+    held_out : (V, ...), (V,)
+        Rows as the student takes them, and their labels.
+    before_epoch : callable, optional
+        Gets the number of the epoch that begins.
+    accelerator : accelerate.Accelerator, optional
+        Mixed precision, and several processes, each with its share of every batch.
+
+    Raises
+    ------
+    UsageError
+        Fewer rows than a batch, or a batch that the processes cannot share evenly.
+    FeatdiffError
+        A loss became NaN or infinite.
+    """
+    engine = _Engine(state, recipe, accelerator)
+    per_epoch = n_rows // recipe.batch_size
+    if not per_epoch:
+        raise UsageError(f"{n_rows} training images do not fill a batch of {recipe.batch_size}: lower the batch size")
+    steps = recipe.epochs * per_epoch
+    try:
+        while state.epoch < recipe.epochs and not state.done:
+            before_epoch(state.epoch)
+            rng = np.random.default_rng((seed, state.epoch))
+            order = rng.permutation(n_rows)
+            totals: dict[str, float] = {}
+            state.objective.train()
+            for i in range(per_epoch):
+                number = state.epoch * per_epoch + i
+                engine.set_rates(_rate(number, steps))
+                batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
+                losses = engine.update(lessons(np.sort(batch)[engine.share], rng))
+                _check(losses, number + 1)
+                totals = {name: totals.get(name, 0.0) + value / per_epoch for name, value in losses.items()}
+                accuracy = None
+                if i == per_epoch - 1:
+                    accuracy = engine.accuracy(*held_out)
+                    _close_epoch(state, accuracy, totals, recipe.patience)
+                yield LearningStep(number + 1, steps, losses, accuracy)
+    finally:
+        engine.close()
+    state.done = True
+    state.network.load_state_dict(state.best)
+    state.objective.eval()
+
+
+@torch.inference_mode()
+def held_out_accuracy(objective: Objective, x: Tensor, labels: Tensor) -> float:
+    """Share of rows (V, ...) whose largest logit is that of their label (V,), in eval mode."""
+    objective.eval()
+    right = sum(
+        (objective.answer(rows)[1].argmax(1) == wanted).sum().item()
+        for rows, wanted in zip(x.split(128), labels.split(128), strict=True)
+    )
+    return right / len(labels)
+
+
+class _Engine:
+    """One optimiser step, on one process or, with an accelerator, on several."""
+
+    def __init__(self, state: LearningState, recipe: HardenRecipe, accelerator: Accelerator | None) -> None:
+        self.objective, self.recipe, self.accelerator = state.objective, recipe, accelerator
+        self.network: nn.Module = state.objective
+        self.groups = state.optimizer.param_groups
+        self.optimizers: list[Any] = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
+        processes, rank = 1, 0
+        if accelerator is not None:
+            self.network, *self.optimizers = accelerator.prepare(state.objective, *self.optimizers)
+            processes, rank = accelerator.num_processes, accelerator.process_index
+            if accelerator.gather(torch.tensor([state.epoch], device=accelerator.device)).unique().numel() > 1:
+                raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
+        if recipe.batch_size % processes:
+            raise UsageError(f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly")
+        self.share = slice(rank, None, processes)
+
+    def set_rates(self, factor: float) -> None:
+        for group in self.groups:
+            group["lr"] = self.recipe.learning_rate * group["factor"] * factor
+
+    def update(self, lesson: Lesson) -> dict[str, float]:
+        losses = self.network(lesson)
+        total = torch.stack([*losses.values()]).sum()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if self.accelerator is None:
+            total.backward()
+        else:
+            self.accelerator.backward(total)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return {name: self.mean(loss.detach().float()) for name, loss in losses.items()}
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over all processes, so that all see the same number."""
+        return (value if self.accelerator is None else self.accelerator.reduce(value, "mean")).item()
+
+    def accuracy(self, x: Tensor, labels: Tensor) -> float:
+        """On held-out rows; see :func:`held_out_accuracy`."""
+        return self.mean(torch.tensor(held_out_accuracy(self.objective, x, labels), device=x.device))
+
+    def close(self) -> None:
+        """Give the network back as it was."""
+        if self.accelerator is not None:
+            self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+
+
+def _close_epoch(state: LearningState, accuracy: float, losses: dict[str, float], patience: int) -> None:
+    state.epoch += 1
+    state.history.append({"accuracy": accuracy} | losses)
+    state.stale = 0 if accuracy > state.best_accuracy else state.stale + 1
+    if accuracy >= state.best_accuracy:
+        state.best_accuracy = accuracy
+        state.best = {name: value.detach().clone() for name, value in state.network.state_dict().items()}
+    state.done = state.stale >= patience
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: up for a tenth of the run, then down by a cosine."""
+    warm = _WARM_UP * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def _check(losses: Mapping[str, float], step: int) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise FeatdiffError(f"training diverged at step {step} ({name} {loss}): lower the learning rate")

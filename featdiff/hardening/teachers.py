@@ -1,0 +1,141 @@
+"""A teacher: a larger or longer-trained classifier whose answers the student keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Backbone, fingerprint, load_backbone
+from ..exceptions import UsageError
+from ..features import device_of, evaluating
+from ..images import Transform
+from .students import Classifier, load_classifier
+
+# Raised when the numbers that a teacher gives for the same weights change.
+_TEACHER_VERSION = 1
+# Inverse strengths of a new head's regularisation, of which held-out images choose.
+_STRENGTHS = (0.001, 0.01, 0.1)
+
+
+@dataclass
+class Teacher:
+    """Images -> pre-logits, as rows that can be kept (:class:`featdiff.store.Extractor`); and its last layer.
+
+    ``head`` turns pre-logits (B, ``width``) into logits in the order of the student's classes; a teacher by the name of
+    a backbone has none until :meth:`fit_head`.
+    """
+
+    network: Backbone | Classifier
+    name: str
+    width: int
+    head: nn.Module | None = None
+
+    @property
+    def transform(self) -> Transform:
+        """RGB picture -> (3, H, W) tensor, as the teacher was trained with."""
+        return self.network.transform
+
+    def key(self, variant: str = "") -> str:
+        """A short hash of what decides the numbers."""
+        facts = [_TEACHER_VERSION, fingerprint(self.network.model), repr(self.network.model)]
+        return hashlib.sha256(repr([*facts, self.network.data_config, variant]).encode()).hexdigest()[:16]
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) preprocessed images -> (B, ``width``) float32 pre-logits."""
+        return _pre_logits(self.network.model, pixels)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Pre-logits (B, ``width``) -> logits (B, classes)."""
+        assert self.head is not None
+        return self.head(features)  # type: ignore[no-any-return]
+
+    def fit_head(self, features: Tensor, labels: np.ndarray, held_out: Tensor, wanted: np.ndarray) -> float:
+        """Logistic regression on pre-logits (N, ``width``), as strongly regularised as held-out rows like it best.
+
+        Returns
+        -------
+        float
+            Its accuracy on the held-out rows.
+        """
+        from sklearn.linear_model import LogisticRegression
+
+        mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
+        rows, others = (((part - mean) / deviation).numpy() for part in (features, held_out))
+        fits = [LogisticRegression(C=c, max_iter=200).fit(rows, labels) for c in _STRENGTHS]
+        accuracies = [float(fit.score(others, wanted)) for fit in fits]
+        best = fits[int(np.argmax(accuracies))]
+        weight, bias = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (best.coef_, best.intercept_))
+        if len(weight) == 1:  # of two classes, scikit-learn keeps the difference
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        head = nn.Linear(self.width, len(weight))
+        with torch.no_grad():
+            head.weight.copy_(weight / deviation)
+            head.bias.copy_(bias - (weight / deviation) @ mean)
+        self.head = head.requires_grad_(False).to(device_of(self.network.model))
+        return max(accuracies)
+
+
+def load_teacher(name: str, classes: Sequence[str], device: torch.device | str = "cpu") -> Teacher:
+    """A teacher by the folder of a classifier for the same classes, or by the name of a timm backbone.
+
+    Raises
+    ------
+    UsageError
+        An unknown name, or a classifier of other classes.
+    ModelError, WeightsError
+        The folder holds no classifier, or the weights cannot be had.
+    """
+    folder = Path(name.removeprefix("local-dir:"))
+    if not folder.is_dir():
+        backbone = load_backbone(name)
+        backbone.model.to(device)
+        return Teacher(backbone, backbone.tag, _width(backbone.model, backbone.data_config))
+    inner = folder / "student"  # what was hardened can teach in its turn
+    found = load_classifier(inner if inner.is_dir() else folder)
+    if sorted(found.classes) != sorted(classes):
+        raise UsageError(
+            f"the teacher at {folder} knows the classes {_some(found.classes)}, the images have {_some(classes)}: "
+            "train a teacher on these images (featdiff harden without --teacher), or name a backbone"
+        )
+    order = torch.tensor([found.classes.index(name) for name in classes])
+    found.model.requires_grad_(False).to(device)
+    model: Any = found.model
+    head = nn.Sequential(model.get_classifier(), _Ordered(order)).to(device)
+    return Teacher(found, found.name, _width(found.model, found.data_config), head.eval())
+
+
+class _Ordered(nn.Module):
+    """Logits in another order of the classes."""
+
+    order: Tensor
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, self.order]
+
+
+def _pre_logits(model: nn.Module, pixels: Tensor) -> Tensor:
+    network: Any = model
+    pixels = pixels.to(device_of(model)).contiguous(memory_format=torch.channels_last)
+    with evaluating(model):
+        return network.forward_head(network.forward_features(pixels), pre_logits=True).float()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def _width(model: nn.Module, data_config: dict[str, Any]) -> int:
+    return _pre_logits(model, torch.zeros(1, *data_config["input_size"])).shape[1]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")
