@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,6 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write config and tensors; a featdiff model already in the folder is replaced, other files in it stay.
 
-    Both files are written in full under other names before either takes its place, and both carry the same id, so
-    that a pair left half replaced by a crash is refused when it is loaded.
-
     Raises
     ------
     UsageError
@@ -33,14 +31,27 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[s
     ModelError
         The disk is full or the place cannot be written; nothing is left behind, an older model stays whole.
     """
+    check_target(folder)
+    write_pair(folder, {"format": "featdiff", "format_version": FORMAT_VERSION} | config, tensors)
+
+
+def write_pair(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write config and tensors, whatever is in the folder.
+
+    Both files are written in full under other names before either takes its place, and both carry the same ``id``, so
+    that a pair left half replaced by a crash is refused by :func:`check_pair`.
+
+    Raises
+    ------
+    ModelError
+        The disk is full or the place cannot be written; nothing is left behind, an older pair stays whole.
+    """
     from safetensors.torch import save as to_bytes
 
     target = Path(folder)
-    check_target(target)
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
     identity = hashlib.sha256(json.dumps(config).encode() + to_bytes(plain)).hexdigest()[:16]
-    header = {"format": "featdiff", "format_version": FORMAT_VERSION, "id": identity}
-    text = json.dumps(header | config, indent=2) + "\n"
+    text = json.dumps({**config, "id": identity}, indent=2) + "\n"
     data = to_bytes(plain, metadata={"id": identity})
     existed = target.exists()
     try:
@@ -58,6 +69,16 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[s
                 target.rmdir()
     except OSError as error:
         raise ModelError(f"the model could not be written to {target}: {error.strerror or error}") from None
+
+
+def check_pair(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
+    """Refuse a config and tensors of different models (``ModelError``; tensors without an ``id`` pass)."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / TENSORS, framework="pt") as file:
+        identity = (file.metadata() or {}).get("id")
+    if identity not in (None, config.get("id")):
+        raise ModelError(f"the model at {folder} is damaged: {CONFIG} and {TENSORS} were not written together")
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -78,11 +99,19 @@ def write_whole(file: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check_target(folder: str | os.PathLike[str]) -> None:
-    """Refuse to write into anything but an earlier featdiff model or an empty folder (``UsageError``)."""
-    target = Path(folder)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_model(target))):
-        raise UsageError(f"{target} exists and is not a featdiff model; choose another folder with -o")
+def check_target(
+    folder: str | os.PathLike[str], is_ours: Callable[[Path], bool] | None = None, what: str = "featdiff model"
+) -> None:
+    """Refuse to write into anything but an empty folder or what ``is_ours`` (default: an earlier featdiff model).
+
+    Raises
+    ------
+    UsageError
+        There is something else, and it is not replaced.
+    """
+    target, is_ours = Path(folder), is_ours or is_model
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_ours(target))):
+        raise UsageError(f"{target} exists and is not a {what}; choose another folder with -o")
 
 
 def is_model(folder: str | os.PathLike[str]) -> bool:
@@ -109,7 +138,6 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            identity = (file.metadata() or {}).get("id")
     except SafetensorError as error:
         raise ModelError(f"the model at {folder} is damaged: {error}") from None
     except OSError as error:
@@ -117,8 +145,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"the model at {folder} is damaged: tensor {name} holds NaN or infinite values")
-    if identity not in (None, config.get("id")):
-        raise ModelError(f"the model at {folder} is damaged: {CONFIG} and {TENSORS} were not written together")
+    check_pair(folder, config)
     return config, tensors
 
 

@@ -46,6 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "taps",
     },
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
+    "hardening": {
+        *("backbones", "features", "images", "persist", "sources", "store", "taps", "detectors", "guard", "metrics"),
+    },
     "exporting": {"calibration", "detectors", "features", "guard", "persist"},
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},
     "comparison": set(),
