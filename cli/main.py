@@ -17,6 +17,7 @@ COMMANDS = {
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
+    "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
     "bench": ("bench", "Compare featdiff, its heads and rivals on a suite of image sets."),
     "demo": ("demo", "Train, score and evaluate on a built-in sample set, with a picture."),
     "info": ("info", "Show what a saved model is."),

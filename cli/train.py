@@ -158,6 +158,19 @@ def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
         done = f"not trained: {detector.name}"
     say(f"trained {trained:.0f} s" if trained else done, quiet)
     say(f"calibrated on {n_cal:,} held-out images: --fpr from {1 / (n_cal + 1):.2g} up", quiet)
+    if detector.mode == "feature":
+        _check_itself(detector, quiet)
     if detector.mode == "pixel":
         say(f"the least and the most strange of them: {output / INPAINTINGS}", quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score IMAGES -m {output}", quiet)
+
+
+def _check_itself(detector: Any, quiet: bool) -> None:
+    from featdiff.exceptions import UsageError
+    from featdiff.outliers.synthesis import self_check
+
+    try:
+        share = f"flags {self_check(detector):.0%} of near synthetic outliers at fpr {detector.fpr:g}"
+        say(f"self-check: {share} (no real OOD image was seen)", quiet)
+    except UsageError as error:
+        say(f"self-check: left out: {error}", quiet)

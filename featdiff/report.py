@@ -221,3 +221,29 @@ def save_inpaintings(
     for i, score in enumerate(scores):
         grid[i][0].set_ylabel(f"ood_score {score:.1f}")
     figure.savefig(file, dpi=120)
+
+
+def save_projection(
+    file: str | os.PathLike[str], points: Mapping[str, np.ndarray], share: float, title: str = ""
+) -> None:
+    """A picture of sets of points in a plane; the first set is the in-domain one, in grey.
+
+    Parameters
+    ----------
+    file : path ending in .png, .svg or .pdf
+    points : {set name: (N, 2)}
+    share : float
+        Of the in-domain variance that the plane shows, in [0, 1].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, (x, y)) in enumerate((name, values.T) for name, values in points.items()):
+        colour = "lightgrey" if i == 0 else f"C{i - 1}"
+        axes.scatter(x, y, s=8, color=colour, alpha=0.7, linewidths=0, label=f"{name} ({len(x):,})")
+    axes.set(xlabel="first component", ylabel=f"second component (both: {share:.0%} of the variance)", title=title)
+    axes.legend()
+    figure.savefig(file, dpi=150)

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "taps": set(),
     "features": {"backbones", "images", "taps"},
     "store": {"images", "persist"},
+    "labels": {"sources"},
     "masks": set(),
     "pixels": {"images"},
     "noise": set(),
@@ -43,6 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detectors": {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
+        "taps",
+    },
+    "outliers": {
+        *("calibration", "detectors", "features", "labels", "neighbors", "noise", "persist", "reconstruct", "store"),
         "taps",
     },
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},

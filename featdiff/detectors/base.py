@@ -38,6 +38,8 @@ class BaseDetector:
         Decoded images -> rows.
     calibration_ : (n,)
         Sorted scores of held-out in-domain images.
+    calibration_digests_ : list of bytes
+        Which images these were; known where the detector was fitted, and not saved.
     validation_loss_, training_seconds_ : float
         What came of training, and how long it took over all runs.
     """
@@ -156,6 +158,23 @@ class BaseDetector:
             raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
         return found, kept
 
+    def features(self, images: object, progress: Progress | None = None) -> tuple[list[str], FeatureTable]:
+        """Paths of the images that can be read (N), and their rows (N, D), which stay in the feature store.
+
+        Parameters
+        ----------
+        images : as for ``fit``
+            Those that cannot be read are listed in ``unreadable_``.
+
+        Raises
+        ------
+        NotFittedError, UsageError
+            There is no extractor yet; none of the images can be read.
+        """
+        self.check_fitted()
+        found, kept = self._extract(images, progress)
+        return found.paths, kept.table(found.digests)
+
     def _held_out(self, digests: list[bytes], kept: FeatureStore) -> tuple[list[bytes], FeatureTable, Split]:
         """Different contents, their rows, and which of them train, validate and calibrate.
 
@@ -165,6 +184,7 @@ class BaseDetector:
         self.n_images_, self.n_duplicates_ = len(unique), len(digests) - len(unique)
         rows = split(len(unique), self.arguments["calibration"], self.arguments["validation"], self.seed)
         check_fpr(self.fpr, len(rows.calibration))
+        self.calibration_digests_ = [unique[i] for i in rows.calibration]
         return unique, kept.table(unique), rows
 
     def _calibrate(self, table: FeatureTable, rows: np.ndarray, progress: Progress | None = None) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""``featdiff outliers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .main import EXIT_UNREADABLE, Stopped
+from .options import model_arguments, model_option, runtime_options, weights_option
+from .progress import Bars, list_unreadable, say
+
+
+@click.command("outliers")
+@click.argument("images", nargs=-1, required=True)
+@model_option
+@weights_option
+@click.option("-n", "count", type=click.IntRange(1), default=1000, show_default=True, help="Outliers in all.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="outliers.safetensors",
+    show_default=True,
+    help="File for the outliers.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["diffusion", "boundary"]),
+    default="diffusion",
+    show_default=True,
+    help="Away from what the model's denoisers expect, or noise around rare images (NPOS).",
+)
+@click.option("--one-class", is_flag=True, help="Folders are not classes: take all images as one.")
+@click.option(
+    "--k", type=click.IntRange(1), help="Neighbour that tells which images are rare [60 % of a class, <= 300]."
+)
+@click.option("--strength", type=float, help="Method diffusion: how far to push [0.5].")
+@click.option("--sigma", type=float, help="Method boundary: deviation of the noise [as far as neighbour k].")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides all that is random.")
+@click.option(
+    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="File for the picture [like -o, with .png]."
+)
+@click.option("--force", is_flag=True, help="Replace files that are already there.")
+@runtime_options
+def command(
+    images: tuple[str, ...],
+    model: str,
+    count: int,
+    output: Path,
+    method: str,
+    one_class: bool,
+    picture: Path | None,
+    force: bool,
+    seed: int,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Make synthetic outliers just beyond IMAGES, in the feature space of a model, and a picture of both.
+
+    IMAGES are ordinary ones: folders or archives, in which each folder below is a class; without such folders, all are
+    one class. The outliers are rows of features with labels, in one safetensors file.
+
+    \b
+    Example: featdiff outliers photos/ -n 1000 -o outliers.safetensors
+    """
+    from featdiff.allocator import keep_freed_memory
+    from featdiff.detectors import load_detector
+    from featdiff.outliers.synthesis import synthesise
+    from featdiff.report import save_projection
+
+    keep_freed_memory()
+    picture = picture or output.with_suffix(".png")
+    _check_files(output, picture, force)
+    chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
+    _check_method(method, chosen)
+    detector = load_detector(model, **model_arguments(options))
+    labelled = False if one_class else None
+    try:
+        with Bars(quiet) as bars:
+            found = synthesise(
+                detector, list(images), count, method, labelled=labelled, seed=seed, progress=bars, **chosen
+            )
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; features are kept, nothing is written") from None
+    found.outliers.save(output)
+    points, share = found.projection()
+    save_projection(picture, points, share, f"{method}, {len(found.outliers):,} outliers")
+    _tell(found, detector.fpr, quiet)
+    classes = len(found.outliers.classes)
+    say(f"{len(found.outliers):,} outliers of {classes:,} class{'es' if classes > 1 else ''}: {output}", quiet)
+    say(f"picture: {picture}", quiet)
+    list_unreadable(detector.unreadable_, quiet)
+    return EXIT_UNREADABLE if detector.unreadable_ else 0
+
+
+def _check_files(output: Path, picture: Path, force: bool) -> None:
+    """Before the long work: whether both files may be written there."""
+    from featdiff.exceptions import UsageError
+
+    if picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--picture {picture}: the file must end in .png, .svg or .pdf")
+    if picture == output:
+        raise UsageError(f"-o {output}: outliers go to another file than the picture; .safetensors is usual")
+    for file in (output, picture):
+        if not file.parent.is_dir():
+            raise UsageError(f"no folder {file.parent} for {file.name}")
+        if file.exists() and not force:
+            raise UsageError(f"{file} is already there: add --force to replace it, or choose another file")
+
+
+def _check_method(method: str, chosen: dict[str, Any]) -> None:
+    from featdiff.exceptions import UsageError
+
+    for name, meant in (("strength", "diffusion"), ("sigma", "boundary")):
+        if name in chosen and method != meant:
+            raise UsageError(f"--{name} belongs to --method {meant}")
+
+
+def _tell(found: Any, fpr: float, quiet: bool) -> None:
+    """Median distances and flagged shares, one line for each kind of rows."""
+    say(f"{'':<11} distance  flagged at fpr {fpr:g}", quiet)
+    for name, distance in found.distances.items():
+        say(f"{name:<11} {distance:8.3f}  {found.flagged[name]:.1%}", quiet)
+    say("distance: median to the nearest in-domain image", quiet)
