@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
         "taps",
     },
+    "outliers": {"calibration", "detectors", "neighbors", "persist", "store", "taps"},
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "exporting": {"calibration", "detectors", "features", "guard", "persist"},
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},

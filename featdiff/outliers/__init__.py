@@ -1,0 +1,1 @@
+"""In-domain features -> synthetic outliers just beyond them."""
