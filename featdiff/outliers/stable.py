@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors.arguments import resolve_device
-from ..exceptions import UsageError, WeightsError, first_line
+from ..exceptions import UsageError, WeightsError
 from ..store import Progress
 from .stable_parts import load, quiet
 
@@ -77,12 +77,11 @@ class StableDiffusion:
         self._pipe.set_progress_bar_config(disable=True)
         with quiet():
             self._pipe.to(place, torch.float16 if place.type == "cuda" else torch.float32)
-            try:
-                self._pipe.scheduler.set_timesteps(steps)
-            except (IndexError, ValueError) as error:
-                raise UsageError(
-                    f"the scheduler of {self.name} cannot take {steps} steps: {first_line(error)}"
-                ) from None
+        trained = self._pipe.scheduler.config.num_train_timesteps
+        if steps >= trained:
+            raise UsageError(
+                f"{self.name} was trained on {trained} steps of noise: ask for fewer than that, not {steps}"
+            )
         self.width: int = self._tokens.embedding_dim
         self.at_once = 1 if place.type == "cpu" else _AT_ONCE
 
@@ -166,11 +165,10 @@ class StableDiffusion:
         UsageError
             It is empty, runs into what is around it, or lies beyond the last token that the text encoder reads.
         """
-        tokens, text = self._pipe.tokenizer, self._filled(word)
-        sought = self._ids(word)
+        tokens, text, sought = self._pipe.tokenizer, self._filled(word), self._ids(word)
         before = tokens(self.prompt.partition("{}")[0], add_special_tokens=False).input_ids
         place = slice(1 + len(before), 1 + len(before) + len(sought))
-        if tokens(text, truncation=True).input_ids[:-1][place] != sought:
+        if tokens(text, truncation=True).input_ids[1:-1][: place.stop - 1] != [*before, *sought]:
             raise UsageError(
                 f"{word!r} is not in the prompt {text!r} as tokens of its own, within the first "
                 f"{tokens.model_max_length}: shorten it, or put spaces around the {{}} of the prompt"

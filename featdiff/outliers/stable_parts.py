@@ -23,9 +23,9 @@ _FILES = (
 )
 _WAYS = (
     "give a folder in the layout of diffusers with safetensors weights, or a name on the hub "
-    "(stable-diffusion-v1-5/stable-diffusion-v1-5; online once), or use --method diffusion, which needs none"
+    "(stable-diffusion-v1-5/stable-diffusion-v1-5; online once), or use --method diffusion, which needs no Stable "
+    "Diffusion"
 )
-_CHANNELS = 4
 
 
 def load(name: str) -> StableDiffusionPipeline:
@@ -128,10 +128,11 @@ def _read_scheduler(folder: Path) -> Any:
     import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    settings = diffusers.SchedulerMixin.load_config(folder, local_files_only=True)
+    settings = diffusers.DDIMScheduler.load_config(folder, local_files_only=True)
     kind = settings.get("_class_name")
-    if kind not in KarrasDiffusionSchedulers.__members__:
-        raise ValueError(f"{kind} is no scheduler of Stable Diffusion")
+    known = set(KarrasDiffusionSchedulers.__members__) - {"DPMSolverSDEScheduler"}  # whose noise is not ours to seed
+    if kind not in known:
+        raise ValueError(f"{kind} is none of {', '.join(sorted(known))}")
     return getattr(diffusers, kind).from_config(settings)
 
 
