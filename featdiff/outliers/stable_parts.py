@@ -109,6 +109,8 @@ def _assemble(name: str, folder: Path) -> StableDiffusionPipeline:
 
     parts = {}
     for part, read in _READERS.items():
+        if not (folder / part).is_dir():  # which the libraries, too, would take for names on the hub
+            raise _refusal(name, f"has no folder {part}")
         try:
             parts[part] = read(folder / part)
         except Exception as error:  # no file, a damaged one, weights of other shapes: each its own error
@@ -146,7 +148,7 @@ def _read_text_encoder(folder: Path) -> CLIPTextModel:
     from transformers import CLIPTextModel
 
     model, report = CLIPTextModel.from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, local_files_only=True
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, local_files_only=True
     )
     # counted from 0 to 76, and in the files of older pipelines only
     report["unexpected_keys"] = [key for key in report["unexpected_keys"] if not key.endswith("position_ids")]
@@ -174,9 +176,11 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 
 def _check_report(report: dict[str, Any]) -> None:
     """Both libraries fill in what is missing, and only log it."""
-    for what, names in report.items():
-        if names:
-            raise ValueError(f"its weights do not fit its config.json: {what.replace('_', ' ')}: {sorted(names)[0]}")
+    for what, keys in report.items():
+        if keys:
+            key = sorted(keys)[0]
+            name = key if isinstance(key, str) else key[0]  # mismatched ones come with their shapes
+            raise ValueError(f"its weights do not fit its config.json: {what.replace('_', ' ')}: {name}")
 
 
 def _unfit(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> str:
