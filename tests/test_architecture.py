@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "hardening": {
-        *("backbones", "features", "images", "persist", "sources", "store", "taps", "detectors", "guard", "metrics"),
+        *("backbones", "calibration", "detectors", "features", "guard", "images", "labels", "outliers", "persist"),
+        *("sources", "store"),
     },
     "exporting": {"calibration", "detectors", "features", "guard", "persist"},
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},
