@@ -6,7 +6,7 @@ The loop knows no files: the caller reads rows, shows progress, stops early and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,11 @@ class TrainingState:
     best: dict[str, Tensor] = field(default_factory=dict)
     early: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def network(self) -> nn.Module:
+        """What ``best`` are weights of."""
+        return self.denoiser
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, fit for ``weights_only=True``; the results alone once done."""
         plain = {name: getattr(self, name) for name in _RESULTS}
@@ -118,7 +123,7 @@ class TrainingState:
         parts = {name: getattr(self, name).state_dict() for name in ("denoiser", "average", "optimizer", "schedule")}
         return plain | parts
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         for name, value in state.items():
             if name in ("denoiser", "average", "optimizer", "schedule"):

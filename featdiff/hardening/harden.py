@@ -178,9 +178,17 @@ def harden(
     # -> a guard on it; its images for calibration are those that trained nothing
     guard = Guard(
         classifier.model,
-        **{"logit_heads": ("energy",), "transform": classifier.transform, "fpr": fpr, "seed": seed},
-        **{"calibration": calibration, "validation": validation, "device": str(place), "cache": reader.cache},
-        **{"image_batch": image_batch, "workers": workers, "max_pixels": reader.max_pixels},
+        fpr=fpr,
+        logit_heads=("energy",),
+        transform=classifier.transform,
+        calibration=calibration,
+        validation=validation,
+        seed=seed,
+        device=str(place),
+        cache=reader.cache,
+        image_batch=image_batch,
+        workers=workers,
+        max_pixels=reader.max_pixels,
     )
     guard.fit(known.refs, progress)
     facts |= {"accuracy": state.best_accuracy, "seconds": state.seconds, "epochs": state.history}

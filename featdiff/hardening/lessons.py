@@ -95,7 +95,9 @@ class Curriculum:
         self._beside = torch.cat(made).clone() if made else None
 
     def _seen(self, views: Sequence[Rows], rows: np.ndarray, view: np.ndarray) -> Tensor:
-        parts = [(mine, views[number][rows[mine]]) for number in np.unique(view) for mine in [np.flatnonzero(view == number)]]
+        parts = [
+            (mine, views[number][rows[mine]]) for number in np.unique(view) for mine in [np.flatnonzero(view == number)]
+        ]
         out = torch.empty(len(rows), *parts[0][1].shape[1:], dtype=parts[0][1].dtype)
         for mine, found in parts:
             out[torch.from_numpy(mine)] = found

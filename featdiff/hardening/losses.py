@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)) * T^2 of logits (B, classes) (Hinton et al., arXiv 1503.02531)."""
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) of logits (B, classes) (Hinton et al., 1503.02531)."""
     log_q, log_p = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
 
 
 class FeatureDistillation(nn.Module):
-    """KL(softmax(projected teacher) || softmax(student)) of pre-logits, as in outlier-aware learning (arXiv 2406.16525).
+    """KL(softmax(projected teacher) || softmax(student)) of pre-logits, after outlier-aware learning (2406.16525).
 
     The projection (norm, linear, ReLU, norm) is trained along, so that teacher and student may differ in width.
     """

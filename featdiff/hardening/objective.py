@@ -18,8 +18,8 @@ from .recipe import HardenRecipe
 class Lesson:
     """Training rows, and all that the student's answer to them is compared with.
 
-    x : (B, ...) what the trained part of the student takes. labels : (B,). teacher_features, teacher_logits : (B, width)
-    and (B, classes), if there is a teacher. outliers : for each kind, (B, width) drawn at random. beside : (M,
+    x : (B, ...) what the trained part of the student takes. labels : (B,). teacher_features, teacher_logits : (B,
+    width) and (B, classes), if there is a teacher. outliers : for each kind, (B, width) drawn at random. beside : (M,
     features) outliers among the student's own pre-logits.
     """
 
@@ -81,7 +81,7 @@ class Objective(nn.Module):
 
     def _head(self) -> nn.Module:
         network: Any = self.network
-        return network.get_classifier()  # type: ignore[no-any-return]
+        return network.get_classifier()
 
     def _information(
         self, club: nn.Module, outliers: Tensor, features: Tensor, name: str, weight: float

@@ -1,4 +1,4 @@
-"""Images -> rows: kept on disk for what stays as it is, decoded anew at each step for what is trained from its pixels."""
+"""Images -> rows: kept on disk where they stay as they are, decoded at each step where a student sees pixels."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Teacher:
     def logits(self, features: Tensor) -> Tensor:
         """Pre-logits (B, ``width``) -> logits (B, classes)."""
         assert self.head is not None
-        return self.head(features)  # type: ignore[no-any-return]
+        return self.head(features)
 
     def fit_head(self, features: Tensor, labels: np.ndarray, held_out: Tensor, wanted: np.ndarray) -> float:
         """Logistic regression on pre-logits (N, ``width``), as strongly regularised as held-out rows like it best.
@@ -129,7 +129,7 @@ def _pre_logits(model: nn.Module, pixels: Tensor) -> Tensor:
     network: Any = model
     pixels = pixels.to(device_of(model)).contiguous(memory_format=torch.channels_last)
     with evaluating(model):
-        return network.forward_head(network.forward_features(pixels), pre_logits=True).float()  # type: ignore[no-any-return]
+        return network.forward_head(network.forward_features(pixels), pre_logits=True).float()
 
 
 @torch.inference_mode()
