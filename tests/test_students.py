@@ -27,7 +27,7 @@ from featdiff.sources import FileRef
 from featdiff.store import FeatureStore, extract
 
 CLASSES = ("temple", "flower", "Größe")
-FAMILIES = ("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "test_nfnet")
+FAMILIES = ("test_resnet", "test_vit", "test_convnext", "test_efficientnet")
 
 
 def tiny(name: str = "test_resnet", **options: Any) -> Classifier:
@@ -330,7 +330,8 @@ def test_training_the_tail_trains_the_classifier_and_keeps_the_key(tmp_path: Pat
 
 def test_key_tells_weights_layer_preprocessing_and_view_apart(seeded_backbone: Path) -> None:
     def keys(classifier: Classifier) -> list[str]:
-        return [split_at(classifier, layer)[0].key(view) for layer in ("layer2", "layer3") for view in ("", "view 1")]
+        trunks = [split_at(classifier, layer)[0] for layer in ("layer2", "layer3")]
+        return [trunk.key(view) for trunk in trunks for view in ("", "view 1")]
 
     other = tiny()
     other.data_config["crop_pct"] = 0.5
@@ -435,7 +436,7 @@ def test_further_views_cut_out_what_they_say() -> None:
     columns, rows = np.meshgrid(np.arange(200), np.arange(200))
     ramp = np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8)
     wide, high, mirrored = [], [], []
-    for number in range(2, 202):
+    for number in range(2, 102):
         found = View(number, pixels_of)(Image.fromarray(ramp)).float()
         across, down = found[0].mean(0), found[1].mean(1)
         wide.append(abs((across[-20] - across[20]) / 160).item())
@@ -446,7 +447,7 @@ def test_further_views_cut_out_what_they_say() -> None:
     assert 0.95 < area.max() < 1.03
     assert 0.73 < stretch.min() < 0.9
     assert 1.1 < stretch.max() < 1.37
-    assert 70 < sum(mirrored) < 130
+    assert 30 < sum(mirrored) < 70
 
 
 def test_smallest_picture_has_views() -> None:
