@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import EXIT_UNREADABLE
-from .options import model_arguments, model_option, runtime_options, weights_option
+from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable
 
 
@@ -60,7 +60,6 @@ def command(
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
     """
     from featdiff.allocator import keep_freed_memory
-    from featdiff.detectors import load_detector
     from featdiff.evaluation import PROTOCOLS, evaluate_detector, fit_rivals
 
     keep_freed_memory()
@@ -70,7 +69,7 @@ def command(
             raise click.UsageError(f"--ood names {name!r} twice")
         sets[name] = source
     unreadable: dict[str, str] = {}
-    detector = load_detector(model, **model_arguments(options))
+    detector = load_model(model, options)
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     with Bars(quiet) as bars:
         beside = fit_rivals(detector) if rivals else None

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
     "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
+    "harden": ("harden", "Fine-tune a classifier with a teacher and outliers, and put a guard on it."),
     "bench": ("bench", "Compare featdiff, its heads and rivals on a suite of image sets."),
     "demo": ("demo", "Train, score and evaluate on a built-in sample set, with a picture."),
     "info": ("info", "Show what a saved model is."),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .options import model_arguments, model_option, runtime_options, weights_option
+from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
 
@@ -66,7 +66,6 @@ def command(
     Example: featdiff outliers photos/ -n 1000 -o outliers.safetensors
     """
     from featdiff.allocator import keep_freed_memory
-    from featdiff.detectors import load_detector
     from featdiff.outliers.synthesis import synthesise
     from featdiff.report import save_projection
 
@@ -75,7 +74,7 @@ def command(
     _check_files(output, picture, force)
     chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
     _check_method(method, chosen)
-    detector = load_detector(model, **model_arguments(options))
+    detector = load_model(model, options)
     labelled = False if one_class else None
     try:
         with Bars(quiet) as bars:

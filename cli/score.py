@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
-from .options import model_arguments, model_option, runtime_options, weights_option
+from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, say
 from .vectors import features_option, open_vectors, score_vectors
 
@@ -110,12 +110,11 @@ def _open_images(
     images: tuple[str, ...], model: str, options: dict[str, Any], figure: Path | None
 ) -> tuple[Any, list[Any]]:
     """A saved model of images, and what it shall score."""
-    from featdiff.detectors import load_detector
     from featdiff.sources import list_images
 
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
-    detector = load_detector(model, **model_arguments(options))
+    detector = load_model(model, options)
     if figure:
         _check_figure(figure, detector.mode)
     return detector, list_images(list(images))

@@ -159,13 +159,14 @@ def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
     say(f"trained {trained:.0f} s" if trained else done, quiet)
     say(f"calibrated on {n_cal:,} held-out images: --fpr from {1 / (n_cal + 1):.2g} up", quiet)
     if detector.mode == "feature":
-        _check_itself(detector, quiet)
+        check_itself(detector, quiet)
     if detector.mode == "pixel":
         say(f"the least and the most strange of them: {output / INPAINTINGS}", quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score IMAGES -m {output}", quiet)
 
 
-def _check_itself(detector: Any, quiet: bool) -> None:
+def check_itself(detector: Any, quiet: bool) -> None:
+    """A line on what a detector that was just fitted makes of synthetic outliers."""
     from featdiff.exceptions import UsageError
     from featdiff.outliers.synthesis import self_check
 

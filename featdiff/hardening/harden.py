@@ -26,6 +26,7 @@ from ..guard import Guard
 from ..labels import list_labelled
 from ..outliers.archive import Outliers
 from ..outliers.stable import pooled
+from ..persist import check_target
 from ..sources import ImageRef
 from ..store import Progress, default_cache
 from .learning import LearningState, learn, start
@@ -33,7 +34,7 @@ from .lessons import Curriculum, Rows
 from .objective import Objective
 from .reading import Glance, Pictures, Reader
 from .recipe import HardenRecipe
-from .students import Classifier, load_classifier, new_classifier, save_classifier
+from .students import Classifier, check_classifier_target, load_classifier, new_classifier, save_classifier
 from .teachers import Teacher, load_teacher
 from .trunks import Trunk, default_cut, split_at
 from .views import View
@@ -71,6 +72,19 @@ class Hardened:
 def is_hardened(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder looks like one of :meth:`Hardened.save_pretrained`."""
     return (Path(folder) / STUDENT).is_dir() and (Path(folder) / GUARD).is_dir()
+
+
+def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None:
+    """Refuse a folder in which something else would be overwritten, or, unless ``replace``, an earlier student.
+
+    Raises
+    ------
+    UsageError
+    """
+    check_classifier_target(Path(folder) / STUDENT)
+    check_target(Path(folder) / GUARD)
+    if is_hardened(folder) and not replace:
+        raise UsageError(f"a hardened student is already at {folder}: add --force to replace it, or choose another -o")
 
 
 def load_hardened(folder: str | os.PathLike[str], **runtime: Any) -> tuple[Classifier, Guard]:

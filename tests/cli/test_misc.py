@@ -16,7 +16,7 @@ from click.testing import Result
 from helpers import FEATDIFF, ROOT, fails
 
 Cli = Callable[..., Result]
-COMMANDS = ["train", "score", "eval", "export", "outliers", "bench", "demo", "info", "backbones", "doctor"]
+COMMANDS = ["train", "score", "eval", "export", "outliers", "harden", "bench", "demo", "info", "backbones", "doctor"]
 
 # Runs the installed command and tells which heavy packages it imported, and its exit code.
 PROGRAM = """

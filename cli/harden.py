@@ -1,0 +1,127 @@
+"""``featdiff harden``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .main import EXIT_UNREADABLE, Stopped
+from .options import runtime_arguments, runtime_options
+from .progress import Bars, list_unreadable, say
+from .train import check_itself, is_first_process
+
+# option -> field of the recipe
+_RECIPE = {
+    **{"kd": "distillation", "temperature": "temperature", "feature_kd": "feature_distillation", "micl": "micl"},
+    **{"energy": "energy", "margin": "margin", "epochs": "epochs", "train_batch": "batch_size"},
+    **{"learning_rate": "learning_rate", "patience": "patience"},
+}
+
+
+@click.command("harden")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--student", required=True, metavar="NAME|FOLDER", help="A timm name, or a classifier to begin with.")
+@click.option("--teacher", metavar="NAME|FOLDER", help="A timm name, or a classifier of the same classes [none].")
+@click.option("--outliers", type=click.Path(path_type=Path), help="What featdiff outliers wrote, for --micl.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for student and guard.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of the student's backbone at the beginning.")
+@click.option("--train-from", metavar="LAYER", help="Last frozen layer; '' trains all [the last stage but one].")
+@click.option("--kd", type=float, help="Weight of the teacher's logits [4].")
+@click.option("--temperature", type=float, help="Their temperature [1].")
+@click.option("--feature-kd", type=float, help="Weight of the teacher's pre-logits [8].")
+@click.option("--micl", type=float, help="Weight of the bound of information between outliers and features [0.1].")
+@click.option("--energy", type=float, help="Weight of an energy margin to outliers beside the student's features [0].")
+@click.option("--margin", type=float, help="That margin [5].")
+@click.option("--epochs", type=int, help="At most so many [10].")
+@click.option("--train-batch", type=int, help="Images of a training step [64].")
+@click.option("--learning-rate", type=float, help="The highest [0.02].")
+@click.option("--patience", type=int, help="Epochs without a rise of held-out accuracy that end the training [4].")
+@click.option("--views", type=click.IntRange(1), default=2, show_default=True, help="2: mirrored, more: cut-outs, too.")
+@click.option("--as-published", is_flag=True, help="What the released code of OAL does: all layers, 100 epochs.")
+@click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
+@click.option("--fpr", type=float, default=0.05, show_default=True, help="False-alarm rate of the guard.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides all that is random.")
+@click.option("--force", is_flag=True, help="Replace what is already there.")
+@runtime_options
+def command(
+    images: tuple[str, ...],
+    student: str,
+    teacher: str | None,
+    outliers: Path | None,
+    output: Path,
+    train_from: str | None,
+    views: int,
+    as_published: bool,
+    force: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Fine-tune a classifier on IMAGES with a teacher and synthetic outliers, and put a guard on it.
+
+    IMAGES are folders or archives with a folder for each class. Without --teacher this is plain fine-tuning, and what
+    comes out can be a teacher. The output folder has two parts: student/ is a timm folder, guard/ belongs to it, and
+    "featdiff score -m" takes both.
+
+    \b
+    Example: featdiff harden photos/ --student resnet18 --teacher resnet50 --outliers outliers.safetensors -o hardened
+    """
+    from featdiff.allocator import keep_freed_memory
+    from featdiff.hardening.harden import ALL_LAYERS, check_hardened_target, harden
+    from featdiff.hardening.recipe import HardenRecipe
+    from featdiff.outliers.archive import load_outliers
+
+    keep_freed_memory()
+    quiet = quiet or not is_first_process()
+    check_hardened_target(output, force)
+    recipe = HardenRecipe.as_published() if as_published else HardenRecipe()
+    given = {field: options[name] for name, field in _RECIPE.items() if options[name] is not None}
+    _check(given, teacher, outliers)
+    if as_published and train_from is None:
+        train_from = ALL_LAYERS
+    found = load_outliers(outliers) if outliers else None
+    try:
+        with Bars(quiet) as bars:
+            hardened = harden(
+                list(images),
+                student,
+                teacher,
+                found,
+                recipe=replace(recipe, **given),
+                train_from=train_from,
+                views=views,
+                **{name: options[name] for name in ("weights", "fpr", "mixed_precision", "seed")},
+                **runtime_arguments(options),
+                progress=bars,
+            )
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; features and finished epochs are kept, the same command goes on") from None
+    if is_first_process():
+        hardened.save_pretrained(output)
+    _summary(hardened, output, quiet)
+    list_unreadable(hardened.unreadable, quiet)
+    return EXIT_UNREADABLE if hardened.unreadable else 0
+
+
+def _check(given: dict[str, Any], teacher: str | None, outliers: Path | None) -> None:
+    """Whether there is what a loss that was asked for needs."""
+    from featdiff.exceptions import UsageError
+
+    for name in ("distillation", "feature_distillation", "temperature"):
+        if given.get(name) and teacher is None:
+            raise UsageError("--kd, --feature-kd and --temperature need a --teacher")
+    if given.get("micl") and outliers is None:
+        raise UsageError("--micl needs --outliers FILE: make one with featdiff outliers")
+    if outliers is not None and given.get("micl") == 0:
+        raise UsageError("--outliers are used by --micl alone, and its weight is 0: leave one of them away")
+
+
+def _summary(hardened: Any, output: Path, quiet: bool) -> None:
+    facts, counts = hardened.facts, hardened.facts["images"]
+    say(f"{counts['training']:,} images of {len(facts['classes'])} classes trained {hardened.classifier.name}", quiet)
+    epochs = f"{len(facts['epochs'])} epochs, {facts['seconds']:.0f} s"
+    say(f"{epochs}; {facts['accuracy']:.1%} right of {counts['validation']:,} held-out images", quiet)
+    check_itself(hardened.guard.detector, quiet)
+    say(f"student and guard: {output}. Next: featdiff score IMAGES -m {output}", quiet)
