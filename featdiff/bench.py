@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .ablation import check_students, train_students
 from .detectors import MODES, BaseDetector, Detector, PixelDetector
 from .detectors.heads import DIFFUSION
-from .evaluation import evaluate_detector, fit_rivals
+from .evaluation import evaluate_detector, fit_rivals, measure_accuracy
 from .exceptions import UsageError
+from .hardening.harden import Hardened
 from .images import short_sides
 from .rivals import Rivals
 from .sources import ImageRef
@@ -31,6 +33,7 @@ _TIMED_IMAGES = 512
 _TIMED_INPAINTINGS = 8  # each takes a thousand times as long
 _LONG_SECONDS = 2
 # Arguments of the command that mean the same in every mode.
+_STUDENTS_TOO = ("fpr", "seed", "device", "image_batch", "workers", "max_pixels", "cache")
 _EVERY_MODE = ("fpr", "seed", "device", "workers", "max_pixels", "cache")
 
 Tell = Callable[[str], None]
@@ -59,7 +62,7 @@ def run_suite(
     dict
         ``{"suite", "backbone", "tasks": [{"name", "n_train", "n_bank", "methods": {name: {"images_per_second",
         "training_seconds", "megabytes"}}, "pairs": [...]}], "published": [...], "left_out": {name: reason},
-        "unreadable": {path: reason}}``.
+        "unreadable": {path: reason}}``; methods of students have an ``accuracy`` (share of the test images), too.
         Pairs are those of :func:`featdiff.evaluation.evaluate_detector`; ``images_per_second`` is decoding, backbone
         and the method together, ``training_seconds`` the training of its networks (of a rival: its fitting),
         ``megabytes`` what it needs to keep. Shares are 0..1, published ones too.
@@ -70,6 +73,7 @@ def run_suite(
         In-domain images are not there, no task has an OOD set, or a detector's arguments make no sense.
     """
     detectors = _build(suite, arguments or {})
+    check_students(suite.students)
     default = detectors.pop(DEFAULT)
     if not isinstance(default, Detector):
         raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
@@ -80,7 +84,9 @@ def run_suite(
     if not any(plan.ood for plan in plans):
         raise UsageError(f"none of the OOD sets is below {data}: {'; '.join(left_out.values())}")
     unreadable: dict[str, str] = {}
-    tasks = [_run(plan, default, detectors, unreadable, progress, tell) for plan in plans if plan.ood]
+    own = {name: value for name, value in (arguments or {}).items() if name in _STUDENTS_TOO}
+    students = {name: {**own, **settings} for name, settings in suite.students.items()}
+    tasks = [_run(plan, default, detectors, students, unreadable, progress, tell) for plan in plans if plan.ood]
     published = [asdict(number) for number in suite.published]
     for number in published:
         number |= {key: number[key] / 100 for key in ("auroc", "fpr95") if number[key] is not None}
@@ -139,6 +145,7 @@ def _run(
     plan: _Plan,
     default: Detector,
     others: Mapping[str, BaseDetector],
+    students: Mapping[str, Mapping[str, Any]],
     unreadable: dict[str, str],
     progress: Progress | None,
     tell: Tell,
@@ -167,6 +174,14 @@ def _run(
             timed = _timed_pass(detector, plan.test)
         methods = _methods(detector) if isinstance(detector, Detector) else _pixel_methods(detector)
         costs |= _costs({f"{name}_{head}": method for head, method in methods.items()}, *timed, detector)
+    for name, student in train_students(students, plan.train, default, progress, tell):
+        detector = student.guard.detector
+        unreadable |= dict(student.unreadable)
+        for pair, more in zip(pairs, evaluate(detector), strict=True):
+            pair["heads"] |= {f"{name}_energy": more["heads"]["energy"], f"{name}_guard": more["heads"][DEFAULT]}
+        found = _costs(_student_methods(name, student), *_timed_pass(detector, plan.test), detector)
+        accuracy = measure_accuracy(detector, plan.test, student.classifier.classes, progress)
+        costs |= {method: cost | {"accuracy": accuracy} for method, cost in found.items()}
     sizes = {"n_train": default.n_images_, "n_bank": len(default.bank_digests_)}
     return {"name": plan.task.name} | sizes | {"methods": costs, "pairs": pairs}
 
@@ -195,6 +210,15 @@ def _methods(detector: Detector) -> dict[str, _Method]:
             kept = sum(tensor.nbytes for name, tensor in banks.state_dict().items() if name.endswith(f"_{i}"))
             found[f"knn_{space}"] = (lambda rows, space=space: banks.distances(rows, space), 0.0, kept)  # type: ignore[misc]
     return found
+
+
+def _student_methods(name: str, student: Hardened) -> dict[str, _Method]:
+    """The energy of a student's logits, which needs nothing more, and the score of the guard on it."""
+    detector, trained, size = student.guard.detector, student.facts["seconds"], _bytes(student.classifier.model)
+    heads = detector.heads_
+    guarded = (detector.score_features, trained + detector.training_seconds_, size + _bytes(heads))
+    assert heads.logits is not None
+    return {f"{name}_energy": (heads.logits, trained, size), f"{name}_guard": guarded}
 
 
 def _pixel_methods(detector: BaseDetector) -> dict[str, _Method]:

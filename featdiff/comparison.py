@@ -12,7 +12,7 @@ import numpy as np
 
 COLUMNS = (
     *("task", "ood", "protocol", "method", "n_id", "n_ood", "auroc", "auroc_low", "auroc_high", "fpr95"),
-    *("aupr_in", "aupr_out", "images_per_second", "training_seconds", "megabytes", "published_in"),
+    *("aupr_in", "aupr_out", "images_per_second", "training_seconds", "megabytes", "accuracy", "published_in"),
 )
 
 
@@ -64,11 +64,13 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+#: Columns behind the results.
+COSTS = ("images/s", "x time", "train", "MB")
 #: What the cells of a grid say.
 EXPLANATION = (
     "AUROC [95 % interval] / FPR95 in percent, mean: AUROC / FPR95; images/s: decoding, backbone and method; "
     "x time: the time for an image in times of featdiff's; train: seconds of training its networks; "
-    "MB: what it needs to keep."
+    "MB: what it needs to keep; ID accuracy of a classifier on the test images."
 )
 
 
@@ -77,12 +79,15 @@ def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
     for task in result["tasks"]:
         for protocol in dict.fromkeys(pair["protocol"] for pair in task["pairs"]):
             pairs = [pair for pair in task["pairs"] if pair["protocol"] == protocol]
-            header = ["method", *(pair["ood"] for pair in pairs), "mean", "images/s", "x time", "train", "MB"]
+            header = ["method", *(pair["ood"] for pair in pairs), "mean", *COSTS, "ID accuracy"]
+            if not any("accuracy" in costs for costs in task["methods"].values()):
+                header.pop()
             methods = [name for name in pairs[0]["heads"] if name in task["methods"] and not _is_single_layer(name)]
             default = task["methods"][methods[0]]["images_per_second"]
             lines = [_line(name, pairs, task["methods"][name], default) for name in methods]
             here = [n for n in result["published"] if (n["task"], n["protocol"]) == (task["name"], protocol)]
             lines += _published_lines(here, [pair["ood"] for pair in pairs])
+            lines = [(line + [""])[: len(header)] for line in lines]  # to accuracy, where there is any
             train, bank, test = task["n_train"], task["n_bank"], pairs[0]["n_id"]
             images = f"{train:,} images to train, {bank:,} of them for rivals, {test:,} to test"
             yield Grid(f"{task['name']}, {protocol} ({images})", header, lines)
@@ -108,6 +113,7 @@ def _line(method: str, pairs: list[dict[str, Any]], costs: Mapping[str, float], 
         f"{default_speed / speed:.3g}",
         f"{seconds:.1f}",
         f"{size:.1f}",
+        f"{100 * costs['accuracy']:.1f}" if "accuracy" in costs else "",
     ]
 
 

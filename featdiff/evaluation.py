@@ -11,7 +11,9 @@ import numpy as np
 
 from .detectors import BaseDetector, Detector
 from .exceptions import UsageError, did_you_mean
+from .features import LOGITS
 from .images import Downscale, short_sides
+from .labels import list_labelled
 from .metrics import evaluate
 from .rivals import Rivals
 from .sources import ImageRef, list_images
@@ -89,6 +91,36 @@ def evaluate_detector(
             there = _heads(detector, rivals, away, away.shrunk_to(size), unreadable, progress)
             pairs.append(_pair(name, protocol, known[here], there))
     return {"id": _label(in_domain), "model": detector.name, "pairs": pairs}
+
+
+def measure_accuracy(
+    detector: Detector, images: object, classes: Sequence[str], progress: Progress | None = None
+) -> float:
+    """Share of labelled images whose largest logit is that of their class, for a detector on a classifier's logits.
+
+    Parameters
+    ----------
+    images : as for :func:`featdiff.labels.list_labelled`
+    classes : names in the order of the logits; images of others are left out
+
+    Raises
+    ------
+    UsageError
+        The detector sees no logits, or there is no image of any of the classes.
+    """
+    columns = detector.extractor_.columns.get(LOGITS)
+    if columns is None:
+        raise UsageError("accuracy needs logits, and this detector does not see any")
+    refs, labels, names = list_labelled(images)
+    known = [
+        (ref, classes.index(names[label])) for ref, label in zip(refs, labels, strict=True) if names[label] in classes
+    ]
+    if not known:
+        raise UsageError(f"there is no image of the classes {', '.join(classes)}; the folders are {', '.join(names)}")
+    wanted = {ref.path: label for ref, label in known}
+    paths, table = detector.features([ref for ref, _ in known], progress)
+    predicted = np.concatenate([rows[:, columns].argmax(1).numpy() for rows in table.chunks()])
+    return float(np.mean([wanted[path] == label for path, label in zip(paths, predicted, strict=True)]))
 
 
 def fit_rivals(detector: BaseDetector) -> Rivals:

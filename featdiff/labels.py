@@ -17,9 +17,10 @@ def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str
 
     Parameters
     ----------
-    sources : str, Path, or a list of these
+    sources : str, Path, ImageRef, or a list of these
         Folders, zip or tar archives, and folders inside such (``data.zip/train``). Classes of the same name in several
-        sources are one class. An image that is named twice counts once, with its first class.
+        sources are one class. The class of a reference is the folder its image lies in. An image that is named twice
+        counts once, with its first class.
 
     Returns
     -------
@@ -52,6 +53,8 @@ def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str
 
 def _base(source: object) -> str:
     """How the paths of all images below a source begin."""
+    if isinstance(source, ImageRef):
+        return os.path.dirname(os.path.dirname(source.path))
     if not isinstance(source, str | os.PathLike):
         raise UsageError(f"images given as {type(source).__name__} have no class: {_WANTED}")
     path = os.fspath(source)

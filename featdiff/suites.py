@@ -1,7 +1,8 @@
 """A suite file and a data folder -> what to train on, what to test on, and what others have published.
 
 A suite is TOML. ``[sources.NAME]`` says where images are, ``[[tasks]]`` which of them are in-domain and which are not,
-``[detectors.NAME]`` which detectors stand beside the default one, ``[[published]]`` what papers report.
+``[detectors.NAME]`` which detectors stand beside the default one, ``[students.NAME]`` which classifiers are trained
+(:mod:`featdiff.ablation`), ``[[published]]`` what papers report.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Suite:
     tasks: tuple[Task, ...]
     detectors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
+    students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def load_suite(file: Path) -> Suite:
@@ -116,6 +118,7 @@ def load_suite(file: Path) -> Suite:
         tuple(tasks),
         dict(_table(content, "detectors", file)),
         tuple(published),
+        dict(_table(content, "students", file)),
     )
 
 

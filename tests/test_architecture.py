@@ -59,10 +59,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},
     "comparison": set(),
     "rivals": {"features", "gaussian", "neighbors", "store"},
-    "evaluation": {"detectors", "sources", "images", "store", "metrics", "rivals"},
+    "evaluation": {"detectors", "features", "sources", "images", "labels", "store", "metrics", "rivals"},
+    "ablation": {"detectors", "hardening", "outliers", "settings", "sources", "store"},
     "settings": set(),
     "suites": {"evaluation", "settings", "sources"},
-    "bench": {"detectors", "evaluation", "rivals", "sources", "images", "store", "suites"},
+    "bench": {"ablation", "hardening", "detectors", "evaluation", "rivals", "sources", "images", "store", "suites"},
 }
 #: what a library room must never know of
 FOREIGN = {"click", "rich", "featdiff_cli", "cli"}
