@@ -595,9 +595,13 @@ def test_parts_that_do_not_belong_together(copied: Path, first: Path, tmp_path: 
         (
             "scheduler/scheduler_config.json",
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "scheduler .*FlowMatch",
+            "scheduler .*FlowMatchEulerDiscreteScheduler is none of DDIM",
         ),
-        ("scheduler/scheduler_config.json", {"_class_name": "DPMSolverSDEScheduler"}, "scheduler .*SDE"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "DPMSolverSDEScheduler"},
+            "scheduler .*DPMSolverSDEScheduler is none of DDIM",
+        ),
         ("unet/config.json", {"num_class_embeds": 3}, "unet"),
         ("unet/config.json", {"sample_size": None}, "its unet does not say for which size"),
     ],
