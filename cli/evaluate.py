@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import EXIT_UNREADABLE
-from .options import load_model, model_option, runtime_options, weights_option
+from .options import MODEL_FOLDER, load_model, runtime_options, weights_option
 from .progress import Bars, list_unreadable
 
 
@@ -28,7 +28,16 @@ from .progress import Bars, list_unreadable
     metavar="NAME=IMAGES",
     help="An out-of-distribution set; repeat for more.",
 )
-@model_option
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    default=[MODEL_FOLDER],
+    show_default=True,
+    metavar="DIR",
+    help="Folder of a saved model or of a hardened student, or org/name; repeat to compare.",
+)
 @weights_option
 @click.option(
     "--protocol",
@@ -43,7 +52,7 @@ from .progress import Bars, list_unreadable
 def command(
     in_domain: tuple[str, ...],
     ood: tuple[str, ...],
-    model: str,
+    models: tuple[str, ...],
     protocol: str,
     rivals: bool,
     as_json: bool,
@@ -54,7 +63,8 @@ def command(
 
     Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
     score (featdiff) and for every other head. With --rivals, the methods to beat are fitted on the training images,
-    whose features are read from the cache.
+    whose features are read from the cache. For a hardened student, the heads include the energy of its logits, and its
+    accuracy is printed where the in-domain images lie in folders of its classes.
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
@@ -69,17 +79,34 @@ def command(
             raise click.UsageError(f"--ood names {name!r} twice")
         sets[name] = source
     unreadable: dict[str, str] = {}
-    detector = load_model(model, options)
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
-    with Bars(quiet) as bars:
-        beside = fit_rivals(detector) if rivals else None
-        result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
+    results = []
+    for model in models:
+        detector, classes = load_model(model, options)
+        with Bars(quiet) as bars:
+            beside = fit_rivals(detector) if rivals else None
+            result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
+            if classes:
+                result["accuracy"] = _accuracy(detector, list(in_domain), classes, bars)
+        results.append({"folder": model} | result if len(models) > 1 else result)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(results if len(models) > 1 else results[0], indent=2))
     else:
-        print_table(result)
+        for result in results:
+            print_table(result)
     list_unreadable(list(unreadable.items()), quiet)
     return EXIT_UNREADABLE if unreadable else 0
+
+
+def _accuracy(detector: Any, in_domain: list[str], classes: tuple[str, ...], bars: Bars) -> float | None:
+    """Of a classifier on images in folders of its classes; None if they are in none."""
+    from featdiff.evaluation import measure_accuracy
+    from featdiff.exceptions import UsageError
+
+    try:
+        return measure_accuracy(detector, in_domain, classes, bars)
+    except UsageError:
+        return None
 
 
 def _named(item: str) -> tuple[str, str]:
@@ -96,6 +123,10 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)"
+    if "folder" in result:
+        title = f"{result['folder']}   {title}"
+    if result.get("accuracy") is not None:
+        title += f"   accuracy: {100 * result['accuracy']:.1f}"
     table = Table(title=escape(title))
     for column in ("OOD set", "protocol", "head"):
         table.add_column(column)

@@ -25,15 +25,16 @@ def model_option(function: F) -> F:
     )(function)
 
 
-def load_model(name: str, options: dict[str, Any]) -> Any:
-    """The detector in a folder, be it a model or a hardened student with its guard."""
+def load_model(name: str, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """The detector in a folder, be it a model or a hardened student with its guard; and the student's classes."""
     from featdiff.detectors import load_detector
     from featdiff.hardening.harden import is_hardened, load_hardened
 
     arguments = model_arguments(options)
     if is_hardened(name):
-        return load_hardened(name, **arguments)[1].detector
-    return load_detector(name, **arguments)
+        classifier, guard = load_hardened(name, **arguments)
+        return guard.detector, classifier.classes
+    return load_detector(name, **arguments), ()
 
 
 def weights_option(function: F) -> F:

@@ -74,7 +74,7 @@ def command(
     _check_files(output, picture, force)
     chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
     _check_method(method, chosen)
-    detector = load_model(model, options)
+    detector, _ = load_model(model, options)
     labelled = False if one_class else None
     try:
         with Bars(quiet) as bars:

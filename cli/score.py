@@ -114,7 +114,7 @@ def _open_images(
 
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
-    detector = load_model(model, options)
+    detector, _ = load_model(model, options)
     if figure:
         _check_figure(figure, detector.mode)
     return detector, list_images(list(images))
