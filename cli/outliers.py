@@ -60,7 +60,8 @@ def command(
     """Make synthetic outliers just beyond IMAGES, in the feature space of a model, and a picture of both.
 
     IMAGES are ordinary ones: folders or archives, in which each folder below is a class; without such folders, all are
-    one class. The outliers are rows of features with labels, in one safetensors file.
+    one class. The outliers are rows of features with labels, in one safetensors file. Started from images that the
+    model was trained on, outliers are flagged less often than from others.
 
     \b
     Example: featdiff outliers photos/ -n 1000 -o outliers.safetensors

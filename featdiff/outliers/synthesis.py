@@ -39,7 +39,8 @@ class Synthesis:
     in_domain, boundary : (N, D) and (B, D) rows, random choices where there are many
     distances : {"in-domain", "boundary", "outliers"}: median distance to the nearest in-domain row other than the row
         itself, or the one that an outlier started from, in joined space (:class:`featdiff.outliers.space.Space`)
-    flagged : {"in-domain", "boundary", "outliers"}: share that the detector flags at its ``fpr``
+    flagged : {"in-domain", "boundary", "outliers"}: share that the detector flags at its ``fpr``. Beside images that it
+        was trained on, outliers are found less often: a detector's banks hold what they started from.
     """
 
     outliers: Outliers
