@@ -11,6 +11,8 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
+STABLE = "stable-diffusion"
+
 
 @click.command("outliers")
 @click.argument("images", nargs=-1, required=True)
@@ -27,11 +29,21 @@ from .progress import Bars, list_unreadable, say
 )
 @click.option(
     "--method",
-    type=click.Choice(["diffusion", "boundary"]),
+    type=click.Choice(["diffusion", "boundary", STABLE]),
     default="diffusion",
     show_default=True,
-    help="Away from what the model's denoisers expect, or noise around rare images (NPOS).",
+    help="Away from what the model's denoisers expect, noise around rare images (NPOS), or that and what Stable "
+    "Diffusion makes of it.",
 )
+@click.option(
+    "--pipeline",
+    default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    show_default=True,
+    metavar="FOLDER|ORG/NAME",
+    help="Stable Diffusion 1.x or 2.x.",
+)
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Its denoising steps.")
+@click.option("--size", type=click.IntRange(8), help="Its pictures, in pixels to a side [what it was trained for].")
 @click.option("--one-class", is_flag=True, help="Folders are not classes: take all images as one.")
 @click.option(
     "--k", type=click.IntRange(1), help="Neighbour that tells which images are rare [60 % of a class, <= 300]."
@@ -50,6 +62,9 @@ def command(
     count: int,
     output: Path,
     method: str,
+    pipeline: str,
+    steps: int,
+    size: int | None,
     one_class: bool,
     picture: Path | None,
     force: bool,
@@ -67,6 +82,7 @@ def command(
     Example: featdiff outliers photos/ -n 1000 -o outliers.safetensors
     """
     from featdiff.allocator import keep_freed_memory
+    from featdiff.outliers.stable import StableDiffusion, pre_logits_in, with_latents
     from featdiff.outliers.synthesis import synthesise
     from featdiff.report import save_projection
 
@@ -76,15 +92,22 @@ def command(
     chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
     _check_method(method, chosen)
     detector, _ = load_model(model, options)
+    stable = None
+    if method == STABLE:
+        stable = StableDiffusion(pipeline, device=options["device"] or "auto", steps=steps, size=size)
+        columns = pre_logits_in(detector.extractor_.columns)
+        stable.check_width(columns.stop - columns.start)
     labelled = False if one_class else None
     try:
         with Bars(quiet) as bars:
+            made = "boundary" if stable else method
             found = synthesise(
-                detector, list(images), count, method, labelled=labelled, seed=seed, progress=bars, **chosen
+                detector, list(images), count, made, labelled=labelled, seed=seed, progress=bars, **chosen
             )
+            outliers = with_latents(found.outliers, stable, seed, bars) if stable else found.outliers
     except KeyboardInterrupt:
         raise Stopped("interrupted; features are kept, nothing is written") from None
-    found.outliers.save(output)
+    outliers.save(output)
     points, share = found.projection()
     save_projection(picture, points, share, f"{method}, {len(found.outliers):,} outliers")
     _tell(found, detector.fpr, quiet)
@@ -113,9 +136,9 @@ def _check_files(output: Path, picture: Path, force: bool) -> None:
 def _check_method(method: str, chosen: dict[str, Any]) -> None:
     from featdiff.exceptions import UsageError
 
-    for name, meant in (("strength", "diffusion"), ("sigma", "boundary")):
-        if name in chosen and method != meant:
-            raise UsageError(f"--{name} belongs to --method {meant}")
+    for name, meant in (("strength", ("diffusion",)), ("sigma", ("boundary", STABLE))):
+        if name in chosen and method not in meant:
+            raise UsageError(f"--{name} belongs to --method {meant[0]}")
 
 
 def _tell(found: Any, fpr: float, quiet: bool) -> None:

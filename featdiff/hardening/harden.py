@@ -309,8 +309,7 @@ def _taught(
 
 def _kinds(outliers: Outliers) -> tuple[Tensor, ...]:
     """What the bound looks at: pre-logits of outliers where there are such, else whole rows; and latents."""
-    columns = outliers.columns.get(PRE_LOGITS)
-    vectors = outliers.vectors if columns is None else outliers.vectors[:, columns]
+    vectors = outliers.vectors[:, outliers.columns.get(PRE_LOGITS, slice(None))]
     return (vectors,) if outliers.latents is None else (vectors, pooled(outliers.latents))
 
 

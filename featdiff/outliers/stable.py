@@ -10,8 +10,9 @@ in the prompt, so that the outliers change nothing.) The weights of the text enc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike, fspath
 
 import numpy as np
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from ..detectors.arguments import resolve_device
 from ..exceptions import UsageError, WeightsError
+from ..features import PRE_LOGITS
 from ..store import Progress
+from .archive import Outliers
 from .stable_parts import load, quiet
 
 _CELL = 8  # pixels to a side of one latent
@@ -184,17 +187,21 @@ class StableDiffusion:
             raise UsageError(f"the class word {word!r} is empty: each vector needs the name of its class")
         return ids
 
+    def check_width(self, width: int) -> None:
+        """Refuse vectors that cannot take a token's place (``UsageError``)."""
+        if width != self.width:
+            fitting = "vit_base_patch16_224, convnext_tiny, swin_tiny_patch4_window7_224 ..."
+            raise UsageError(
+                f"the outlier vectors have {width} numbers and the text encoder of {self.name} takes {self.width}: use "
+                f"a detector on a backbone whose pre-logits have {self.width}"
+                + (f" ({fitting})" if self.width == 768 else "")
+            )
+
     def _checked(self, vectors: Tensor, words: Sequence[str]) -> Tensor:
         vectors = vectors.detach().float().cpu()
         if vectors.ndim != 2 or not len(vectors):
             raise UsageError(f"the outlier vectors must be a table (n, {self.width}), not {tuple(vectors.shape)}")
-        if vectors.shape[1] != self.width:
-            fitting = "vit_base_patch16_224, convnext_tiny, swin_tiny_patch4_window7_224 ..."
-            raise UsageError(
-                f"the outlier vectors have {vectors.shape[1]} numbers and the text encoder of {self.name} takes "
-                f"{self.width}: use a detector on a backbone whose pre-logits have {self.width}"
-                + (f" ({fitting})" if self.width == 768 else "")
-            )
+        self.check_width(vectors.shape[1])
         if len(words) != len(vectors):
             raise UsageError(f"{len(vectors)} outlier vectors and {len(words)} class words: give one word for each")
         finite = vectors.isfinite().all(1)
@@ -224,6 +231,28 @@ class StableDiffusion:
         if not latents.isfinite().all():
             raise WeightsError(f"{self.name} gives latents that are not finite on {latents.device}: try the device cpu")
         return latents.float().cpu()
+
+
+def with_latents(
+    outliers: Outliers, stable: StableDiffusion, seed: int = 0, progress: Progress | None = None
+) -> Outliers:
+    """The same outliers, and what Stable Diffusion makes of the pre-logits of each in place of its class word.
+
+    Raises
+    ------
+    UsageError
+        There are no pre-logits among their columns, of another width, or a class name that is not in the prompt.
+    """
+    words = [outliers.classes[label] for label in outliers.labels]
+    vectors = outliers.vectors[:, pre_logits_in(outliers.columns)]
+    return replace(outliers, latents=stable.latents(stable.scale(vectors, words), words, seed, progress))
+
+
+def pre_logits_in(columns: Mapping[str, slice]) -> slice:
+    """Where the pre-logits lie in a row (``UsageError`` if they do not)."""
+    if PRE_LOGITS not in columns:
+        raise UsageError(f"there are no {PRE_LOGITS} among the layers {', '.join(columns)}: name them when you train")
+    return columns[PRE_LOGITS]
 
 
 def pooled(latents: Tensor) -> Tensor:

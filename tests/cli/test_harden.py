@@ -1,0 +1,112 @@
+"""``featdiff harden``, and what score and eval make of its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from helpers import fails
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def folders(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``train``: 60 tiles of each photograph; ``test``: 20 of each; ``digits``: 20."""
+    root = tmp_path_factory.mktemp("labelled")
+    for part, count in (("train", 60), ("test", 20)):
+        for name in ("china", "flower"):
+            (root / part / name).mkdir(parents=True)
+            for file in sorted(sample_folders[part].glob(f"{name}*"))[:count]:
+                shutil.copy(file, root / part / name)
+    (root / "digits").mkdir()
+    for file in sorted(sample_folders["digits"].iterdir())[:20]:
+        shutil.copy(file, root / "digits")
+    return {name: root / name for name in ("train", "test", "digits")}
+
+
+@pytest.fixture(scope="module")
+def hardened(folders: dict[str, Path], seeded_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes; do not change it."""
+    from importlib.metadata import entry_points
+
+    from click.testing import CliRunner
+
+    (script,) = entry_points(group="console_scripts", name="featdiff")
+    output = tmp_path_factory.mktemp("out") / "hardened"
+    options = ["--epochs", "2", "--train-batch", "16", "--fpr", "0.1", "--weights", str(seeded_backbone)]
+    command = ["harden", str(folders["train"]), "--student", "test_resnet", *options, "-o", str(output)]
+    done = CliRunner().invoke(script.load(), command, prog_name="featdiff")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0] == "102 images of 2 classes trained test_resnet"
+    assert lines[1].startswith("2 epochs, ") and lines[1].endswith("right of 6 held-out images")
+    assert lines[2].startswith("self-check: flags ")
+    assert lines[3] == f"student and guard: {output}. Next: featdiff score IMAGES -m {output}"
+    return output
+
+
+def test_score_takes_the_folder(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
+    done = featdiff_cli("score", folders["digits"], "-m", hardened, "--format", "jsonl", "-q")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 20 and all(row["ood_score"] > 0 for row in rows)
+
+
+def test_eval_prints_accuracy_and_energy_of_several_students(
+    hardened: Path, folders: dict[str, Path], tiny_model: Path, featdiff_cli: Cli
+) -> None:
+    sets = ["--id", folders["test"], "--ood", f"digits={folders['digits']}", "--protocol", "matched"]
+    done = featdiff_cli("eval", *sets, "-m", hardened, "-m", tiny_model, "--json", "-q")
+    assert done.exit_code == 0, done.output
+    first, second = json.loads(done.stdout)
+    assert first["folder"] == str(hardened) and first["accuracy"] >= 0.9
+    assert "accuracy" not in second
+    heads = first["pairs"][0]["heads"]
+    assert {"featdiff", "energy", "knn_pre_logits"} <= set(heads)
+    table = featdiff_cli("eval", *sets, "-m", hardened, "-q")
+    assert f"accuracy: {100 * first['accuracy']:.1f}" in " ".join(table.stdout.split())
+
+
+def test_eval_without_class_folders_has_no_accuracy(
+    hardened: Path, folders: dict[str, Path], featdiff_cli: Cli
+) -> None:
+    sets = ["--id", folders["test"] / "china", "--ood", f"digits={folders['digits']}", "--protocol", "matched"]
+    done = featdiff_cli("eval", *sets, "-m", hardened, "--json", "-q")
+    assert json.loads(done.stdout)["accuracy"] is None
+
+
+def test_an_older_student_is_not_replaced_unasked(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
+    done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", hardened)
+    fails(done, 2, "already", "--force")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kd", 2], ["--teacher"]),
+        (["--micl", 0.2], ["--outliers", "featdiff outliers"]),
+        (["--epochs", 0], ["epochs must be above 0"]),
+        (["--outliers", "nowhere.safetensors"], ["nowhere.safetensors", "featdiff outliers"]),
+        (["--teacher", "resnet5O"], ["unknown backbone 'resnet5O'"]),
+        (["--train-from", "layer9"], ["no layer 'layer9'", "layer4"]),
+    ],
+)
+def test_requests_that_make_no_sense(
+    options: list[object],
+    words: list[str],
+    folders: dict[str, Path],
+    seeded_backbone: Path,
+    tmp_path: Path,
+    featdiff_cli: Cli,
+) -> None:
+    command = ["harden", folders["train"], "--student", "test_resnet", "--weights", seeded_backbone]
+    done = featdiff_cli(*command, "-o", tmp_path / "out", *options)
+    assert done.exit_code in (1, 2)
+    fails(done, done.exit_code, *words)
+    assert not (tmp_path / "out").exists()

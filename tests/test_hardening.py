@@ -1,0 +1,342 @@
+"""From class folders to a student and its guard: the loop, the main path, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from featdiff.backbones import load_backbone
+from featdiff.exceptions import FeatdiffError, UsageError
+from featdiff.hardening import learning
+from featdiff.hardening.harden import Hardened, harden, is_hardened, load_hardened
+from featdiff.hardening.learning import LearningState, learn, start
+from featdiff.hardening.objective import Lesson, Objective
+from featdiff.hardening.recipe import HardenRecipe
+from featdiff.hardening.students import load_classifier
+from featdiff.hardening.teachers import Teacher, load_teacher
+from featdiff.labels import list_labelled
+from featdiff.outliers.archive import Outliers
+
+SHORT = HardenRecipe(epochs=2, batch_size=32)
+FAST: dict[str, Any] = {"student": "test_resnet", "recipe": SHORT}
+
+
+@pytest.fixture(scope="module")
+def classes(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``china`` and ``flower``: 100 tiles of each photograph."""
+    root = tmp_path_factory.mktemp("classes")
+    for name in ("china", "flower"):
+        (root / name).mkdir()
+        for file in sorted(sample_folders["train"].glob(f"{name}*"))[:100]:
+            shutil.copy(file, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def plain(classes: Path, seeded_backbone: Path) -> Hardened:
+    """A student without teacher and outliers; do not change it."""
+    return harden(classes, weights=seeded_backbone, **FAST)
+
+
+@pytest.fixture(scope="module")
+def saved(plain: Hardened, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hardened") / "plain"
+    plain.save_pretrained(folder)
+    return folder
+
+
+def outliers(width: int = 96, latents: Tensor | None = None) -> Outliers:
+    vectors = torch.randn(40, 8 + width, generator=torch.Generator().manual_seed(0))
+    columns = {"layer4": slice(0, 8), "pre_logits": slice(8, 8 + width)}
+    labels = torch.arange(40) % 2
+    return Outliers(vectors, labels, ["china", "flower"], columns, "boundary", "0" * 64, ["layer4"], latents)
+
+
+# ---- the loop, on vectors ----
+
+
+class Answering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), nn.Linear(6, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+    def forward_head(self, x: Tensor, pre_logits: bool) -> Tensor:
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+X = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long()
+
+
+def lessons(places: np.ndarray, rng: np.random.Generator) -> Lesson:
+    drawn = torch.from_numpy(rng.normal(size=(len(places), 3))).float()
+    return Lesson(X[places], Y[places], outliers=(drawn,))
+
+
+def fresh(recipe: HardenRecipe) -> LearningState:
+    torch.manual_seed(1)
+    return start(Objective(Answering(), 6, recipe, 0, (3,)), recipe)
+
+
+def run(state: LearningState, recipe: HardenRecipe, **more: Any) -> list[learning.LearningStep]:
+    return [*learn(state, lessons, 100, (X[100:], Y[100:]), recipe, 0, **more)]
+
+
+def test_it_learns_and_counts() -> None:
+    recipe = HardenRecipe(epochs=8, batch_size=16, learning_rate=0.1, patience=8)
+    state = fresh(recipe)
+    steps = run(state, recipe)
+    assert [step.step for step in steps] == [*range(1, 49)] and {step.steps for step in steps} == {48}  # 6 full batches
+    assert [step.step for step in steps if step.accuracy is not None] == [6, 12, 18, 24, 30, 36, 42, 48]
+    assert state.done and state.best_accuracy >= 0.9
+    assert state.best_accuracy == max(epoch["accuracy"] for epoch in state.history)
+    assert state.history[-1]["labels"] < 0.5 * state.history[0]["labels"]
+
+
+def test_the_best_epoch_is_kept() -> None:
+    recipe = HardenRecipe(epochs=6, batch_size=20, learning_rate=0.1)
+    state = fresh(recipe)
+    run(state, recipe)
+    found = learning.held_out_accuracy(state.objective, X[100:], Y[100:])
+    assert found == pytest.approx(state.best_accuracy)
+
+
+def test_a_stopped_run_goes_the_same_way() -> None:
+    recipe = HardenRecipe(epochs=4, batch_size=20, energy=0.0)
+    whole = fresh(recipe)
+    run(whole, recipe)
+    first = fresh(recipe)
+    for step in learn(first, lessons, 100, (X[100:], Y[100:]), recipe, 0):
+        if step.step == 10:  # the end of the second epoch
+            break
+    kept = copy.deepcopy(first.state_dict())
+    second = fresh(recipe)
+    second.load_state_dict(kept)
+    assert second.epoch == 2
+    steps = run(second, recipe)
+    assert steps[0].step == 11
+    for name, value in whole.best.items():
+        assert torch.equal(value, second.best[name]), name
+    assert whole.history == second.history
+
+
+def test_it_ends_early() -> None:
+    recipe = HardenRecipe(epochs=50, batch_size=20, patience=2, learning_rate=1e-12, micl=0.0)
+    state = fresh(recipe)
+    run(state, recipe)
+    assert state.epoch < 10 and state.done
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    recipe = HardenRecipe(epochs=2, batch_size=20)
+
+    def broken(places: np.ndarray, rng: np.random.Generator) -> Lesson:
+        return Lesson(X[places] * float("nan"), Y[places], outliers=(torch.zeros(len(places), 3),))
+
+    with pytest.raises(FeatdiffError, match="diverged at step 1 .*lower the learning rate"):
+        [*learn(fresh(recipe), broken, 100, (X[100:], Y[100:]), recipe, 0)]
+
+
+def test_fewer_rows_than_a_batch() -> None:
+    recipe = HardenRecipe(batch_size=101)
+    with pytest.raises(UsageError, match="100 training images do not fill a batch of 101"):
+        run(fresh(recipe), recipe)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"micl": -1}, {"energy": float("nan")}]
+)
+def test_recipes_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        HardenRecipe(**wrong)
+
+
+# ---- the main path ----
+
+
+def test_student_and_guard(plain: Hardened, classes: Path) -> None:
+    facts = plain.facts
+    assert plain.classifier.classes == ("china", "flower")
+    assert facts["train_from"] == "layer3" and facts["teacher"] is None
+    assert facts["images"] == {"training": 170, "validation": 10}
+    assert facts["accuracy"] >= 0.9 and len(facts["epochs"]) == 2
+    assert len(plain.guard.detector.calibration_) == 20
+    images = torch.rand(3, 3, 160, 160)
+    logits, verdict = plain.guard(images)
+    assert torch.equal(logits, plain.classifier.model(images))
+    assert verdict is not None and verdict.ood_score.shape == (3,)
+
+
+def test_the_guards_calibration_images_trained_nothing(
+    classes: Path, seeded_backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featdiff.hardening import harden as room
+
+    seen: dict[str, Any] = {}
+    train = room._train
+
+    def watched(state: Any, curriculum: Any, rows: Any, *rest: Any) -> None:
+        seen.update(rows=rows, views=curriculum.views)
+        train(state, curriculum, rows, *rest)
+
+    monkeypatch.setattr(room, "_train", watched)
+    found = harden(classes, weights=seeded_backbone, **FAST)
+    table = seen["views"][0]
+    refs = list_labelled(classes)[0]
+    from featdiff.images import load
+
+    digests = {load(ref, found.classifier.transform).digest for ref in refs}
+    held_out = set(found.guard.detector.calibration_digests_)
+    assert len(held_out) == 20 and held_out <= digests
+    kept = found.guard.detector.feature_store().table([*held_out])
+    mine = found.guard.detector.score_features(kept[np.arange(20)])
+    assert np.array_equal(np.sort(mine), found.guard.detector.calibration_)
+    assert len(table) == 200 and not set(seen["rows"].calibration) & set(seen["rows"].training)
+    unique = [load(ref, found.classifier.transform).digest for ref in refs]
+    assert {unique[i] for i in seen["rows"].calibration} == held_out  # the same split for student and guard
+
+
+def test_a_second_run_finds_everything_in_the_cache(plain: Hardened, classes: Path, seeded_backbone: Path) -> None:
+    stages: list[str] = []
+    again = harden(classes, weights=seeded_backbone, progress=lambda stage, *_: stages.append(stage), **FAST)
+    assert "training" not in stages
+    assert again.facts == plain.facts
+    for name, value in plain.classifier.model.state_dict().items():
+        assert torch.equal(value, again.classifier.model.state_dict()[name]), name
+
+
+def test_only_the_layers_behind_the_cut_are_trained(plain: Hardened, seeded_backbone: Path) -> None:
+    before = timm.create_model("test_resnet", num_classes=2)
+    before.load_state_dict(_weights(seeded_backbone), strict=False)
+    after = plain.classifier.model.state_dict()
+    moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after[name])}
+    assert moved and all(name.startswith(("layer4", "fc")) for name in moved)
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: value for name, value in load_file(file).items() if not name.startswith("fc.")}
+
+
+def test_saved_and_loaded(plain: Hardened, saved: Path) -> None:
+    images = torch.rand(2, 3, 160, 160)
+    wanted, verdict = plain.guard(images)
+    assert is_hardened(saved) and not is_hardened(saved / "student")
+    by_timm = timm.create_model(f"local-dir:{saved / 'student'}", pretrained=True).eval()
+    assert torch.equal(by_timm(images), wanted)
+    classifier, guard = load_hardened(saved)
+    logits, found = guard(images)
+    assert torch.equal(logits, wanted) and classifier.classes == ("china", "flower")
+    assert verdict is not None and found is not None
+    assert torch.allclose(found.ood_score, verdict.ood_score, atol=1e-5)
+    facts = json.loads((saved / "student" / "config.json").read_text())["featdiff"]
+    assert facts == json.loads(json.dumps(plain.facts))
+
+
+def test_all_losses_with_a_teacher_and_outliers(classes: Path, saved: Path, seeded_backbone: Path) -> None:
+    recipe = HardenRecipe(epochs=1, batch_size=32, energy=0.1)
+    latents = torch.randn(40, 4, 8, 6, generator=torch.Generator().manual_seed(1))
+    given = outliers(latents=latents)
+    found = harden(classes, "test_resnet", str(saved), given, weights=seeded_backbone, recipe=recipe)
+    (epoch,) = found.facts["epochs"]
+    assert {"labels", "distillation", "feature_distillation", "micl", "micl_2", "energy", "accuracy"} <= set(epoch)
+    assert all(np.isfinite(value) for value in epoch.values())
+    assert found.facts["outliers"]["n"] == 40 and found.facts["teacher"] == "test_resnet"
+
+
+def test_a_teacher_keeps_the_student_close(classes: Path, saved: Path, plain: Hardened, seeded_backbone: Path) -> None:
+    """With nearly all weight on it, the student's logits rank images as the teacher's do, labels or not."""
+    recipe = HardenRecipe(epochs=3, batch_size=32, distillation=100.0, feature_distillation=0.0)
+    found = harden(classes, "test_resnet", str(saved), weights=seeded_backbone, recipe=recipe)
+    epochs = found.facts["epochs"]
+    assert epochs[-1]["distillation"] < 0.2 * epochs[0]["distillation"]
+
+
+def test_a_backbone_as_teacher_learns_the_classes_first() -> None:
+    backbone = load_backbone("test_resnet", pretrained=False)
+    teacher = Teacher(backbone, backbone.tag, backbone.model.num_features)  # type: ignore[arg-type]
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, teacher.width, generator=rng)
+    labels = (rows[:, 0] > 0).long().numpy()
+    assert teacher.fit_head(rows[:40], labels[:40], rows[40:], labels[40:]) >= 0.7
+    right = (teacher.logits(rows[:40]).argmax(1).numpy() == labels[:40]).mean()
+    assert right >= 0.95
+
+
+def test_a_teachers_classes_may_stand_in_another_order(saved: Path) -> None:
+    one, other = (load_teacher(str(saved), order) for order in (("china", "flower"), ("flower", "china")))
+    rows = torch.randn(5, one.width)
+    assert torch.equal(one.logits(rows)[:, [1, 0]], other.logits(rows))
+
+
+def test_all_layers_can_be_trained_from_pixels(classes: Path, seeded_backbone: Path, plain: Hardened) -> None:
+    recipe = HardenRecipe(epochs=1, batch_size=85)
+    found = harden(classes, "test_resnet", weights=seeded_backbone, recipe=recipe, train_from="", views=3)
+    before, after = (one.classifier.model.state_dict()["conv1.0.weight"] for one in (plain, found))
+    assert not torch.equal(before, after)
+    assert found.facts["train_from"] == ""
+
+
+def test_a_student_can_begin_where_another_ended(classes: Path, saved: Path) -> None:
+    recipe = HardenRecipe(epochs=1, batch_size=32, learning_rate=1e-6)
+    found = harden(classes, str(saved), recipe=recipe)
+    start_of, end = load_classifier(saved / "student").model.state_dict(), found.classifier.model.state_dict()
+    assert torch.allclose(start_of["fc.weight"], end["fc.weight"], atol=1e-3)
+
+
+def test_unreadable_and_double_images_are_left_out(
+    classes: Path, seeded_backbone: Path, tmp_path: Path, plain: Hardened
+) -> None:
+    folder = tmp_path / "some"
+    shutil.copytree(classes, folder)
+    (folder / "china" / "broken.png").write_bytes(b"no picture")
+    first = sorted((folder / "flower").iterdir())[0]
+    shutil.copy(first, folder / "flower" / "zz_copy.png")
+    found = harden(folder, weights=seeded_backbone, **FAST)
+    assert [path for path, _ in found.unreadable] == [str(folder / "china" / "broken.png")]
+    assert found.facts["images"] == plain.facts["images"]
+
+
+# ---- what is refused ----
+
+
+def test_one_class(classes: Path) -> None:
+    with pytest.raises(UsageError, match="lies? in|in no class folder"):
+        harden(classes / "china", **FAST)
+
+
+def test_one_class_folder(classes: Path, tmp_path: Path) -> None:
+    shutil.copytree(classes / "china", tmp_path / "all" / "china")
+    with pytest.raises(UsageError, match="at least two classes, and all images lie in 'china'"):
+        harden(tmp_path / "all", **FAST)
+
+
+def test_a_teacher_of_other_classes(classes: Path, saved: Path, tmp_path: Path, seeded_backbone: Path) -> None:
+    folder = tmp_path / "others"
+    shutil.copytree(classes, folder)
+    (folder / "china").rename(folder / "temple")
+    with pytest.raises(UsageError, match="knows the classes china, flower, the images have flower, temple"):
+        harden(folder, teacher=str(saved), weights=seeded_backbone, **FAST)
+    with pytest.raises(UsageError, match="has the classes china, flower, the images flower, temple"):
+        harden(folder, str(saved), recipe=SHORT)
+
+
+def test_too_few_images_for_the_rate(classes: Path, seeded_backbone: Path) -> None:
+    with pytest.raises(UsageError, match="--fpr 0.01 needs at least 99 held-out images"):
+        harden(classes, weights=seeded_backbone, fpr=0.01, **FAST)
