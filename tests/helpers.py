@@ -40,6 +40,8 @@ OTHER = (
     *("featdiff train photos/ --mode pixel --pretrained", "featdiff score images/ -m ddpm-model"),
     *("featdiff train --features", "featdiff score --features", "featdiff export"),
 )
+#: in blocks of code that need what ``featdiff harden`` leaves
+HARDENED = "hardened/student"
 #: needs what LPIPS looks through, which torchvision would download
 DOWNLOAD = "featdiff train photos/ --mode pixel -o lmd-model"
 #: commands that install or check the checkout itself; the first two are compared with .ci/run

@@ -6,7 +6,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import DOWNLOAD, EXPECTED, HUB, OTHER, SETUP, blocks, commands, newcomer_folder, python, shell, typed
+from helpers import (
+    DOWNLOAD,
+    EXPECTED,
+    HARDENED,
+    HUB,
+    OTHER,
+    SETUP,
+    blocks,
+    commands,
+    newcomer_folder,
+    python,
+    shell,
+    typed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +59,9 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_python_block_of_the_readme(newcomer: Path) -> None:
-    done = python(blocks("python")[0], newcomer)
-    assert done.returncode == 0, done.stderr
+def test_python_blocks_of_the_readme(newcomer: Path) -> None:
+    """Those on the models that the commands above leave."""
+    first, *others = blocks("python")
+    for block in (first, *(block for block in others if HARDENED in block)):
+        done = python(block, newcomer)
+        assert done.returncode == 0, done.stderr

@@ -27,7 +27,8 @@ from featdiff.labels import list_labelled
 from featdiff.outliers.archive import Outliers
 
 SHORT = HardenRecipe(epochs=2, batch_size=32)
-FAST: dict[str, Any] = {"student": "test_resnet", "recipe": SHORT}
+GUARD: dict[str, Any] = {"guard": {"recipe": {"epochs": 2, "min_steps": 20, "batch_size": 64}}}
+FAST: dict[str, Any] = {"student": "test_resnet", "recipe": SHORT, **GUARD}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_stopped_run_goes_the_same_way() -> None:
 
 
 def test_it_ends_early() -> None:
-    recipe = HardenRecipe(epochs=50, batch_size=20, patience=2, learning_rate=1e-12, micl=0.0)
+    recipe = HardenRecipe(epochs=50, batch_size=20, patience=2, learning_rate=1e-12)
     state = fresh(recipe)
     run(state, recipe)
     assert state.epoch < 10 and state.done
@@ -253,17 +254,17 @@ def test_all_losses_with_a_teacher_and_outliers(classes: Path, saved: Path, seed
     recipe = HardenRecipe(epochs=1, batch_size=32, energy=0.1)
     latents = torch.randn(40, 4, 8, 6, generator=torch.Generator().manual_seed(1))
     given = outliers(latents=latents)
-    found = harden(classes, "test_resnet", str(saved), given, weights=seeded_backbone, recipe=recipe)
+    found = harden(classes, "test_resnet", str(saved), given, weights=seeded_backbone, recipe=recipe, **GUARD)
     (epoch,) = found.facts["epochs"]
     assert {"labels", "distillation", "feature_distillation", "micl", "micl_2", "energy", "accuracy"} <= set(epoch)
     assert all(np.isfinite(value) for value in epoch.values())
-    assert found.facts["outliers"]["n"] == 40 and found.facts["teacher"] == "test_resnet"
+    assert found.facts["outliers"]["n"] == 40 and found.facts["teacher"] == "test_resnet.r160_in1k"
 
 
 def test_a_teacher_keeps_the_student_close(classes: Path, saved: Path, plain: Hardened, seeded_backbone: Path) -> None:
     """With nearly all weight on it, the student's logits rank images as the teacher's do, labels or not."""
     recipe = HardenRecipe(epochs=3, batch_size=32, distillation=100.0, feature_distillation=0.0)
-    found = harden(classes, "test_resnet", str(saved), weights=seeded_backbone, recipe=recipe)
+    found = harden(classes, "test_resnet", str(saved), weights=seeded_backbone, recipe=recipe, **GUARD)
     epochs = found.facts["epochs"]
     assert epochs[-1]["distillation"] < 0.2 * epochs[0]["distillation"]
 
@@ -287,7 +288,7 @@ def test_a_teachers_classes_may_stand_in_another_order(saved: Path) -> None:
 
 def test_all_layers_can_be_trained_from_pixels(classes: Path, seeded_backbone: Path, plain: Hardened) -> None:
     recipe = HardenRecipe(epochs=1, batch_size=85)
-    found = harden(classes, "test_resnet", weights=seeded_backbone, recipe=recipe, train_from="", views=3)
+    found = harden(classes, "test_resnet", weights=seeded_backbone, recipe=recipe, train_from="", views=3, **GUARD)
     before, after = (one.classifier.model.state_dict()["conv1.0.weight"] for one in (plain, found))
     assert not torch.equal(before, after)
     assert found.facts["train_from"] == ""
@@ -295,7 +296,7 @@ def test_all_layers_can_be_trained_from_pixels(classes: Path, seeded_backbone: P
 
 def test_a_student_can_begin_where_another_ended(classes: Path, saved: Path) -> None:
     recipe = HardenRecipe(epochs=1, batch_size=32, learning_rate=1e-6)
-    found = harden(classes, str(saved), recipe=recipe)
+    found = harden(classes, str(saved), recipe=recipe, **GUARD)
     start_of, end = load_classifier(saved / "student").model.state_dict(), found.classifier.model.state_dict()
     assert torch.allclose(start_of["fc.weight"], end["fc.weight"], atol=1e-3)
 

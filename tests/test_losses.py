@@ -37,14 +37,14 @@ def test_features_of_a_teacher_of_another_width_are_projected_and_the_projection
     loss = FeatureDistillation(12, 5)
     student, teacher = torch.randn(16, 5, requires_grad=True), torch.randn(16, 12)
     before = loss(student, teacher)
+    before.backward()
+    assert student.grad is not None and student.grad.abs().sum() > 0
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
         loss(student.detach(), teacher).backward()
         optimizer.step()
     assert loss(student, teacher).item() < 0.5 * before.item()
-    before.backward()
-    assert student.grad is not None and student.grad.abs().sum() > 0
 
 
 def test_the_margin_is_softplus_of_what_is_missing_over_all_pairs() -> None:

@@ -13,68 +13,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stable_pipelines import NOISE, SIDE, write_pipeline
 from torch import Tensor
 
 from featdiff.exceptions import UsageError, WeightsError
-from featdiff.outliers.stable import StableDiffusion, pooled
+from featdiff.outliers.archive import Outliers
+from featdiff.outliers.stable import StableDiffusion, pooled, with_latents
 
-STEPS, SIDE = 2, 8
-#: Settings that the schedulers of all versions have.
-NOISE: dict[str, Any] = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+STEPS = 2
 #: Class words of one token ("cat") and of several.
-LEARNED, WORDS = ("cat", "image", "quality"), ("cat", "Cat", "dog", "great white shark", "bow-tie", "n01440764")
+WORDS = ("cat", "Cat", "dog", "great white shark", "bow-tie", "n01440764")
 TEXT, UNET = "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"
-
-
-def write_tokenizer(folder: Path, pad: str) -> int:
-    """The files of a CLIP tokenizer as they are on the hub, with all letters and three words; how many tokens."""
-    letters = [chr(code) for code in range(33, 127)]
-    tokens, merges = letters + [f"{letter}</w>" for letter in letters], []
-    for word in LEARNED:
-        left = word[0]
-        for i, letter in enumerate(word[1:], 2):
-            merges.append(f"{left} {letter}{'</w>' if i == len(word) else ''}")
-            left = merges[-1].replace(" ", "")
-            tokens.append(left)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=pad)
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    settings = {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return len(tokens)
-
-
-def write_pipeline(folder: Path, width: int, pad: str, scheduler: Any, **network: Any) -> Path:
-    """A pipeline with seeded weights, saved by diffusers, without an image decoder."""
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    size = write_tokenizer(folder / "words", pad)
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        **dict(vocab_size=size, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2),
-        **dict(bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, max_position_embeddings=77),
-    )
-    blocks = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), block_out_channels=(8, 16))
-    unet = UNet2DConditionModel(
-        **dict(sample_size=SIDE, layers_per_block=1, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
-        **{**blocks, "norm_num_groups": 4, "cross_attention_dim": width, **network},
-    )
-    with torch.no_grad():  # as drawn, an untrained network hardly heeds the text
-        for name, weight in unet.named_parameters():
-            if "attn2.to_v" in name or "attn2.to_out" in name:
-                weight.mul_(4)
-    parts = dict(vae=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    encoder = CLIPTextModel(text)
-    pipe = StableDiffusionPipeline(text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **parts)
-    pipe.save_pretrained(folder)
-    shutil.rmtree(folder / "tokenizer")
-    (folder / "words").rename(folder / "tokenizer")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -634,3 +583,28 @@ def test_networks_of_other_kinds(tmp_path: Path, network: dict[str, Any], why: s
         ),
         why,
     )
+
+
+# ---- joined with outliers ----
+
+
+def beyond(width: int, name: str = "pre_logits") -> Outliers:
+    vectors = torch.randn(3, 4 + width, generator=torch.Generator().manual_seed(0))
+    columns = {"stage": slice(0, 4), name: slice(4, 4 + width)}
+    return Outliers(vectors, torch.tensor([0, 1, 0]), ["cat", "dog"], columns, "boundary", "0" * 64, ["stage"])
+
+
+def test_outliers_are_asked_for_by_their_pre_logits_at_the_length_of_their_class(small: StableDiffusion) -> None:
+    given = beyond(small.width)
+    found = with_latents(given, small, seed=4)
+    words = ["cat", "dog", "cat"]
+    wanted = small.latents(small.scale(given.vectors[:, 4:], words), words, seed=4)
+    assert found.latents is not None and torch.equal(found.latents, wanted)
+    assert torch.equal(found.vectors, given.vectors) and given.latents is None
+
+
+def test_outliers_without_pre_logits_or_of_another_width(small: StableDiffusion) -> None:
+    with pytest.raises(UsageError, match="no pre_logits among the layers stage, other"):
+        with_latents(beyond(small.width, "other"), small)
+    with pytest.raises(UsageError, match="have 12 numbers and the text encoder of .* takes 32"):
+        with_latents(beyond(12), small)

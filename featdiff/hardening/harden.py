@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +116,7 @@ def harden(
     image_batch: int = 32,
     workers: int | None = None,
     max_pixels: int | None = None,
+    guard: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Hardened:
     """Fine-tune a classifier on labelled images, keep it close to a teacher and away from outliers, and guard it.
@@ -143,6 +144,8 @@ def harden(
     weights : path, optional
         Of the student at the beginning.
     mixed_precision : ``no`` or ``bf16``
+    guard : mapping, optional
+        Further arguments of :class:`featdiff.Guard`, like ``recipe`` and ``layers``.
     others : as for :class:`featdiff.Detector`
 
     Raises
@@ -190,7 +193,7 @@ def harden(
     _train(state, curriculum, rows, recipe, seed, file, accelerator, progress)
     classifier.model.requires_grad_(False).eval()
     # -> a guard on it; its images for calibration are those that trained nothing
-    guard = Guard(
+    guarded = Guard(
         classifier.model,
         fpr=fpr,
         logit_heads=("energy",),
@@ -203,10 +206,11 @@ def harden(
         image_batch=image_batch,
         workers=workers,
         max_pixels=reader.max_pixels,
+        **(guard or {}),
     )
-    guard.fit(known.refs, progress)
+    guarded.fit(known.refs, progress)
     facts |= {"accuracy": state.best_accuracy, "seconds": state.seconds, "epochs": state.history}
-    return Hardened(classifier, guard, facts, known.unreadable)
+    return Hardened(classifier, guarded, facts, known.unreadable)
 
 
 @dataclass(frozen=True)

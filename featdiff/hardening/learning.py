@@ -207,7 +207,8 @@ class _Engine:
 
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
         """On held-out rows; see :func:`held_out_accuracy`."""
-        return self.mean(torch.tensor(held_out_accuracy(self.objective, x, labels), device=x.device))
+        found = held_out_accuracy(self.objective, x, labels)
+        return found if self.accelerator is None else self.mean(torch.tensor(found, device=x.device))
 
     def close(self) -> None:
         """Give the network back as it was."""

@@ -15,9 +15,8 @@ from ..outliers.space import Space
 from .objective import Lesson, Objective
 from .teachers import Teacher
 
-# In-domain rows of a class around which outliers are made, as published, and outliers of a class in an epoch.
-_MOST_OF_A_CLASS = 500
-_BESIDE_A_CLASS = 200
+# Rows of a class around which outliers are made (as published), outliers of a class in an epoch, and either in all.
+_MOST_OF_A_CLASS, _BESIDE_A_CLASS, _IN_ALL = 500, 200, 10_000
 _FEWEST = 5  # rows of a class that have a boundary
 
 
@@ -80,9 +79,11 @@ class Curriculum:
         """Make outliers just beyond the classes in the student's pre-logits as they are now (NPOS, per class)."""
         objective.eval()
         made = []
-        for label in np.unique(self.labels[self.training]):
+        labels = np.unique(self.labels[self.training])
+        most, count = (max(_FEWEST, min(n, _IN_ALL // len(labels))) for n in (_MOST_OF_A_CLASS, _BESIDE_A_CLASS))
+        for label in labels:
             rows = self.training[self.labels[self.training] == label]
-            rows = rows[:: -(-len(rows) // _MOST_OF_A_CLASS)]
+            rows = rows[:: -(-len(rows) // most)]
             if len(rows) < _FEWEST:
                 continue
             parts = [self.held_out(part)[0] for part in np.array_split(rows, -(-len(rows) // 128))]
@@ -91,7 +92,7 @@ class Curriculum:
             k = default_k(len(rows))
             points = torch.from_numpy(boundary_points(space.join(features), np.zeros(len(rows)), k))
             rounds = Beyond(space, features, points.to(features.device), k)
-            made.append(draw(rounds, _BESIDE_A_CLASS, np.random.SeedSequence([seed, int(label)]))[0])
+            made.append(draw(rounds, count, np.random.SeedSequence([seed, int(label)]))[0])
         self._beside = torch.cat(made).clone() if made else None
 
     def _seen(self, views: Sequence[Rows], rows: np.ndarray, view: np.ndarray) -> Tensor:

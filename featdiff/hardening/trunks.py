@@ -68,7 +68,9 @@ class Trunk:
 
     def maps(self, rows: Tensor) -> Tensor:
         """Rows (B, ``width``) -> (B, ``*shape``) float32, as the tail takes them."""
-        return rows.float().unflatten(1, self.shape)
+        maps = rows.float().unflatten(1, self.shape)
+        # depthwise convolutions are a quarter faster, others no slower
+        return maps.contiguous(memory_format=torch.channels_last) if maps.dim() == 4 else maps
 
 
 def split_at(classifier: Classifier, layer: str) -> tuple[Trunk, nn.Module]:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from helpers import fails
+from stable_pipelines import NOISE, write_pipeline
+
+from featdiff.outliers.archive import load_outliers
 
 Cli = Callable[..., Result]
 
@@ -79,6 +82,27 @@ def test_eval_without_class_folders_has_no_accuracy(
     sets = ["--id", folders["test"] / "china", "--ood", f"digits={folders['digits']}", "--protocol", "matched"]
     done = featdiff_cli("eval", *sets, "-m", hardened, "--json", "-q")
     assert json.loads(done.stdout)["accuracy"] is None
+
+
+def test_outliers_of_stable_diffusion_in_the_students_features(
+    hardened: Path, folders: dict[str, Path], tmp_path: Path, featdiff_cli: Cli
+) -> None:
+    """From the guard's pre-logits to latents in the file, and from there into the bound."""
+    from diffusers import DDIMScheduler
+
+    pipeline = write_pipeline(tmp_path / "sd", 96, "!", DDIMScheduler(**NOISE, clip_sample=False), attention_head_dim=2)
+    file = tmp_path / "latents.safetensors"
+    made = ["outliers", folders["train"], "-m", hardened, "-n", 4, "-o", file, "--method", "stable-diffusion"]
+    done = featdiff_cli(*made, "--pipeline", pipeline, "--steps", 2, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    found = load_outliers(file)
+    assert found.classes == ["china", "flower"] and found.vectors.shape[0] == 4
+    assert found.latents is not None and found.latents.shape == (4, 4, 8, 8)
+    assert len({tuple(latent.flatten().tolist()) for latent in found.latents}) == 4
+    assert (tmp_path / "latents.png").read_bytes().startswith(b"\x89PNG")
+    narrow = write_pipeline(tmp_path / "sd2", 32, "!", DDIMScheduler(**NOISE, clip_sample=False), attention_head_dim=2)
+    fails(featdiff_cli(*made, "--force", "--pipeline", narrow), 2, "have 96 numbers", "takes 32")
+    fails(featdiff_cli(*made, "--force", "--pipeline", tmp_path / "no"), 1, "Stable Diffusion", "--method diffusion")
 
 
 def test_an_older_student_is_not_replaced_unasked(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
