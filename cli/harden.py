@@ -66,7 +66,7 @@ def command(
     "featdiff score -m" takes both.
 
     \b
-    Example: featdiff harden photos/ --student resnet18 --teacher resnet50 --outliers outliers.safetensors -o hardened
+    Example: featdiff harden photos/ --student resnet18 --teacher resnet50 -o hardened
     """
     from featdiff.allocator import keep_freed_memory
     from featdiff.hardening.harden import ALL_LAYERS, check_hardened_target, harden

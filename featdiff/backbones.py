@@ -116,7 +116,9 @@ def fingerprint(model: nn.Module) -> str:
             hasher.update(f"{name} {value!r}\n".encode())
             continue
         hasher.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        bytes_of: Any = value.detach().cpu().contiguous().view(torch.uint8).numpy if value.dim() else None
+        # flat, for in another memory layout a tensor may pass as contiguous and still not be seen as bytes
+        flat = value.detach().cpu().contiguous().flatten()
+        bytes_of: Any = flat.view(torch.uint8).numpy if value.dim() else None
         hasher.update(bytes_of() if bytes_of else repr(value.item()).encode())
     return hasher.hexdigest()
 

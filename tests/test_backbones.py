@@ -645,3 +645,8 @@ def test_repository_that_is_not_cached(name: str, tag: str, hub_answers: dict[st
 @pytest.mark.parametrize("name", ["missing", "extra", "nan"])
 def test_weights_from_the_hub_are_checked_as_strictly_as_a_file(name: str, hub_answers: dict[str, list[str]]) -> None:
     assert hub_answers[f"hf-hub:me/{name}"][0] == "WeightsError"
+
+
+def test_fingerprint_does_not_depend_on_the_memory_layout(seeded_sha256: str, seeded_backbone: Path) -> None:
+    model = load_backbone("test_resnet", weights=seeded_backbone).model
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == seeded_sha256  # type: ignore[call-overload]

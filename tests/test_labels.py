@@ -94,7 +94,7 @@ def test_what_has_no_class_is_refused(folder: Path, tmp_path: Path) -> None:
         (f"{folder}/*", "is no folder and no archive"),
         ("-", "is no folder and no archive"),
         (Image.new("RGB", (8, 8)), "images given as Image have no class"),
-        (FileRef("a/b.png", "a/b.png"), "images given as FileRef have no class"),
+        (FileRef("b.png", "b.png"), "b.png lies in no class folder"),
         ([], "no images were named"),
         (tmp_path / "gone", "is no folder and no archive"),
     ]
@@ -109,3 +109,13 @@ def test_a_source_without_images_is_refused_beside_good_ones(folder: Path, tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty: no images in this folder"):
         list_labelled([folder, tmp_path / "empty"])
+
+
+def test_references_have_the_class_of_the_folder_they_lie_in() -> None:
+    given = [
+        FileRef("x/dog/1.png", "x/dog/1.png"),
+        FileRef("y/cat/1.png", "y/cat/1.png"),
+        FileRef("dog/2.png", "dog/2"),
+    ]
+    refs, labels, classes = list_labelled(given)
+    assert (refs, labels.tolist(), classes) == (given, [1, 0, 1], ["cat", "dog"])

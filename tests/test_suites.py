@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from featdiff import Detector
+from featdiff.ablation import check_students
 from featdiff.exceptions import UsageError
 from featdiff.sources import list_images
 from featdiff.suites import NotThere, Source, everything_else, find_images, load_suite
@@ -44,12 +45,14 @@ def picture(file: Path, shade: int = 0) -> None:
 def test_shipped_suites_are_whole(file: Path) -> None:
     suite = load_suite(file)
     assert suite.tasks
-    assert set(suite.detectors) == ({"lmd"} if file.stem == "lmd" else {"dlsr_joint"})
+    assert set(suite.detectors) == {"lmd": {"lmd"}, "oal": set()}.get(file.stem, {"dlsr_joint"})
+    check_students(suite.students)
+    assert bool(suite.students) == (file.stem == "oal")
     assert all(0 < number.auroc <= 100 for number in suite.published)
 
 
 def test_shipped_suites_are_these() -> None:
-    assert [file.stem for file in SUITES] == ["cifar10", "folders", "lmd", "openood-cifar10"]
+    assert [file.stem for file in SUITES] == ["cifar10", "folders", "lmd", "oal", "openood-cifar10"]
 
 
 def test_suite_of_start_times_compares_like_with_like() -> None:

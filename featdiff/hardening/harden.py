@@ -107,7 +107,7 @@ def harden(
     views: int = 2,
     weights: str | os.PathLike[str] | None = None,
     fpr: float = 0.05,
-    calibration: float = 0.1,
+    calibration: float | None = None,
     validation: float = 0.05,
     mixed_precision: str = "no",
     seed: int = 0,
@@ -121,8 +121,8 @@ def harden(
 ) -> Hardened:
     """Fine-tune a classifier on labelled images, keep it close to a teacher and away from outliers, and guard it.
 
-    After outlier-aware learning (Gao & Li, ICMR 2025, arXiv 2406.16525). A tenth of the images calibrates the guard and
-    trains nothing, so its false-alarm rate holds; a twentieth decides when training ends. Frozen layers run once for
+    After outlier-aware learning (Gao & Li, ICMR 2025, arXiv 2406.16525). A part of the images calibrates the guard and
+    trains nothing, so its false-alarm rate holds; another decides when training ends. Frozen layers run once for
     each view of an image, and what they give is kept in the cache, as is the training: the same call goes on after a
     stop.
 
@@ -143,6 +143,8 @@ def harden(
         Of each image: itself, its mirror image, and cut-outs; see :class:`featdiff.hardening.views.View`.
     weights : path, optional
         Of the student at the beginning.
+    calibration, validation : float
+        Shares of these parts. Default of the first: a tenth, or up to a fifth where ``fpr`` needs that many.
     mixed_precision : ``no`` or ``bf16``
     guard : mapping, optional
         Further arguments of :class:`featdiff.Guard`, like ``recipe`` and ``layers``.
@@ -162,6 +164,7 @@ def harden(
     reader = Reader(Path(cache) if cache else default_cache(), image_batch, workers, max_pixels or Reader.max_pixels)
     accelerator = make_accelerator(mixed_precision, place)
     # class folders -> a student, cut in two
+    check_fpr(fpr)
     refs, labels, classes = list_labelled(images)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least two classes, and all images lie in {classes[0]!r}")
@@ -171,6 +174,7 @@ def harden(
     # images -> rows of the frozen layers, and what the teacher makes of them
     with accelerator.main_process_first() if accelerator else nullcontext():
         known = _look(reader, refs, labels, trunk, progress)
+        calibration = calibration or _calibration_share(len(known.refs), fpr)
         rows = split(len(known.refs), calibration, validation, seed)
         check_fpr(fpr, len(rows.calibration))
         _check_classes(known.labels[rows.training], classes)
@@ -242,6 +246,11 @@ def _look(
         first.setdefault(digest, by_path[path])
     places = [*first.values()]
     return _Known([refs[i] for i in places], [*first], labels[places], found.unreadable)
+
+
+def _calibration_share(images: int, fpr: float) -> float:
+    """A tenth, or up to a fifth of few images, so that there are twice as many as the rate needs at least."""
+    return min(0.2, max(0.1, 2 / (fpr * images)))
 
 
 def _check_classes(labels: np.ndarray, classes: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def hardened(folders: dict[str, Path], seeded_backbone: Path, tmp_path_factory: 
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    assert lines[0] == "102 images of 2 classes trained test_resnet"
+    assert lines[0] == "94 images of 2 classes trained test_resnet.r160_in1k"
     assert lines[1].startswith("2 epochs, ") and lines[1].endswith("right of 6 held-out images")
     assert lines[2].startswith("self-check: flags ")
     assert lines[3] == f"student and guard: {output}. Next: featdiff score IMAGES -m {output}"
