@@ -82,7 +82,7 @@ def command(
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     results = []
     for model in models:
-        detector, classes = load_model(model, options)
+        detector, _, classes = load_model(model, options)
         with Bars(quiet) as bars:
             beside = fit_rivals(detector) if rivals else None
             result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)

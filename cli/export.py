@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import EXIT_UNREADABLE
-from .options import model_arguments, model_option, runtime_options, weights_option
+from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
 FOLDER = "featdiff-export"
@@ -38,13 +38,13 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
     """Write a saved model and its backbone as one file each for ONNX Runtime and for torch.export.
 
     Both take preprocessed images, pixels (B, 3, H, W), and give ood_score (B,) and p_value (B,) for any B. Threshold,
-    preprocessing and more stand in their metadata. Files are made on the CPU.
+    preprocessing and more stand in their metadata. Files are made on the CPU. Of a hardened student they give the
+    logits, too.
 
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/
     """
     from featdiff.allocator import keep_freed_memory
-    from featdiff.detectors import load_detector
     from featdiff.exceptions import ModelError
     from featdiff.exporting import check_exportable, export, facts, need
     from featdiff.sources import list_images
@@ -55,22 +55,24 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
     if images and "onnx" in wanted:
         need("onnxruntime")
     options["device"] = options["device"] or "cpu"
-    detector = check_exportable(load_detector(model, **model_arguments(options)))
+    loaded = load_model(model, options)
+    detector, exported = check_exportable(loaded.detector), loaded.guard or loaded.detector
     refs = list_images(list(images)) if images else []
     say(f"exporting {detector.name}, which takes about a minute", quiet)
-    files = export(detector, output, wanted)
+    files = export(exported, output, wanted, loaded.classes)
     for file in files.values():
         say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)
-    known = facts(detector)
+    known = facts(exported)
     shape = ", ".join(map(str, known["input_size"]))
-    say(f"pixels (B, {shape}) -> ood_score (B,), p_value (B,)", quiet)
+    gives = "ood_score (B,), p_value (B,)" + (f", logits (B, {len(loaded.classes)})" if loaded.guard else "")
+    say(f"pixels (B, {shape}) -> {gives}", quiet)
     rate = f"fpr {known['fpr']:g}, {known['calibration_images']:,} calibration images"
     say(f"OOD where ood_score > {known['threshold']:.6g} ({rate})", quiet)
     if not images:
         return 0
     unreadable: dict[str, str] = {}
     with Bars(quiet) as bars:
-        found = verify(detector, list(files.values()), refs, bars, unreadable)
+        found = verify(exported, list(files.values()), refs, bars, unreadable)
     for agreement in found:
         say(_line(agreement), quiet)
     list_unreadable(list(unreadable.items()), quiet)

@@ -21,9 +21,10 @@ def command(model: str, as_json: bool) -> None:
     Example: featdiff info featdiff-model
     """
     from featdiff.exceptions import ModelError
+    from featdiff.hardening.layout import GUARD, is_hardened
     from featdiff.persist import load, locate
 
-    folder = locate(model)
+    folder = locate(str(Path(model) / GUARD) if is_hardened(model) else model)
     config, tensors = load(folder)
     if as_json:
         click.echo(json.dumps(config, indent=2))

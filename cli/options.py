@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -25,16 +25,26 @@ def model_option(function: F) -> F:
     )(function)
 
 
-def load_model(name: str, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """The detector in a folder, be it a model or a hardened student with its guard; and the student's classes."""
+class Model(NamedTuple):
+    """What is in a folder: a detector, and where it belongs to a hardened student, the guard and its classes."""
+
+    detector: Any
+    guard: Any = None
+    classes: tuple[str, ...] = ()
+
+
+def load_model(name: str, options: dict[str, Any]) -> Model:
+    """A saved model, or a hardened student with its guard."""
     from featdiff.detectors import load_detector
-    from featdiff.hardening.harden import is_hardened, load_hardened
+    from featdiff.hardening.layout import is_hardened
 
     arguments = model_arguments(options)
     if is_hardened(name):
+        from featdiff.hardening.harden import load_hardened
+
         classifier, guard = load_hardened(name, **arguments)
-        return guard.detector, classifier.classes
-    return load_detector(name, **arguments), ()
+        return Model(guard.detector, guard, classifier.classes)
+    return Model(load_detector(name, **arguments))
 
 
 def weights_option(function: F) -> F:

@@ -91,7 +91,7 @@ def command(
     _check_files(output, picture, force)
     chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
     _check_method(method, chosen)
-    detector, _ = load_model(model, options)
+    detector = load_model(model, options).detector
     stable = None
     if method == STABLE:
         stable = StableDiffusion(pipeline, device=options["device"] or "auto", steps=steps, size=size)

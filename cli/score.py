@@ -114,7 +114,7 @@ def _open_images(
 
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
-    detector, _ = load_model(model, options)
+    detector = load_model(model, options).detector
     if figure:
         _check_figure(figure, detector.mode)
     return detector, list_images(list(images))

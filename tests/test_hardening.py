@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from torch import Tensor, nn
 from featdiff.backbones import load_backbone
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.hardening import learning
-from featdiff.hardening.harden import Hardened, harden, is_hardened, load_hardened
+from featdiff.hardening.harden import Hardened, harden, load_hardened
+from featdiff.hardening.layout import is_hardened
 from featdiff.hardening.learning import LearningState, learn, start
 from featdiff.hardening.objective import Lesson, Objective
 from featdiff.hardening.recipe import HardenRecipe
@@ -307,6 +311,35 @@ def test_unreadable_and_double_images_are_left_out(
     found = harden(folder, weights=seeded_backbone, **FAST)
     assert [path for path, _ in found.unreadable] == [str(folder / "china" / "broken.png")]
     assert found.facts["images"] == plain.facts["images"]
+
+
+PROGRAM = """
+import os, sys
+from featdiff.hardening.harden import harden
+from featdiff.hardening.recipe import HardenRecipe
+images, weights, cache, output = sys.argv[1:]
+guard = {"recipe": {"epochs": 2, "min_steps": 20, "batch_size": 64}}
+recipe = HardenRecipe(epochs=2, batch_size=32)
+found = harden(images, "test_resnet", weights=weights, recipe=recipe, cache=cache, device="cpu", guard=guard)
+rank = os.environ["RANK"]
+found.save_pretrained(f"{output}{rank}")
+"""
+
+
+def test_two_processes_share_the_batches(classes: Path, seeded_backbone: Path, tmp_path: Path) -> None:
+    """As ``torchrun`` starts them (``accelerate launch`` starts one on a CPU): both end with the same student."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29781"]
+    arguments = map(str, (classes, seeded_backbone, tmp_path / "cache", tmp_path / "out"))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launcher, program, *arguments], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    one, other = (load_classifier(tmp_path / f"out{rank}" / "student").model.state_dict() for rank in (0, 1))
+    for name, value in one.items():
+        assert "running" in name or torch.equal(value, other[name]), name  # each counts the batches that it saw
 
 
 # ---- what is refused ----

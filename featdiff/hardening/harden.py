@@ -29,6 +29,7 @@ from ..outliers.stable import pooled
 from ..persist import check_target
 from ..sources import ImageRef
 from ..store import Progress, default_cache
+from .layout import GUARD, STUDENT, is_hardened
 from .learning import LearningState, learn, start
 from .lessons import Curriculum, Rows
 from .objective import Objective
@@ -42,8 +43,6 @@ from .views import View
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-#: Subfolders of what is saved: a timm classifier, and the guard that was fitted on it.
-STUDENT, GUARD = "student", "guard"
 #: ``train_from`` of a student that is trained as a whole.
 ALL_LAYERS = ""
 # Raised when the same settings give another student: finished trainings in the cache are not used then.
@@ -67,11 +66,6 @@ class Hardened:
         """Write the folders ``student``, which timm loads, and ``guard``, which belongs to it, below ``folder``."""
         save_classifier(self.classifier, Path(folder) / STUDENT, self.facts)
         self.guard.save_pretrained(Path(folder) / GUARD)
-
-
-def is_hardened(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder looks like one of :meth:`Hardened.save_pretrained`."""
-    return (Path(folder) / STUDENT).is_dir() and (Path(folder) / GUARD).is_dir()
 
 
 def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None:
@@ -163,6 +157,8 @@ def harden(
     place = resolve_device(device)
     reader = Reader(Path(cache) if cache else default_cache(), image_batch, workers, max_pixels or Reader.max_pixels)
     accelerator = make_accelerator(mixed_precision, place)
+    if accelerator is not None and accelerator.num_processes > 1:
+        place = accelerator.device
     # class folders -> a student, cut in two
     check_fpr(fpr)
     refs, labels, classes = list_labelled(images)

@@ -16,6 +16,7 @@ from ..backbones import Backbone, fingerprint, load_backbone
 from ..exceptions import UsageError
 from ..features import device_of, evaluating
 from ..images import Transform
+from .layout import STUDENT, is_hardened
 from .students import Classifier, load_classifier
 
 # Raised when the numbers that a teacher gives for the same weights change.
@@ -98,8 +99,7 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
         backbone = load_backbone(name)
         backbone.model.to(device)
         return Teacher(backbone, backbone.tag, _width(backbone.model, backbone.data_config))
-    inner = folder / "student"  # what was hardened can teach in its turn
-    found = load_classifier(inner if inner.is_dir() else folder)
+    found = load_classifier(folder / STUDENT if is_hardened(folder) else folder)  # what was hardened can teach
     if sorted(found.classes) != sorted(classes):
         raise UsageError(
             f"the teacher at {folder} knows the classes {_some(found.classes)}, the images have {_some(classes)}: "

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from helpers import fails
 from stable_pipelines import NOISE, write_pipeline
 
+from featdiff.hardening.harden import load_hardened
 from featdiff.outliers.archive import load_outliers
 
 Cli = Callable[..., Result]
@@ -82,6 +84,18 @@ def test_eval_without_class_folders_has_no_accuracy(
     sets = ["--id", folders["test"] / "china", "--ood", f"digits={folders['digits']}", "--protocol", "matched"]
     done = featdiff_cli("eval", *sets, "-m", hardened, "--json", "-q")
     assert json.loads(done.stdout)["accuracy"] is None
+
+
+def test_info_and_export_take_the_folder(hardened: Path, tmp_path: Path, featdiff_cli: Cli) -> None:
+    shown = featdiff_cli("info", hardened)
+    assert shown.exit_code == 0 and "layers      layer1 " in shown.stdout
+    done = featdiff_cli("export", "-m", hardened, "--format", "pt2", "-o", tmp_path / "files")
+    assert done.exit_code == 0, done.output
+    assert "ood_score (B,), p_value (B,), logits (B, 2)" in done.stderr
+    classifier, _ = load_hardened(hardened)
+    pixels = torch.rand(3, 3, 160, 160)
+    logits = torch.export.load(tmp_path / "files" / "model.pt2").module()(pixels)[2]
+    assert torch.allclose(logits, classifier.model(pixels), atol=1e-5)
 
 
 def test_outliers_of_stable_diffusion_in_the_students_features(

@@ -1,0 +1,103 @@
+"""The students of a suite: trained in order, measured beside everything else, and what is refused before any work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featdiff.ablation import check_students
+from featdiff.bench import run_suite
+from featdiff.comparison import grids, long_rows
+from featdiff.exceptions import UsageError
+from featdiff.suites import load_suite
+
+SUITE = """
+[sources]
+train.path = "train"
+test.path = "test"
+digits.path = "digits"
+
+[[tasks]]
+name = "tiles"
+train = "train"
+test = "test"
+ood = ["digits"]
+
+[students.plain]
+student = "test_resnet"
+weights = "{weights}"
+epochs = 2
+batch_size = 32
+guard.recipe = {{ epochs = 2, min_steps = 20, batch_size = 64 }}
+
+[students.taught]
+student = "test_resnet"
+weights = "{weights}"
+teacher = "plain"
+outliers = "diffusion"
+energy = 0.1
+epochs = 1
+batch_size = 32
+guard.recipe = {{ epochs = 2, min_steps = 20, batch_size = 64 }}
+"""
+
+
+@pytest.fixture(scope="module")
+def result(
+    sample_folders: dict[str, Path],
+    tiny_arguments: dict[str, Any],
+    seeded_backbone: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    data = tmp_path_factory.mktemp("data")
+    for part, count in (("train", 70), ("test", 20)):
+        for name in ("china", "flower"):
+            (data / part / name).mkdir(parents=True)
+            for file in sorted(sample_folders[part].glob(f"{name}*"))[:count]:
+                shutil.copy(file, data / part / name)
+    (data / "digits").mkdir()
+    for file in sorted(sample_folders["digits"].iterdir())[:20]:
+        shutil.copy(file, data / "digits")
+    (data / "suite.toml").write_text(SUITE.format(weights=seeded_backbone))
+    told: list[str] = []
+    found = run_suite(load_suite(data / "suite.toml"), data, tiny_arguments, tell=told.append)
+    assert [line.split(":")[0] for line in told[-2:]] == ["  plain", "  taught"]
+    return found
+
+
+def test_students_stand_beside_the_detectors(result: dict[str, Any]) -> None:
+    (task,) = result["tasks"]
+    names = ["plain_energy", "plain_guard", "taught_energy", "taught_guard"]
+    assert [*task["pairs"][0]["heads"]][-4:] == names
+    for name in names:
+        cost = task["methods"][name]
+        assert cost["accuracy"] >= 0.9 and cost["images_per_second"] > 0
+    costs = task["methods"]
+    assert costs["plain_guard"]["megabytes"] > costs["plain_energy"]["megabytes"] > 1  # 0.5 M weights, and the heads
+    assert task["pairs"][0]["heads"]["plain_guard"]["auroc"] >= 0.9
+
+
+def test_accuracy_is_in_rows_and_tables(result: dict[str, Any]) -> None:
+    rows = {row["method"]: row for row in long_rows(result)}
+    assert rows["taught_guard"]["accuracy"] >= 0.9 and rows["featdiff"]["accuracy"] is None
+    (grid,) = grids(result)
+    assert grid.header[-1] == "ID accuracy" and {len(line) for line in grid.lines} == {len(grid.header)}
+    by_name = {line[0]: line[-1] for line in grid.lines}
+    assert by_name["featdiff"] == "" and float(by_name["plain_energy"]) >= 90
+
+
+@pytest.mark.parametrize(
+    ("students", "words"),
+    [
+        ({"a": {"student": "resnet18", "epoch": 3}}, "unknown key 'epoch'; did you mean epochs"),
+        ({"a": {"teacher": "resnet50"}}, "'a' lacks student"),
+        ({"a": {"student": "resnet18", "outliers": "noise"}}, "must be one of diffusion, boundary, not 'noise'"),
+        ({"a": {"student": "x", "teacher": "b"}, "b": {"student": "x"}}, "teacher 'b' must stand before it"),
+    ],
+)
+def test_students_that_make_no_sense(students: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_students(students)
