@@ -88,7 +88,7 @@ def test_eval_without_class_folders_has_no_accuracy(
 
 def test_info_and_export_take_the_folder(hardened: Path, tmp_path: Path, featdiff_cli: Cli) -> None:
     shown = featdiff_cli("info", hardened)
-    assert shown.exit_code == 0 and "layers      layer1 " in shown.stdout
+    assert shown.exit_code == 0 and "20 held-out images; fpr 0.1" in shown.stdout
     done = featdiff_cli("export", "-m", hardened, "--format", "pt2", "-o", tmp_path / "files")
     assert done.exit_code == 0, done.output
     assert "ood_score (B,), p_value (B,), logits (B, 2)" in done.stderr
