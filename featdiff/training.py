@@ -53,11 +53,11 @@ class Recipe:
         if self.lr_schedule not in LR_SCHEDULES:
             raise UsageError(f"unknown lr_schedule {self.lr_schedule!r}; known: {', '.join(LR_SCHEDULES)}")
         for name in ("epochs", "batch_size", "patience", "max_steps", "epoch_steps", "learning_rate"):
-            _check(name, getattr(self, name), above=0, whole=name != "learning_rate")
+            check_number(name, getattr(self, name), above=0, whole=name != "learning_rate")
         for name in ("min_steps", "warmup_steps"):
-            _check(name, getattr(self, name), above=-1, whole=True)
+            check_number(name, getattr(self, name), above=-1, whole=True)
         for name, highest in (("weight_decay", math.inf), ("clip_norm", math.inf), ("ema_decay", 1.0)):
-            value = _check(name, getattr(self, name), above=-math.inf)
+            value = check_number(name, getattr(self, name), above=-math.inf)
             if not 0 <= value <= highest:
                 raise UsageError(f"{name} must be 0 or more{', at most 1' if highest == 1 else ''}, not {value}")
 
@@ -68,7 +68,8 @@ class Recipe:
         return min(epochs, self.max_steps // per_epoch), per_epoch
 
 
-def _check(name: str, value: Any, above: float, whole: bool = False) -> float:
+def check_number(name: str, value: Any, above: float, whole: bool = False) -> float:
+    """A finite number above -1, 0 or any other (``UsageError``)."""
     kinds = int if whole else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
         raise UsageError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}")

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "hardening": {
         *("backbones", "calibration", "detectors", "features", "guard", "images", "labels", "outliers", "persist"),
-        *("sources", "store"),
+        *("sources", "store", "training"),
     },
     "exporting": {"calibration", "detectors", "features", "guard", "persist"},
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..exceptions import UsageError
+from ..training import check_number
 
 _WHOLE = ("epochs", "batch_size", "patience")
 _ABOVE_ZERO = (*_WHOLE, "learning_rate", "temperature")
+_WEIGHTS = ("weight_decay", "distillation", "feature_distillation", "micl", "energy", "margin")
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,11 @@ class HardenRecipe:
     bound_as_loss: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "bound_as_loss":
-                continue
-            whole = field.name in _WHOLE
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise UsageError(f"{field.name} must be a {'whole ' if whole else ''}number, not {value!r}")
-            if not math.isfinite(value) or value < 0 or (value == 0 and field.name in _ABOVE_ZERO):
-                wanted = "above 0" if field.name in _ABOVE_ZERO else "0 or more"
-                raise UsageError(f"{field.name} must be {wanted}, not {value!r}")
+        for name in _ABOVE_ZERO:
+            check_number(name, getattr(self, name), above=0, whole=name in _WHOLE)
+        for name in _WEIGHTS:
+            if check_number(name, getattr(self, name), above=-math.inf) < 0:
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
 
     @classmethod
     def as_published(cls) -> HardenRecipe:
