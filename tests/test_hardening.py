@@ -342,6 +342,13 @@ def test_two_processes_share_the_batches(classes: Path, seeded_backbone: Path, t
         assert "running" in name or torch.equal(value, other[name]), name  # each counts the batches that it saw
 
 
+def test_latents_make_other_outliers_of_the_same_vectors() -> None:
+    from featdiff.hardening.harden import _about
+
+    one, other = (_about(outliers(latents=latents)) for latents in (None, torch.zeros(40, 4, 8, 6)))
+    assert one is not None and other is not None and one["sha256"] != other["sha256"]
+
+
 # ---- what is refused ----
 
 

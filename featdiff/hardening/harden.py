@@ -365,7 +365,8 @@ def _about(outliers: Outliers | None) -> dict[str, Any] | None:
     """What the facts say of outliers."""
     if outliers is None:
         return None
-    digest = hashlib.sha256(outliers.vectors.numpy().tobytes()).hexdigest()
+    parts = (outliers.vectors, *(() if outliers.latents is None else (outliers.latents,)))
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
     return {"method": outliers.method, "n": len(outliers), "sha256": digest}
 
 

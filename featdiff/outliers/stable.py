@@ -245,7 +245,8 @@ def with_latents(
     """
     words = [outliers.classes[label] for label in outliers.labels]
     vectors = outliers.vectors[:, pre_logits_in(outliers.columns)]
-    return replace(outliers, latents=stable.latents(stable.scale(vectors, words), words, seed, progress))
+    latents = stable.latents(stable.scale(vectors, words), words, seed, progress)
+    return replace(outliers, latents=latents, method="stable-diffusion")
 
 
 def pre_logits_in(columns: Mapping[str, slice]) -> slice:

@@ -125,6 +125,8 @@ def synthesise(
     images, label_of, classes = _labelled(images, labelled)
     paths, table = fitted.features(images, progress)
     members = _members(table, np.array([label_of.get(path, 0) for path in paths]), len(classes), seed)
+    if n < len(classes):
+        raise UsageError(f"{n} outliers are fewer than the {len(classes)} classes: ask for {len(classes)} or more")
     k = check_classes(np.array([len(rows) for rows in members]), k, classes)
     known = _choice(np.sort(np.concatenate(members)), _MOST_IN_DOMAIN, seed)
     space = Space(fitted.extractor_.columns, table[known])
