@@ -25,7 +25,7 @@ from featdiff.hardening.layout import is_hardened
 from featdiff.hardening.learning import LearningState, learn, start
 from featdiff.hardening.objective import Lesson, Objective
 from featdiff.hardening.recipe import HardenRecipe
-from featdiff.hardening.students import load_classifier
+from featdiff.hardening.students import check_head, load_classifier, new_classifier
 from featdiff.hardening.teachers import Teacher, load_teacher
 from featdiff.images import load
 from featdiff.labels import list_labelled
@@ -376,3 +376,13 @@ def test_a_teacher_of_other_classes(classes: Path, saved: Path, tmp_path: Path, 
 def test_too_few_images_for_the_rate(classes: Path, seeded_backbone: Path) -> None:
     with pytest.raises(UsageError, match="--fpr 0.01 needs at least 99 held-out images"):
         harden(classes, weights=seeded_backbone, fpr=0.01, **FAST)
+
+
+def test_networks_that_do_not_end_in_one_linear_layer() -> None:
+    with pytest.raises(UsageError, match="resnetv2_50x1_bit.* ends in Conv2d, not in one linear layer"):
+        check_head(new_classifier("resnetv2_50x1_bit", ("a", "b"), pretrained=False))
+
+
+def test_no_views(classes: Path) -> None:
+    with pytest.raises(UsageError, match="views must be a whole number above 0, not 0"):
+        harden(classes, views=0, **FAST)

@@ -35,7 +35,7 @@ from .lessons import Curriculum, Rows
 from .objective import Objective
 from .reading import Glance, Pictures, Reader
 from .recipe import HardenRecipe
-from .students import Classifier, check_classifier_target, load_classifier, new_classifier, save_classifier
+from .students import Classifier, check_classifier_target, check_head, load_classifier, new_classifier, save_classifier
 from .teachers import Teacher, load_teacher
 from .trunks import Trunk, default_cut, split_at
 from .views import View
@@ -161,6 +161,8 @@ def harden(
         place = accelerator.device
     # class folders -> a student, cut in two
     check_fpr(fpr)
+    if views < 1:
+        raise UsageError(f"views must be a whole number above 0, not {views}")
     refs, labels, classes = list_labelled(images)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least two classes, and all images lie in {classes[0]!r}")
@@ -270,6 +272,7 @@ def _student(
             )
     else:
         found = new_classifier(name, classes, weights, seed=seed)
+    check_head(found)
     found.model.to(device)
     return found
 

@@ -127,7 +127,9 @@ def learn(
     engine = _Engine(state, recipe, accelerator)
     per_epoch = n_rows // recipe.batch_size
     if not per_epoch:
-        raise UsageError(f"{n_rows} training images do not fill a batch of {recipe.batch_size}: lower the batch size")
+        raise UsageError(
+            f"{n_rows} training images do not fill a batch of {recipe.batch_size}: lower --train-batch (batch_size)"
+        )
     steps = recipe.epochs * per_epoch
     try:
         while state.epoch < recipe.epochs and not state.done:

@@ -112,6 +112,13 @@ def load_classifier(folder: str | os.PathLike[str]) -> Classifier:
     return _classifier(backbone, classes, _own_args(config))
 
 
+def check_head(classifier: Classifier) -> None:
+    """Refuse a network whose logits do not come from pre-logits by one linear layer (``UsageError``)."""
+    model: Any = classifier.model
+    if not isinstance(head := model.get_classifier(), nn.Linear):
+        raise UsageError(f"{classifier.name} ends in {type(head).__name__}, not in one linear layer: take another one")
+
+
 def save_classifier(classifier: Classifier, folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     """Write a folder that timm loads by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, to the same logits.
 

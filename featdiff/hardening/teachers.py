@@ -17,7 +17,7 @@ from ..exceptions import UsageError
 from ..features import device_of, evaluating
 from ..images import Transform
 from .layout import STUDENT, is_hardened
-from .students import Classifier, load_classifier
+from .students import Classifier, check_head, load_classifier
 
 # Raised when the numbers that a teacher gives for the same weights change.
 _TEACHER_VERSION = 1
@@ -105,6 +105,7 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
             f"the teacher at {folder} knows the classes {_some(found.classes)}, the images have {_some(classes)}: "
             "train a teacher on these images (featdiff harden without --teacher), or name a backbone"
         )
+    check_head(found)
     order = torch.tensor([found.classes.index(name) for name in classes])
     found.model.requires_grad_(False).to(device)
     model: Any = found.model
