@@ -32,9 +32,9 @@ DEFAULT = "featdiff"
 _TIMED_IMAGES = 512
 _TIMED_INPAINTINGS = 8  # each takes a thousand times as long
 _LONG_SECONDS = 2
-# Arguments of the command that are for students, too, and those that mean the same in every mode.
-_STUDENTS_TOO = ("fpr", "seed", "device", "image_batch", "workers", "max_pixels", "cache")
+# Arguments of the command that mean the same in every mode, and those that are for students.
 _EVERY_MODE = ("fpr", "seed", "device", "workers", "max_pixels", "cache")
+_STUDENTS_TOO = (*_EVERY_MODE, "image_batch")
 
 Tell = Callable[[str], None]
 

@@ -20,6 +20,7 @@ from ..calibration import Split, check_fpr, split
 from ..detectors.accelerating import make_accelerator
 from ..detectors.arguments import resolve_device
 from ..detectors.checkpoints import resume, write_checkpoint
+from ..detectors.fitting import Table
 from ..exceptions import UsageError
 from ..features import PRE_LOGITS
 from ..guard import Guard
@@ -28,10 +29,10 @@ from ..outliers.archive import Outliers
 from ..outliers.stable import pooled
 from ..persist import check_target
 from ..sources import ImageRef
-from ..store import Progress, default_cache
+from ..store import FeatureStore, FeatureTable, Progress, default_cache
 from .layout import GUARD, STUDENT, is_hardened
 from .learning import LearningState, learn, start
-from .lessons import Curriculum, Rows
+from .lessons import Curriculum
 from .objective import Objective
 from .reading import Glance, Pictures, Reader
 from .recipe import HardenRecipe
@@ -171,14 +172,15 @@ def harden(
     guide = load_teacher(teacher, classes, place) if teacher else None
     # images -> rows of the frozen layers, and what the teacher makes of them
     with accelerator.main_process_first() if accelerator else nullcontext():
-        known = _look(reader, refs, labels, trunk, progress)
+        known, kept = _look(reader, refs, labels, trunk, progress)
         calibration = calibration or _calibration_share(len(known.refs), fpr)
         rows = split(len(known.refs), calibration, validation, seed)
         check_fpr(fpr, len(rows.calibration))
         _check_classes(known.labels[rows.training], classes)
-        curriculum = _curriculum(reader, known, rows, classifier, trunk, views, place, progress)
-        if guide is not None:
-            curriculum.teacher, curriculum.taught = guide, _taught(reader, known, rows, guide, views, progress)
+        tables = _views(reader, known, kept, classifier, trunk, views, progress)
+        taught = _taught(reader, known, rows, guide, views, progress) if guide else []
+    shaped = trunk.maps if trunk else _as_they_are
+    curriculum = Curriculum(tables, shaped, known.labels, rows.training, place, guide, taught)
     if outliers is not None and recipe.micl:
         curriculum.outliers = _kinds(outliers)
     # lessons -> a trained student
@@ -229,12 +231,9 @@ class _Known:
 
 def _look(
     reader: Reader, refs: Sequence[ImageRef], labels: np.ndarray, trunk: Trunk | None, progress: Progress | None
-) -> _Known:
+) -> tuple[_Known, FeatureStore]:
     """See all images once, through the frozen layers if there are any; of copies, the first counts."""
-    if trunk is None:
-        found, _ = reader.extract(refs, Glance(), "hardening", 0, np.float32, progress)
-    else:
-        found, _ = reader.extract(refs, trunk, "hardening", 0, np.float16, progress)
+    found, kept = reader.extract(refs, trunk or Glance(), "hardening", 0, np.float16, progress)
     if not found.paths:
         path, reason = found.unreadable[0]
         raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
@@ -243,7 +242,7 @@ def _look(
     for path, digest in zip(found.paths, found.digests, strict=True):
         first.setdefault(digest, by_path[path])
     places = [*first.values()]
-    return _Known([refs[i] for i in places], [*first], labels[places], found.unreadable)
+    return _Known([refs[i] for i in places], [*first], labels[places], found.unreadable), kept
 
 
 def _calibration_share(images: int, fpr: float) -> float:
@@ -284,23 +283,23 @@ def _cut(classifier: Classifier, train_from: str | None) -> tuple[Trunk | None, 
     return split_at(classifier, train_from or default_cut(classifier))
 
 
-def _curriculum(
+def _views(
     reader: Reader,
     known: _Known,
-    rows: Split,
+    kept: FeatureStore,
     classifier: Classifier,
     trunk: Trunk | None,
     views: int,
-    device: torch.device,
     progress: Progress | None,
-) -> Curriculum:
-    tables: list[Rows] = []
-    for view in range(views):
-        if trunk is None:
-            tables.append(Pictures(known.refs, View(view, classifier.transform), reader))
-        else:
-            tables.append(reader.table(known.refs, known.digests, trunk, "hardening", view, np.float16, progress))
-    return Curriculum(tables, trunk.maps if trunk else _as_they_are, known.labels, rows.training, device)
+) -> list[Table]:
+    """What the student takes of each view; the first has been seen, and is ``kept``, where layers are frozen."""
+    if trunk is None:
+        return [Pictures(known.refs, View(view, classifier.transform), reader) for view in range(views)]
+    others = [
+        reader.table(known.refs, known.digests, trunk, "hardening", view, np.float16, progress)
+        for view in range(1, views)
+    ]
+    return [kept.table(known.digests), *others]
 
 
 def _as_they_are(rows: Tensor) -> Tensor:
@@ -309,11 +308,11 @@ def _as_they_are(rows: Tensor) -> Tensor:
 
 def _taught(
     reader: Reader, known: _Known, rows: Split, teacher: Teacher, views: int, progress: Progress | None
-) -> list[Rows]:
+) -> list[FeatureTable]:
     """The teacher's pre-logits of each view; a backbone learns the classes first."""
-    how = ("hardening", np.float32, progress)
-    tables: list[Rows] = [
-        reader.table(known.refs, known.digests, teacher, how[0], view, *how[1:]) for view in range(views)
+    tables = [
+        reader.table(known.refs, known.digests, teacher, "hardening", view, np.float32, progress)
+        for view in range(views)
     ]
     if teacher.head is None:
         parts = [(tables[0][part], known.labels[part]) for part in (rows.training, rows.validation)]

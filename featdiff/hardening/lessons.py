@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..detectors.fitting import Table
 from ..outliers.boundary import Beyond, boundary_points, default_k, draw
 from ..outliers.space import Space
 from .objective import Lesson, Objective
@@ -18,12 +18,6 @@ from .teachers import Teacher
 # Rows of a class around which outliers are made (as published), outliers of a class in an epoch, and either in all.
 _MOST_OF_A_CLASS, _BESIDE_A_CLASS, _IN_ALL = 500, 200, 10_000
 _FEWEST = 5  # rows of a class that have a boundary
-
-
-class Rows(Protocol):
-    """Rows (n, D) by their numbers: a :class:`featdiff.store.FeatureTable`, or pictures that are read anew."""
-
-    def __getitem__(self, rows: np.ndarray) -> Tensor: ...
 
 
 @dataclass
@@ -42,13 +36,13 @@ class Curriculum:
     device : torch.device
     """
 
-    views: Sequence[Rows]
+    views: Sequence[Table]
     shaped: Callable[[Tensor], Tensor]
     labels: np.ndarray
     training: np.ndarray
     device: torch.device
     teacher: Teacher | None = None
-    taught: Sequence[Rows] = ()
+    taught: Sequence[Table] = ()
     outliers: Sequence[Tensor] = ()
     _beside: Tensor | None = field(default=None, init=False)
 
@@ -95,7 +89,7 @@ class Curriculum:
             made.append(draw(rounds, count, np.random.SeedSequence([seed, int(label)]))[0])
         self._beside = torch.cat(made).clone() if made else None
 
-    def _seen(self, views: Sequence[Rows], rows: np.ndarray, view: np.ndarray) -> Tensor:
+    def _seen(self, views: Sequence[Table], rows: np.ndarray, view: np.ndarray) -> Tensor:
         parts = [
             (mine, views[number][rows[mine]]) for number in np.unique(view) for mine in [np.flatnonzero(view == number)]
         ]
