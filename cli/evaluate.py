@@ -81,8 +81,8 @@ def command(
     unreadable: dict[str, str] = {}
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     results = []
-    for model in models:
-        detector, _, classes = load_model(model, options)
+    opened = [load_model(model, options) for model in models]  # before the long work: one may not be there
+    for model, (detector, _, classes) in zip(models, opened, strict=True):
         with Bars(quiet) as bars:
             beside = fit_rivals(detector) if rivals else None
             result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
@@ -101,11 +101,11 @@ def command(
 def _accuracy(detector: Any, in_domain: list[str], classes: tuple[str, ...], bars: Bars) -> float | None:
     """Of a classifier on images in folders of its classes; None if they are in none."""
     from featdiff.evaluation import measure_accuracy
-    from featdiff.exceptions import UsageError
+    from featdiff.exceptions import UnlabelledError
 
     try:
         return measure_accuracy(detector, in_domain, classes, bars)
-    except UsageError:
+    except UnlabelledError:
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,10 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import runtime_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
 from .train import check_itself, is_first_process
+
+if TYPE_CHECKING:
+    from featdiff.hardening.harden import Hardened
+    from featdiff.hardening.recipe import HardenRecipe
 
 # option -> field of the recipe
 _RECIPE = {
@@ -29,6 +33,7 @@ _RECIPE = {
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for student and guard.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of the student's backbone at the beginning.")
 @click.option("--train-from", metavar="LAYER", help="Last frozen layer; '' trains all [the last stage but one].")
+@click.option("--layers", help="Layers that the guard looks at, separated by commas [auto].")
 @click.option("--kd", type=float, help="Weight of the teacher's logits [4].")
 @click.option("--temperature", type=float, help="Their temperature [1].")
 @click.option("--feature-kd", type=float, help="Weight of the teacher's pre-logits [8].")
@@ -53,6 +58,7 @@ def command(
     outliers: Path | None,
     output: Path,
     train_from: str | None,
+    layers: str | None,
     views: int,
     as_published: bool,
     force: bool,
@@ -78,7 +84,8 @@ def command(
     check_hardened_target(output, force)
     recipe = HardenRecipe.as_published() if as_published else HardenRecipe()
     given = {field: options[name] for name, field in _RECIPE.items() if options[name] is not None}
-    _check(given, teacher, outliers)
+    recipe = replace(recipe, **given)
+    _check(recipe, given, teacher, outliers, as_published)
     if as_published and train_from is None:
         train_from = ALL_LAYERS
     found = load_outliers(outliers) if outliers else None
@@ -89,9 +96,10 @@ def command(
                 student,
                 teacher,
                 found,
-                recipe=replace(recipe, **given),
+                recipe=recipe,
                 train_from=train_from,
                 views=views,
+                guard={"layers": layers} if layers else None,
                 **{name: options[name] for name in ("weights", "fpr", "mixed_precision", "seed")},
                 **runtime_arguments(options),
                 progress=bars,
@@ -105,23 +113,34 @@ def command(
     return EXIT_UNREADABLE if hardened.unreadable else 0
 
 
-def _check(given: dict[str, Any], teacher: str | None, outliers: Path | None) -> None:
-    """Whether there is what a loss that was asked for needs."""
+def _check(
+    recipe: HardenRecipe, given: dict[str, Any], teacher: str | None, outliers: Path | None, as_published: bool
+) -> None:
+    """Whether there is what a loss that was asked for needs, and everything that was asked for counts."""
     from featdiff.exceptions import UsageError
 
-    for name in ("distillation", "feature_distillation", "temperature"):
-        if given.get(name) and teacher is None:
-            raise UsageError("--kd, --feature-kd and --temperature need a --teacher")
+    if as_published and (teacher is None or outliers is None):
+        raise UsageError("--as-published needs a --teacher and --outliers FILE, which outlier-aware learning is about")
+    if teacher is None and any(given.get(name) for name in ("distillation", "feature_distillation", "temperature")):
+        raise UsageError("--kd, --feature-kd and --temperature need a --teacher")
+    if teacher is not None and not (recipe.distillation or recipe.feature_distillation):
+        raise UsageError("with --kd 0 and --feature-kd 0 the --teacher has no say: leave it away")
     if given.get("micl") and outliers is None:
         raise UsageError("--micl needs --outliers FILE: make one with featdiff outliers")
-    if outliers is not None and given.get("micl") == 0:
+    if outliers is not None and not recipe.micl:
         raise UsageError("--outliers are used by --micl alone, and its weight is 0: leave one of them away")
+    for option, needs in (("margin", "energy"), ("temperature", "distillation")):
+        if option in given and not getattr(recipe, needs):
+            raise UsageError(f"--{option} belongs to --{'kd' if needs == 'distillation' else needs}, whose weight is 0")
 
 
-def _summary(hardened: Any, output: Path, quiet: bool) -> None:
+def _summary(hardened: Hardened, output: Path, quiet: bool) -> None:
     facts, counts = hardened.facts, hardened.facts["images"]
     say(f"{counts['training']:,} images of {len(facts['classes'])} classes trained {hardened.classifier.name}", quiet)
+    if "teacher_accuracy" in facts:
+        say(f"the teacher {facts['teacher']} is right of {facts['teacher_accuracy']:.1%} of held-out images", quiet)
     epochs = f"{len(facts['epochs'])} epochs, {facts['seconds']:.0f} s"
-    say(f"{epochs}; {facts['accuracy']:.1%} right of {counts['validation']:,} held-out images", quiet)
+    right = f"{facts['accuracy']:.1%} right of the {counts['validation']:,} held-out images that chose among epochs"
+    say(f"{epochs}; {right}", quiet)
     check_itself(hardened.guard.detector, quiet)
     say(f"student and guard: {output}. Next: featdiff score IMAGES -m {output}", quiet)

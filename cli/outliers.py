@@ -83,7 +83,7 @@ def command(
     """
     from featdiff.allocator import keep_freed_memory
     from featdiff.outliers.stable import StableDiffusion, pre_logits_in, with_latents
-    from featdiff.outliers.synthesis import synthesise
+    from featdiff.outliers.synthesis import feature_detector, synthesise, with_classes
     from featdiff.report import save_projection
 
     keep_freed_memory()
@@ -91,13 +91,15 @@ def command(
     _check_files(output, picture, force)
     chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
     _check_method(method, chosen)
-    detector = load_model(model, options).detector
-    stable = None
-    if method == STABLE:
-        stable = StableDiffusion(pipeline, device=options["device"] or "auto", steps=steps, size=size)
-        columns = pre_logits_in(detector.extractor_.columns)
-        stable.check_width(columns.stop - columns.start)
+    detector = feature_detector(load_model(model, options).detector)
     labelled = False if one_class else None
+    stable = None
+    if method == STABLE:  # what it cannot take is found before the images are read
+        columns = pre_logits_in(detector.extractor_.columns)
+        _, _, classes = with_classes(list(images), labelled)
+        stable = StableDiffusion(pipeline, device=options["device"] or "auto", steps=steps, size=size)
+        stable.check_width(columns.stop - columns.start)
+        stable.check_words(classes)
     try:
         with Bars(quiet) as bars:
             made = "boundary" if stable else method
@@ -111,8 +113,8 @@ def command(
     points, share = found.projection()
     save_projection(picture, points, share, f"{method}, {len(found.outliers):,} outliers")
     _tell(found, detector.fpr, quiet)
-    classes = len(found.outliers.classes)
-    say(f"{len(found.outliers):,} outliers of {classes:,} class{'es' if classes > 1 else ''}: {output}", quiet)
+    many = len(found.outliers.classes)
+    say(f"{len(found.outliers):,} outliers of {many:,} class{'es' if many > 1 else ''}: {output}", quiet)
     say(f"picture: {picture}", quiet)
     list_unreadable(detector.unreadable_, quiet)
     return EXIT_UNREADABLE if detector.unreadable_ else 0

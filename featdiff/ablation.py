@@ -35,6 +35,10 @@ def check_students(students: Mapping[str, Mapping[str, Any]]) -> None:
             raise UsageError(f"{where}: outliers must be one of {', '.join(METHODS)}, not {own['outliers']!r}")
         if own.get("teacher") in students and own["teacher"] not in before:
             raise UsageError(f"{where}: its teacher {own['teacher']!r} must stand before it")
+        try:
+            _recipe(own)
+        except (UsageError, TypeError) as error:
+            raise UsageError(f"{where}: {error}") from None
         before.append(name)
 
 
@@ -64,8 +68,11 @@ def train_students(
                 given["outliers"] = made[method]
             if given.get("teacher") in students:
                 given["teacher"] = str(Path(folder) / given["teacher"])
-            recipe = replace(HardenRecipe(), **{key: value for key, value in own.items() if key in _RECIPE})
-            hardened = harden(list(images), recipe=recipe, progress=progress, **given)
+            hardened = harden(list(images), recipe=_recipe(own), progress=progress, **given)
             tell(f"  {name}: trained in {hardened.facts['seconds']:.0f} s")
             hardened.save_pretrained(Path(folder) / name)
             yield name, hardened
+
+
+def _recipe(student: Mapping[str, Any]) -> HardenRecipe:
+    return replace(HardenRecipe(), **{key: value for key, value in student.items() if key in _RECIPE})

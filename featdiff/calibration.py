@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -80,6 +81,15 @@ class Split:
     validation: np.ndarray
     calibration: np.ndarray
 
+    def check(self, n: int) -> None:
+        """Whether each part has rows of ``n``, and no two parts the same one (``UsageError``)."""
+        parts = (self.training, self.validation, self.calibration)
+        every = np.concatenate(parts)
+        if not all(map(len, parts)) or len(np.unique(every)) < len(every) or every.min() < 0 or every.max() >= n:
+            raise UsageError(
+                f"training, validation and calibration need different rows, at least one each, of 0 .. {n - 1}"
+            )
+
 
 def split(n: int, calibration: float, validation: float, seed: int) -> Split:
     """Random rows of ``n`` for training, validation and calibration.
@@ -91,9 +101,28 @@ def split(n: int, calibration: float, validation: float, seed: int) -> Split:
     UsageError
         Fewer than three rows.
     """
+    return _parts(np.random.default_rng(seed).permutation(n), calibration, validation)
+
+
+def split_by_content(digests: Sequence[bytes], calibration: float, validation: float) -> Split:
+    """The same parts, of images with these digests: by chance, yet an image falls into the same one whenever it can.
+
+    Images are ordered by digest; the first calibrate, the next validate, the others train. So whoever splits with equal
+    or smaller shares, of these images or of some more, trains on none that calibrate here.
+
+    Raises
+    ------
+    UsageError
+        Fewer than three rows.
+    """
+    order = sorted(range(len(digests)), key=lambda i: digests[i])
+    return _parts(np.array(order, dtype=np.int64), calibration, validation)
+
+
+def _parts(order: np.ndarray, calibration: float, validation: float) -> Split:
+    n = len(order)
     if n < 3:
         raise UsageError(f"{n} different images are too few: one each is needed to train, validate and calibrate")
-    order = np.random.default_rng(seed).permutation(n)
     n_cal = min(max(1, round(calibration * n)), 10_000, n - 2)
     # statistics of held-out errors need a handful of rows even when there are few in all
     n_val = min(max(1, round(validation * n), min(5, n // 5)), 2_000, n - n_cal - 1)

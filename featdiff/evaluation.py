@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .detectors import BaseDetector, Detector
-from .exceptions import UsageError, did_you_mean
+from .exceptions import UnlabelledError, UsageError, did_you_mean
 from .features import LOGITS
 from .images import Downscale, short_sides
 from .labels import list_labelled
@@ -105,8 +105,10 @@ def measure_accuracy(
 
     Raises
     ------
+    UnlabelledError
+        The images are in no folders of classes, or in none of these.
     UsageError
-        The detector sees no logits, or there is no image of any of the classes.
+        The detector sees no logits.
     """
     columns = detector.extractor_.columns.get(LOGITS)
     if columns is None:
@@ -116,7 +118,9 @@ def measure_accuracy(
         (ref, classes.index(names[label])) for ref, label in zip(refs, labels, strict=True) if names[label] in classes
     ]
     if not known:
-        raise UsageError(f"there is no image of the classes {', '.join(classes)}; the folders are {', '.join(names)}")
+        raise UnlabelledError(
+            f"there is no image of the classes {', '.join(classes)}; the folders are {', '.join(names)}"
+        )
     wanted = {ref.path: label for ref, label in known}
     paths, table = detector.features([ref for ref, _ in known], progress)
     predicted = np.concatenate([rows[:, columns].argmax(1).numpy() for rows in table.chunks()])

@@ -9,6 +9,10 @@ class UsageError(FeatdiffError, ValueError):
     """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read."""
 
 
+class UnlabelledError(UsageError):
+    """Images that should lie in folders of classes and do not."""
+
+
 class TooFewRows(UsageError, UserWarning):
     """A false-alarm rate that so few rows cannot support. A warning where a larger rate can stand in."""
 

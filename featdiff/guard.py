@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .calibration import check_fpr, flagged, tensor_p_values
+from .calibration import Split, check_fpr, flagged, tensor_p_values
 from .detectors import Detector
 from .exceptions import NotFittedError, UsageError, first_line
 from .features import FeatureExtractor, Layers, device_of, logits_of, resolve_layers, stage_names
@@ -141,7 +141,7 @@ class Guard(nn.Module):
 
     # ---- fit ----
 
-    def fit(self, loader: object, progress: Progress | None = None) -> Self:
+    def fit(self, loader: object, progress: Progress | None = None, rows: Split | None = None) -> Self:
         """Learn from ordinary images what is in-domain, in the classifier's own features; no labels are needed.
 
         Parameters
@@ -151,6 +151,8 @@ class Guard(nn.Module):
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
             Fit in the precision that will be used: in half precision, or under the same ``autocast``, if so.
         progress : callable (stage, done, total), optional
+        rows : featdiff.calibration.Split, optional
+            Which of the different images train, validate and calibrate; see :meth:`featdiff.Detector.fit`.
 
         Raises
         ------
@@ -165,7 +167,7 @@ class Guard(nn.Module):
         if isinstance(loader, list | tuple) and loader and is_batch(loader[0]):
             loader = iter(loader)
         with torch.random.fork_rng(devices=[]):  # loaders draw from the global source
-            self.detector = detector.fit(loader, progress)
+            self.detector = detector.fit(loader, progress, rows)
         return self
 
     # ---- the forward pass ----

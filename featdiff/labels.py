@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from .exceptions import UsageError
+from .exceptions import UnlabelledError, UsageError
 from .sources import ImageRef, MissingRef, list_images, printable, split_archive
 
 _WANTED = "classes are the folders below a folder or an archive that is named (photos/cat/1.png in photos/)"
@@ -33,8 +33,10 @@ def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str
 
     Raises
     ------
+    UnlabelledError
+        An image without a folder of its own, or a source that is neither a folder nor an archive.
     UsageError
-        Nothing there, an image without a folder of its own, or a source that is neither a folder nor an archive.
+        Nothing there.
     """
     found: dict[str, tuple[ImageRef, str]] = {}
     for source in sources if isinstance(sources, list | tuple) else [sources]:
@@ -56,17 +58,17 @@ def _base(source: object) -> str:
     if isinstance(source, ImageRef):
         return os.path.dirname(os.path.dirname(source.path))
     if not isinstance(source, str | os.PathLike):
-        raise UsageError(f"images given as {type(source).__name__} have no class: {_WANTED}")
+        raise UnlabelledError(f"images given as {type(source).__name__} have no class: {_WANTED}")
     path = os.fspath(source)
     if os.path.isdir(path):
         return printable(path)
     if (inside := split_archive(path)) is None:
-        raise UsageError(f"{printable(path)} is no folder and no archive: {_WANTED}")
+        raise UnlabelledError(f"{printable(path)} is no folder and no archive: {_WANTED}")
     return f"{printable(inside[0])}/{inside[1]}"
 
 
 def _class_of(path: str, base: str) -> str:
     parts = path.removeprefix(base).replace(os.sep, "/").strip("/").split("/")
     if len(parts) < 2:
-        raise UsageError(f"{path} lies in no class folder: {_WANTED}")
+        raise UnlabelledError(f"{path} lies in no class folder: {_WANTED}")
     return parts[0]

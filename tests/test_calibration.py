@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from featdiff.calibration import check_fpr, flagged, p_values, split, threshold
+from featdiff.calibration import Split, check_fpr, flagged, p_values, split, split_by_content, threshold
 from featdiff.exceptions import UsageError
 
 
@@ -230,3 +230,24 @@ def test_split_is_random_over_the_rows() -> None:
         counts[split(60, 0.25, 0.05, seed).calibration] += 1
     assert counts.sum() == 400 * 15
     assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
+
+
+def test_a_split_by_content_keeps_images_where_they_were() -> None:
+    rng = np.random.default_rng(0)
+    digests = [rng.bytes(16) for _ in range(2000)]
+    few, all_ = split_by_content(digests[:1000], 0.1, 0.05), split_by_content(digests, 0.1, 0.05)
+    for rows in (few, all_):
+        rows.check(2000)
+        assert [len(part) for part in (rows.calibration, rows.validation)] == [
+            round(share * sum(map(len, (rows.training, rows.validation, rows.calibration)))) for share in (0.1, 0.05)
+        ]
+    assert not set(few.training) & set(all_.calibration)
+    assert len(set(few.calibration) & set(all_.calibration)) >= 80
+    turned = split_by_content(digests[::-1], 0.1, 0.05)  # the order of the images does not matter
+    assert set(1999 - turned.calibration) == set(all_.calibration)
+
+
+@pytest.mark.parametrize("parts", [([0, 1], [1], [2]), ([0], [], [1]), ([0], [1], [3]), ([-1], [1], [2])])
+def test_splits_that_make_no_sense(parts: tuple[list[int], ...]) -> None:
+    with pytest.raises(UsageError, match=r"need different rows, at least one each, of 0 \.\. 2"):
+        Split(*(np.array(part, dtype=np.int64) for part in parts)).check(3)

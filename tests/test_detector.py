@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from featdiff import Detector
 from featdiff.calibration import flagged, p_values
-from featdiff.detectors import fitting
+from featdiff.detectors import checkpoints
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError, WeightsError
 from featdiff.features import block_normalise
 from featdiff.persist import load
@@ -697,7 +697,7 @@ def interrupt(stage: str, at: int) -> Callable[[str, int, int], None]:
 @pytest.fixture
 def eager_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint after each epoch, however short."""
-    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
 
 
 @pytest.mark.usefixtures("eager_checkpoints")

@@ -203,7 +203,7 @@ class Killed(BaseException):
 def test_a_killed_training_goes_on_to_the_same_loss_curve(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: PixelDetector
 ) -> None:
-    monkeypatch.setattr("featdiff.detectors.fitting.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("featdiff.detectors.checkpoints.CHECKPOINT_SECONDS", 0)
 
     def kill(stage: str, done: int, total: int) -> None:
         if stage == "training" and done == 7:  # in the second epoch

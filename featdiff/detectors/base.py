@@ -175,14 +175,21 @@ class BaseDetector:
         found, kept = self._extract(images, progress)
         return found.paths, kept.table(found.digests)
 
-    def _held_out(self, digests: list[bytes], kept: FeatureStore) -> tuple[list[bytes], FeatureTable, Split]:
-        """Different contents, their rows, and which of them train, validate and calibrate.
+    def _held_out(
+        self, digests: list[bytes], kept: FeatureStore, rows: Split | None = None
+    ) -> tuple[list[bytes], FeatureTable, Split]:
+        """Different contents, their rows, and which of them train, validate and calibrate: ``rows``, or random ones.
 
         Copies of one image are one row: they must not sit on both sides.
         """
         unique = list(dict.fromkeys(digests))
         self.n_images_, self.n_duplicates_ = len(unique), len(digests) - len(unique)
-        rows = split(len(unique), self.arguments["calibration"], self.arguments["validation"], self.seed)
+        if rows is None:
+            rows = split(len(unique), self.arguments["calibration"], self.arguments["validation"], self.seed)
+        else:
+            rows.check(len(unique))
+            for name in ("calibration", "validation"):  # what was done, not what would have been
+                self.arguments[name] = len(getattr(rows, name)) / len(unique)
         check_fpr(self.fpr, len(rows.calibration))
         self.calibration_digests_ = [unique[i] for i in rows.calibration]
         return unique, kept.table(unique), rows
@@ -199,11 +206,11 @@ class BaseDetector:
         self.calibration_ = np.sort(found)
         return found
 
-    def _training_key(self, digests: list[bytes], version: int, names: tuple[str, ...]) -> str:
-        """A hash of all that decides a training run: images, arguments of these names, recipe, split and seed."""
-        settings = [self.arguments[name] for name in (*names, "calibration", "validation")]
-        facts = repr([version, self.recipe, settings])
-        return hashlib.sha256(facts.encode() + b"".join(digests)).hexdigest()[:16]
+    def _training_key(self, digests: list[bytes], rows: Split, version: int, names: tuple[str, ...]) -> str:
+        """A hash of all that decides a training run: its images, arguments of these names, and the recipe."""
+        facts = repr([version, self.recipe, [self.arguments[name] for name in names]])
+        seen = b"".join(digests[i] for part in (rows.training, rows.validation) for i in part)
+        return hashlib.sha256(f"{facts} {len(rows.training)} ".encode() + seen).hexdigest()[:16]
 
     # ---- score ----
 

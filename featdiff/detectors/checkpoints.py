@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 
 from ..store import write_atomically
 
+#: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
+CHECKPOINT_SECONDS = 10
+
 
 class State(Protocol):
-    """What a run needs to go on, tensors and plain numbers; ``best`` among them are weights of ``network``."""
+    """What a run needs to go on, tensors and plain numbers; ``best`` among them are weights of ``network``.
+
+    ``seconds`` is the time spent so far, over all runs, ``done`` whether nothing is left to do.
+    """
+
+    seconds: float
+    done: bool
 
     @property
     def network(self) -> nn.Module: ...
@@ -23,6 +33,40 @@ class State(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Keeper:
+    """Takes a run up where a file left it, counts its seconds, and keeps it there as it goes.
+
+    Parameters
+    ----------
+    state : State
+    file : Path, optional
+        None: nothing is kept.
+    writes : bool
+        Of several processes, one.
+    """
+
+    def __init__(self, state: State, file: Path | None, writes: bool = True) -> None:
+        if file:
+            resume(state, file)
+        self.state, self.file = state, None if state.done or not writes else file
+        self._saved = self._last = time.monotonic()
+        self._pause = float(CHECKPOINT_SECONDS)
+
+    def after_step(self, ends_epoch: bool) -> None:
+        """Count the time; at an epoch's end write, now and then."""
+        now = time.monotonic()
+        self.state.seconds, self._last = self.state.seconds + now - self._last, now
+        if self.file and ends_epoch and now - self._saved > self._pause:
+            write_checkpoint(self.state, self.file)
+            self._saved = self._last = time.monotonic()
+            self._pause = max(CHECKPOINT_SECONDS, 20 * (self._saved - now))  # large networks take long to write
+
+    def finish(self) -> None:
+        """Write what came of the run."""
+        if self.file:
+            write_checkpoint(self.state, self.file)
 
 
 def resume(state: State, file: Path) -> None:

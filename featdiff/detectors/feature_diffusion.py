@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import DEFAULT_BACKBONE, load_backbone
+from ..calibration import Split
 from ..exceptions import ModelError, UsageError
 from ..features import FeatureExtractor, Layers, device_of, identity
 from ..images import MAX_PIXELS, Transform, is_loader, peek_size
@@ -161,7 +162,7 @@ class Detector(BaseDetector):
 
     # ---- fit ----
 
-    def fit(self, images: object, progress: Progress | None = None) -> Self:
+    def fit(self, images: object, progress: Progress | None = None, rows: Split | None = None) -> Self:
         """Learn what is in-domain from ordinary images; no labels, no OOD images.
 
         Parameters
@@ -169,6 +170,9 @@ class Detector(BaseDetector):
         images : as for :func:`featdiff.sources.list_images`, or a DataLoader of preprocessed batches
             Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
+        rows : featdiff.calibration.Split, optional
+            Which of the different, readable images train, validate and calibrate, for example because a classifier was
+            trained on others. Default: random ones.
 
         Raises
         ------
@@ -186,12 +190,12 @@ class Detector(BaseDetector):
         self.extractor_ = self._extractor()
         self.precision_ = self.extractor_.precision
         found, kept = self._extract(images, progress)
-        unique, table, rows = self._held_out(found.digests, kept)
+        unique, table, rows = self._held_out(found.digests, kept, rows)
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         if "vim" in self.arguments["logit_heads"]:
             self._fit_vim(table[rows.training[:: -(-len(rows.training) // _VIM_ROWS)]])
-        key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
+        key = self._training_key(unique, rows, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         checkpoint = kept.folder / f"training-{key}.pt"
         trained, bank = fit_heads(self.heads_, table, rows, self.recipe, self.seed, size, method, checkpoint, progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,15 +13,12 @@ from ..calibration import Split
 from ..neighbors import coreset
 from ..store import Progress
 from ..training import Augment, Recipe, Rows, Step, TrainingState, start, train
-from .checkpoints import resume, write_checkpoint
+from .checkpoints import Keeper
 from .heads import FusedHeads, full_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import SchedulerMixin
-
-#: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
-CHECKPOINT_SECONDS = 10
 
 Watch = Callable[[Step, TrainingState], None]
 
@@ -48,26 +44,15 @@ def train_denoiser(
     """
     denoiser.requires_grad_(True)
     state = start(denoiser, recipe, n_rows)
-    if checkpoint:
-        resume(state, checkpoint)
-    finished = state.done
     leads = accelerator is None or accelerator.is_main_process
-    saved = last = time.monotonic()
-    pause = float(CHECKPOINT_SECONDS)
+    keeper = Keeper(state, checkpoint, leads)
     for step in train(state, read, n_rows, validation, scheduler, recipe, seed, augment, accelerator):
-        now = time.monotonic()
-        state.seconds, last = state.seconds + now - last, now
+        keeper.after_step(step.val_loss is not None)
         if watch and leads:
             watch(step, state)
-        if checkpoint and step.val_loss is not None and now - saved > pause and leads:
-            start_of_write = time.monotonic()
-            write_checkpoint(state, checkpoint)
-            saved = last = time.monotonic()
-            pause = max(CHECKPOINT_SECONDS, 20 * (saved - start_of_write))  # large networks take long to write
         if progress and leads:
             progress("training", step.step, step.steps)
-    if checkpoint and not finished and leads:
-        write_checkpoint(state, checkpoint)
+    keeper.finish()
     denoiser.requires_grad_(False)
     return state
 

@@ -171,7 +171,7 @@ class PixelDetector(BaseDetector):
         # pixels -> noise -> denoise
         self.validation_loss_, self.training_seconds_ = 0.0, 0.0
         if self.arguments["pretrained"] is None:
-            key = self._training_key(unique, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
+            key = self._training_key(unique, rows, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
             self.journal_ = kept.folder / f"training-{key}"
             if not self._train(table, rows.training, rows.validation, progress):
                 return self

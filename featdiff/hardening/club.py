@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 _HIDDEN = 256
+#: Hidden widths of the mean's network for latents, in the released code of outlier-aware learning.
+DEEP = (32, 16, _HIDDEN)
 
 
 class Club(nn.Module):
@@ -18,15 +23,13 @@ class Club(nn.Module):
     ----------
     outliers, features : int
         Widths of o and h.
+    hidden : widths between them, of the network for the mean
     """
 
-    def __init__(self, outliers: int, features: int) -> None:
+    def __init__(self, outliers: int, features: int, hidden: Sequence[int] = (_HIDDEN,)) -> None:
         super().__init__()
-        self.outliers = outliers
-        self.mean = nn.Sequential(nn.Linear(outliers, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, features))
-        self.log_variance = nn.Sequential(
-            nn.Linear(outliers, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, features), nn.Tanh()
-        )
+        self.mean = _perceptron(outliers, *hidden, features)
+        self.log_variance = _perceptron(outliers, _HIDDEN, features).append(nn.Tanh())
 
     def log_likelihood(self, o: Tensor, h: Tensor) -> Tensor:
         """Mean log q(h_i | o_i) of pairs (B, outliers), (B, features), without its constant; to be maximised."""
@@ -43,3 +46,9 @@ class Club(nn.Module):
         # the mean over all h_j of (h_j - mean_i)^2, without a (B, B, features) tensor
         every = (mean - h.mean(0)) ** 2 + h.var(0, correction=0)
         return ((every - paired) / log_variance.exp()).sum(1).mean() / 2
+
+
+def _perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers, with a ReLU between two."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])

@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..backbones import fingerprint
-from ..calibration import Split, check_fpr, split
+from ..calibration import Split, check_fpr
 from ..detectors.accelerating import make_accelerator
 from ..detectors.arguments import resolve_device
-from ..detectors.checkpoints import resume, write_checkpoint
-from ..detectors.fitting import Table
+from ..detectors.checkpoints import Keeper, resume
 from ..exceptions import UsageError
 from ..features import PRE_LOGITS
 from ..guard import Guard
 from ..labels import list_labelled
 from ..outliers.archive import Outliers
 from ..outliers.stable import pooled
+from ..outliers.synthesis import ONE_CLASS
 from ..persist import check_target
-from ..sources import ImageRef
-from ..store import FeatureStore, FeatureTable, Progress, default_cache
+from ..store import Progress, default_cache
 from .layout import GUARD, STUDENT, is_hardened
 from .learning import LearningState, learn, start
 from .lessons import Curriculum
+from .material import Preparation
 from .objective import Objective
-from .reading import Glance, Pictures, Reader
+from .reading import FOLDER, Reader
 from .recipe import HardenRecipe
-from .students import Classifier, check_classifier_target, check_head, load_classifier, new_classifier, save_classifier
-from .teachers import Teacher, load_teacher
+from .students import (
+    Classifier,
+    check_classifier_target,
+    check_head,
+    classifier_folder,
+    load_classifier,
+    new_classifier,
+    save_classifier,
+    training_facts,
+)
+from .teachers import load_teacher, some
 from .trunks import Trunk, default_cut, split_at
-from .views import View
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,7 +133,9 @@ def harden(
         Folders or archives with a folder for each class.
     student : a timm name, or the folder of a classifier to begin with
     teacher : a timm name, or the folder of a classifier of the same classes; of any width
-        A backbone by name gets a new last layer by logistic regression. Default: none, plain fine-tuning.
+        A backbone by name (or ``local-dir:FOLDER``) gets a new last layer by logistic regression. Default: none, plain
+        fine-tuning. Which images calibrate follows from their contents, so a teacher that was made of these images by
+        this function has not seen them; of any other teacher, only you know.
     outliers : Outliers
         From :func:`featdiff.outliers.synthesis.synthesise`, for the bound of mutual information; it is left out
         without them.
@@ -139,7 +147,8 @@ def harden(
     weights : path, optional
         Of the student at the beginning.
     calibration, validation : float
-        Shares of these parts. Default of the first: a tenth, or up to a fifth where ``fpr`` needs that many.
+        Shares of these parts, taken by the images' contents. Default of the first: a tenth, or up to a fifth where
+        ``fpr`` needs that many.
     mixed_precision : ``no`` or ``bf16``
     guard : mapping, optional
         Further arguments of :class:`featdiff.Guard`, like ``recipe`` and ``layers``.
@@ -160,50 +169,22 @@ def harden(
     accelerator = make_accelerator(mixed_precision, place)
     if accelerator is not None and accelerator.num_processes > 1:
         place = accelerator.device
-    # class folders -> a student, cut in two
+    # class folders -> a student, cut in two, and the guard that it will have
     check_fpr(fpr)
     if views < 1:
         raise UsageError(f"views must be a whole number above 0, not {views}")
     refs, labels, classes = list_labelled(images)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least two classes, and all images lie in {classes[0]!r}")
+    _check_classes(outliers, classes)
     classifier = _student(student, classes, weights, seed, place)
     trunk, network = _cut(classifier, train_from)
     guide = load_teacher(teacher, classes, place) if teacher else None
-    # images -> rows of the frozen layers, and what the teacher makes of them
-    with accelerator.main_process_first() if accelerator else nullcontext():
-        known, kept = _look(reader, refs, labels, trunk, progress)
-        calibration = calibration or _calibration_share(len(known.refs), fpr)
-        rows = split(len(known.refs), calibration, validation, seed)
-        check_fpr(fpr, len(rows.calibration))
-        _check_classes(known.labels[rows.training], classes)
-        tables = _views(reader, known, kept, classifier, trunk, views, progress)
-        taught = _taught(reader, known, rows, guide, views, progress) if guide else []
-    shaped = trunk.maps if trunk else _as_they_are
-    curriculum = Curriculum(tables, shaped, known.labels, rows.training, place, guide, taught)
-    if outliers is not None and recipe.micl:
-        curriculum.outliers = _kinds(outliers)
-    # lessons -> a trained student
-    facts = {
-        **{"student": student, "weights_before": fingerprint(classifier.model), "teacher": guide and guide.name},
-        **{"outliers": _about(outliers), "recipe": asdict(recipe), "train_from": trunk.layer if trunk else ALL_LAYERS},
-        **{"views": views, "seed": seed, "calibration": calibration, "validation": validation, "classes": classes},
-        "images": {"training": len(rows.training), "validation": len(rows.validation)},
-    }
-    objective = _objective(network, recipe, curriculum, seed)
-    state = start(objective, recipe)
-    key = [_VERSION, facts, guide and guide.key(), mixed_precision, known.labels.tolist()]
-    file = reader.cache / "hardening" / f"{_hash(key, known.digests)}.pt"
-    _train(state, curriculum, rows, recipe, seed, file, accelerator, progress)
-    classifier.model.requires_grad_(False).eval()
-    # -> a guard on it; its images for calibration are those that trained nothing
     guarded = Guard(
         classifier.model,
         fpr=fpr,
         logit_heads=("energy",),
         transform=classifier.transform,
-        calibration=calibration,
-        validation=validation,
         seed=seed,
         device=str(place),
         cache=reader.cache,
@@ -212,57 +193,77 @@ def harden(
         max_pixels=reader.max_pixels,
         **(guard or {}),
     )
+    # images -> rows of the frozen layers, and what the teacher makes of them
+    prepare = Preparation(reader, classes, views, fpr, calibration, validation, recipe.batch_size, progress)
+    _check_held_out(prepare.share(len(refs)), student, teacher)
+    with _first(accelerator):
+        material = prepare(refs, labels, classifier, trunk, guide)
+    shaped = trunk.maps if trunk else _as_they_are
+    rows = material.rows
+    curriculum = Curriculum(material.views, shaped, material.labels, rows.training, place, guide, material.taught)
+    if outliers is not None and recipe.micl:
+        curriculum.outliers = _kinds(outliers)
+    # lessons -> a trained student
+    facts = {
+        **{"student": student, "weights_before": fingerprint(classifier.model), "teacher": guide and guide.name},
+        **{"outliers": _about(outliers), "recipe": asdict(recipe), "train_from": trunk.layer if trunk else ALL_LAYERS},
+        **{"views": views, "seed": seed, "classes": classes, "held_out": material.held_out()},
+        "images": {"training": len(rows.training), "validation": len(rows.validation)},
+    }
+    state = start(_objective(network, recipe, curriculum, seed), recipe)
+    how_seen = [classifier.data_config, mixed_precision, guide and guide.key(), material.labels.tolist()]
+    file = reader.cache / FOLDER / f"{_hash([_VERSION, facts, how_seen], material.digests)}.pt"
+    _train(state, curriculum, rows, recipe, seed, file, accelerator, progress)
+    classifier.model.requires_grad_(False).eval()
+    # -> a guard on it; its images for calibration are those that trained nothing
     classifier.model.to(memory_format=torch.channels_last)  # half as long; and as it was, for what comes after
-    guarded.fit(known.refs, progress)
+    with _first(accelerator):
+        guarded.fit(material.refs, progress, rows)
     classifier.model.to(memory_format=torch.contiguous_format)
     facts |= {"accuracy": state.best_accuracy, "seconds": state.seconds, "epochs": state.history}
-    return Hardened(classifier, guarded, facts, known.unreadable)
+    if guide:
+        facts["teacher_accuracy"] = guide.accuracy(
+            material.taught[0][rows.validation], material.labels[rows.validation]
+        )
+    return Hardened(classifier, guarded, facts, material.unreadable)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Different images that can be read: a reference, a digest and a label each; and those that cannot."""
-
-    refs: list[ImageRef]
-    digests: list[bytes]
-    labels: np.ndarray
-    unreadable: list[tuple[str, str]]
+def _first(accelerator: Accelerator | None) -> AbstractContextManager[Any]:
+    """Of several processes, one goes first; the others find what it leaves in the cache."""
+    return accelerator.main_process_first() if accelerator else nullcontext()
 
 
-def _look(
-    reader: Reader, refs: Sequence[ImageRef], labels: np.ndarray, trunk: Trunk | None, progress: Progress | None
-) -> tuple[_Known, FeatureStore]:
-    """See all images once, through the frozen layers if there are any; of copies, the first counts."""
-    found, kept = reader.extract(refs, trunk or Glance(), "hardening", 0, np.float16, progress)
-    if not found.paths:
-        path, reason = found.unreadable[0]
-        raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
-    by_path = {ref.path: i for i, ref in enumerate(refs)}
-    first: dict[bytes, int] = {}
-    for path, digest in zip(found.paths, found.digests, strict=True):
-        first.setdefault(digest, by_path[path])
-    places = [*first.values()]
-    return _Known([refs[i] for i in places], [*first], labels[places], found.unreadable), kept
+def _check_classes(outliers: Outliers | None, classes: Sequence[str]) -> None:
+    """Whether outliers lie beside these images (``UsageError``)."""
+    if outliers is not None and outliers.classes not in ([ONE_CLASS], classes):
+        raise UsageError(
+            f"the outliers lie beside the classes {some(outliers.classes)}, the images have {some(classes)}: make "
+            "outliers from these images"
+        )
 
 
-def _calibration_share(images: int, fpr: float) -> float:
-    """A tenth, or up to a fifth of few images, so that there are twice as many as the rate needs at least."""
-    return min(0.2, max(0.1, 2 / (fpr * images)))
+def _check_held_out(needed: float, *folders: str | None) -> None:
+    """Whether images that are to calibrate may have trained the student or the teacher that were given.
 
-
-def _check_classes(labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Whether there is a training image of every class (``UsageError``)."""
-    for number, name in enumerate(classes):
-        if not (labels == number).any():
-            raise UsageError(f"class {name!r} has no image left to train on: add images of it, or leave it out")
+    Both are split by content, so whoever held as many back has not seen them; of classifiers that are not featdiff's
+    own, only the user knows.
+    """
+    for folder in filter(None, folders):
+        held_out = training_facts(folder).get("held_out", 1.0)
+        if needed > held_out:
+            raise UsageError(
+                f"{folder} was trained on all but {held_out:.1%} of its images, and {needed:.1%} are needed to "
+                "calibrate: ask for a higher --fpr, or train it anew at this one"
+            )
 
 
 def _student(
     name: str, classes: Sequence[str], weights: str | os.PathLike[str] | None, seed: int, device: torch.device
 ) -> Classifier:
     """A new classifier on a backbone, or one in a folder to begin with."""
-    folder = Path(name) / STUDENT if is_hardened(name) else Path(name)
-    if folder.is_dir() and weights is None:
+    if (folder := classifier_folder(name)) is not None:
+        if weights is not None:
+            raise UsageError("--weights belong to a backbone by name; a classifier in a folder has its own")
         found = load_classifier(folder)
         if found.classes != tuple(classes):
             raise UsageError(
@@ -283,41 +284,8 @@ def _cut(classifier: Classifier, train_from: str | None) -> tuple[Trunk | None, 
     return split_at(classifier, train_from or default_cut(classifier))
 
 
-def _views(
-    reader: Reader,
-    known: _Known,
-    kept: FeatureStore,
-    classifier: Classifier,
-    trunk: Trunk | None,
-    views: int,
-    progress: Progress | None,
-) -> list[Table]:
-    """What the student takes of each view; the first has been seen, and is ``kept``, where layers are frozen."""
-    if trunk is None:
-        return [Pictures(known.refs, View(view, classifier.transform), reader) for view in range(views)]
-    others = [
-        reader.table(known.refs, known.digests, trunk, "hardening", view, np.float16, progress)
-        for view in range(1, views)
-    ]
-    return [kept.table(known.digests), *others]
-
-
 def _as_they_are(rows: Tensor) -> Tensor:
     return rows
-
-
-def _taught(
-    reader: Reader, known: _Known, rows: Split, teacher: Teacher, views: int, progress: Progress | None
-) -> list[FeatureTable]:
-    """The teacher's pre-logits of each view; a backbone learns the classes first."""
-    tables = [
-        reader.table(known.refs, known.digests, teacher, "hardening", view, np.float32, progress)
-        for view in range(views)
-    ]
-    if teacher.head is None:
-        parts = [(tables[0][part], known.labels[part]) for part in (rows.training, rows.validation)]
-        teacher.fit_head(*parts[0], *parts[1])
-    return tables
 
 
 def _kinds(outliers: Outliers) -> tuple[Tensor, ...]:
@@ -346,21 +314,27 @@ def _train(
     progress: Progress | None,
 ) -> None:
     """Train the student, or take it from ``file``, where the run is kept at the end of epochs."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    resume(state, file)
     leads = accelerator is None or accelerator.is_main_process
-    finished, last = state.done, time.monotonic()
+    keeper = Keeper(state, file, leads)
     renew = (lambda epoch: curriculum.renew(state.objective, seed + epoch)) if recipe.energy else (lambda epoch: None)
-    held_out = curriculum.held_out(rows.validation)
-    for step in learn(state, curriculum, len(rows.training), held_out, recipe, seed, renew, accelerator):
-        now = time.monotonic()
-        state.seconds, last = state.seconds + now - last, now
-        if step.accuracy is not None and leads:
-            write_checkpoint(state, file)
+    for step in learn(
+        state,
+        curriculum,
+        len(rows.training),
+        lambda: curriculum.held_out(rows.validation),
+        recipe,
+        seed,
+        renew,
+        accelerator,
+    ):
+        keeper.after_step(step.accuracy is not None)
         if progress and leads:
             progress("training", step.step, step.steps)
-    if not finished and leads:
-        write_checkpoint(state, file)
+    keeper.finish()
+    if accelerator:  # buffers of the processes differ: all go on with what the first one kept
+        accelerator.wait_for_everyone()
+        resume(state, file)
+        state.network.load_state_dict(state.best)
 
 
 def _about(outliers: Outliers | None) -> dict[str, Any] | None:

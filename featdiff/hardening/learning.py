@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Learning rates of networks that only losses need, as in the released code of outlier-aware learning.
 _PROJECTION_FACTOR = 2.0
 _CLUB_RATE = 1e-4
-_WARM_UP = 0.1  # share of all steps
 _PARTS = ("objective", "optimizer", "club_optimizer")
 _RESULTS = ("epoch", "stale", "done", "seconds", "best_accuracy", "best", "history")
 
@@ -81,14 +80,16 @@ class LearningState:
 
 
 def start(objective: Objective, recipe: HardenRecipe) -> LearningState:
-    """A fresh state: SGD for the student and its projection, Adam for the networks of the bound."""
+    """A fresh state: SGD for the student and its projection, Adam (as published: SGD) for the networks of the bound."""
     groups = [{"params": [p for p in objective.network.parameters() if p.requires_grad], "factor": 1.0}]
     if objective.projection is not None:
         groups.append({"params": [*objective.projection.parameters()], "factor": _PROJECTION_FACTOR})
+    if recipe.bound_as_loss and len(objective.clubs):
+        groups.append({"params": [*objective.clubs.parameters()], "factor": _CLUB_RATE / recipe.learning_rate})
     optimizer = torch.optim.SGD(
         groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
     )
-    clubs = [*objective.clubs.parameters()]
+    clubs = [] if recipe.bound_as_loss else [*objective.clubs.parameters()]
     return LearningState(objective, optimizer, torch.optim.Adam(clubs, lr=_CLUB_RATE) if clubs else None)
 
 
@@ -96,7 +97,7 @@ def learn(
     state: LearningState,
     lessons: Lessons,
     n_rows: int,
-    held_out: tuple[Tensor, Tensor],
+    held_out: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     recipe: HardenRecipe,
     seed: int,
     before_epoch: Callable[[int], None] = lambda epoch: None,
@@ -110,8 +111,8 @@ def learn(
     ----------
     n_rows : int
         Training rows; those that fill no batch are left out of an epoch.
-    held_out : (V, ...), (V,)
-        Rows as the student takes them, and their labels.
+    held_out : callable
+        Gives batches of rows (B, ...) as the student takes them, and their labels (B,).
     before_epoch : callable, optional
         Gets the number of the epoch that begins.
     accelerator : accelerate.Accelerator, optional
@@ -134,20 +135,21 @@ def learn(
     try:
         while state.epoch < recipe.epochs and not state.done:
             before_epoch(state.epoch)
-            rng = np.random.default_rng((seed, state.epoch))
-            order = rng.permutation(n_rows)
+            order = np.random.default_rng((seed, state.epoch)).permutation(n_rows)
+            rng = np.random.default_rng((seed, state.epoch, 1 + engine.rank))  # each process draws for its own share
             totals: dict[str, float] = {}
             state.objective.train()
             for i in range(per_epoch):
                 number = state.epoch * per_epoch + i
-                engine.set_rates(_rate(number, steps))
+                engine.set_rates(_rate(number, steps, recipe.warm_up))
                 batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
-                losses = engine.update(lessons(np.sort(batch)[engine.share], rng))
+                lesson = lessons(np.sort(batch)[engine.share], rng)
+                losses = engine.update(lesson, int(rng.integers(2**63)))
                 _check(losses, number + 1)
                 totals = {name: totals.get(name, 0.0) + value / per_epoch for name, value in losses.items()}
                 accuracy = None
                 if i == per_epoch - 1:
-                    accuracy = engine.accuracy(*held_out)
+                    accuracy = engine.accuracy(held_out())
                     _close_epoch(state, accuracy, totals, recipe.patience)
                 yield LearningStep(number + 1, steps, losses, accuracy)
     finally:
@@ -158,14 +160,11 @@ def learn(
 
 
 @torch.inference_mode()
-def held_out_accuracy(objective: Objective, x: Tensor, labels: Tensor) -> float:
-    """Share of rows (V, ...) whose largest logit is that of their label (V,), in eval mode."""
+def held_out_accuracy(objective: Objective, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Share of rows whose largest logit is that of their label, in eval mode; batches of (B, ...) and (B,)."""
     objective.eval()
-    right = sum(
-        (objective.answer(rows)[1].argmax(1) == wanted).sum().item()
-        for rows, wanted in zip(x.split(128), labels.split(128), strict=True)
-    )
-    return right / len(labels)
+    right = [objective.answer(rows)[1].argmax(1) == labels for rows, labels in held_out]
+    return torch.cat(right).sum().item() / sum(map(len, right))
 
 
 class _Engine:
@@ -176,22 +175,28 @@ class _Engine:
         self.network: nn.Module = state.objective
         self.groups = state.optimizer.param_groups
         self.optimizers: list[Any] = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
-        processes, rank = 1, 0
+        processes, self.rank = 1, 0
         if accelerator is not None:
             self.network, *self.optimizers = accelerator.prepare(state.objective, *self.optimizers)
-            processes, rank = accelerator.num_processes, accelerator.process_index
+            processes, self.rank = accelerator.num_processes, accelerator.process_index
             if accelerator.gather(torch.tensor([state.epoch], device=accelerator.device)).unique().numel() > 1:
                 raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
-        if recipe.batch_size % processes:
-            raise UsageError(f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly")
-        self.share = slice(rank, None, processes)
+        if recipe.batch_size % processes or recipe.batch_size < 2 * processes:
+            raise UsageError(
+                f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more"
+            )
+        self.share = slice(self.rank, None, processes)
+        self.device = next(state.objective.parameters()).device
 
     def set_rates(self, factor: float) -> None:
         for group in self.groups:
             group["lr"] = self.recipe.learning_rate * group["factor"] * factor
 
-    def update(self, lesson: Lesson) -> dict[str, float]:
-        losses = self.network(lesson)
+    def update(self, lesson: Lesson, seed: int) -> dict[str, float]:
+        """``seed`` decides what dropout and stochastic depth leave out; the caller's random state is left alone."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            losses = self.network(lesson)
         total = torch.stack([*losses.values()]).sum()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -207,10 +212,10 @@ class _Engine:
         """The mean over all processes, so that all see the same number."""
         return (value if self.accelerator is None else self.accelerator.reduce(value, "mean")).item()
 
-    def accuracy(self, x: Tensor, labels: Tensor) -> float:
+    def accuracy(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
         """On held-out rows; see :func:`held_out_accuracy`."""
-        found = held_out_accuracy(self.objective, x, labels)
-        return found if self.accelerator is None else self.mean(torch.tensor(found, device=x.device))
+        found = held_out_accuracy(self.objective, held_out)
+        return found if self.accelerator is None else self.mean(torch.tensor(found, device=self.device))
 
     def close(self) -> None:
         """Give the network back as it was."""
@@ -228,9 +233,9 @@ def _close_epoch(state: LearningState, accuracy: float, losses: dict[str, float]
     state.done = state.stale >= patience
 
 
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate at a step: up for a tenth of the run, then down by a cosine."""
-    warm = _WARM_UP * steps
+def _rate(step: int, steps: int, warm_up: float) -> float:
+    """Share of the learning rate at a step: up for a share of the run, then down by a cosine."""
+    warm = warm_up * steps
     if step < warm:
         return (step + 1) / (warm + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))

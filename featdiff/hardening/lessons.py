@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from .teachers import Teacher
 # Rows of a class around which outliers are made (as published), outliers of a class in an epoch, and either in all.
 _MOST_OF_A_CLASS, _BESIDE_A_CLASS, _IN_ALL = 500, 200, 10_000
 _FEWEST = 5  # rows of a class that have a boundary
+_AT_ONCE = 128  # rows of images as they are
 
 
 @dataclass
@@ -64,9 +65,11 @@ class Curriculum:
             None if self._beside is None else self._drawn(self._beside, len(rows), rng),
         )
 
-    def held_out(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What the student takes of images as they are, (V, ...), and their labels (V,)."""
-        return self.shaped(self.views[0][rows].to(self.device)), torch.from_numpy(self.labels[rows]).to(self.device)
+    def held_out(self, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of what the student takes of images as they are, (B, ...), and their labels (B,)."""
+        for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
+            x = self.shaped(self.views[0][part].to(self.device))
+            yield x, torch.from_numpy(self.labels[part]).to(self.device)
 
     @torch.inference_mode()
     def renew(self, objective: Objective, seed: int) -> None:
@@ -80,8 +83,7 @@ class Curriculum:
             rows = rows[:: -(-len(rows) // most)]
             if len(rows) < _FEWEST:
                 continue
-            parts = [self.held_out(part)[0] for part in np.array_split(rows, -(-len(rows) // 128))]
-            features = torch.cat([objective.answer(part)[0] for part in parts]).float()
+            features = torch.cat([objective.answer(x)[0] for x, _ in self.held_out(rows)]).float()
             space = Space({"features": slice(0, features.shape[1])}, features)
             k = default_k(len(rows))
             points = torch.from_numpy(boundary_points(space.join(features), np.zeros(len(rows)), k))

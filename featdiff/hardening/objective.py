@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .club import Club
+from .club import DEEP, Club
 from .losses import FeatureDistillation, distillation, energy_margin
 from .recipe import HardenRecipe
 
@@ -53,7 +53,10 @@ class Objective(nn.Module):
         self.network, self.recipe = network, recipe
         projected = teacher and recipe.feature_distillation
         self.projection = FeatureDistillation(teacher, features) if projected else None
-        self.clubs = nn.ModuleList(Club(width, features) for width in (outliers if recipe.micl else ()))
+        kinds = enumerate(outliers if recipe.micl else ())
+        self.clubs = nn.ModuleList(
+            Club(width, features, DEEP) if i and recipe.bound_as_loss else Club(width, features) for i, width in kinds
+        )
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
         """The losses by name, weighted; their sum is to be minimised."""

@@ -18,6 +18,9 @@ from ..sources import ImageRef
 from ..store import Extraction, Extractor, FeatureStore, FeatureTable, Progress, extract
 from .views import View
 
+#: Of the cache: rows for students, and trained ones.
+FOLDER = "hardening"
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -28,18 +31,21 @@ class Reader:
     workers: int | None = None
     max_pixels: int = MAX_PIXELS
 
+    def store(self, extractor: Extractor, view: int, dtype: type[np.number]) -> FeatureStore:
+        """Where rows of one view are kept."""
+        name = View(view, extractor.transform).name
+        return FeatureStore(self.cache / FOLDER / extractor.key(name), extractor.width, dtype)
+
     def extract(
         self,
         refs: Sequence[ImageRef],
         extractor: Extractor,
-        folder: str,
         view: int,
         dtype: type[np.number],
         progress: Progress | None,
     ) -> tuple[Extraction, FeatureStore]:
-        """Rows of one view of all images, kept below ``folder`` of the cache; what is there is not computed again."""
-        seen = View(view, extractor.transform)
-        kept = FeatureStore(self.cache / folder / extractor.key(seen.name), extractor.width, dtype)
+        """Rows of one view of all images, kept in the cache; what is there is not computed again."""
+        seen, kept = View(view, extractor.transform), self.store(extractor, view, dtype)
         loaded = iter_loaded(refs, seen, self.workers, self.max_pixels, kept, ahead=2 * self.image_batch)
         return extract(iter_batches(loaded, self.image_batch), extractor, kept, len(refs), progress), kept
 

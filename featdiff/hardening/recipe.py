@@ -10,19 +10,20 @@ from ..training import check_number
 
 _WHOLE = ("epochs", "batch_size", "patience")
 _ABOVE_ZERO = (*_WHOLE, "learning_rate", "temperature")
-_WEIGHTS = ("weight_decay", "distillation", "feature_distillation", "micl", "energy", "margin")
+_WEIGHTS = ("weight_decay", "distillation", "feature_distillation", "micl", "energy", "margin", "warm_up")
 
 
 @dataclass(frozen=True)
 class HardenRecipe:
-    """SGD with Nesterov momentum, a short warm-up and a cosine, and the weight of each loss (0 leaves it out).
+    """SGD with Nesterov momentum, a warm-up and a cosine, and the weight of each loss (0 leaves it out).
 
     Cross entropy has weight 1. ``distillation`` is the weight of the teacher's logits (at ``temperature``),
     ``feature_distillation`` that of its pre-logits, ``micl`` that of the bound of mutual information between outliers
     and features (twice that for Stable Diffusion latents), ``energy`` that of the margin (``margin``, in nats) between
-    the energies of images and of outliers beside them. Training ends early when held-out accuracy has not risen for
-    ``patience`` epochs. ``bound_as_loss`` trains the networks of the bound by the bound itself, as the released code of
-    outlier-aware learning does, in place of their likelihood.
+    the energies of images and of outliers beside them. The learning rate rises for ``warm_up`` of all steps. Training
+    ends early when held-out accuracy has not risen for ``patience`` epochs. ``bound_as_loss`` does as the released code
+    of outlier-aware learning: the networks of the bound are trained by the bound itself, in place of their likelihood,
+    and by SGD, and the one for latents is deeper.
     """
 
     epochs: int = 10
@@ -35,6 +36,7 @@ class HardenRecipe:
     micl: float = 0.1
     energy: float = 0.0
     margin: float = 5.0
+    warm_up: float = 0.1
     patience: int = 4
     bound_as_loss: bool = False
 
@@ -44,8 +46,16 @@ class HardenRecipe:
         for name in _WEIGHTS:
             if check_number(name, getattr(self, name), above=-math.inf) < 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        if self.warm_up > 1:
+            raise UsageError(f"warm_up is a share of all steps, at most 1, not {self.warm_up!r}")
+        if self.batch_size < 2:
+            raise UsageError("batch_size must be 2 or more: batch normalisation compares images")
 
     @classmethod
     def as_published(cls) -> HardenRecipe:
-        """The settings of the released code for CIFAR-10 (arXiv 2406.16525), which trains all layers."""
-        return cls(epochs=100, batch_size=128, learning_rate=0.005, patience=100, bound_as_loss=True)
+        """The settings of the released code for CIFAR-10 (arXiv 2406.16525), which trains all layers.
+
+        What it does besides: it gives outliers the lengths that CLIP's text encoder gives the class names, where
+        featdiff's have those of real pre-logits.
+        """
+        return cls(epochs=100, batch_size=128, learning_rate=0.005, warm_up=0.0, patience=100, bound_as_loss=True)

@@ -20,6 +20,7 @@ from ..backbones import Backbone, load_backbone
 from ..exceptions import ModelError, UsageError, first_line
 from ..images import Transform
 from ..persist import CONFIG, TENSORS, check_pair, check_target, write_pair
+from .layout import STUDENT, is_hardened
 
 #: The key of ``config.json`` under which the facts of the training stand.
 FACTS = "featdiff"
@@ -110,6 +111,29 @@ def load_classifier(folder: str | os.PathLike[str]) -> Classifier:
     if (folder / TENSORS).is_file():
         check_pair(folder, config)
     return _classifier(backbone, classes, _own_args(config))
+
+
+def classifier_folder(name: str) -> Path | None:
+    """The folder of the classifier that ``name`` means, in what was hardened that of the student; else None.
+
+    Raises
+    ------
+    UsageError
+        A path at which there is no folder.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / STUDENT if is_hardened(folder) else folder
+    if os.sep in name and ":" not in name:  # no name of a backbone
+        raise UsageError(f"there is no folder {name}")
+    return None
+
+
+def training_facts(name: str) -> dict[str, Any]:
+    """What featdiff wrote of the training of a classifier in a folder; nothing for others and for backbones."""
+    folder = classifier_folder(name)
+    facts = _read_config(folder).get(FACTS) if folder else None
+    return facts if isinstance(facts, dict) else {}
 
 
 def check_head(classifier: Classifier) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from ..backbones import Backbone, fingerprint, load_backbone
 from ..exceptions import UsageError
 from ..features import device_of, evaluating
 from ..images import Transform
-from .layout import STUDENT, is_hardened
-from .students import Classifier, check_head, load_classifier
+from .students import Classifier, check_head, classifier_folder, load_classifier
 
 # Raised when the numbers that a teacher gives for the same weights change.
 _TEACHER_VERSION = 1
@@ -58,21 +56,19 @@ class Teacher:
         assert self.head is not None
         return self.head(features)
 
-    def fit_head(self, features: Tensor, labels: np.ndarray, held_out: Tensor, wanted: np.ndarray) -> float:
-        """Logistic regression on pre-logits (N, ``width``), as strongly regularised as held-out rows like it best.
+    def accuracy(self, features: Tensor, labels: np.ndarray) -> float:
+        """Share of pre-logits (N, ``width``) whose largest logit is that of their label."""
+        predicted = self.logits(features.to(device_of(self.network.model))).argmax(1).cpu().numpy()
+        return float((predicted == labels).mean())
 
-        Returns
-        -------
-        float
-            Its accuracy on the held-out rows.
-        """
+    def fit_head(self, features: Tensor, labels: np.ndarray, held_out: Tensor, wanted: np.ndarray) -> None:
+        """Logistic regression on pre-logits (N, ``width``), as strongly regularised as held-out rows like it best."""
         from sklearn.linear_model import LogisticRegression
 
         mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
         rows, others = (((part - mean) / deviation).numpy() for part in (features, held_out))
         fits = [LogisticRegression(C=c, max_iter=200).fit(rows, labels) for c in _STRENGTHS]
-        accuracies = [float(fit.score(others, wanted)) for fit in fits]
-        best = fits[int(np.argmax(accuracies))]
+        best = max(fits, key=lambda fit: fit.score(others, wanted))
         weight, bias = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (best.coef_, best.intercept_))
         if len(weight) == 1:  # of two classes, scikit-learn keeps the difference
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
@@ -81,7 +77,6 @@ class Teacher:
             head.weight.copy_(weight / deviation)
             head.bias.copy_(bias - (weight / deviation) @ mean)
         self.head = head.requires_grad_(False).to(device_of(self.network.model))
-        return max(accuracies)
 
 
 def load_teacher(name: str, classes: Sequence[str], device: torch.device | str = "cpu") -> Teacher:
@@ -94,15 +89,14 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
     ModelError, WeightsError
         The folder holds no classifier, or the weights cannot be had.
     """
-    folder = Path(name.removeprefix("local-dir:"))
-    if not folder.is_dir():
+    if (folder := classifier_folder(name)) is None:
         backbone = load_backbone(name)
         backbone.model.to(device)
         return Teacher(backbone, backbone.tag, _width(backbone.model, backbone.data_config))
-    found = load_classifier(folder / STUDENT if is_hardened(folder) else folder)  # what was hardened can teach
+    found = load_classifier(folder)
     if sorted(found.classes) != sorted(classes):
         raise UsageError(
-            f"the teacher at {folder} knows the classes {_some(found.classes)}, the images have {_some(classes)}: "
+            f"the teacher at {folder} knows the classes {some(found.classes)}, the images have {some(classes)}: "
             "train a teacher on these images (featdiff harden without --teacher), or name a backbone"
         )
     check_head(found)
@@ -138,5 +132,6 @@ def _width(model: nn.Module, data_config: dict[str, Any]) -> int:
     return _pre_logits(model, torch.zeros(1, *data_config["input_size"])).shape[1]
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many there are."""
     return ", ".join(names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")

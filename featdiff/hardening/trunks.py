@@ -59,12 +59,15 @@ class Trunk:
         Raises
         ------
         UsageError
-            Images of another size than the classifier's.
+            Images of another size than the classifier's, or numbers above 65,504.
         """
         maps = _maps(self._classifier.model, self.layer, pixels)
         if tuple(maps.shape[1:]) != self.shape:
             raise UsageError(f"images of shape {tuple(pixels.shape[1:])} are not those this classifier was cut for")
-        return maps.flatten(1).half()
+        rows = maps.flatten(1).half()
+        if maps.isfinite().all() and not rows.isfinite().all():
+            raise UsageError(f"layer {self.layer!r} gives numbers that half precision cannot hold: name another one")
+        return rows
 
     def maps(self, rows: Tensor) -> Tensor:
         """Rows (B, ``width``) -> (B, ``*shape``) float32, as the tail takes them."""

@@ -161,7 +161,7 @@ class Beyond:
 
     @torch.inference_mode()
     def __call__(self, seed: int) -> Tensor:
-        """(P, keep, D) rows, the farthest first."""
+        """(P, keep, ``space.width``) rows, the farthest first."""
         source = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.candidates, self.space.width, generator=source).to(self.rows)
         at_once = max(1, _BLOCK // (len(self.rows) * self.candidates))

@@ -77,7 +77,7 @@ class Explained:
             raise UsageError(f"strength must be a number above 0, not {strength}")
         self.space, self.k, self.strength, self.keep = space, k, strength, keep
         self._diffusion, self._stages = heads.diffusion, [name for name in heads.layers if name != PRE_LOGITS]
-        self._own, self._vectors = rows[points], space.join(rows)
+        self._own, self._vectors = rows[points][:, : space.width], space.join(rows)
         self._x = heads.stages(self._own).to(rows)
         self._unit, self._near = {}, {}
         for name, part in space.columns.items():
@@ -87,7 +87,7 @@ class Explained:
 
     @torch.inference_mode()
     def __call__(self, seed: int) -> Tensor:
-        """(P, keep, D) rows, the farthest first."""
+        """(P, keep, ``space.width``) rows, the farthest first."""
         made = self.candidates(seed)
         joined = self.space.join(made.flatten(0, 1))
         distances = kth_distances(joined, self._vectors, self.k).unflatten(0, made.shape[:2])
@@ -96,7 +96,7 @@ class Explained:
 
     @torch.inference_mode()
     def candidates(self, seed: int) -> Tensor:
-        """(P, len(START_TIMES) * ESTIMATES, D) rows; a point's do not depend on the other points."""
+        """(P, len(START_TIMES) * ESTIMATES, ``space.width``) rows; a point's do not depend on the other points."""
         made = self._own[:, None].repeat(1, len(START_TIMES) * ESTIMATES, 1)
         pushed = self._pushed_stages(seed).split(list(self._diffusion.widths), dim=2)
         for name, layer in zip(self._stages, pushed, strict=True):

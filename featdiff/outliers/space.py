@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..exceptions import UsageError
+from ..features import LOGITS
 
 
 class Space:
@@ -20,15 +21,17 @@ class Space:
     Parameters
     ----------
     columns : mapping of names to slices
-        The blocks: :attr:`featdiff.features.FeatureExtractor.columns`.
+        The blocks: :attr:`featdiff.features.FeatureExtractor.columns`. Logits, which come last in a row, are left out:
+        they follow from the pre-logits.
     rows : (N, D)
         In-domain rows. Blocks in which nothing is negative here (means behind a ReLU, deviations) never will be: no
         image gives anything else there.
     """
 
     def __init__(self, columns: Mapping[str, slice], rows: Tensor) -> None:
-        self.columns = dict(columns)
+        self.columns = {name: part for name, part in columns.items() if name != LOGITS}
         self.width = max(part.stop for part in self.columns.values())
+        self._widths = (self.width, max(part.stop for part in columns.values()))
         self._signed = {name: bool((rows[:, part] < 0).any()) for name, part in self.columns.items()}
 
     @property
@@ -41,15 +44,15 @@ class Space:
         return (vectors[:, part] for part in self.columns.values())
 
     def join(self, rows: Tensor) -> Tensor:
-        """Rows (N, D) -> joined vectors (N, D).
+        """Rows (N, D), with or without logits -> joined vectors (N, ``width``).
 
         Raises
         ------
         UsageError
             Rows of another width, NaN or infinite ones.
         """
-        if rows.dim() != 2 or rows.shape[1] != self.width:
-            raise UsageError(f"rows of features must have shape (N, {self.width}), not {tuple(rows.shape)}")
+        if rows.dim() != 2 or rows.shape[1] not in self._widths:
+            raise UsageError(f"rows of features must have shape (N, {self._widths[1]}), not {tuple(rows.shape)}")
         bad = (~torch.isfinite(rows).all(1)).nonzero()
         if len(bad):
             raise UsageError(f"rows of features hold NaN or infinite values, first in row {int(bad[0])}")

@@ -187,6 +187,11 @@ class StableDiffusion:
             raise UsageError(f"the class word {word!r} is empty: each vector needs the name of its class")
         return ids
 
+    def check_words(self, words: Sequence[str]) -> None:
+        """Refuse class words for which :meth:`places` finds no place (``UsageError``)."""
+        for word in words:
+            self.places(word)
+
     def check_width(self, width: int) -> None:
         """Refuse vectors that cannot take a token's place (``UsageError``)."""
         if width != self.width:

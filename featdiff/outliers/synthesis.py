@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..calibration import flagged, p_values
 from ..detectors import BaseDetector, Detector
-from ..exceptions import FeatdiffError, UsageError, did_you_mean
+from ..exceptions import FeatdiffError, UnlabelledError, UsageError, did_you_mean
+from ..features import LOGITS, PRE_LOGITS
 from ..labels import list_labelled
 from ..neighbors import make_index
 from ..store import FeatureTable, Progress
@@ -64,6 +66,30 @@ class Synthesis:
         joined = {name: space.join(_some(rows, most)).numpy() for name, rows in sets.items()}
         plane = PCA(2, random_state=0).fit(joined["in-domain"])
         return {n: plane.transform(v) for n, v in joined.items()}, float(plane.explained_variance_ratio_.sum())
+
+
+def feature_detector(detector: object) -> Detector:
+    """The detector, if outliers can be made in its features (``UsageError``, ``NotFittedError``)."""
+    if not isinstance(detector, Detector):
+        mode = getattr(detector, "mode", "vectors")
+        raise UsageError(
+            f"outliers are made from features of images, and this model is of mode {mode}: train one on "
+            "images with --mode feature"
+        )
+    detector.check_fitted()
+    return detector
+
+
+def with_classes(images: object, labelled: bool | None) -> tuple[object, dict[str, int], list[str]]:
+    """Images, the class of each by its path (none: class 0), and the names of the classes; see :func:`synthesise`."""
+    if labelled is not False:
+        try:
+            refs, labels, classes = list_labelled(images)
+            return refs, {ref.path: int(label) for ref, label in zip(refs, labels, strict=True)}, classes
+        except UnlabelledError:
+            if labelled:
+                raise
+    return images, {}, [ONE_CLASS]
 
 
 def synthesise(
@@ -121,8 +147,8 @@ def synthesise(
         raise UsageError(f"the number of outliers must be above 0, not {n}")
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}{did_you_mean(method, list(METHODS))}; known: {', '.join(METHODS)}")
-    fitted = _feature_detector(detector)
-    images, label_of, classes = _labelled(images, labelled)
+    fitted = feature_detector(detector)
+    images, label_of, classes = with_classes(images, labelled)
     paths, table = fitted.features(images, progress)
     members = _members(table, np.array([label_of.get(path, 0) for path in paths]), len(classes), seed)
     if n < len(classes):
@@ -140,7 +166,7 @@ def synthesise(
         points = boundary_points(space.join(inside), np.zeros(len(rows)), k, select)
         rounds = make(space=space, rows=inside, points=torch.from_numpy(points).to(inside.device), k=k)
         found, start = draw(rounds, share, np.random.SeedSequence([seed, label]))
-        made.append(found.cpu())
+        made.append(_complete(fitted, found).cpu())
         edge.append(rows[points])
         starts.append(rows[points][start.cpu().numpy()])
         if progress:
@@ -177,7 +203,7 @@ def self_check(detector: BaseDetector, n: int = 500, seed: int = 0) -> float:
     """
     if n < 1:
         raise UsageError(f"the number of outliers must be above 0, not {n}")
-    fitted = _feature_detector(detector)
+    fitted = feature_detector(detector)
     digests = getattr(fitted, "calibration_digests_", None)
     if digests is None:
         raise UsageError("a loaded detector does not know its held-out images any more: check it where it was fitted")
@@ -189,30 +215,7 @@ def self_check(detector: BaseDetector, n: int = 500, seed: int = 0) -> float:
     space = Space(fitted.extractor_.columns, rows)
     rounds = Explained(fitted.heads_, space, rows, points, default_k(len(rows)), keep=1)
     found, _ = draw(rounds, n, np.random.SeedSequence(seed))
-    return _flagged(fitted, _finite(found))
-
-
-def _feature_detector(detector: object) -> Detector:
-    if not isinstance(detector, Detector):
-        mode = getattr(detector, "mode", "vectors")
-        raise UsageError(
-            f"outliers are made from features of images, and this model is of mode {mode}: train one on "
-            "images with --mode feature"
-        )
-    detector.check_fitted()
-    return detector
-
-
-def _labelled(images: object, labelled: bool | None) -> tuple[object, dict[str, int], list[str]]:
-    """Images, the class of each by its path (none: class 0), and the names of the classes."""
-    if labelled is not False:
-        try:
-            refs, labels, classes = list_labelled(images)
-            return refs, {ref.path: int(label) for ref, label in zip(refs, labels, strict=True)}, classes
-        except UsageError:
-            if labelled:
-                raise
-    return images, {}, [ONE_CLASS]
+    return _flagged(fitted, _finite(_complete(fitted, found)))
 
 
 def _members(table: FeatureTable, labels: np.ndarray, classes: int, seed: int) -> list[np.ndarray]:
@@ -247,6 +250,19 @@ def _outliers(detector: Detector, vectors: Tensor, labels: np.ndarray, classes: 
         fingerprint=extractor.backbone.fingerprint,
         layers=list(extractor.layers),
     )
+
+
+@torch.inference_mode()
+def _complete(detector: Detector, rows: Tensor) -> Tensor:
+    """Rows with the logits that the classifier gives for their pre-logits, where a guard looks at logits."""
+    columns = detector.extractor_.columns
+    if LOGITS not in columns:
+        return rows
+    if PRE_LOGITS not in columns:
+        raise UsageError(f"this guard looks at logits: for outliers, {PRE_LOGITS} must be among its layers, too")
+    last = detector.extractor_.last_linear()
+    weight, bias = last.weight.flatten(1).to(rows), None if last.bias is None else last.bias.to(rows)
+    return torch.cat([rows, F.linear(rows[:, columns[PRE_LOGITS]], weight, bias)], dim=1)
 
 
 def _finite(vectors: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""Class folders -> what a student learns from: rows of its frozen layers, labels, a split, and a teacher's answers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..calibration import Split, check_fpr, split_by_content
+from ..detectors.fitting import Table
+from ..exceptions import UsageError
+from ..sources import ImageRef
+from ..store import FeatureStore, FeatureTable, Progress
+from .reading import Glance, Pictures, Reader
+from .students import Classifier
+from .teachers import Teacher
+from .trunks import Trunk
+from .views import View
+
+
+@dataclass(frozen=True)
+class Material:
+    """Different images that can be read, and what is made of them.
+
+    refs, digests, labels : for each image
+    rows : which of them train, validate and calibrate
+    views : for each view, rows as the student takes them
+    taught : for each view, the teacher's pre-logits
+    unreadable : images that were left out, with a reason
+    """
+
+    refs: list[ImageRef]
+    digests: list[bytes]
+    labels: np.ndarray
+    rows: Split
+    views: list[Table]
+    taught: list[FeatureTable]
+    unreadable: list[tuple[str, str]]
+
+    def held_out(self) -> float:
+        """Share of the images that trains nothing, in [0, 1]."""
+        return (len(self.rows.calibration) + len(self.rows.validation)) / len(self.refs)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How material is prepared; arguments as for :func:`featdiff.hardening.harden.harden`.
+
+    ``calibration`` is None for a share that suits ``fpr``. ``batch_size`` images must be there to train on.
+    """
+
+    reader: Reader
+    classes: Sequence[str]
+    views: int
+    fpr: float
+    calibration: float | None
+    validation: float
+    batch_size: int
+    progress: Progress | None
+
+    def __call__(
+        self,
+        refs: Sequence[ImageRef],
+        labels: np.ndarray,
+        classifier: Classifier,
+        trunk: Trunk | None,
+        teacher: Teacher | None,
+    ) -> Material:
+        """All images through the frozen layers, if there are any, and the teacher, once for each view.
+
+        A teacher without a last layer learns the classes.
+
+        Raises
+        ------
+        UsageError
+            Too few images, in all or of a class, or none that can be read, or no room for what is kept.
+        FeatdiffError
+            An image changed meanwhile.
+        """
+        self._check_count(len(refs))
+        self._check_room(len(refs), trunk, teacher)
+        if trunk is None and any(ref.sequential for ref in refs):
+            raise UsageError(
+                "with all layers trained, images are read in any order, and this archive cannot: unpack it"
+            )
+        found, kept = self.reader.extract(refs, trunk or Glance(), 0, np.float16, self.progress)
+        if not found.paths:
+            path, reason = found.unreadable[0]
+            raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
+        number = {ref.path: i for i, ref in enumerate(refs)}
+        places: dict[bytes, int] = {}  # of copies, the first counts
+        for path, digest in zip(found.paths, found.digests, strict=True):
+            places.setdefault(digest, number[path])
+        digests, chosen = [*places], [*places.values()]
+        known, labels = [refs[i] for i in chosen], labels[chosen]
+        rows = self._split(digests, labels)
+        views = self._views(known, digests, kept, classifier, trunk)
+        taught = self._taught(known, digests, labels, rows, teacher) if teacher else []
+        return Material(known, digests, labels, rows, views, taught, found.unreadable)
+
+    def share(self, images: int) -> float:
+        """Of so many images, the share that calibrates.
+
+        A tenth, or up to a fifth of few images, so that there are twice as many as the rate needs at least.
+        """
+        return self.calibration or min(0.2, max(0.1, 2 / (self.fpr * images)))
+
+    def _check_count(self, images: int) -> None:
+        if images < self.batch_size:
+            raise UsageError(
+                f"{images} images do not fill a batch of {self.batch_size}: lower --train-batch (batch_size)"
+            )
+
+    def _check_room(self, images: int, trunk: Trunk | None, teacher: Teacher | None) -> None:
+        """Whether the disk has room for what images leave in the cache, beside what is there already."""
+        needed = 0
+        for view in range(self.views):
+            stores = [self.reader.store(trunk, view, np.float16)] if trunk else []
+            stores += [self.reader.store(teacher, view, np.float32)] if teacher else []
+            needed += sum(max(0, images - len(store)) * store.width * store.dtype.itemsize for store in stores)
+        free = shutil.disk_usage(self.reader.cache).free if needed else 0
+        if needed > free:
+            raise UsageError(
+                f"{images:,} images in {self.views} views need {needed / 1e9:.1f} GB in {self.reader.cache}, and "
+                f"{free / 1e9:.1f} GB are free: name another --cache, fewer --views, or a later layer by --train-from"
+            )
+
+    def _split(self, digests: list[bytes], labels: np.ndarray) -> Split:
+        # by content: who begins with this student, or is taught by it, is calibrated on what it did not learn from
+        rows = split_by_content(digests, self.share(len(digests)), self.validation)
+        check_fpr(self.fpr, len(rows.calibration))
+        for label, name in enumerate(self.classes):
+            if not (labels[rows.training] == label).any():
+                raise UsageError(f"class {name!r} has no image left to train on: add images of it, or leave it out")
+        return rows
+
+    def _views(
+        self,
+        refs: list[ImageRef],
+        digests: list[bytes],
+        kept: FeatureStore,
+        classifier: Classifier,
+        trunk: Trunk | None,
+    ) -> list[Table]:
+        """What the student takes of each view; the first has been seen, and is ``kept``, where layers are frozen."""
+        if trunk is None:
+            return [Pictures(refs, View(view, classifier.transform), self.reader) for view in range(self.views)]
+        others = [
+            self.reader.table(refs, digests, trunk, view, np.float16, self.progress) for view in range(1, self.views)
+        ]
+        return [kept.table(digests), *others]
+
+    def _taught(
+        self, refs: list[ImageRef], digests: list[bytes], labels: np.ndarray, rows: Split, teacher: Teacher
+    ) -> list[FeatureTable]:
+        """The teacher's pre-logits of each view; a backbone learns the classes first."""
+        tables = [
+            self.reader.table(refs, digests, teacher, view, np.float32, self.progress) for view in range(self.views)
+        ]
+        if teacher.head is None:
+            parts = [(tables[0][part], labels[part]) for part in (rows.training, rows.validation)]
+            teacher.fit_head(*parts[0], *parts[1])
+        return tables
