@@ -17,7 +17,7 @@ def test_code_is_clean_by_the_command_of_the_readme() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", ["costs.py", "lmd.py", "guard.py", "logit_heads.py", "vectors.py"])
+@pytest.mark.parametrize("script", ["costs.py", "lmd.py", "guard.py", "logit_heads.py", "outliers.py", "vectors.py"])
 def test_benchmark_commands_of_the_readme_start(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def hardened(folders: dict[str, Path], seeded_backbone: Path, tmp_path_factory: 
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert lines[0] == "94 images of 2 classes trained test_resnet.r160_in1k"
-    assert lines[1].startswith("2 epochs, ") and lines[1].endswith("right of 6 held-out images")
+    assert lines[1].startswith("2 epochs, ") and lines[1].endswith("right of the 6 held-out images that chose among epochs")
     assert lines[2].startswith("self-check: flags ")
     assert lines[3] == f"student and guard: {output}. Next: featdiff score IMAGES -m {output}"
     return output
@@ -129,6 +129,13 @@ def test_an_older_student_is_not_replaced_unasked(hardened: Path, folders: dict[
     [
         (["--kd", 2], ["--teacher"]),
         (["--micl", 0.2], ["--outliers", "featdiff outliers"]),
+        (["--margin", 3], ["--margin belongs to --energy"]),
+        (["--teacher", "resnet18", "--kd", 0, "--feature-kd", 0], ["leave it away"]),
+        (["--teacher", "resnet18", "--kd", 0, "--temperature", 2], ["--temperature belongs to --kd"]),
+        (["--outliers", "o.safetensors", "--micl", 0], ["leave one of them away"]),
+        (["--as-published"], ["needs a --teacher and --outliers"]),
+        (["--layers", "layer9"], ["unknown layer 'layer9'"]),
+        (["--student", "no/such"], ["there is no folder no/such"]),
         (["--epochs", 0], ["epochs must be above 0"]),
         (["--outliers", "nowhere.safetensors"], ["nowhere.safetensors", "featdiff outliers"]),
         (["--teacher", "resnet5O"], ["unknown backbone 'resnet5O'"]),
