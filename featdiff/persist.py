@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exceptions import ModelError, UsageError, first_line
+from .exceptions import ModelError, UsageError
+from .hub import find_folder, is_repository
 
 #: Raised when the layout of the folder changes; a newer one is refused.
 FORMAT_VERSION = 3
@@ -202,13 +203,6 @@ def locate(name: str | os.PathLike[str], local_files_only: bool = False) -> Path
     ModelError
         Neither a folder nor a repository that can be had.
     """
-    if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(str(name), allow_patterns=[CONFIG, TENSORS], local_files_only=local_files_only)
-    except Exception as error:
-        reason = first_line(error)
-        raise ModelError(f"no folder {name}, and no such model could be had from the hub: {reason}") from None
-    return Path(found)
+    if not is_repository(name):
+        return Path(name)  # what is wrong with it, if anything, is said by those who read it
+    return find_folder(name, [CONFIG, TENSORS], lambda why: ModelError(f"no model {name}: {why}"), local_files_only)

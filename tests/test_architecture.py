@@ -40,15 +40,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scores": set(),
     "arrays": set(),
     "report": {"scores"},
-    "persist": set(),
+    "hub": set(),
+    "persist": {"hub"},
     "detectors": {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
-        "taps",
+        *("hub", "taps"),
     },
     "outliers": {
         *("calibration", "detectors", "features", "labels", "neighbors", "noise", "persist", "reconstruct", "store"),
-        "taps",
+        *("hub", "taps"),
     },
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "hardening": {

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from featdiff.backbones import load_backbone
@@ -357,6 +358,24 @@ def test_a_backbone_as_teacher_learns_the_classes_first() -> None:
     teacher.fit_head(rows[:40], labels[:40], rows[40:], labels[40:])
     assert teacher.accuracy(rows[:40], labels[:40]) >= 0.95 and teacher.accuracy(rows[40:], labels[40:]) >= 0.7
     assert teacher.accuracy(rows[:40], 1 - labels[:40]) <= 0.05
+
+
+def test_a_teacher_whose_frozen_layers_are_kept_runs_only_what_lies_behind(
+    saved: Path, classes: Path, seeded_backbone: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    teacher = load_teacher(str(saved), ("china", "flower"))
+    assert teacher.trunk is not None and teacher.trunk.layer == "layer3"
+    pixels = torch.stack([teacher.transform(Image.open(file)) for file in sorted(classes.glob("*/*"))[:4]])
+    assert torch.allclose(teacher.behind(teacher.trunk(pixels)), teacher(pixels), atol=2e-3)
+    seen: list[int] = []
+    whole = Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, x: seen.append(len(x)) or whole(self, x))
+    short = {**FAST, "recipe": HardenRecipe(epochs=1, batch_size=32), "teacher": str(saved)}
+    here = harden(classes, weights=seeded_backbone, **short)  # the student's trunk is the teacher's
+    assert not seen
+    elsewhere = harden(classes, weights=seeded_backbone, views=1, train_from="layer4", cache=tmp_path, **short)
+    assert sum(seen) == 200
+    assert here.facts["teacher_accuracy"] == elsewhere.facts["teacher_accuracy"] >= 0.9
 
 
 def test_a_teachers_classes_may_stand_in_another_order(saved: Path) -> None:

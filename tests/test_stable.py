@@ -454,12 +454,12 @@ def test_a_name_on_the_hub_is_read_from_its_cache(hub_cache: Path, second: Path,
 
 @pytest.mark.parametrize("name", ["missing", "./missing/sd", "/missing/sd", "~/sd", "a/b/c"])
 def test_a_missing_folder_is_not_asked_of_the_hub(hub_cache: Path, name: str) -> None:
-    refused(name, "does not exist")
+    refused(name, "cannot be had: there is no such folder: ")
     assert not hub_cache.exists()
 
 
 def test_a_name_that_cannot_be_had_from_the_hub(hub_cache: Path) -> None:
-    refused("someone/unknown", r"is no folder, and could not be had from the hub \(")
+    refused("someone/unknown", "cannot be had: there is no such folder, and it could not be had from the hub: ")
 
 
 def test_pipelines_of_other_kinds(tmp_path: Path, copied: Path) -> None:

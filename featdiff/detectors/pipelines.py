@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..exceptions import WeightsError, first_line
+from ..hub import find_folder
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -27,7 +28,8 @@ def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
-    folder = _locate(name)
+    files = ["*.json", "*.safetensors", "*.bin"]
+    folder = find_folder(name, files, lambda why: WeightsError(f"no pipeline at {name}: {why}"))
     unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older pipelines keep all files side by side
     schedule = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     kind = _read(unet / "config.json", name).get("_class_name")
@@ -69,21 +71,6 @@ def _unfit(config: Any) -> str:
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         return "wants to be told a class"
     return ""
-
-
-def _locate(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise WeightsError(f"no pipeline folder at {name}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-    except Exception as error:  # the hub has many ways to fail
-        raise WeightsError(
-            f"no folder {name}, and no such pipeline could be had from the hub: {first_line(error)}"
-        ) from None
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:

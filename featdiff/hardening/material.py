@@ -13,7 +13,7 @@ from ..detectors.fitting import Table
 from ..exceptions import UsageError
 from ..sources import ImageRef
 from ..store import FeatureStore, FeatureTable, Progress
-from .reading import Glance, Pictures, Reader
+from .reading import Glance, Pictures, Reader, derive
 from .students import Classifier
 from .teachers import Teacher
 from .trunks import Trunk
@@ -156,9 +156,12 @@ class Preparation:
         self, refs: list[ImageRef], digests: list[bytes], labels: np.ndarray, rows: Split, teacher: Teacher
     ) -> list[FeatureTable]:
         """The teacher's pre-logits of each view; a backbone learns the classes first."""
-        tables = [
-            self.reader.table(refs, digests, teacher, view, np.float32, self.progress) for view in range(self.views)
-        ]
+        tables = []
+        for view in range(self.views):
+            if teacher.trunk:  # only what lies behind it has changed
+                kept = self.reader.store(teacher.trunk, view, np.float16)
+                derive(kept, self.reader.store(teacher, view, np.float32), digests, teacher.behind, self.progress)
+            tables.append(self.reader.table(refs, digests, teacher, view, np.float32, self.progress))
         if teacher.head is None:
             parts = [(tables[0][part], labels[part]) for part in (rows.training, rows.validation)]
             teacher.fit_head(*parts[0], *parts[1])

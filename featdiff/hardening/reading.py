@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..sources import ImageRef
 from ..store import Extraction, Extractor, FeatureStore, FeatureTable, Progress, extract
 from .views import View
 
+_AT_ONCE = 128
 #: Of the cache: rows for students, and trained ones.
 FOLDER = "hardening"
 
@@ -64,6 +65,26 @@ class Reader:
         if any(digest not in kept for digest in digests):
             raise FeatdiffError("some images have changed since the start: start again")
         return kept.table(digests)
+
+
+def derive(
+    source: FeatureStore,
+    target: FeatureStore,
+    digests: Sequence[bytes],
+    make: Callable[[Tensor], Tensor],
+    progress: Progress | None,
+) -> None:
+    """Fill ``target`` from rows of ``source``, if it has them all; ``make`` turns (B, D) into (B, width)."""
+    missing = [digest for digest in digests if digest not in target]
+    if any(digest not in source for digest in missing):
+        return
+    for start in range(0, len(missing), _AT_ONCE):
+        some = missing[start : start + _AT_ONCE]
+        for digest, row in zip(some, make(source.table(some)[np.arange(len(some))]).cpu().numpy(), strict=True):
+            target.add(digest, row)
+        if progress:
+            progress("features", start + len(some), len(missing))
+    target.flush()
 
 
 class Glance:

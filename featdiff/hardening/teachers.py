@@ -15,7 +15,8 @@ from ..backbones import Backbone, fingerprint, load_backbone
 from ..exceptions import UsageError
 from ..features import device_of, evaluating
 from ..images import Transform
-from .students import Classifier, check_head, classifier_folder, load_classifier
+from .students import Classifier, check_head, classifier_folder, load_classifier, training_facts
+from .trunks import Trunk, split_at
 
 # Raised when the numbers that a teacher gives for the same weights change.
 _TEACHER_VERSION = 1
@@ -28,13 +29,16 @@ class Teacher:
     """Images -> pre-logits, as rows that can be kept (:class:`featdiff.store.Extractor`); and its last layer.
 
     ``head`` turns pre-logits (B, ``width``) into logits in the order of the student's classes; a teacher by the name of
-    a backbone has none until :meth:`fit_head`.
+    a backbone has none until :meth:`fit_head`. ``trunk`` are the layers that stayed frozen while featdiff trained it,
+    if any, ``tail`` what lies behind: the cache may still have what the trunk gave.
     """
 
     network: Backbone | Classifier
     name: str
     width: int
     head: nn.Module | None = None
+    trunk: Trunk | None = None
+    tail: nn.Module | None = None
 
     @property
     def transform(self) -> Transform:
@@ -50,6 +54,12 @@ class Teacher:
     def __call__(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed images -> (B, ``width``) float32 pre-logits."""
         return _pre_logits(self.network.model, pixels)
+
+    @torch.inference_mode()
+    def behind(self, rows: Tensor) -> Tensor:
+        """Rows (B, D) of the trunk -> (B, ``width``) float32 pre-logits, up to the rounding of what was kept."""
+        assert self.trunk is not None and self.tail is not None
+        return _pre_logits(self.tail, self.trunk.maps(rows.to(device_of(self.tail))))
 
     def logits(self, features: Tensor) -> Tensor:
         """Pre-logits (B, ``width``) -> logits (B, classes)."""
@@ -101,10 +111,13 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
         )
     check_head(found)
     order = torch.tensor([found.classes.index(name) for name in classes])
-    found.model.requires_grad_(False).to(device)
+    found.model.to(device)
     model: Any = found.model
-    head = nn.Sequential(model.get_classifier(), _Ordered(order)).to(device)
-    return Teacher(found, found.name, _width(found.model, found.data_config), head.eval())
+    head = nn.Sequential(model.get_classifier(), _Ordered(order)).to(device).eval()
+    layer = training_facts(name).get("train_from")
+    trunk, tail = split_at(found, layer) if layer else (None, None)
+    found.model.requires_grad_(False)
+    return Teacher(found, found.name, _width(found.model, found.data_config), head, trunk, tail)
 
 
 class _Ordered(nn.Module):
@@ -120,11 +133,13 @@ class _Ordered(nn.Module):
         return logits[:, self.order]
 
 
-def _pre_logits(model: nn.Module, pixels: Tensor) -> Tensor:
+def _pre_logits(model: nn.Module, x: Tensor) -> Tensor:
     network: Any = model
-    pixels = pixels.to(device_of(model)).contiguous(memory_format=torch.channels_last)
+    x = x.to(device_of(model))
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
     with evaluating(model):
-        return network.forward_head(network.forward_features(pixels), pre_logits=True).float()
+        return network.forward_head(network.forward_features(x), pre_logits=True).float()
 
 
 @torch.inference_mode()

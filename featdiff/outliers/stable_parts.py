@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import UsageError, WeightsError, first_line
+from ..hub import find_folder
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -43,10 +44,14 @@ def load(name: str) -> StableDiffusionPipeline:
         import transformers  # noqa: F401
     except ImportError:
         raise UsageError("Stable Diffusion needs packages: pip install 'featdiff[stable]'") from None
-    folder = _locate(name, "model_index.json")  # and its kind, before gigabytes come from the hub
+
+    def refuse(why: str) -> WeightsError:
+        return _refusal(name, f"cannot be had: {why}")
+
+    folder = find_folder(name, ["model_index.json"], refuse)  # and its kind, before gigabytes come from the hub
     with quiet():
         _check_kind(name, folder)
-    folder = _locate(name, *_FILES)
+    folder = find_folder(name, _FILES, refuse)
     with quiet():
         return _assemble(name, folder)
 
@@ -76,20 +81,6 @@ def quiet() -> Iterator[None]:
                 tool.enable_progress_bar()
         if no_downloads:
             hub.disable_progress_bars()
-
-
-def _locate(name: str, *files: str) -> Path:
-    # asked first: diffusers takes a missing folder for a name on the hub
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise _refusal(name, "does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub has many ways to fail
-        raise _refusal(name, f"is no folder, and could not be had from the hub ({first_line(error)})") from None
 
 
 def _check_kind(name: str, folder: Path) -> None:

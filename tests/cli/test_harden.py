@@ -50,7 +50,9 @@ def hardened(folders: dict[str, Path], seeded_backbone: Path, tmp_path_factory: 
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert lines[0] == "94 images of 2 classes trained test_resnet.r160_in1k"
-    assert lines[1].startswith("2 epochs, ") and lines[1].endswith("right of the 6 held-out images that chose among epochs")
+    assert lines[1].startswith("2 epochs, ") and lines[1].endswith(
+        "right of the 6 held-out images that chose among epochs"
+    )
     assert lines[2].startswith("self-check: flags ")
     assert lines[3] == f"student and guard: {output}. Next: featdiff score IMAGES -m {output}"
     return output
