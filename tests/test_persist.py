@@ -564,7 +564,7 @@ def test_hub_name_is_loaded_from_the_local_cache(
 
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_hub_name_that_is_not_cached_is_one_line(hub_cache: Path, local_files_only: bool) -> None:
-    with pytest.raises(ModelError, match="no folder someone/unknown.* hub") as caught:
+    with pytest.raises(ModelError, match="no model someone/unknown.* hub") as caught:
         Detector.from_pretrained("someone/unknown", local_files_only=local_files_only)
     assert "\n" not in str(caught.value)
 

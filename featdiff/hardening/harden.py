@@ -195,7 +195,7 @@ def harden(
     )
     # images -> rows of the frozen layers, and what the teacher makes of them
     prepare = Preparation(reader, classes, views, fpr, calibration, validation, recipe.batch_size, progress)
-    _check_held_out(prepare.share(len(refs)), student, teacher)
+    unseen = _unseen(prepare.share(len(refs)), student, teacher)
     with _first(accelerator):
         material = prepare(refs, labels, classifier, trunk, guide)
     shaped = trunk.maps if trunk else _as_they_are
@@ -207,7 +207,7 @@ def harden(
     facts = {
         **{"student": student, "weights_before": fingerprint(classifier.model), "teacher": guide and guide.name},
         **{"outliers": _about(outliers), "recipe": asdict(recipe), "train_from": trunk.layer if trunk else ALL_LAYERS},
-        **{"views": views, "seed": seed, "classes": classes, "held_out": material.held_out()},
+        **{"views": views, "seed": seed, "classes": classes, "held_out": min(unseen, material.held_out())},
         "images": {"training": len(rows.training), "validation": len(rows.validation)},
     }
     state = start(_objective(network, recipe, curriculum, seed), recipe)
@@ -242,19 +242,25 @@ def _check_classes(outliers: Outliers | None, classes: Sequence[str]) -> None:
         )
 
 
-def _check_held_out(needed: float, *folders: str | None) -> None:
-    """Whether images that are to calibrate may have trained the student or the teacher that were given.
+def _unseen(needed: float, *folders: str | None) -> float:
+    """The share of images that neither the student nor the teacher that were given has seen; 1 for those of others.
 
-    Both are split by content, so whoever held as many back has not seen them; of classifiers that are not featdiff's
-    own, only the user knows.
+    All are split by content, so what the one held back, others did; of classifiers that are not featdiff's own, only
+    the user knows.
+
+    Raises
+    ------
+    UsageError
+        Less than the share ``needed`` to calibrate.
     """
-    for folder in filter(None, folders):
-        held_out = training_facts(folder).get("held_out", 1.0)
-        if needed > held_out:
+    shares = {folder: training_facts(folder).get("held_out", 1.0) for folder in folders if folder}
+    for folder, share in shares.items():
+        if needed > share:
             raise UsageError(
-                f"{folder} was trained on all but {held_out:.1%} of its images, and {needed:.1%} are needed to "
+                f"{folder} was trained on all but {share:.1%} of its images, and {needed:.1%} are needed to "
                 "calibrate: ask for a higher --fpr, or train it anew at this one"
             )
+    return min(shares.values(), default=1.0)
 
 
 def _student(
