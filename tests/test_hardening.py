@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featdiff.backbones import load_backbone
+from featdiff.detectors import checkpoints
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.hardening import learning
 from featdiff.hardening.harden import Hardened, harden, load_hardened
@@ -274,6 +275,33 @@ def test_a_second_run_finds_everything_in_the_cache(plain: Hardened, classes: Pa
     assert again.facts == plain.facts
     for name, value in plain.classifier.model.state_dict().items():
         assert torch.equal(value, again.classifier.model.state_dict()[name]), name
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    plain: Hardened, classes: Path, seeded_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    own = {"weights": seeded_backbone, "cache": tmp_path, **FAST}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("training", 6):  # in the second epoch of 4 steps
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harden(classes, **own, progress=stop)
+    steps: list[int] = []
+    found = harden(classes, **own, progress=lambda stage, done, total: steps.append(done) if total == 8 else None)
+    assert steps == [5, 6, 7, 8]
+    assert found.facts["epochs"] == plain.facts["epochs"]
+    for name, value in plain.classifier.model.state_dict().items():
+        assert torch.equal(value, found.classifier.model.state_dict()[name]), name
+
+
+def test_bf16_training_is_near_full_precision(plain: Hardened, classes: Path, seeded_backbone: Path) -> None:
+    half = harden(classes, weights=seeded_backbone, mixed_precision="bf16", **FAST)
+    assert half.facts["accuracy"] >= 0.9
+    one, other = (found.classifier.model.state_dict()["fc.weight"].flatten() for found in (plain, half))
+    assert not torch.equal(one, other) and torch.cosine_similarity(one, other, 0) > 0.99
 
 
 def test_only_the_layers_behind_the_cut_are_trained(plain: Hardened, seeded_backbone: Path) -> None:

@@ -175,17 +175,17 @@ class _Engine:
         self.network: nn.Module = state.objective
         self.groups = state.optimizer.param_groups
         self.optimizers: list[Any] = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
-        processes, self.rank = 1, 0
+        self.processes, self.rank = 1, 0
         if accelerator is not None:
             self.network, *self.optimizers = accelerator.prepare(state.objective, *self.optimizers)
-            processes, self.rank = accelerator.num_processes, accelerator.process_index
+            self.processes, self.rank = accelerator.num_processes, accelerator.process_index
             if accelerator.gather(torch.tensor([state.epoch], device=accelerator.device)).unique().numel() > 1:
                 raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
-        if recipe.batch_size % processes or recipe.batch_size < 2 * processes:
+        if recipe.batch_size % self.processes or recipe.batch_size < 2 * self.processes:
             raise UsageError(
-                f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more"
+                f"{self.processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more"
             )
-        self.share = slice(self.rank, None, processes)
+        self.share = slice(self.rank, None, self.processes)
         self.device = next(state.objective.parameters()).device
 
     def set_rates(self, factor: float) -> None:
@@ -215,7 +215,7 @@ class _Engine:
     def accuracy(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
         """On held-out rows; see :func:`held_out_accuracy`."""
         found = held_out_accuracy(self.objective, held_out)
-        return found if self.accelerator is None else self.mean(torch.tensor(found, device=self.device))
+        return found if self.processes == 1 else self.mean(torch.tensor(found, device=self.device))
 
     def close(self) -> None:
         """Give the network back as it was."""
