@@ -9,7 +9,7 @@ import click
 
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, load_model, runtime_options, weights_option
-from .progress import Bars, list_unreadable
+from .progress import Bars, list_unreadable, say
 
 
 @click.command("eval")
@@ -87,7 +87,7 @@ def command(
             beside = fit_rivals(detector) if rivals else None
             result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
             if classes:
-                result["accuracy"] = _accuracy(detector, list(in_domain), classes, bars)
+                result["accuracy"] = _accuracy(detector, list(in_domain), classes, bars, quiet)
         results.append({"folder": model} | result if len(models) > 1 else result)
     if as_json:
         click.echo(json.dumps(results if len(models) > 1 else results[0], indent=2))
@@ -98,14 +98,15 @@ def command(
     return EXIT_UNREADABLE if unreadable else 0
 
 
-def _accuracy(detector: Any, in_domain: list[str], classes: tuple[str, ...], bars: Bars) -> float | None:
+def _accuracy(detector: Any, in_domain: list[str], classes: tuple[str, ...], bars: Bars, quiet: bool) -> float | None:
     """Of a classifier on images in folders of its classes; None if they are in none."""
     from featdiff.evaluation import measure_accuracy
-    from featdiff.exceptions import UnlabelledError
+    from featdiff.exceptions import UsageError
 
     try:
         return measure_accuracy(detector, in_domain, classes, bars)
-    except UnlabelledError:
+    except UsageError as error:  # what has been measured is not lost
+        say(f"no accuracy: {error}", quiet)
         return None
 
 

@@ -105,10 +105,10 @@ def command(
                 progress=bars,
             )
     except KeyboardInterrupt:
-        raise Stopped("interrupted; features and finished epochs are kept, the same command goes on") from None
+        raise Stopped("interrupted; features and most of the training are kept, the same command goes on") from None
     if is_first_process():
         hardened.save_pretrained(output)
-    _summary(hardened, output, quiet)
+        _summary(hardened, output, quiet)
     list_unreadable(hardened.unreadable, quiet)
     return EXIT_UNREADABLE if hardened.unreadable else 0
 

@@ -40,8 +40,11 @@ def load_model(name: str, options: dict[str, Any]) -> Model:
 
     arguments = model_arguments(options)
     if is_hardened(name):
+        from featdiff.exceptions import UsageError
         from featdiff.hardening.harden import load_hardened
 
+        if "weights" in arguments:
+            raise UsageError(f"--weights belong to a model on a backbone; the student in {name} has its own")
         classifier, guard = load_hardened(name, **arguments)
         return Model(guard.detector, guard, classifier.classes)
     return Model(load_detector(name, **arguments))

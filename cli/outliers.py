@@ -12,6 +12,11 @@ from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
 STABLE = "stable-diffusion"
+# option -> methods that look at it
+_MEANT_FOR = {"strength": ("diffusion",), "sigma": ("boundary", STABLE)} | {
+    name: (STABLE,) for name in ("pipeline", "steps", "size")
+}
+PIPELINE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @click.command("outliers")
@@ -35,14 +40,8 @@ STABLE = "stable-diffusion"
     help="Away from what the model's denoisers expect, noise around rare images (NPOS), or that and what Stable "
     "Diffusion makes of it.",
 )
-@click.option(
-    "--pipeline",
-    default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    show_default=True,
-    metavar="FOLDER|ORG/NAME",
-    help="Stable Diffusion 1.x or 2.x.",
-)
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Its denoising steps.")
+@click.option("--pipeline", metavar="FOLDER|ORG/NAME", help=f"Stable Diffusion 1.x or 2.x [{PIPELINE}].")
+@click.option("--steps", type=click.IntRange(1), help="Its denoising steps [50].")
 @click.option("--size", type=click.IntRange(8), help="Its pictures, in pixels to a side [what it was trained for].")
 @click.option("--one-class", is_flag=True, help="Folders are not classes: take all images as one.")
 @click.option(
@@ -62,9 +61,6 @@ def command(
     count: int,
     output: Path,
     method: str,
-    pipeline: str,
-    steps: int,
-    size: int | None,
     one_class: bool,
     picture: Path | None,
     force: bool,
@@ -89,15 +85,17 @@ def command(
     keep_freed_memory()
     picture = picture or output.with_suffix(".png")
     _check_files(output, picture, force)
-    chosen = {name: options[name] for name in ("k", "strength", "sigma") if options[name] is not None}
-    _check_method(method, chosen)
+    given = {name: options[name] for name in (*_MEANT_FOR, "k") if options[name] is not None}
+    _check_method(method, given)
+    chosen = {name: given[name] for name in ("k", "strength", "sigma") if name in given}
     detector = feature_detector(load_model(model, options).detector)
     labelled = False if one_class else None
     stable = None
     if method == STABLE:  # what it cannot take is found before the images are read
         columns = pre_logits_in(detector.extractor_.columns)
         _, _, classes = with_classes(list(images), labelled)
-        stable = StableDiffusion(pipeline, device=options["device"] or "auto", steps=steps, size=size)
+        how = {name: given[name] for name in ("steps", "size") if name in given}
+        stable = StableDiffusion(given.get("pipeline", PIPELINE), device=options["device"] or "auto", **how)
         stable.check_width(columns.stop - columns.start)
         stable.check_words(classes)
     try:
@@ -135,11 +133,11 @@ def _check_files(output: Path, picture: Path, force: bool) -> None:
             raise UsageError(f"{file} is already there: add --force to replace it, or choose another file")
 
 
-def _check_method(method: str, chosen: dict[str, Any]) -> None:
+def _check_method(method: str, given: dict[str, Any]) -> None:
     from featdiff.exceptions import UsageError
 
-    for name, meant in (("strength", ("diffusion",)), ("sigma", ("boundary", STABLE))):
-        if name in chosen and method not in meant:
+    for name, meant in _MEANT_FOR.items():
+        if name in given and method not in meant:
             raise UsageError(f"--{name} belongs to --method {meant[0]}")
 
 

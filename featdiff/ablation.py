@@ -20,6 +20,8 @@ from .store import Progress
 
 _OUTLIERS = 10_000
 _RECIPE = [field.name for field in fields(HardenRecipe)]
+# What harden itself decides of a guard.
+_DECIDED = ("fpr", "logit_heads", "transform", "seed", "device", "cache", "image_batch", "workers", "max_pixels")
 _ARGUMENTS = [name for name in inspect.signature(harden).parameters if name not in ("images", "recipe", "progress")]
 
 
@@ -33,6 +35,8 @@ def check_students(students: Mapping[str, Mapping[str, Any]]) -> None:
             raise UsageError(f"{where} lacks student: the name of a backbone")
         if own.get("outliers") not in (None, *METHODS):
             raise UsageError(f"{where}: outliers must be one of {', '.join(METHODS)}, not {own['outliers']!r}")
+        if decided := [key for key in own.get("guard", {}) if key in _DECIDED]:
+            raise UsageError(f"{where}: {decided[0]} stands beside student, not in guard")
         if own.get("teacher") in students and own["teacher"] not in before:
             raise UsageError(f"{where}: its teacher {own['teacher']!r} must stand before it")
         try:
@@ -64,7 +68,9 @@ def train_students(
             given = {key: value for key, value in own.items() if key not in _RECIPE}
             if method := given.pop("outliers", None):
                 if method not in made:
-                    made[method] = synthesise(detector, list(images), _OUTLIERS, method, labelled=True).outliers
+                    made[method] = synthesise(
+                        detector, list(images), _OUTLIERS, method, labelled=True, progress=progress
+                    ).outliers
                 given["outliers"] = made[method]
             if given.get("teacher") in students:
                 given["teacher"] = str(Path(folder) / given["teacher"])

@@ -22,6 +22,7 @@ from .evaluation import evaluate_detector, fit_rivals, measure_accuracy
 from .exceptions import UsageError
 from .hardening.harden import Hardened
 from .images import short_sides
+from .labels import list_labelled
 from .rivals import Rivals
 from .sources import ImageRef
 from .store import Progress, featurise
@@ -79,6 +80,8 @@ def run_suite(
         raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
     left_out: dict[str, str] = {}
     plans = [_plan(suite, task, data, download, left_out) for task in suite.tasks]
+    for images in (images for plan in plans if suite.students for images in (plan.train, plan.test)):
+        list_labelled(images)  # students need classes: better said now
     for name, reason in left_out.items():
         tell(f"left out: {name}: {reason}")
     if not any(plan.ood for plan in plans):

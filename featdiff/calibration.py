@@ -15,6 +15,8 @@ from .exceptions import UsageError
 
 # k / (n + 1) and the same rate written as a decimal may differ in the last bits
 _SLACK = 1e-9
+#: Rows that calibrate and validate, at most: more would not help.
+MOST_CALIBRATION, MOST_VALIDATION = 10_000, 2_000
 # The same where p-values are float32; two of them are never so close, for n is at most 10,000.
 _ROUNDING = 1e-7
 
@@ -85,16 +87,16 @@ class Split:
         """Whether each part has rows of ``n``, and no two parts the same one (``UsageError``)."""
         parts = (self.training, self.validation, self.calibration)
         every = np.concatenate(parts)
-        if not all(map(len, parts)) or len(np.unique(every)) < len(every) or every.min() < 0 or every.max() >= n:
-            raise UsageError(
-                f"training, validation and calibration need different rows, at least one each, of 0 .. {n - 1}"
-            )
+        if not all(map(len, parts)) or len(np.unique(every)) < len(every) or every.min() < 0:
+            raise UsageError("training, validation and calibration need different rows, at least one each")
+        if every.max() >= n:
+            raise UsageError(f"the split has row {every.max()}, counted from 0, and {n} different images can be read")
 
 
 def split(n: int, calibration: float, validation: float, seed: int) -> Split:
     """Random rows of ``n`` for training, validation and calibration.
 
-    ``calibration`` and ``validation`` are shares of ``n``, at most 10,000 and 2,000 rows: more would not help.
+    ``calibration`` and ``validation`` are shares of ``n``; at most so many rows as the constants above say.
 
     Raises
     ------
@@ -107,8 +109,9 @@ def split(n: int, calibration: float, validation: float, seed: int) -> Split:
 def split_by_content(digests: Sequence[bytes], calibration: float, validation: float) -> Split:
     """The same parts, of images with these digests: by chance, yet an image falls into the same one whenever it can.
 
-    Images are ordered by digest; the first calibrate, the next validate, the others train. So whoever splits with equal
-    or smaller shares, of these images or of some more, trains on none that calibrate here.
+    Images are ordered by digest; the first calibrate, the next validate, the others train. So whoever splits the same
+    images with equal or larger shares trains on none that calibrate here; of more or fewer images, the place of an
+    image that is near the border between two parts may change.
 
     Raises
     ------
@@ -123,7 +126,7 @@ def _parts(order: np.ndarray, calibration: float, validation: float) -> Split:
     n = len(order)
     if n < 3:
         raise UsageError(f"{n} different images are too few: one each is needed to train, validate and calibrate")
-    n_cal = min(max(1, round(calibration * n)), 10_000, n - 2)
+    n_cal = min(max(1, round(calibration * n)), MOST_CALIBRATION, n - 2)
     # statistics of held-out errors need a handful of rows even when there are few in all
-    n_val = min(max(1, round(validation * n), min(5, n // 5)), 2_000, n - n_cal - 1)
+    n_val = min(max(1, round(validation * n), min(5, n // 5)), MOST_VALIDATION, n - n_cal - 1)
     return Split(*(np.sort(part) for part in (order[n_cal + n_val :], order[n_cal : n_cal + n_val], order[:n_cal])))

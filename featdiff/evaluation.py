@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .detectors import BaseDetector, Detector
-from .exceptions import UnlabelledError, UsageError, did_you_mean
+from .exceptions import UsageError, did_you_mean
 from .features import LOGITS
 from .images import Downscale, short_sides
 from .labels import list_labelled
@@ -101,28 +101,21 @@ def measure_accuracy(
     Parameters
     ----------
     images : as for :func:`featdiff.labels.list_labelled`
-    classes : names in the order of the logits; images of others are left out
+    classes : names in the order of the logits
 
     Raises
     ------
-    UnlabelledError
-        The images are in no folders of classes, or in none of these.
     UsageError
-        The detector sees no logits.
+        The detector sees no logits, or the images are in no folders of classes, or in others.
     """
     columns = detector.extractor_.columns.get(LOGITS)
     if columns is None:
         raise UsageError("accuracy needs logits, and this detector does not see any")
     refs, labels, names = list_labelled(images)
-    known = [
-        (ref, classes.index(names[label])) for ref, label in zip(refs, labels, strict=True) if names[label] in classes
-    ]
-    if not known:
-        raise UnlabelledError(
-            f"there is no image of the classes {', '.join(classes)}; the folders are {', '.join(names)}"
-        )
-    wanted = {ref.path: label for ref, label in known}
-    paths, table = detector.features([ref for ref, _ in known], progress)
+    if others := [name for name in names if name not in classes]:
+        raise UsageError(f"{others[0]} is no class of the classifier; it knows {', '.join(classes[:4])} ...")
+    wanted = {ref.path: classes.index(names[label]) for ref, label in zip(refs, labels, strict=True)}
+    paths, table = detector.features(refs, progress)
     predicted = np.concatenate([rows[:, columns].argmax(1).numpy() for rows in table.chunks()])
     return float(np.mean([wanted[path] == label for path, label in zip(paths, predicted, strict=True)]))
 

@@ -141,6 +141,16 @@ class Guard(nn.Module):
 
     # ---- fit ----
 
+    def check_layers(self) -> None:
+        """Pass one image through the classifier to see, before anything long, whether all layers can be read.
+
+        Raises
+        ------
+        UsageError
+            A layer that is not reached, or gives what is no feature.
+        """
+        self._new_detector().check_layers()
+
     def fit(self, loader: object, progress: Progress | None = None, rows: Split | None = None) -> Self:
         """Learn from ordinary images what is in-domain, in the classifier's own features; no labels are needed.
 

@@ -64,7 +64,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ablation": {"detectors", "hardening", "outliers", "settings", "sources", "store"},
     "settings": set(),
     "suites": {"evaluation", "settings", "sources"},
-    "bench": {"ablation", "hardening", "detectors", "evaluation", "rivals", "sources", "images", "store", "suites"},
+    "bench": {
+        "ablation",
+        "hardening",
+        "detectors",
+        "evaluation",
+        "rivals",
+        "sources",
+        "images",
+        "labels",
+        "store",
+        "suites",
+    },
 }
 #: what a library room must never know of
 FOREIGN = {"click", "rich", "featdiff_cli", "cli"}

@@ -249,5 +249,5 @@ def test_a_split_by_content_keeps_images_where_they_were() -> None:
 
 @pytest.mark.parametrize("parts", [([0, 1], [1], [2]), ([0], [], [1]), ([0], [1], [3]), ([-1], [1], [2])])
 def test_splits_that_make_no_sense(parts: tuple[list[int], ...]) -> None:
-    with pytest.raises(UsageError, match=r"need different rows, at least one each, of 0 \.\. 2"):
+    with pytest.raises(UsageError, match="need different rows, at least one each|the split has row 3, counted from 0"):
         Split(*(np.array(part, dtype=np.int64) for part in parts)).check(3)

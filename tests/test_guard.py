@@ -605,3 +605,17 @@ def test_overflow_names_layer_and_row(images: Tensor) -> None:
 def test_errors_of_the_classifier_are_its_own(guard: Guard) -> None:
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="channels"):
         guard(torch.rand(2, 5, 64, 64))
+
+
+def test_layers_can_be_looked_at_before_the_work() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.unused, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+    Guard(Odd(), layers=["body"]).check_layers()
+    with pytest.raises(UsageError, match="layer 'unused' was not reached"):
+        Guard(Odd(), layers=["unused"]).check_layers()

@@ -28,7 +28,9 @@ from featdiff.hardening import learning
 from featdiff.hardening.harden import Hardened, harden, load_hardened
 from featdiff.hardening.layout import is_hardened
 from featdiff.hardening.learning import LearningState, learn, start
+from featdiff.hardening.material import Preparation
 from featdiff.hardening.objective import Lesson, Objective
+from featdiff.hardening.reading import Reader
 from featdiff.hardening.recipe import HardenRecipe
 from featdiff.hardening.students import check_head, load_classifier, new_classifier
 from featdiff.hardening.teachers import Teacher, load_teacher
@@ -184,6 +186,22 @@ def test_as_published_the_networks_of_the_bound_learn_by_sgd() -> None:
     assert any(not torch.equal(before[name], value) for name, value in own.objective.clubs.state_dict().items())
 
 
+def test_the_rate_changes_whatever_prepares_the_optimizer() -> None:
+    """Accelerate replaces the groups of an optimizer that it places on a device."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = HardenRecipe(batch_size=20, epochs=2)
+    state = fresh(recipe)
+    rates = []
+    accelerator = Accelerator(cpu=True, device_placement=True)
+    for _ in learn(state, lessons, 100, held_out, recipe, 0, accelerator=accelerator):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert rates == pytest.approx([0.02 * learning._rate(i, 10, 0.1) for i in range(10)])
+
+
 def test_without_warm_up_the_first_rate_is_the_highest() -> None:
     assert learning._rate(0, 100, 0.0) == 1.0 and learning._rate(0, 100, 0.1) == pytest.approx(1 / 11)
     assert learning._rate(10, 100, 0.1) == 1.0 and learning._rate(99, 100, 0.1) < 0.001
@@ -334,14 +352,14 @@ def test_saved_and_loaded(plain: Hardened, saved: Path) -> None:
 
 
 def test_whoever_taught_has_not_seen_what_calibrates(plain: Hardened, classes: Path, seeded_backbone: Path) -> None:
-    """Neither the seed nor further images move an image from calibration to training."""
+    """The seed does not move an image from calibration to training."""
     other = harden(classes, weights=seeded_backbone, seed=7, **FAST)
     held_out = plain.guard.detector.calibration_digests_
     assert other.guard.detector.calibration_digests_ == held_out and plain.facts["held_out"] == 0.25
 
 
 def test_a_teacher_that_saw_what_must_calibrate(classes: Path, saved: Path, seeded_backbone: Path) -> None:
-    wanted = "was trained on all but 25.0% of its images, and 30.0% are needed to calibrate"
+    wanted = "was trained on all but 25.0% of its images, and 35.0% must be held back here"
     with pytest.raises(UsageError, match=wanted):
         harden(classes, teacher=str(saved), weights=seeded_backbone, calibration=0.3, **FAST)
     with pytest.raises(UsageError, match=wanted):
@@ -438,6 +456,12 @@ def test_unreadable_and_double_images_are_left_out(
     found = harden(folder, weights=seeded_backbone, **FAST)
     assert [path for path, _ in found.unreadable] == [str(folder / "china" / "broken.png")]
     assert found.facts["images"] == plain.facts["images"]
+    shutil.copy(first, folder / "china" / "doubtful.png")  # now in both classes
+    found = harden(folder, weights=seeded_backbone, **FAST)
+    left_out = {Path(path).name: reason for path, reason in found.unreadable}
+    assert left_out.keys() == {"broken.png", "doubtful.png", first.name, "zz_copy.png"}
+    assert left_out["doubtful.png"] == "the same image lies in the classes china, flower"
+    assert found.facts["images"]["training"] == plain.facts["images"]["training"] - 1
 
 
 PROGRAM = """
@@ -512,6 +536,24 @@ def test_networks_that_do_not_end_in_one_linear_layer() -> None:
         check_head(new_classifier("resnetv2_50x1_bit", ("a", "b"), pretrained=False))
 
 
+def test_classes_too_small_for_the_energy_margin(classes: Path, tmp_path: Path, seeded_backbone: Path) -> None:
+    for name in ("china", "flower"):
+        shutil.copytree(classes / name, tmp_path / name)
+        for file in sorted((tmp_path / name).iterdir())[4:]:
+            file.unlink()
+    recipe = HardenRecipe(epochs=1, batch_size=2, energy=0.1)
+    with pytest.raises(UsageError, match="--energy needs a class of at least 5 training images"):
+        harden(tmp_path, "test_resnet", weights=seeded_backbone, recipe=recipe, fpr=0.5)
+
+
+def test_large_sets_hold_back_smaller_shares() -> None:
+    def share(images: int) -> float:
+        return Preparation(Reader(Path()), (), 1, 0.05, None, 0.05, 2, None).held_back(images)
+
+    shares = [share(n) for n in (100, 300, 1_000, 100_000, 1_000_000)]
+    assert shares == pytest.approx([0.25, 0.05 + 40 / 300, 0.15, 0.12, 0.012])
+
+
 def test_no_views(classes: Path) -> None:
     with pytest.raises(UsageError, match="views must be a whole number above 0, not 0"):
         harden(classes, views=0, **FAST)
@@ -535,7 +577,10 @@ def test_what_is_refused_before_the_work_begins(
     assert refused(classes, **own, guard={"head": "nope"}).startswith("unknown head 'nope'")
     assert refused(classes, **own, guard={"layers": ["layer9"]}).startswith("unknown layer 'layer9'")
     assert "classes cat, dog" in refused(classes, **own, outliers=replace(outliers(), classes=["cat", "dog"]))
-    assert "do not fill a batch of 201" in refused(classes, **own, recipe=HardenRecipe(batch_size=201))
+    assert "150 training images do not fill" in refused(classes, **own, recipe=HardenRecipe(batch_size=151))
+    assert refused(classes, **own, calibration=0.5).startswith("calibration is a share")
+    assert refused(classes, **own, validation=-1).startswith("validation is a share")
+    assert "35.0% must be held back" in refused(classes, **own, teacher=f"local-dir:{saved}/student", calibration=0.3)
     assert "--weights belong to a backbone" in refused(classes, **own, student=str(saved))
     assert refused(classes, student="runs/no-such") == "there is no folder runs/no-such"
     assert refused(classes, **own, teacher=str(tmp_path / "none")).startswith("there is no folder")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from featdiff import Detector, FeatureDiffusion, PixelDetector
 from featdiff.exceptions import ModelError, NotFittedError, UsageError
+from featdiff.outliers import synthesis
 from featdiff.outliers.archive import Outliers, load_outliers
 from featdiff.outliers.boundary import Beyond, boundary_points, default_k, draw, own_kth_distances
 from featdiff.outliers.diffused import Explained
@@ -371,10 +372,21 @@ def test_self_check_flags_more_than_in_domain_images(tiny_detector: Detector) ->
     assert len(tiny_detector.calibration_digests_) == len(tiny_detector.calibration_) == 78
 
 
-def test_self_check_starts_at_held_out_images(tiny_detector: Detector) -> None:
+def test_self_check_starts_at_held_out_images(tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    make = synthesis.Explained
+
+    def watched(heads: Any, space: Any, rows: Tensor, points: Tensor, *rest: Any, **more: Any) -> Any:
+        seen.append(rows[points])
+        return make(heads, space, rows, points, *rest, **more)
+
+    monkeypatch.setattr(synthesis, "Explained", watched)
+    self_check(tiny_detector, 200)
     kept = tiny_detector.feature_store().table(tiny_detector.calibration_digests_)
     scores = np.sort(tiny_detector.score_features(kept[np.arange(len(kept))]))
     assert np.allclose(scores, tiny_detector.calibration_, atol=1e-5)
+    held_out = {row.numpy().tobytes() for row in kept[np.arange(len(kept))]}
+    assert {row.numpy().tobytes() for row in seen[0]} == held_out
 
 
 def test_self_check_sees_a_detector_that_lost_its_bearings(tiny_detector: Detector) -> None:

@@ -107,7 +107,7 @@ def check_vector_arguments(arguments: Mapping[str, Any]) -> None:
     """The same for :class:`featdiff.FeatureDiffusion`; layers are left to who knows the columns."""
     for name in ("hidden_max", "blocks", "draws", "bank_size"):
         _check_whole(name, arguments[name])
-    _check_share("calibration", arguments["calibration"], "rows")
+    check_share("calibration", arguments["calibration"], "rows")
     check_fpr(arguments["fpr"])
     _check_looking(arguments, 99)
     share = arguments["contamination"]
@@ -127,7 +127,8 @@ def _check_looking(arguments: Mapping[str, Any], last: int) -> None:
     check_coreset(arguments["coreset"])
 
 
-def _check_share(name: str, share: object, of: str = "images") -> None:
+def check_share(name: str, share: object, of: str = "images") -> None:
+    """Refuse anything but a number between 0 and 0.5 (``UsageError``)."""
     if not _is_number(share) or not 0 < share < 0.5:
         raise UsageError(f"{name} is a share of the {of} between 0 and 0.5, not {share!r}")
 
@@ -144,7 +145,7 @@ def _check_shared(arguments: Mapping[str, Any], whole: Sequence[str]) -> None:
         if not isinstance(arguments[name], str | os.PathLike | None):
             raise UsageError(f"{name} must be a path, not {arguments[name]!r}")
     for name in ("calibration", "validation"):
-        _check_share(name, arguments[name])
+        check_share(name, arguments[name])
     check_fpr(arguments["fpr"])
 
 

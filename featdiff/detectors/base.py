@@ -188,8 +188,6 @@ class BaseDetector:
             rows = split(len(unique), self.arguments["calibration"], self.arguments["validation"], self.seed)
         else:
             rows.check(len(unique))
-            for name in ("calibration", "validation"):  # what was done, not what would have been
-                self.arguments[name] = len(getattr(rows, name)) / len(unique)
         check_fpr(self.fpr, len(rows.calibration))
         self.calibration_digests_ = [unique[i] for i in rows.calibration]
         return unique, kept.table(unique), rows

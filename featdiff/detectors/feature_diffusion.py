@@ -210,6 +210,10 @@ class Detector(BaseDetector):
         assert heads is not None
         heads.fit_vim(features, last.weight, last.bias)
 
+    def check_layers(self) -> None:
+        """Refuse layers that cannot be read, by passing one image through the backbone (``UsageError``)."""
+        self._extractor()
+
     def _extractor(self) -> FeatureExtractor:
         given, layers, transform = (self.arguments[name] for name in ("backbone", "layers", "transform"))
         if isinstance(given, nn.Module):

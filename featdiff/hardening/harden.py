@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..backbones import fingerprint
 from ..calibration import Split, check_fpr
 from ..detectors.accelerating import make_accelerator
-from ..detectors.arguments import resolve_device
+from ..detectors.arguments import check_share, resolve_device
 from ..detectors.checkpoints import Keeper, resume
 from ..exceptions import UsageError
 from ..features import PRE_LOGITS
@@ -28,8 +29,8 @@ from ..outliers.synthesis import ONE_CLASS
 from ..persist import check_target
 from ..store import Progress, default_cache
 from .layout import GUARD, STUDENT, is_hardened
-from .learning import LearningState, learn, start
-from .lessons import Curriculum
+from .learning import LearningState, check_processes, learn, start
+from .lessons import FEWEST, Curriculum
 from .material import Preparation
 from .objective import Objective
 from .reading import FOLDER, Reader
@@ -169,8 +170,12 @@ def harden(
     accelerator = make_accelerator(mixed_precision, place)
     if accelerator is not None and accelerator.num_processes > 1:
         place = accelerator.device
+        check_processes(recipe, accelerator.num_processes)
     # class folders -> a student, cut in two, and the guard that it will have
     check_fpr(fpr)
+    for name, share in (("calibration", calibration), ("validation", validation)):
+        if share is not None:
+            check_share(name, share)
     if views < 1:
         raise UsageError(f"views must be a whole number above 0, not {views}")
     refs, labels, classes = list_labelled(images)
@@ -193,11 +198,16 @@ def harden(
         max_pixels=reader.max_pixels,
         **(guard or {}),
     )
+    guarded.check_layers()
     # images -> rows of the frozen layers, and what the teacher makes of them
     prepare = Preparation(reader, classes, views, fpr, calibration, validation, recipe.batch_size, progress)
-    unseen = _unseen(prepare.share(len(refs)), student, teacher)
+    _unseen(prepare.held_back(len(refs)), student, teacher)
     with _first(accelerator):
         material = prepare(refs, labels, classifier, trunk, guide)
+    held_back = prepare.held_back(len(material.refs))
+    unseen = _unseen(held_back, student, teacher)
+    if recipe.energy and np.bincount(material.labels[material.rows.training]).max() < FEWEST:
+        raise UsageError(f"--energy needs a class of at least {FEWEST} training images: add images, or leave it away")
     shaped = trunk.maps if trunk else _as_they_are
     rows = material.rows
     curriculum = Curriculum(material.views, shaped, material.labels, rows.training, place, guide, material.taught)
@@ -207,12 +217,12 @@ def harden(
     facts = {
         **{"student": student, "weights_before": fingerprint(classifier.model), "teacher": guide and guide.name},
         **{"outliers": _about(outliers), "recipe": asdict(recipe), "train_from": trunk.layer if trunk else ALL_LAYERS},
-        **{"views": views, "seed": seed, "classes": classes, "held_out": min(unseen, material.held_out())},
+        **{"views": views, "seed": seed, "classes": classes, "held_out": min(unseen, held_back)},
         "images": {"training": len(rows.training), "validation": len(rows.validation)},
     }
     state = start(_objective(network, recipe, curriculum, seed), recipe)
-    how_seen = [classifier.data_config, mixed_precision, guide and guide.key(), material.labels.tolist()]
-    file = reader.cache / FOLDER / f"{_hash([_VERSION, facts, how_seen], material.digests)}.pt"
+    about = [classifier.data_config, mixed_precision, material.labels.tolist(), guide and [guide.key(), guide.classes]]
+    file = reader.cache / FOLDER / f"{_hash([_VERSION, facts, about], material.digests)}.pt"
     _train(state, curriculum, rows, recipe, seed, file, accelerator, progress)
     classifier.model.requires_grad_(False).eval()
     # -> a guard on it; its images for calibration are those that trained nothing
@@ -251,14 +261,14 @@ def _unseen(needed: float, *folders: str | None) -> float:
     Raises
     ------
     UsageError
-        Less than the share ``needed`` to calibrate.
+        Less than the share ``needed`` to calibrate and to choose among epochs.
     """
     shares = {folder: training_facts(folder).get("held_out", 1.0) for folder in folders if folder}
     for folder, share in shares.items():
-        if needed > share:
+        if needed > share + 1e-9:
             raise UsageError(
-                f"{folder} was trained on all but {share:.1%} of its images, and {needed:.1%} are needed to "
-                "calibrate: ask for a higher --fpr, or train it anew at this one"
+                f"{folder} was trained on all but {share:.1%} of its images, and {needed:.1%} must be held back here: "
+                "ask for a higher --fpr, or train it anew on as many images and at this --fpr"
             )
     return min(shares.values(), default=1.0)
 
@@ -273,7 +283,7 @@ def _student(
         found = load_classifier(folder)
         if found.classes != tuple(classes):
             raise UsageError(
-                f"the student at {folder} has the classes {', '.join(found.classes)}, the images {', '.join(classes)}: "
+                f"the student at {folder} has the classes {some(found.classes)}, the images {some(classes)}: "
                 "begin with a backbone by name"
             )
     else:
@@ -347,9 +357,11 @@ def _about(outliers: Outliers | None) -> dict[str, Any] | None:
     """What the facts say of outliers."""
     if outliers is None:
         return None
-    parts = (outliers.vectors, *(() if outliers.latents is None else (outliers.latents,)))
-    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-    return {"method": outliers.method, "n": len(outliers), "sha256": digest}
+    digest = hashlib.sha256()
+    for part in (outliers.vectors, outliers.latents):
+        for rows in () if part is None else part.split(1024):
+            digest.update(rows.numpy().tobytes())
+    return {"method": outliers.method, "n": len(outliers), "sha256": digest.hexdigest()}
 
 
 def _hash(facts: object, digests: Sequence[bytes]) -> str:

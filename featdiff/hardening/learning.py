@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,14 @@ def learn(
     state.objective.eval()
 
 
+def check_processes(recipe: HardenRecipe, processes: int) -> None:
+    """Refuse a batch that so many processes cannot share evenly, two rows or more each (``UsageError``)."""
+    if recipe.batch_size % processes or recipe.batch_size < 2 * processes:
+        raise UsageError(
+            f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more each"
+        )
+
+
 @torch.inference_mode()
 def held_out_accuracy(objective: Objective, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Share of rows whose largest logit is that of their label, in eval mode; batches of (B, ...) and (B,)."""
@@ -173,7 +182,7 @@ class _Engine:
     def __init__(self, state: LearningState, recipe: HardenRecipe, accelerator: Accelerator | None) -> None:
         self.objective, self.recipe, self.accelerator = state.objective, recipe, accelerator
         self.network: nn.Module = state.objective
-        self.groups = state.optimizer.param_groups
+        self.optimizer = state.optimizer
         self.optimizers: list[Any] = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
         self.processes, self.rank = 1, 0
         if accelerator is not None:
@@ -181,21 +190,17 @@ class _Engine:
             self.processes, self.rank = accelerator.num_processes, accelerator.process_index
             if accelerator.gather(torch.tensor([state.epoch], device=accelerator.device)).unique().numel() > 1:
                 raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
-        if recipe.batch_size % self.processes or recipe.batch_size < 2 * self.processes:
-            raise UsageError(
-                f"{self.processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more"
-            )
+        check_processes(recipe, self.processes)
         self.share = slice(self.rank, None, self.processes)
         self.device = next(state.objective.parameters()).device
 
     def set_rates(self, factor: float) -> None:
-        for group in self.groups:
+        for group in self.optimizer.param_groups:  # asked for anew: what prepares an optimizer may replace them
             group["lr"] = self.recipe.learning_rate * group["factor"] * factor
 
     def update(self, lesson: Lesson, seed: int) -> dict[str, float]:
         """``seed`` decides what dropout and stochastic depth leave out; the caller's random state is left alone."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with _chance(seed, self.device):
             losses = self.network(lesson)
         total = torch.stack([*losses.values()]).sum()
         for optimizer in self.optimizers:
@@ -221,6 +226,17 @@ class _Engine:
         """Give the network back as it was."""
         if self.accelerator is not None:
             self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def _chance(seed: int, device: torch.device) -> Iterator[None]:
+    """Chance that follows from a seed on the CPU and the device; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for all GPUs
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _close_epoch(state: LearningState, accuracy: float, losses: dict[str, float], patience: int) -> None:

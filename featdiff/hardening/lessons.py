@@ -17,7 +17,8 @@ from .teachers import Teacher
 
 # Rows of a class around which outliers are made (as published), outliers of a class in an epoch, and either in all.
 _MOST_OF_A_CLASS, _BESIDE_A_CLASS, _IN_ALL = 500, 200, 10_000
-_FEWEST = 5  # rows of a class that have a boundary
+#: Rows of a class that have a boundary.
+FEWEST = 5
 _AT_ONCE = 128  # rows of images as they are
 
 
@@ -77,11 +78,11 @@ class Curriculum:
         objective.eval()
         made = []
         labels = np.unique(self.labels[self.training])
-        most, count = (max(_FEWEST, min(n, _IN_ALL // len(labels))) for n in (_MOST_OF_A_CLASS, _BESIDE_A_CLASS))
+        most, count = (max(FEWEST, min(n, _IN_ALL // len(labels))) for n in (_MOST_OF_A_CLASS, _BESIDE_A_CLASS))
         for label in labels:
             rows = self.training[self.labels[self.training] == label]
             rows = rows[:: -(-len(rows) // most)]
-            if len(rows) < _FEWEST:
+            if len(rows) < FEWEST:
                 continue
             features = torch.cat([objective.answer(x)[0] for x, _ in self.held_out(rows)]).float()
             space = Space({"features": slice(0, features.shape[1])}, features)
@@ -89,7 +90,7 @@ class Curriculum:
             points = torch.from_numpy(boundary_points(space.join(features), np.zeros(len(rows)), k))
             rounds = Beyond(space, features, points.to(features.device), k)
             made.append(draw(rounds, count, np.random.SeedSequence([seed, int(label)]))[0])
-        self._beside = torch.cat(made).clone() if made else None
+        self._beside = torch.cat(made) if made else None
 
     def _seen(self, views: Sequence[Table], rows: np.ndarray, view: np.ndarray) -> Tensor:
         parts = [

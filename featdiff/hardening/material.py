@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..calibration import Split, check_fpr, split_by_content
+from ..calibration import MOST_CALIBRATION, MOST_VALIDATION, Split, check_fpr, split_by_content
 from ..detectors.fitting import Table
 from ..exceptions import UsageError
 from ..sources import ImageRef
-from ..store import FeatureStore, FeatureTable, Progress
+from ..store import Extraction, FeatureStore, FeatureTable, Progress
 from .reading import Glance, Pictures, Reader, derive
 from .students import Classifier
-from .teachers import Teacher
+from .teachers import HEAD_ROWS, Teacher
 from .trunks import Trunk
 from .views import View
 
@@ -38,10 +38,6 @@ class Material:
     views: list[Table]
     taught: list[FeatureTable]
     unreadable: list[tuple[str, str]]
-
-    def held_out(self) -> float:
-        """Share of the images that trains nothing, in [0, 1]."""
-        return (len(self.rows.calibration) + len(self.rows.validation)) / len(self.refs)
 
 
 @dataclass(frozen=True)
@@ -89,32 +85,49 @@ class Preparation:
         if not found.paths:
             path, reason = found.unreadable[0]
             raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
-        number = {ref.path: i for i, ref in enumerate(refs)}
-        places: dict[bytes, int] = {}  # of copies, the first counts
-        for path, digest in zip(found.paths, found.digests, strict=True):
-            places.setdefault(digest, number[path])
-        digests, chosen = [*places], [*places.values()]
-        known, labels = [refs[i] for i in chosen], labels[chosen]
+        left_out = [*found.unreadable]
+        chosen = self._different(found, {ref.path: i for i, ref in enumerate(refs)}, labels, left_out)
+        digests, known, labels = [*chosen], [refs[i] for i in chosen.values()], labels[[*chosen.values()]]
         rows = self._split(digests, labels)
         views = self._views(known, digests, kept, classifier, trunk)
         taught = self._taught(known, digests, labels, rows, teacher) if teacher else []
-        return Material(known, digests, labels, rows, views, taught, found.unreadable)
+        return Material(known, digests, labels, rows, views, taught, left_out)
 
-    def share(self, images: int) -> float:
-        """Of so many images, the share that calibrates.
+    def held_back(self, images: int) -> float:
+        """The share of so many images that calibrates or validates."""
+        calibration = min(self._calibration(images), MOST_CALIBRATION / images)
+        return calibration + min(self.validation, MOST_VALIDATION / images)
 
-        A tenth, or up to a fifth of few images, so that there are twice as many as the rate needs at least.
-        """
+    def _calibration(self, images: int) -> float:
+        """A tenth, or up to a fifth of few images, so that there are twice as many as the rate needs at least."""
         return self.calibration or min(0.2, max(0.1, 2 / (self.fpr * images)))
 
+    def _different(
+        self, found: Extraction, number: Mapping[str, int], labels: np.ndarray, left_out: list[tuple[str, str]]
+    ) -> dict[bytes, int]:
+        """Of each content, the first image; a content in several classes has no label, and is left out."""
+        copies: dict[bytes, list[int]] = {}
+        for path, digest in zip(found.paths, found.digests, strict=True):
+            copies.setdefault(digest, []).append(number[path])
+        paths = {i: path for path, i in number.items()}
+        chosen = {}
+        for digest, images in copies.items():
+            names = [self.classes[label] for label in sorted({int(labels[i]) for i in images})]
+            if len(names) > 1:
+                left_out += [(paths[i], f"the same image lies in the classes {', '.join(names)}") for i in images]
+            else:
+                chosen[digest] = images[0]
+        return chosen
+
     def _check_count(self, images: int) -> None:
-        if images < self.batch_size:
+        training = images - round(images * self.held_back(images))
+        if training < self.batch_size:
             raise UsageError(
-                f"{images} images do not fill a batch of {self.batch_size}: lower --train-batch (batch_size)"
+                f"{training} training images do not fill a batch of {self.batch_size}: lower --train-batch (batch_size)"
             )
 
     def _check_room(self, images: int, trunk: Trunk | None, teacher: Teacher | None) -> None:
-        """Whether the disk has room for what images leave in the cache, beside what is there already."""
+        """Whether the disk has room for what images leave in the cache; rows that are there may be of others."""
         needed = 0
         for view in range(self.views):
             stores = [self.reader.store(trunk, view, np.float16)] if trunk else []
@@ -129,7 +142,7 @@ class Preparation:
 
     def _split(self, digests: list[bytes], labels: np.ndarray) -> Split:
         # by content: who begins with this student, or is taught by it, is calibrated on what it did not learn from
-        rows = split_by_content(digests, self.share(len(digests)), self.validation)
+        rows = split_by_content(digests, self._calibration(len(digests)), self.validation)
         check_fpr(self.fpr, len(rows.calibration))
         for label, name in enumerate(self.classes):
             if not (labels[rows.training] == label).any():
@@ -163,6 +176,7 @@ class Preparation:
                 derive(kept, self.reader.store(teacher, view, np.float32), digests, teacher.behind, self.progress)
             tables.append(self.reader.table(refs, digests, teacher, view, np.float32, self.progress))
         if teacher.head is None:
-            parts = [(tables[0][part], labels[part]) for part in (rows.training, rows.validation)]
+            some = rows.training[:: -(-len(rows.training) // HEAD_ROWS)]
+            parts = [(tables[0][part], labels[part]) for part in (some, rows.validation)]
             teacher.fit_head(*parts[0], *parts[1])
         return tables

@@ -130,8 +130,8 @@ def classifier_folder(name: str) -> Path | None:
 
 
 def training_facts(name: str) -> dict[str, Any]:
-    """What featdiff wrote of the training of a classifier in a folder; nothing for others and for backbones."""
-    folder = classifier_folder(name)
+    """What featdiff wrote of the training of a classifier in a folder (or ``local-dir:FOLDER``); nothing for others."""
+    folder = classifier_folder(name.removeprefix("local-dir:"))
     facts = _read_config(folder).get(FACTS) if folder else None
     return facts if isinstance(facts, dict) else {}
 

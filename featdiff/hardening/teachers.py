@@ -22,6 +22,8 @@ from .trunks import Trunk, split_at
 _TEACHER_VERSION = 1
 # Inverse strengths of a new head's regularisation, of which held-out images choose.
 _STRENGTHS = (0.001, 0.01, 0.1)
+#: Rows that a new head learns from, at most.
+HEAD_ROWS = 20_000
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Teacher:
 
     ``head`` turns pre-logits (B, ``width``) into logits in the order of the student's classes; a teacher by the name of
     a backbone has none until :meth:`fit_head`. ``trunk`` are the layers that stayed frozen while featdiff trained it,
-    if any, ``tail`` what lies behind: the cache may still have what the trunk gave.
+    if any, ``tail`` what lies behind: the cache may still have what the trunk gave. ``classes`` are those of a teacher
+    that has its own last layer.
     """
 
     network: Backbone | Classifier
@@ -39,6 +42,7 @@ class Teacher:
     head: nn.Module | None = None
     trunk: Trunk | None = None
     tail: nn.Module | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def transform(self) -> Transform:
@@ -117,7 +121,7 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
     layer = training_facts(name).get("train_from")
     trunk, tail = split_at(found, layer) if layer else (None, None)
     found.model.requires_grad_(False)
-    return Teacher(found, found.name, _width(found.model, found.data_config), head, trunk, tail)
+    return Teacher(found, found.name, _width(found.model, found.data_config), head, trunk, tail, found.classes)
 
 
 class _Ordered(nn.Module):

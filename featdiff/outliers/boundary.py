@@ -30,6 +30,21 @@ def default_k(smallest: int) -> int:
     return max(1, min(K, int(SHARE * smallest)))
 
 
+def check_neighbours(k: int | None, select: int | None = None) -> None:
+    """Refuse a ``k`` or ``select`` below 1 (``UsageError``)."""
+    for name, number in (("k", k), ("select", select)):
+        if number is not None and number < 1:
+            raise UsageError(f"{name} must be a whole number above 0, not {number}")
+
+
+def check_noise(sigma: float | None, candidates: int, keep: int = KEEP) -> None:
+    """Refuse a ``sigma`` not above 0, and fewer candidates than are kept (``UsageError``)."""
+    if sigma is not None and not 0 < sigma < float("inf"):
+        raise UsageError(f"sigma must be a number above 0, not {sigma}")
+    if not 1 <= keep <= candidates:
+        raise UsageError(f"of {candidates} candidates {keep} cannot be kept: ask for {keep} candidates or more")
+
+
 def check_classes(counts: np.ndarray, k: int | None, classes: list[str]) -> int:
     """The ``k`` that is meant, for classes of so many rows.
 
@@ -38,8 +53,7 @@ def check_classes(counts: np.ndarray, k: int | None, classes: list[str]) -> int:
     UsageError
         A ``k`` below 1, or a class with fewer than 3 rows, or without a k-th neighbour.
     """
-    if k is not None and k < 1:
-        raise UsageError(f"k must be a whole number above 0, not {k}")
+    check_neighbours(k)
     smallest = int(counts.argmin())
     named = f"class {classes[smallest]!r} has {counts[smallest]} different readable images"
     if counts[smallest] < 3:
@@ -101,8 +115,7 @@ def boundary_points(vectors: Tensor, labels: np.ndarray, k: int, select: int | N
     UsageError
         A class without a k-th neighbour, or ``select`` below 1.
     """
-    if select is not None and select < 1:
-        raise UsageError(f"select must be a whole number above 0, not {select}")
+    check_neighbours(k, select)
     found = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -149,10 +162,7 @@ class Beyond:
         candidates: int = CANDIDATES,
         keep: int = KEEP,
     ) -> None:
-        if sigma is not None and not 0 < sigma < float("inf"):
-            raise UsageError(f"sigma must be a number above 0, not {sigma}")
-        if not 1 <= keep <= candidates:
-            raise UsageError(f"of {candidates} candidates {keep} cannot be kept: ask for {keep} candidates or more")
+        check_noise(sigma, candidates, keep)
         self.space, self.rows, self.points, self.k = space, rows, points, k
         self.candidates, self.keep = candidates, keep
         self._sigma = sigma

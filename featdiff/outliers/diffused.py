@@ -73,8 +73,7 @@ class Explained:
         backend: str = "auto",
         keep: int = KEEP,
     ) -> None:
-        if not 0 < strength < float("inf"):
-            raise UsageError(f"strength must be a number above 0, not {strength}")
+        check_strength(strength)
         self.space, self.k, self.strength, self.keep = space, k, strength, keep
         self._diffusion, self._stages = heads.diffusion, [name for name in heads.layers if name != PRE_LOGITS]
         self._own, self._vectors = rows[points][:, : space.width], space.join(rows)
@@ -137,6 +136,12 @@ class Explained:
         source = torch.Generator().manual_seed(seed)
         order = torch.rand(len(START_TIMES) * ESTIMATES, near, generator=source).argsort(1)
         return (order < -(-near // 2)).float() / -(-near // 2)
+
+
+def check_strength(strength: float) -> None:
+    """Refuse a ``strength`` not above 0 (``UsageError``)."""
+    if not 0 < strength < float("inf"):
+        raise UsageError(f"strength must be a number above 0, not {strength}")
 
 
 def _nearest(vectors: Tensor, points: Tensor, backend: str) -> Tensor:

@@ -17,11 +17,11 @@ from ..detectors import BaseDetector, Detector
 from ..exceptions import FeatdiffError, UnlabelledError, UsageError, did_you_mean
 from ..features import LOGITS, PRE_LOGITS
 from ..labels import list_labelled
-from ..neighbors import make_index
+from ..neighbors import check_backend, make_index
 from ..store import FeatureTable, Progress
 from .archive import Outliers
-from .boundary import CANDIDATES, Beyond, boundary_points, check_classes, default_k, draw
-from .diffused import STRENGTH, Explained
+from .boundary import CANDIDATES, Beyond, boundary_points, check_classes, check_neighbours, check_noise, default_k, draw
+from .diffused import STRENGTH, Explained, check_strength
 from .space import Space
 
 METHODS = ("diffusion", "boundary")
@@ -147,12 +147,16 @@ def synthesise(
         raise UsageError(f"the number of outliers must be above 0, not {n}")
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}{did_you_mean(method, list(METHODS))}; known: {', '.join(METHODS)}")
+    check_neighbours(k, select)
+    check_strength(strength)
+    check_noise(sigma, candidates)
+    check_backend(backend)
     fitted = feature_detector(detector)
     images, label_of, classes = with_classes(images, labelled)
-    paths, table = fitted.features(images, progress)
-    members = _members(table, np.array([label_of.get(path, 0) for path in paths]), len(classes), seed)
     if n < len(classes):
         raise UsageError(f"{n} outliers are fewer than the {len(classes)} classes: ask for {len(classes)} or more")
+    paths, table = fitted.features(images, progress)
+    members = _members(table, np.array([label_of.get(path, 0) for path in paths]), len(classes), seed)
     k = check_classes(np.array([len(rows) for rows in members]), k, classes)
     known = _choice(np.sort(np.concatenate(members)), _MOST_IN_DOMAIN, seed)
     space = Space(fitted.extractor_.columns, table[known])

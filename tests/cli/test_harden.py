@@ -86,6 +86,13 @@ def test_eval_without_class_folders_has_no_accuracy(
     sets = ["--id", folders["test"] / "china", "--ood", f"digits={folders['digits']}", "--protocol", "matched"]
     done = featdiff_cli("eval", *sets, "-m", hardened, "--json", "-q")
     assert json.loads(done.stdout)["accuracy"] is None
+    told = featdiff_cli("eval", *sets, "-m", hardened)
+    assert "no accuracy: " in told.stderr and "lies in no class folder" in told.stderr
+
+
+def test_weights_are_not_for_a_student(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
+    done = featdiff_cli("score", folders["test"], "-m", hardened, "--weights", hardened / "student/model.safetensors")
+    fails(done, 2, "--weights belong to a model on a backbone")
 
 
 def test_info_and_export_take_the_folder(hardened: Path, tmp_path: Path, featdiff_cli: Cli) -> None:

@@ -97,6 +97,7 @@ def test_unreadable_images_are_listed(featdiff_cli: Cli, tiny_model: Path, photo
     [
         (["--strength", "0"], ["strength must be a number above 0, not 0"]),
         (["--sigma", "0.1"], ["--sigma belongs to --method boundary"]),
+        (["--steps", "5"], ["--steps belongs to --method stable-diffusion"]),
         (["--method", "boundary", "--strength", "1"], ["--strength belongs to --method diffusion"]),
         (["--k", "12"], ["class 'china' has 12 different readable images", "k = 11 or less"]),
         (["--k", "0"], ["--k"]),
