@@ -9,10 +9,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .backbones import check_name
 from .detectors import Detector
 from .exceptions import UsageError
 from .hardening.harden import Hardened, harden
 from .hardening.recipe import HardenRecipe
+from .hardening.students import classifier_folder
 from .outliers.synthesis import METHODS, synthesise
 from .settings import check_keys
 from .sources import ImageRef
@@ -43,6 +45,8 @@ def check_students(students: Mapping[str, Mapping[str, Any]]) -> None:
             _recipe(own)
         except (UsageError, TypeError) as error:
             raise UsageError(f"{where}: {error}") from None
+        if classifier_folder(own["student"]) is None:
+            check_name(own["student"])
         before.append(name)
 
 

@@ -76,7 +76,7 @@ def load_backbone(
     """
     from timm.data import create_transform, resolve_model_data_config
 
-    _check_name(name)
+    check_name(name)
     overrides = _check_transform(transform or {})
     args = {"num_classes": 0, **(model_args or {})}
     if ":" not in name:
@@ -175,7 +175,8 @@ def list_backbones(pattern: str = "") -> list[tuple[str, str]]:
     ]
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know, and a local folder that is not there (``UsageError``)."""
     import timm
 
     if ":" in name:

@@ -96,6 +96,7 @@ def test_accuracy_is_in_rows_and_tables(result: dict[str, Any]) -> None:
         ({"a": {"teacher": "resnet50"}}, "'a' lacks student"),
         ({"a": {"student": "resnet18", "outliers": "noise"}}, "must be one of diffusion, boundary, not 'noise'"),
         ({"a": {"student": "x", "guard": {"fpr": 0.1}}}, "'a': fpr stands beside student, not in guard"),
+        ({"a": {"student": "resnet1800"}}, "unknown backbone 'resnet1800'; did you mean"),
         ({"a": {"student": "x", "epochs": 0}}, "'a': epochs must be above 0"),
         ({"a": {"student": "x", "teacher": "b"}, "b": {"student": "x"}}, "teacher 'b' must stand before it"),
     ],

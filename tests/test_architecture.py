@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": set(),
     "rivals": {"features", "gaussian", "neighbors", "store"},
     "evaluation": {"detectors", "features", "sources", "images", "labels", "store", "metrics", "rivals"},
-    "ablation": {"detectors", "hardening", "outliers", "settings", "sources", "store"},
+    "ablation": {"backbones", "detectors", "hardening", "outliers", "settings", "sources", "store"},
     "settings": set(),
     "suites": {"evaluation", "settings", "sources"},
     "bench": {
