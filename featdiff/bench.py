@@ -80,8 +80,9 @@ def run_suite(
         raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
     left_out: dict[str, str] = {}
     plans = [_plan(suite, task, data, download, left_out) for task in suite.tasks]
-    for images in (images for plan in plans if suite.students for images in (plan.train, plan.test)):
-        list_labelled(images)  # students need classes: better said now
+    for plan in plans if suite.students else ():
+        for images in (plan.train, plan.test):
+            list_labelled(images)  # students need classes: better said now
     for name, reason in left_out.items():
         tell(f"left out: {name}: {reason}")
     if not any(plan.ood for plan in plans):

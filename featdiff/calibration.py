@@ -15,10 +15,10 @@ from .exceptions import UsageError
 
 # k / (n + 1) and the same rate written as a decimal may differ in the last bits
 _SLACK = 1e-9
-#: Rows that calibrate and validate, at most: more would not help.
-MOST_CALIBRATION, MOST_VALIDATION = 10_000, 2_000
 # The same where p-values are float32; two of them are never so close, for n is at most 10,000.
 _ROUNDING = 1e-7
+#: Rows that calibrate and validate, at most: more would not help.
+MOST_CALIBRATION, MOST_VALIDATION = 10_000, 2_000
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .detectors import BaseDetector, Detector
-from .exceptions import UsageError, did_you_mean
+from .exceptions import UsageError, did_you_mean, some_of
 from .features import LOGITS
 from .images import Downscale, short_sides
 from .labels import list_labelled
@@ -113,7 +113,7 @@ def measure_accuracy(
         raise UsageError("accuracy needs logits, and this detector does not see any")
     refs, labels, names = list_labelled(images)
     if others := [name for name in names if name not in classes]:
-        raise UsageError(f"{others[0]} is no class of the classifier; it knows {', '.join(classes[:4])} ...")
+        raise UsageError(f"{others[0]} is no class of the classifier; it knows {some_of(classes)}")
     wanted = {ref.path: classes.index(names[label]) for ref, label in zip(refs, labels, strict=True)}
     paths, table = detector.features(refs, progress)
     predicted = np.concatenate([rows[:, columns].argmax(1).numpy() for rows in table.chunks()])

@@ -1,5 +1,7 @@
 """Every error featdiff raises on purpose. One root, so that a caller can catch them all."""
 
+from collections.abc import Sequence
+
 
 class FeatdiffError(Exception):
     """Something could not be done; the message is one line that says what to do next."""
@@ -36,6 +38,11 @@ class NotFittedError(FeatdiffError, ValueError, AttributeError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, cut to one line; its kind if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names, and where there are more than four, how many there are."""
+    return ", ".join(names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -142,3 +142,15 @@ def stopped(arguments: Sequence[object], ready: Callable[[], object], pause: flo
         process.kill()
         process.wait()
     return process.returncode, output, errors
+
+
+def copy_labelled(sample_folders: dict[str, Path], root: Path, train: int) -> None:
+    """``train`` and ``test``, each with a folder of tiles of either photograph (20 to test), and 20 ``digits``."""
+    for part, count in (("train", train), ("test", 20)):
+        for name in ("china", "flower"):
+            (root / part / name).mkdir(parents=True)
+            for file in sorted(sample_folders[part].glob(f"{name}*"))[:count]:
+                shutil.copy(file, root / part / name)
+    (root / "digits").mkdir()
+    for file in sorted(sample_folders["digits"].iterdir())[:20]:
+        shutil.copy(file, root / "digits")

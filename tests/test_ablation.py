@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import copy_labelled
 
 from featdiff.ablation import check_students
 from featdiff.bench import run_suite
@@ -53,14 +53,7 @@ def result(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     data = tmp_path_factory.mktemp("data")
-    for part, count in (("train", 70), ("test", 20)):
-        for name in ("china", "flower"):
-            (data / part / name).mkdir(parents=True)
-            for file in sorted(sample_folders[part].glob(f"{name}*"))[:count]:
-                shutil.copy(file, data / part / name)
-    (data / "digits").mkdir()
-    for file in sorted(sample_folders["digits"].iterdir())[:20]:
-        shutil.copy(file, data / "digits")
+    copy_labelled(sample_folders, data, train=70)
     (data / "suite.toml").write_text(SUITE.format(weights=seeded_backbone))
     told: list[str] = []
     found = run_suite(load_suite(data / "suite.toml"), data, tiny_arguments, tell=told.append)

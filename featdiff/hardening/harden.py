@@ -19,7 +19,7 @@ from ..calibration import Split, check_fpr
 from ..detectors.accelerating import make_accelerator
 from ..detectors.arguments import check_share, resolve_device
 from ..detectors.checkpoints import Keeper, resume
-from ..exceptions import UsageError
+from ..exceptions import UsageError, some_of
 from ..features import PRE_LOGITS
 from ..guard import Guard
 from ..labels import list_labelled
@@ -45,7 +45,7 @@ from .students import (
     save_classifier,
     training_facts,
 )
-from .teachers import load_teacher, some
+from .teachers import load_teacher
 from .trunks import Trunk, default_cut, split_at
 
 if TYPE_CHECKING:
@@ -247,8 +247,8 @@ def _check_classes(outliers: Outliers | None, classes: Sequence[str]) -> None:
     """Whether outliers lie beside these images (``UsageError``)."""
     if outliers is not None and outliers.classes not in ([ONE_CLASS], classes):
         raise UsageError(
-            f"the outliers lie beside the classes {some(outliers.classes)}, the images have {some(classes)}: make "
-            "outliers from these images"
+            f"the outliers lie beside the classes {some_of(outliers.classes)}, the images have {some_of(classes)}: "
+            "make outliers from these images"
         )
 
 
@@ -283,7 +283,7 @@ def _student(
         found = load_classifier(folder)
         if found.classes != tuple(classes):
             raise UsageError(
-                f"the student at {folder} has the classes {some(found.classes)}, the images {some(classes)}: "
+                f"the student at {folder} has the classes {some_of(found.classes)}, the images {some_of(classes)}: "
                 "begin with a backbone by name"
             )
     else:

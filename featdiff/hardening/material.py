@@ -106,17 +106,16 @@ class Preparation:
         self, found: Extraction, number: Mapping[str, int], labels: np.ndarray, left_out: list[tuple[str, str]]
     ) -> dict[bytes, int]:
         """Of each content, the first image; a content in several classes has no label, and is left out."""
-        copies: dict[bytes, list[int]] = {}
+        copies: dict[bytes, list[str]] = {}
         for path, digest in zip(found.paths, found.digests, strict=True):
-            copies.setdefault(digest, []).append(number[path])
-        paths = {i: path for path, i in number.items()}
+            copies.setdefault(digest, []).append(path)
         chosen = {}
-        for digest, images in copies.items():
-            names = [self.classes[label] for label in sorted({int(labels[i]) for i in images})]
+        for digest, paths in copies.items():
+            names = [self.classes[label] for label in sorted({int(labels[number[path]]) for path in paths})]
             if len(names) > 1:
-                left_out += [(paths[i], f"the same image lies in the classes {', '.join(names)}") for i in images]
+                left_out += [(path, f"the same image lies in the classes {', '.join(names)}") for path in paths]
             else:
-                chosen[digest] = images[0]
+                chosen[digest] = number[paths[0]]
         return chosen
 
     def _check_count(self, images: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone, fingerprint, load_backbone
-from ..exceptions import UsageError
+from ..exceptions import UsageError, some_of
 from ..features import device_of, evaluating
 from ..images import Transform
 from .students import Classifier, check_head, classifier_folder, load_classifier, training_facts
@@ -110,7 +110,7 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
     found = load_classifier(folder)
     if sorted(found.classes) != sorted(classes):
         raise UsageError(
-            f"the teacher at {folder} knows the classes {some(found.classes)}, the images have {some(classes)}: "
+            f"the teacher at {folder} knows the classes {some_of(found.classes)}, the images have {some_of(classes)}: "
             "train a teacher on these images (featdiff harden without --teacher), or name a backbone"
         )
     check_head(found)
@@ -149,8 +149,3 @@ def _pre_logits(model: nn.Module, x: Tensor) -> Tensor:
 @torch.inference_mode()
 def _width(model: nn.Module, data_config: dict[str, Any]) -> int:
     return _pre_logits(model, torch.zeros(1, *data_config["input_size"])).shape[1]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many there are."""
-    return ", ".join(names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")

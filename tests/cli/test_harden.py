@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
-from helpers import fails
+from helpers import copy_labelled, fails
 from stable_pipelines import NOISE, write_pipeline
 
 from featdiff.hardening.harden import load_hardened
@@ -23,14 +22,7 @@ Cli = Callable[..., Result]
 def folders(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``train``: 60 tiles of each photograph; ``test``: 20 of each; ``digits``: 20."""
     root = tmp_path_factory.mktemp("labelled")
-    for part, count in (("train", 60), ("test", 20)):
-        for name in ("china", "flower"):
-            (root / part / name).mkdir(parents=True)
-            for file in sorted(sample_folders[part].glob(f"{name}*"))[:count]:
-                shutil.copy(file, root / part / name)
-    (root / "digits").mkdir()
-    for file in sorted(sample_folders["digits"].iterdir())[:20]:
-        shutil.copy(file, root / "digits")
+    copy_labelled(sample_folders, root, train=60)
     return {name: root / name for name in ("train", "test", "digits")}
 
 
