@@ -25,7 +25,7 @@ from .images import short_sides
 from .labels import list_labelled
 from .rivals import Rivals
 from .sources import ImageRef
-from .store import Progress, featurise
+from .store import Progress, evenly, featurise
 from .suites import EVERYTHING_ELSE, NotThere, Suite, Task, everything_else, find_images
 
 #: Name of the default detector in a result; others are named ``<name>_<head>``.
@@ -262,7 +262,7 @@ def _costs(
 
 def _timed_pass(detector: BaseDetector, images: list[ImageRef]) -> tuple[float, Tensor]:
     """Seconds for an image through decoding and backbone, and the features of the images that were timed."""
-    batches, _ = detector.batches(images[:: -(-len(images) // _TIMED_IMAGES)])
+    batches, _ = detector.batches(evenly(images, _TIMED_IMAGES))
     vectors: list[Tensor] = []
     start = time.perf_counter()
     for batch in batches:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .exceptions import FeatdiffError
 from .images import Batch, Transform
 from .persist import write_whole
 
+Some = TypeVar("Some", list[Any], np.ndarray)
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 _SHARD_BYTES = 4 << 20
 _MAPPED_BYTES = 1 << 19
@@ -205,6 +206,11 @@ class Extraction:
     digests: list[bytes] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     computed: int = 0  # how many went through the backbone just now
+
+
+def evenly(rows: Some, most: int) -> Some:
+    """At most so many of a sequence, evenly spread; every second or third of it, and so on."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def featurise(batch: Batch, extractor: Extractor) -> tuple[dict[int, np.ndarray], dict[int, str]]:

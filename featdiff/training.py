@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .exceptions import FeatdiffError, UsageError
 from .noise import add_noise
+from .processes import Processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -214,12 +215,12 @@ def train(
                 _check_loss(loss, number)
                 val_loss = None
                 if i == per_epoch - 1:
-                    val_loss = engine.mean(validation_loss(state.average.module, validation, scheduler, seed))
+                    val_loss = engine.processes.mean(validation_loss(state.average.module, validation, scheduler, seed))
                     _check_loss(val_loss, number)
                     _close_epoch(state, val_loss, recipe.patience)
                 yield Step(number, epochs * per_epoch, number // per_epoch, loss, lr, val_loss)
     finally:
-        engine.close()
+        engine.processes.release(engine.network)
     state.done = True
     state.denoiser.load_state_dict(state.best)
     state.denoiser.eval()
@@ -229,24 +230,18 @@ class _Engine:
     """One optimiser step, on one process or, with an accelerator, on several."""
 
     def __init__(self, state: TrainingState, recipe: Recipe, accelerator: Accelerator | None) -> None:
-        self.state, self.recipe, self.accelerator = state, recipe, accelerator
-        self.network: nn.Module = state.denoiser
-        self.optimizer: Any = state.optimizer
-        self.rank, self.processes = 0, 1
-        if accelerator is not None:
-            self.network, self.optimizer = accelerator.prepare(state.denoiser, state.optimizer)
-            self.rank, self.processes = accelerator.process_index, accelerator.num_processes
-            epochs = accelerator.gather(torch.tensor([state.epoch], device=accelerator.device))
-            if epochs.min() != epochs.max():
-                raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
-        if recipe.batch_size % self.processes:
-            raise UsageError(f"{self.processes} processes cannot share a batch_size of {recipe.batch_size} evenly")
+        self.state, self.recipe = state, recipe
+        self.processes = Processes(accelerator, state.epoch)
+        self.network, self.optimizer = self.processes.prepare(state.denoiser, state.optimizer)
+        if recipe.batch_size % (number := self.processes.number):
+            raise UsageError(f"{number} processes cannot share a batch_size of {recipe.batch_size} evenly")
 
     def share(
         self, rows: Rows, batch: np.ndarray, total_t: int, source: torch.Generator, augment: Augment | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This process's part of a batch: clean rows, noise, times. All draw the same and keep their own."""
-        mine = slice(self.rank, len(batch) // self.processes * self.processes, self.processes)
+        every = self.processes.number
+        mine = slice(self.processes.rank, len(batch) // every * every, every)
         x = rows(batch) if augment else rows(batch[mine])
         t = torch.randint(total_t, (len(batch),), generator=source, device=x.device)
         noise = torch.randn((len(batch), *x.shape[1:]), generator=source, device=x.device)
@@ -256,27 +251,13 @@ class _Engine:
         state = self.state
         loss = _loss(self.network, x, noise, t, scheduler)
         self.optimizer.zero_grad(set_to_none=True)
-        backward, clip = (
-            (Tensor.backward, nn.utils.clip_grad_norm_)
-            if self.accelerator is None
-            else (self.accelerator.backward, self.accelerator.clip_grad_norm_)
-        )
-        backward(loss)
+        self.processes.backward(loss)
         if self.recipe.clip_norm:
-            clip(state.denoiser.parameters(), self.recipe.clip_norm)
+            self.processes.clip(state.denoiser.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         state.schedule.step()
         state.average.update_parameters(state.denoiser)
-        return self.mean(loss.detach())
-
-    def mean(self, loss: Tensor) -> float:
-        """The mean over all processes, so that all see the same number."""
-        return (loss if self.accelerator is None else self.accelerator.reduce(loss, "mean")).item()
-
-    def close(self) -> None:
-        """Give the network back as it was."""
-        if self.accelerator is not None:
-            self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+        return self.processes.mean(loss.detach())
 
 
 def _loss(denoiser: nn.Module, x: Tensor, noise: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:

@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pixels": {"images"},
     "noise": set(),
     "denoisers": set(),
-    "training": {"noise"},
+    "processes": set(),
+    "training": {"noise", "processes"},
     "reconstruct": {"noise"},
     "residuals": set(),
     "distances": {"backbones", "features", "residuals"},
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detectors": {
         *("sources", "images", "backbones", "features", "store", "noise", "denoisers", "training", "reconstruct"),
         *("residuals", "neighbors", "fusion", "calibration", "persist", "scores", "masks", "pixels", "distances"),
-        *("hub", "taps"),
+        *("hub", "taps", "processes"),
     },
     "outliers": {
         *("calibration", "detectors", "features", "labels", "neighbors", "noise", "persist", "reconstruct", "store"),
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "hardening": {
         *("backbones", "calibration", "detectors", "features", "guard", "images", "labels", "outliers", "persist"),
-        *("sources", "store", "training"),
+        *("processes", "sources", "store", "training"),
     },
     "exporting": {"calibration", "detectors", "features", "guard", "persist"},
     "verifying": {"calibration", "detectors", "exporting", "guard", "store"},
@@ -140,7 +141,7 @@ def test_the_reader_of_this_test_sees_forbidden_imports(tmp_path: Path) -> None:
 
 def test_the_pixel_mode_looks_at_features_only_for_the_distance_that_is_one() -> None:
     """LMD shares rooms with the feature mode, but not its eyes."""
-    for name in ("pixel_diffusion", "pixel_heads", "pixel_parts", "journal", "pipelines", "accelerating"):
+    for name in ("pixel_diffusion", "pixel_heads", "pixel_parts", "journal", "pipelines"):
         tree = ast.parse((LIBRARY / "detectors" / f"{name}.py").read_text())
         makers = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "make_distances"]
         allowed = [node for maker in makers for node in ast.walk(maker)]

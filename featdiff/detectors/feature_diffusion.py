@@ -17,7 +17,7 @@ from ..exceptions import ModelError, UsageError
 from ..features import FeatureExtractor, Layers, device_of, identity
 from ..images import MAX_PIXELS, Transform, is_loader, peek_size
 from ..persist import load, locate
-from ..store import Progress
+from ..store import Progress, evenly
 from ..training import Recipe
 from .arguments import check_arguments
 from .base import BaseDetector
@@ -194,7 +194,7 @@ class Detector(BaseDetector):
         # features -> noise -> denoise -> residual -> fuse
         self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
         if "vim" in self.arguments["logit_heads"]:
-            self._fit_vim(table[rows.training[:: -(-len(rows.training) // _VIM_ROWS)]])
+            self._fit_vim(table[evenly(rows.training, _VIM_ROWS)])
         key = self._training_key(unique, rows, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
         size, method = self.arguments["bank_size"], self.arguments["coreset"]
         checkpoint = kept.folder / f"training-{key}.pt"

@@ -19,9 +19,9 @@ from ..exceptions import ModelError, UsageError
 from ..images import MAX_PIXELS
 from ..persist import load, locate
 from ..pixels import Pixels
+from ..processes import make_accelerator
 from ..store import FeatureStore, FeatureTable, Progress
 from ..training import Recipe
-from .accelerating import make_accelerator
 from .arguments import check_pixel_arguments
 from .base import BaseDetector
 from .fitting import train_denoiser

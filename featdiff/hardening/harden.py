@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..backbones import fingerprint
 from ..calibration import Split, check_fpr
-from ..detectors.accelerating import make_accelerator
 from ..detectors.arguments import check_share, resolve_device
 from ..detectors.checkpoints import Keeper, resume
 from ..exceptions import UsageError, some_of
@@ -27,6 +26,7 @@ from ..outliers.archive import Outliers
 from ..outliers.stable import pooled
 from ..outliers.synthesis import ONE_CLASS
 from ..persist import check_target
+from ..processes import make_accelerator
 from ..store import Progress, default_cache
 from .layout import GUARD, STUDENT, is_hardened
 from .learning import LearningState, check_processes, learn, start

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError
+from ..processes import Processes
 from .objective import Lesson, Objective
 from .recipe import HardenRecipe
 
@@ -138,7 +139,8 @@ def learn(
         while state.epoch < recipe.epochs and not state.done:
             before_epoch(state.epoch)
             order = np.random.default_rng((seed, state.epoch)).permutation(n_rows)
-            rng = np.random.default_rng((seed, state.epoch, 1 + engine.rank))  # each process draws for its own share
+            # each process draws for its own share
+            rng = np.random.default_rng((seed, state.epoch, 1 + engine.processes.rank))
             totals: dict[str, float] = {}
             state.objective.train()
             for i in range(per_epoch):
@@ -155,7 +157,7 @@ def learn(
                     _close_epoch(state, accuracy, totals, recipe.patience)
                 yield LearningStep(number + 1, steps, losses, accuracy)
     finally:
-        engine.close()
+        engine.processes.release(engine.network)
     state.done = True
     state.network.load_state_dict(state.best)
     state.objective.eval()
@@ -181,18 +183,12 @@ class _Engine:
     """One optimiser step, on one process or, with an accelerator, on several."""
 
     def __init__(self, state: LearningState, recipe: HardenRecipe, accelerator: Accelerator | None) -> None:
-        self.objective, self.recipe, self.accelerator = state.objective, recipe, accelerator
-        self.network: nn.Module = state.objective
-        self.optimizer = state.optimizer
-        self.optimizers: list[Any] = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
-        self.processes, self.rank = 1, 0
-        if accelerator is not None:
-            self.network, *self.optimizers = accelerator.prepare(state.objective, *self.optimizers)
-            self.processes, self.rank = accelerator.num_processes, accelerator.process_index
-            if accelerator.gather(torch.tensor([state.epoch], device=accelerator.device)).unique().numel() > 1:
-                raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
-        check_processes(recipe, self.processes)
-        self.share = slice(self.rank, None, self.processes)
+        self.objective, self.recipe, self.optimizer = state.objective, recipe, state.optimizer
+        self.processes = Processes(accelerator, state.epoch)
+        optimizers = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
+        self.network, *self.optimizers = self.processes.prepare(state.objective, *optimizers)
+        check_processes(recipe, self.processes.number)
+        self.share = slice(self.processes.rank, None, self.processes.number)
         self.device = next(state.objective.parameters()).device
 
     def set_rates(self, factor: float) -> None:
@@ -206,27 +202,15 @@ class _Engine:
         total = torch.stack([*losses.values()]).sum()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if self.accelerator is None:
-            total.backward()
-        else:
-            self.accelerator.backward(total)
+        self.processes.backward(total)
         for optimizer in self.optimizers:
             optimizer.step()
-        return {name: self.mean(loss.detach().float()) for name, loss in losses.items()}
-
-    def mean(self, value: Tensor) -> float:
-        """The mean over all processes, so that all see the same number."""
-        return (value if self.accelerator is None else self.accelerator.reduce(value, "mean")).item()
+        return {name: self.processes.mean(loss.detach().float()) for name, loss in losses.items()}
 
     def accuracy(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
         """On held-out rows; see :func:`held_out_accuracy`."""
         found = held_out_accuracy(self.objective, held_out)
-        return found if self.processes == 1 else self.mean(torch.tensor(found, device=self.device))
-
-    def close(self) -> None:
-        """Give the network back as it was."""
-        if self.accelerator is not None:
-            self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+        return found if self.processes.number == 1 else self.processes.mean(torch.tensor(found, device=self.device))
 
 
 @contextmanager

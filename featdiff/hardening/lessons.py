@@ -12,6 +12,7 @@ from torch import Tensor
 from ..detectors.fitting import Table
 from ..outliers.boundary import Beyond, boundary_points, default_k, draw
 from ..outliers.space import Space
+from ..store import evenly
 from .objective import Lesson, Objective
 from .teachers import Teacher
 
@@ -80,8 +81,7 @@ class Curriculum:
         labels = np.unique(self.labels[self.training])
         most, count = (max(FEWEST, min(n, _IN_ALL // len(labels))) for n in (_MOST_OF_A_CLASS, _BESIDE_A_CLASS))
         for label in labels:
-            rows = self.training[self.labels[self.training] == label]
-            rows = rows[:: -(-len(rows) // most)]
+            rows = evenly(self.training[self.labels[self.training] == label], most)
             if len(rows) < FEWEST:
                 continue
             features = torch.cat([objective.answer(x)[0] for x, _ in self.held_out(rows)]).float()

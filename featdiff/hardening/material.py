@@ -12,7 +12,7 @@ from ..calibration import MOST_CALIBRATION, MOST_VALIDATION, Split, check_fpr, s
 from ..detectors.fitting import Table
 from ..exceptions import UsageError
 from ..sources import ImageRef
-from ..store import Extraction, FeatureStore, FeatureTable, Progress
+from ..store import Extraction, FeatureStore, FeatureTable, Progress, evenly
 from .reading import Glance, Pictures, Reader, derive
 from .students import Classifier
 from .teachers import HEAD_ROWS, Teacher
@@ -175,7 +175,7 @@ class Preparation:
                 derive(kept, self.reader.store(teacher, view, np.float32), digests, teacher.behind, self.progress)
             tables.append(self.reader.table(refs, digests, teacher, view, np.float32, self.progress))
         if teacher.head is None:
-            some = rows.training[:: -(-len(rows.training) // HEAD_ROWS)]
+            some = evenly(rows.training, HEAD_ROWS)
             parts = [(tables[0][part], labels[part]) for part in (some, rows.validation)]
             teacher.fit_head(*parts[0], *parts[1])
         return tables
