@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import fingerprint
-from ..calibration import Split, check_fpr
-from ..detectors.arguments import check_share, resolve_device
+from ..calibration import Split
+from ..detectors.arguments import resolve_device
 from ..detectors.checkpoints import Keeper, resume
 from ..exceptions import UsageError, some_of
 from ..features import PRE_LOGITS
@@ -172,13 +172,8 @@ def harden(
         place = accelerator.device
         check_processes(recipe, accelerator.num_processes)
     # class folders -> a student, cut in two, and the guard that it will have
-    check_fpr(fpr)
-    for name, share in (("calibration", calibration), ("validation", validation)):
-        if share is not None:
-            check_share(name, share)
-    if views < 1:
-        raise UsageError(f"views must be a whole number above 0, not {views}")
     refs, labels, classes = list_labelled(images)
+    prepare = Preparation(reader, classes, views, fpr, calibration, validation, recipe.batch_size, progress)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least two classes, and all images lie in {classes[0]!r}")
     _check_classes(outliers, classes)
@@ -200,7 +195,6 @@ def harden(
     )
     guarded.check_layers()
     # images -> rows of the frozen layers, and what the teacher makes of them
-    prepare = Preparation(reader, classes, views, fpr, calibration, validation, recipe.batch_size, progress)
     _unseen(prepare.held_back(len(refs)), student, teacher)
     with _first(accelerator):
         material = prepare(refs, labels, classifier, trunk, guide)

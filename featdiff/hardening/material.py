@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..calibration import MOST_CALIBRATION, MOST_VALIDATION, Split, check_fpr, split_by_content
+from ..detectors.arguments import check_share
 from ..detectors.fitting import Table
 from ..exceptions import UsageError
 from ..sources import ImageRef
@@ -44,7 +45,8 @@ class Material:
 class Preparation:
     """How material is prepared; arguments as for :func:`featdiff.hardening.harden.harden`.
 
-    ``calibration`` is None for a share that suits ``fpr``. ``batch_size`` images must be there to train on.
+    ``calibration`` is None for a share that suits ``fpr``. ``batch_size`` images must be there to train on. What makes
+    no sense is refused at once (``UsageError``).
     """
 
     reader: Reader
@@ -55,6 +57,14 @@ class Preparation:
     validation: float
     batch_size: int
     progress: Progress | None
+
+    def __post_init__(self) -> None:
+        check_fpr(self.fpr)
+        for name in ("calibration", "validation"):
+            if (share := getattr(self, name)) is not None:
+                check_share(name, share)
+        if self.views < 1:
+            raise UsageError(f"views must be a whole number above 0, not {self.views}")
 
     def __call__(
         self,
