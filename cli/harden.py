@@ -15,7 +15,6 @@ from .train import check_itself, is_first_process
 
 if TYPE_CHECKING:
     from featdiff.hardening.harden import Hardened
-    from featdiff.hardening.recipe import HardenRecipe
 
 # option -> field of the recipe
 _RECIPE = {
@@ -75,8 +74,9 @@ def command(
     Example: featdiff harden photos/ --student resnet18 --teacher resnet50 -o hardened
     """
     from featdiff.allocator import keep_freed_memory
-    from featdiff.hardening.harden import ALL_LAYERS, check_hardened_target, harden
-    from featdiff.hardening.recipe import HardenRecipe
+    from featdiff.exceptions import UsageError
+    from featdiff.hardening.harden import ALL_LAYERS, LEFT_OUT, check_hardened_target, harden
+    from featdiff.hardening.recipe import HardenRecipe, check_losses
     from featdiff.outliers.archive import load_outliers
 
     keep_freed_memory()
@@ -85,7 +85,9 @@ def command(
     recipe = HardenRecipe.as_published() if as_published else HardenRecipe()
     given = {field: options[name] for name, field in _RECIPE.items() if options[name] is not None}
     recipe = replace(recipe, **given)
-    _check(recipe, given, teacher, outliers, as_published)
+    if as_published and (teacher is None or outliers is None):
+        raise UsageError("--as-published needs a --teacher and --outliers FILE, which outlier-aware learning is about")
+    check_losses(recipe, given, teacher is not None, outliers is not None)
     if as_published and train_from is None:
         train_from = ALL_LAYERS
     found = load_outliers(outliers) if outliers else None
@@ -109,36 +111,18 @@ def command(
     if is_first_process():
         hardened.save_pretrained(output)
         _summary(hardened, output, quiet)
-    list_unreadable(hardened.unreadable, quiet)
+    list_unreadable(hardened.unreadable, quiet, output / LEFT_OUT)
     return EXIT_UNREADABLE if hardened.unreadable else 0
-
-
-def _check(
-    recipe: HardenRecipe, given: dict[str, Any], teacher: str | None, outliers: Path | None, as_published: bool
-) -> None:
-    """Whether there is what a loss that was asked for needs, and everything that was asked for counts."""
-    from featdiff.exceptions import UsageError
-
-    if as_published and (teacher is None or outliers is None):
-        raise UsageError("--as-published needs a --teacher and --outliers FILE, which outlier-aware learning is about")
-    if teacher is None and any(given.get(name) for name in ("distillation", "feature_distillation", "temperature")):
-        raise UsageError("--kd, --feature-kd and --temperature need a --teacher")
-    if teacher is not None and not (recipe.distillation or recipe.feature_distillation):
-        raise UsageError("with --kd 0 and --feature-kd 0 the --teacher has no say: leave it away")
-    if given.get("micl") and outliers is None:
-        raise UsageError("--micl needs --outliers FILE: make one with featdiff outliers")
-    if outliers is not None and not recipe.micl:
-        raise UsageError("--outliers are used by --micl alone, and its weight is 0: leave one of them away")
-    for option, needs in (("margin", "energy"), ("temperature", "distillation")):
-        if option in given and not getattr(recipe, needs):
-            raise UsageError(f"--{option} belongs to --{'kd' if needs == 'distillation' else needs}, whose weight is 0")
 
 
 def _summary(hardened: Hardened, output: Path, quiet: bool) -> None:
     facts, counts = hardened.facts, hardened.facts["images"]
     say(f"{counts['training']:,} images of {len(facts['classes'])} classes trained {hardened.classifier.name}", quiet)
     if "teacher_accuracy" in facts:
-        say(f"the teacher {facts['teacher']} is right of {facts['teacher_accuracy']:.1%} of held-out images", quiet)
+        say(
+            f"the teacher {facts['teacher']} is right of {facts['teacher_accuracy']:.1%} of the images held out here",
+            quiet,
+        )
     epochs = f"{len(facts['epochs'])} epochs, {facts['seconds']:.0f} s"
     right = f"{facts['accuracy']:.1%} right of the {counts['validation']:,} held-out images that chose among epochs"
     say(f"{epochs}; {right}", quiet)

@@ -45,7 +45,7 @@ PIPELINE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 @click.option("--size", type=click.IntRange(8), help="Its pictures, in pixels to a side [what it was trained for].")
 @click.option("--one-class", is_flag=True, help="Folders are not classes: take all images as one.")
 @click.option(
-    "--k", type=click.IntRange(1), help="Neighbour that tells which images are rare [60 % of a class, <= 300]."
+    "--k", type=click.IntRange(1), help="Neighbour that tells which images are rare [60 % of its class, <= 300]."
 )
 @click.option("--strength", type=float, help="Method diffusion: how far to push [0.5].")
 @click.option("--sigma", type=float, help="Method boundary: deviation of the noise [as far as neighbour k].")
@@ -81,6 +81,7 @@ def command(
     from featdiff.outliers.stable import StableDiffusion, pre_logits_in, with_latents
     from featdiff.outliers.synthesis import feature_detector, synthesise, with_classes
     from featdiff.report import save_projection
+    from featdiff.store import default_cache
 
     keep_freed_memory()
     picture = picture or output.with_suffix(".png")
@@ -90,7 +91,7 @@ def command(
     chosen = {name: given[name] for name in ("k", "strength", "sigma") if name in given}
     detector = feature_detector(load_model(model, options).detector)
     labelled = False if one_class else None
-    stable = None
+    stable = kept = None
     if method == STABLE:  # what it cannot take is found before the images are read
         columns = pre_logits_in(detector.extractor_.columns)
         _, _, classes = with_classes(list(images), labelled)
@@ -98,15 +99,16 @@ def command(
         stable = StableDiffusion(given.get("pipeline", PIPELINE), device=options["device"] or "auto", **how)
         stable.check_width(columns.stop - columns.start)
         stable.check_words(classes)
+        kept = stable.store(Path(options["cache"] or default_cache()))
     try:
         with Bars(quiet) as bars:
             made = "boundary" if stable else method
             found = synthesise(
                 detector, list(images), count, made, labelled=labelled, seed=seed, progress=bars, **chosen
             )
-            outliers = with_latents(found.outliers, stable, seed, bars) if stable else found.outliers
+            outliers = with_latents(found.outliers, stable, seed, bars, kept) if stable else found.outliers
     except KeyboardInterrupt:
-        raise Stopped("interrupted; features are kept, nothing is written") from None
+        raise Stopped("interrupted; features and latents are kept, the same command goes on") from None
     outliers.save(output)
     points, share = found.projection()
     save_projection(picture, points, share, f"{method}, {len(found.outliers):,} outliers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -65,9 +66,11 @@ def say(text: str, quiet: bool = False) -> None:
         click.echo(text, err=True)
 
 
-def list_unreadable(unreadable: list[tuple[str, str]], quiet: bool = False, most: int = 10) -> None:
-    """Name the files that could not be read."""
+def list_unreadable(
+    unreadable: list[tuple[str, str]], quiet: bool = False, all_in: Path | None = None, most: int = 10
+) -> None:
+    """Name the files that were left out; where there are many, the first and the file that lists all."""
     for path, reason in unreadable[:most]:
-        say(f"  unreadable: {path}: {reason}", quiet)
+        say(f"  left out: {path}: {reason}", quiet)
     if len(unreadable) > most:
-        say(f"  ... and {len(unreadable) - most} more", quiet)
+        say(f"  ... and {len(unreadable) - most} more{f', all listed in {all_in}' if all_in else ''}", quiet)

@@ -13,7 +13,7 @@ from .backbones import check_name
 from .detectors import Detector
 from .exceptions import UsageError
 from .hardening.harden import Hardened, harden
-from .hardening.recipe import HardenRecipe
+from .hardening.recipe import HardenRecipe, check_losses
 from .hardening.students import classifier_folder
 from .outliers.synthesis import METHODS, synthesise
 from .settings import check_keys
@@ -24,6 +24,7 @@ _OUTLIERS = 10_000
 _RECIPE = [field.name for field in fields(HardenRecipe)]
 # What harden itself decides of a guard.
 _DECIDED = ("fpr", "logit_heads", "transform", "seed", "device", "cache", "image_batch", "workers", "max_pixels")
+_GUARD = ["layers", "abstain", *inspect.signature(Detector).parameters]
 _ARGUMENTS = [name for name in inspect.signature(harden).parameters if name not in ("images", "recipe", "progress")]
 
 
@@ -41,12 +42,14 @@ def check_students(students: Mapping[str, Mapping[str, Any]]) -> None:
             raise UsageError(f"{where}: {decided[0]} stands beside student, not in guard")
         if own.get("teacher") in students and own["teacher"] not in before:
             raise UsageError(f"{where}: its teacher {own['teacher']!r} must stand before it")
+        check_keys(own.get("guard", {}), _GUARD, f"{where}, its guard")
         try:
-            _recipe(own)
+            check_losses(_recipe(own), own.keys() & {*_RECIPE}, "teacher" in own, "outliers" in own)
+            for network in {own["student"], own.get("teacher", own["student"])} - students.keys():
+                if classifier_folder(network) is None:
+                    check_name(network)
         except (UsageError, TypeError) as error:
             raise UsageError(f"{where}: {error}") from None
-        if classifier_folder(own["student"]) is None:
-            check_name(own["student"])
         before.append(name)
 
 

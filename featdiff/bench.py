@@ -80,9 +80,8 @@ def run_suite(
         raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
     left_out: dict[str, str] = {}
     plans = [_plan(suite, task, data, download, left_out) for task in suite.tasks]
-    for plan in plans if suite.students else ():
-        for images in (plan.train, plan.test):
-            list_labelled(images)  # students need classes: better said now
+    for plan in plans if suite.students else ():  # students need classes: better said now
+        _check_classes(plan)
     for name, reason in left_out.items():
         tell(f"left out: {name}: {reason}")
     if not any(plan.ood for plan in plans):
@@ -143,6 +142,15 @@ def _plan(suite: Suite, task: Task, data: Path, download: bool, left_out: dict[s
         except NotThere as error:
             left_out[name] = str(error)
     return _Plan(task, train, test, found)
+
+
+def _check_classes(plan: _Plan) -> None:
+    """Refuse images without two classes to train on, and test images of classes that nobody learns (``UsageError``)."""
+    (_, _, learnt), (_, _, asked) = (list_labelled(images) for images in (plan.train, plan.test))
+    if len(learnt) < 2:
+        raise UsageError(f"{plan.task.name}: students need two classes, and all images to train lie in {learnt[0]!r}")
+    if unknown := sorted({*asked} - {*learnt}):
+        raise UsageError(f"{plan.task.name}: no image to train is of the test images' class {unknown[0]!r}")
 
 
 def _run(

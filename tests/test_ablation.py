@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_accuracy_is_in_rows_and_tables(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "classes", "words"),
+    [
+        ("train", ["china"], "tiles: students need two classes, and all images to train lie in 'china'"),
+        ("test", ["china", "flower", "temple"], "tiles: no image to train is of the test images' class 'temple'"),
+    ],
+)
+def test_classes_are_compared_before_any_work(
+    part: str, classes: list[str], words: str, sample_folders: dict[str, Path], seeded_backbone: Path, tmp_path: Path
+) -> None:
+    copy_labelled(sample_folders, tmp_path, train=3)
+    for name in {"china", "flower", "temple"} - {*classes}:
+        shutil.rmtree(tmp_path / part / name, ignore_errors=True)
+    for name in classes:
+        if not (tmp_path / part / name).is_dir():
+            shutil.copytree(tmp_path / part / "china", tmp_path / part / name)
+    (tmp_path / "suite.toml").write_text(SUITE.format(weights=seeded_backbone))
+    with pytest.raises(UsageError, match=words):
+        run_suite(load_suite(tmp_path / "suite.toml"), tmp_path, tell=lambda text: pytest.fail(text))
+
+
+@pytest.mark.parametrize(
     ("students", "words"),
     [
         ({"a": {"student": "resnet18", "epoch": 3}}, "unknown key 'epoch'; did you mean epochs"),
@@ -92,6 +114,14 @@ def test_accuracy_is_in_rows_and_tables(result: dict[str, Any]) -> None:
         ({"a": {"student": "resnet1800"}}, "unknown backbone 'resnet1800'; did you mean"),
         ({"a": {"student": "x", "epochs": 0}}, "'a': epochs must be above 0"),
         ({"a": {"student": "x", "teacher": "b"}, "b": {"student": "x"}}, "teacher 'b' must stand before it"),
+        ({"a": {"student": "resnet18", "teacher": "techer"}}, "'a': unknown backbone 'techer'"),
+        (
+            {"a": {"student": "resnet18", "guard": {"recip": {}}}},
+            "'a', its guard: unknown key 'recip'; did you mean rec",
+        ),
+        ({"a": {"student": "resnet18", "micl": 0.5}}, "'a': --micl needs --outliers"),
+        ({"a": {"student": "resnet18", "distillation": 2.0}}, "'a': .* need a --teacher"),
+        ({"a": {"student": "resnet18", "margin": 2.0}}, "'a': --margin belongs to --energy"),
     ],
 )
 def test_students_that_make_no_sense(students: dict[str, Any], words: str) -> None:

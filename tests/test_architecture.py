@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "outliers": {
         *("calibration", "detectors", "features", "labels", "neighbors", "noise", "persist", "reconstruct", "store"),
-        *("hub", "taps"),
+        *("backbones", "hub", "taps"),
     },
     "guard": {"detectors", "features", "calibration", "images", "persist", "store"},
     "hardening": {

@@ -306,7 +306,7 @@ def test_the_command_says_what_it_wrote_and_what_verify_found(
         form = rf"model.{kind}: 8 images, scores within (\S+), same verdicts; \d+ images/s, torch \d+ \(\d+\.\d\d x\)"
         found = re.fullmatch(form, line)
         assert found and 0 <= float(found[1]) < LIMIT
-    assert bad == "  unreadable: broken.png: not an image in a format that can be decoded"
+    assert bad == "  left out: broken.png: not an image in a format that can be decoded"
 
 
 def test_verify_agrees_and_counts(

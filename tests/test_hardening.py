@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import os
 import shutil
@@ -19,12 +20,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featdiff.backbones import load_backbone
+from featdiff.backbones import fingerprint, load_backbone
 from featdiff.detectors import checkpoints
-from featdiff.exceptions import FeatdiffError, UsageError
-from featdiff.hardening import learning
+from featdiff.exceptions import FeatdiffError, UsageError, WeightsError
+from featdiff.hardening import learning, material
 from featdiff.hardening.harden import Hardened, harden, load_hardened
 from featdiff.hardening.layout import is_hardened
 from featdiff.hardening.learning import LearningState, learn, start
@@ -387,7 +389,8 @@ def test_all_losses_with_a_teacher_and_outliers(classes: Path, saved: Path, seed
     (epoch,) = found.facts["epochs"]
     assert {"labels", "distillation", "feature_distillation", "micl", "micl_2", "energy", "accuracy"} <= set(epoch)
     assert all(np.isfinite(value) for value in epoch.values())
-    assert found.facts["outliers"]["n"] == 40 and found.facts["teacher"] == "test_resnet.r160_in1k"
+    assert found.facts["outliers"]["n"] == 40 and found.facts["teacher"] == "plain (test_resnet.r160_in1k)"
+    assert found.facts["teacher_weights"] == fingerprint(load_classifier(saved / "student").model)
 
 
 def test_a_teacher_keeps_the_student_close(classes: Path, saved: Path, plain: Hardened, seeded_backbone: Path) -> None:
@@ -407,6 +410,22 @@ def test_a_backbone_as_teacher_learns_the_classes_first() -> None:
     teacher.fit_head(rows[:40], labels[:40], rows[40:], labels[40:])
     assert teacher.accuracy(rows[:40], labels[:40]) >= 0.95 and teacher.accuracy(rows[40:], labels[40:]) >= 0.7
     assert teacher.accuracy(rows[:40], 1 - labels[:40]) <= 0.05
+
+
+def test_the_head_of_a_backbone_learns_rare_classes_too(
+    classes: Path, seeded_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it learns from some rows only, a class of few is among them."""
+    model = new_classifier("test_resnet", ("a", "b"), seeded_backbone).model
+    timm.models.save_for_hf(model, tmp_path / "network", safe_serialization=True)
+    images = tmp_path / "images"
+    shutil.copytree(classes, images)
+    (images / "rare").mkdir()
+    for file in sorted((images / "china").iterdir())[:12]:
+        Image.open(file).rotate(90).save(images / "rare" / file.name)
+    monkeypatch.setattr(material, "HEAD_ROWS", 3)
+    found = harden(images, teacher=f"local-dir:{tmp_path / 'network'}", weights=seeded_backbone, **FAST)
+    assert found.facts["classes"] == ["china", "flower", "rare"] and found.facts["teacher_accuracy"] > 0.5
 
 
 def test_a_teacher_whose_frozen_layers_are_kept_runs_only_what_lies_behind(
@@ -441,6 +460,21 @@ def test_all_layers_can_be_trained_from_pixels(classes: Path, seeded_backbone: P
     assert found.facts["train_from"] == ""
 
 
+def test_a_student_in_a_folder_keeps_the_order_of_its_classes(classes: Path, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(saved / "student", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_names": ["flower", "china"]}))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: v.flip(0) if n.startswith("fc.") else v for n, v in tensors.items()}, folder / "model.safetensors")
+    recipe = HardenRecipe(epochs=1, batch_size=32, learning_rate=1e-6)
+    found, usual = (harden(classes, str(one), str(saved), recipe=recipe, **GUARD) for one in (folder, saved))
+    assert found.classifier.classes == ("flower", "china")
+    assert found.facts["accuracy"] >= 0.9 and found.facts["teacher_accuracy"] >= 0.9
+    for name, loss in found.facts["epochs"][0].items():  # labels and the teacher's answers are in the same order
+        assert loss == pytest.approx(usual.facts["epochs"][0][name], rel=1e-3), name
+
+
 def test_a_student_can_begin_where_another_ended(classes: Path, saved: Path) -> None:
     recipe = HardenRecipe(epochs=1, batch_size=32, learning_rate=1e-6)
     found = harden(classes, str(saved), recipe=recipe, **GUARD)
@@ -464,6 +498,9 @@ def test_unreadable_and_double_images_are_left_out(
     left_out = {Path(path).name: reason for path, reason in found.unreadable}
     assert left_out.keys() == {"broken.png", "doubtful.png", first.name, "zz_copy.png"}
     assert left_out["doubtful.png"] == "the same image lies in the classes china, flower"
+    found.save_pretrained(tmp_path / "out")
+    with (tmp_path / "out" / "left_out.csv").open(newline="") as stream:
+        assert [*csv.reader(stream)] == [["path", "reason"], *map(list, found.unreadable)]
     assert found.facts["images"]["training"] == plain.facts["images"]["training"] - 1
 
 
@@ -513,6 +550,11 @@ def test_one_class(classes: Path) -> None:
         harden(classes / "china", **FAST)
 
 
+def test_weights_that_a_teacher_lacks_are_not_those_of_the_student(classes: Path, seeded_backbone: Path) -> None:
+    with pytest.raises(WeightsError, match=r"the teacher: no weights for resnet18.*name it local-dir:FOLDER"):
+        harden(classes, teacher="resnet18", weights=seeded_backbone, **FAST)
+
+
 def test_one_class_folder(classes: Path, tmp_path: Path) -> None:
     shutil.copytree(classes / "china", tmp_path / "all" / "china")
     with pytest.raises(UsageError, match="at least two classes, and all images lie in 'china'"):
@@ -530,13 +572,18 @@ def test_a_teacher_of_other_classes(classes: Path, saved: Path, tmp_path: Path, 
 
 
 def test_too_few_images_for_the_rate(classes: Path, seeded_backbone: Path) -> None:
-    with pytest.raises(UsageError, match="--fpr 0.01 needs at least 99 held-out images"):
-        harden(classes, weights=seeded_backbone, fpr=0.01, **FAST)
+    assert refused(classes, weights=seeded_backbone, fpr=0.01).startswith(
+        "--fpr 0.01 needs at least 99 held-out images"
+    )
 
 
-def test_networks_that_do_not_end_in_one_linear_layer() -> None:
+def test_networks_that_do_not_end_in_one_linear_layer(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="resnetv2_50x1_bit.* ends in Conv2d, not in one linear layer"):
         check_head(new_classifier("resnetv2_50x1_bit", ("a", "b"), pretrained=False))
+    model = timm.create_model("volo_d1_224", num_classes=2)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    with pytest.raises(UsageError, match="logits of volo_d1_224.* do not come from its last layer alone"):
+        check_head(load_classifier(tmp_path))
 
 
 def test_classes_too_small_for_the_energy_margin(classes: Path, tmp_path: Path, seeded_backbone: Path) -> None:
@@ -551,7 +598,7 @@ def test_classes_too_small_for_the_energy_margin(classes: Path, tmp_path: Path, 
 
 def test_large_sets_hold_back_smaller_shares() -> None:
     def share(images: int) -> float:
-        return Preparation(Reader(Path()), (), 1, 0.05, None, 0.05, 2, None).held_back(images)
+        return Preparation(Reader(Path()), 1, 0.05, None, 0.05, 2, None).held_back(images)
 
     shares = [share(n) for n in (100, 300, 1_000, 100_000, 1_000_000)]
     assert shares == pytest.approx([0.25, 0.05 + 40 / 300, 0.15, 0.12, 0.012])
@@ -586,6 +633,9 @@ def test_what_is_refused_before_the_work_begins(
     assert "35.0% must be held back" in refused(classes, **own, teacher=f"local-dir:{saved}/student", calibration=0.3)
     assert "--weights belong to a backbone" in refused(classes, **own, student=str(saved))
     assert refused(classes, student="runs/no-such") == "there is no folder runs/no-such"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    assert "a folder here: write ./resnet18" in refused(classes, student="resnet18")
     assert refused(classes, **own, teacher=str(tmp_path / "none")).startswith("there is no folder")
     with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as archive:
         archive.add(classes, ".")

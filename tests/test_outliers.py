@@ -353,6 +353,19 @@ def test_bad_requests_are_one_line(tiny_detector: Detector, classes: Path, few_i
         assert "\n" not in str(raised.value)
 
 
+def test_a_small_class_leaves_the_boundary_of_others_alone(
+    tiny_detector: Detector, classes: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(classes, tmp_path / "all")
+    large = sorted(folder for folder in (tmp_path / "all").iterdir())[0]
+    (tmp_path / "all" / "zz").mkdir()
+    for file in sorted(large.iterdir())[:3]:
+        file.rename(tmp_path / "all" / "zz" / file.name)
+    alone = synthesise(tiny_detector, [large], 20, labelled=False)
+    beside = synthesise(tiny_detector, tmp_path / "all", 60)
+    assert torch.equal(beside.boundary[: len(alone.boundary)], alone.boundary)
+
+
 def test_other_detectors_are_refused(few_images: Path) -> None:
     for detector, mode in ((PixelDetector(), "pixel"), (FeatureDiffusion(), "vectors")):
         for call in (lambda d=detector: synthesise(d, few_images, 3), lambda d=detector: self_check(d)):

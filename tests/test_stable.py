@@ -603,6 +603,31 @@ def test_outliers_are_asked_for_by_their_pre_logits_at_the_length_of_their_class
     assert torch.equal(found.vectors, given.vectors) and given.latents is None
 
 
+def test_latents_that_are_kept_are_not_made_again(
+    small: StableDiffusion, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the second of three, the same call makes one more; other settings find nothing."""
+    given, words, made = vectors(small, 3), ["cat", "dog", "cat"], []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.latents(given, words, 4, stop, small.store(tmp_path))
+    whole, told = StableDiffusion._denoise, []
+    monkeypatch.setattr(StableDiffusion, "_denoise", lambda self, *a: made.append(len(a[1])) or whole(self, *a))
+    kept = small.latents(given, words, 4, lambda *step: told.append(step), small.store(tmp_path))
+    assert made == [1] and told == [("latents", 3, 3)]
+    assert torch.equal(kept, small.latents(given, words, 4))
+    made.clear()
+    small.latents(given, words, 5, kept=small.store(tmp_path))
+    small.latents(given, ["dog", "dog", "cat"], 4, kept=small.store(tmp_path))
+    assert made == [1] * (3 + 1)
+    other = StableDiffusion(second, steps=STEPS + 1)
+    assert not len(other.store(tmp_path)) and len(small.store(tmp_path)) == 7
+
+
 def test_outliers_without_pre_logits_or_of_another_width(small: StableDiffusion) -> None:
     with pytest.raises(UsageError, match="no pre_logits among the layers stage, other"):
         with_latents(beyond(small.width, "other"), small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ from .trunks import Trunk, default_cut, split_at
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: The file that lists images that were left out.
+LEFT_OUT = "left_out.csv"
 #: ``train_from`` of a student that is trained as a whole.
 ALL_LAYERS = ""
 # Raised when the same settings give another student: finished trainings in the cache are not used then.
@@ -71,9 +74,14 @@ class Hardened:
     unreadable: list[tuple[str, str]]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the folders ``student``, which timm loads, and ``guard``, which belongs to it, below ``folder``."""
+        """Write the folders ``student``, which timm loads, and ``guard``, which belongs to it, below ``folder``.
+
+        Images that were left out are listed beside them, in ``left_out.csv`` (path, reason).
+        """
         save_classifier(self.classifier, Path(folder) / STUDENT, self.facts)
         self.guard.save_pretrained(Path(folder) / GUARD)
+        with (Path(folder) / LEFT_OUT).open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([("path", "reason"), *self.unreadable])
 
 
 def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None:
@@ -83,6 +91,8 @@ def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None
     ------
     UsageError
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"{folder} is a file: name a folder with -o")
     check_classifier_target(Path(folder) / STUDENT)
     check_target(Path(folder) / GUARD)
     if is_hardened(folder) and not replace:
@@ -126,7 +136,8 @@ def harden(
     After outlier-aware learning (Gao & Li, ICMR 2025, arXiv 2406.16525). A part of the images calibrates the guard and
     trains nothing, so its false-alarm rate holds; another decides when training ends. Frozen layers run once for
     each view of an image, and what they give is kept in the cache, as is the training: the same call goes on after a
-    stop.
+    stop. What a teacher of featdiff's gives may be made from rows that the cache has, in half precision: students may
+    then differ by that rounding.
 
     Parameters
     ----------
@@ -172,12 +183,14 @@ def harden(
         place = accelerator.device
         check_processes(recipe, accelerator.num_processes)
     # class folders -> a student, cut in two, and the guard that it will have
+    prepare = Preparation(reader, views, fpr, calibration, validation, recipe.batch_size, progress)
     refs, labels, classes = list_labelled(images)
-    prepare = Preparation(reader, classes, views, fpr, calibration, validation, recipe.batch_size, progress)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least two classes, and all images lie in {classes[0]!r}")
     _check_classes(outliers, classes)
     classifier = _student(student, classes, weights, seed, place)
+    labels = np.array([classifier.classes.index(name) for name in classes])[labels]
+    classes = [*classifier.classes]
     trunk, network = _cut(classifier, train_from)
     guide = load_teacher(teacher, classes, place) if teacher else None
     guarded = Guard(
@@ -209,7 +222,8 @@ def harden(
         curriculum.outliers = _kinds(outliers)
     # lessons -> a trained student
     facts = {
-        **{"student": student, "weights_before": fingerprint(classifier.model), "teacher": guide and guide.name},
+        **{"student": student, "weights_before": fingerprint(classifier.model)},
+        **{"teacher": guide and guide.name, "teacher_weights": guide and fingerprint(guide.network.model)},
         **{"outliers": _about(outliers), "recipe": asdict(recipe), "train_from": trunk.layer if trunk else ALL_LAYERS},
         **{"views": views, "seed": seed, "classes": classes, "held_out": min(unseen, held_back)},
         "images": {"training": len(rows.training), "validation": len(rows.validation)},
@@ -270,12 +284,12 @@ def _unseen(needed: float, *folders: str | None) -> float:
 def _student(
     name: str, classes: Sequence[str], weights: str | os.PathLike[str] | None, seed: int, device: torch.device
 ) -> Classifier:
-    """A new classifier on a backbone, or one in a folder to begin with."""
+    """A new classifier on a backbone, or one in a folder to begin with, whose classes may stand in another order."""
     if (folder := classifier_folder(name)) is not None:
         if weights is not None:
             raise UsageError("--weights belong to a backbone by name; a classifier in a folder has its own")
         found = load_classifier(folder)
-        if found.classes != tuple(classes):
+        if sorted(found.classes) != sorted(classes):
             raise UsageError(
                 f"the student at {folder} has the classes {some_of(found.classes)}, the images {some_of(classes)}: "
                 "begin with a backbone by name"

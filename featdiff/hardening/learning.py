@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -128,12 +129,10 @@ def learn(
     FeatdiffError
         A loss became NaN or infinite.
     """
-    engine = _Engine(state, recipe, accelerator)
-    per_epoch = n_rows // recipe.batch_size
+    engine, size = _Engine(state, recipe, accelerator), recipe.batch_size
+    per_epoch = n_rows // size
     if not per_epoch:
-        raise UsageError(
-            f"{n_rows} training images do not fill a batch of {recipe.batch_size}: lower --train-batch (batch_size)"
-        )
+        raise UsageError(f"{n_rows} training images do not fill a batch of {size}: lower --train-batch (batch_size)")
     steps = recipe.epochs * per_epoch
     try:
         while state.epoch < recipe.epochs and not state.done:
@@ -143,12 +142,11 @@ def learn(
             rng = np.random.default_rng((seed, state.epoch, 1 + engine.processes.rank))
             totals: dict[str, float] = {}
             state.objective.train()
-            for i in range(per_epoch):
+            batches = [np.sort(part)[engine.share] for part in order[: per_epoch * size].reshape(per_epoch, size)]
+            for i, (lesson, chance) in enumerate(_ahead(lessons, batches, rng)):
                 number = state.epoch * per_epoch + i
                 engine.set_rates(_rate(number, steps, recipe.warm_up))
-                batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
-                lesson = lessons(np.sort(batch)[engine.share], rng)
-                losses = engine.update(lesson, int(rng.integers(2**63)))
+                losses = engine.update(lesson, chance)
                 _check(losses, number + 1)
                 totals = {name: totals.get(name, 0.0) + value / per_epoch for name, value in losses.items()}
                 accuracy = None
@@ -177,6 +175,20 @@ def held_out_accuracy(objective: Objective, held_out: Iterable[tuple[Tensor, Ten
     objective.eval()
     right = [objective.answer(rows)[1].argmax(1) == labels for rows, labels in held_out]
     return torch.cat(right).sum().item() / sum(map(len, right))
+
+
+def _ahead(lessons: Lessons, batches: Sequence[np.ndarray], rng: np.random.Generator) -> Iterator[tuple[Lesson, int]]:
+    """The lesson of each batch and a number drawn after it; the next one is prepared while a step is under way."""
+
+    def prepare(batch: np.ndarray) -> tuple[Lesson, int]:
+        return lessons(batch, rng), int(rng.integers(2**63))
+
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(prepare, batches[0])
+        for batch in batches[1:]:
+            ready, upcoming = upcoming.result(), thread.submit(prepare, batch)
+            yield ready
+        yield upcoming.result()
 
 
 class _Engine:

@@ -50,7 +50,6 @@ class Preparation:
     """
 
     reader: Reader
-    classes: Sequence[str]
     views: int
     fpr: float
     calibration: float | None
@@ -96,9 +95,10 @@ class Preparation:
             path, reason = found.unreadable[0]
             raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
         left_out = [*found.unreadable]
-        chosen = self._different(found, {ref.path: i for i, ref in enumerate(refs)}, labels, left_out)
+        number = {ref.path: i for i, ref in enumerate(refs)}
+        chosen = _different(found, number, labels, classifier.classes, left_out)
         digests, known, labels = [*chosen], [refs[i] for i in chosen.values()], labels[[*chosen.values()]]
-        rows = self._split(digests, labels)
+        rows = self._split(digests, labels, classifier.classes)
         views = self._views(known, digests, kept, classifier, trunk)
         taught = self._taught(known, digests, labels, rows, teacher) if teacher else []
         return Material(known, digests, labels, rows, views, taught, left_out)
@@ -112,23 +112,8 @@ class Preparation:
         """A tenth, or up to a fifth of few images, so that there are twice as many as the rate needs at least."""
         return self.calibration or min(0.2, max(0.1, 2 / (self.fpr * images)))
 
-    def _different(
-        self, found: Extraction, number: Mapping[str, int], labels: np.ndarray, left_out: list[tuple[str, str]]
-    ) -> dict[bytes, int]:
-        """Of each content, the first image; a content in several classes has no label, and is left out."""
-        copies: dict[bytes, list[str]] = {}
-        for path, digest in zip(found.paths, found.digests, strict=True):
-            copies.setdefault(digest, []).append(path)
-        chosen = {}
-        for digest, paths in copies.items():
-            names = [self.classes[label] for label in sorted({int(labels[number[path]]) for path in paths})]
-            if len(names) > 1:
-                left_out += [(path, f"the same image lies in the classes {', '.join(names)}") for path in paths]
-            else:
-                chosen[digest] = number[paths[0]]
-        return chosen
-
     def _check_count(self, images: int) -> None:
+        check_fpr(self.fpr, round(min(MOST_CALIBRATION, images * self._calibration(images))))
         training = images - round(images * self.held_back(images))
         if training < self.batch_size:
             raise UsageError(
@@ -149,11 +134,11 @@ class Preparation:
                 f"{free / 1e9:.1f} GB are free: name another --cache, fewer --views, or a later layer by --train-from"
             )
 
-    def _split(self, digests: list[bytes], labels: np.ndarray) -> Split:
+    def _split(self, digests: list[bytes], labels: np.ndarray, classes: Sequence[str]) -> Split:
         # by content: who begins with this student, or is taught by it, is calibrated on what it did not learn from
         rows = split_by_content(digests, self._calibration(len(digests)), self.validation)
         check_fpr(self.fpr, len(rows.calibration))
-        for label, name in enumerate(self.classes):
+        for label, name in enumerate(classes):
             if not (labels[rows.training] == label).any():
                 raise UsageError(f"class {name!r} has no image left to train on: add images of it, or leave it out")
         return rows
@@ -185,7 +170,29 @@ class Preparation:
                 derive(kept, self.reader.store(teacher, view, np.float32), digests, teacher.behind, self.progress)
             tables.append(self.reader.table(refs, digests, teacher, view, np.float32, self.progress))
         if teacher.head is None:
-            some = evenly(rows.training, HEAD_ROWS)
+            of_each = rows.training[np.unique(labels[rows.training], return_index=True)[1]]  # rare classes, too
+            some = np.union1d(evenly(rows.training, HEAD_ROWS), of_each)
             parts = [(tables[0][part], labels[part]) for part in (some, rows.validation)]
             teacher.fit_head(*parts[0], *parts[1])
         return tables
+
+
+def _different(
+    found: Extraction,
+    number: Mapping[str, int],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    left_out: list[tuple[str, str]],
+) -> dict[bytes, int]:
+    """Of each content, the first image; a content in several classes has no label, and is left out."""
+    copies: dict[bytes, list[str]] = {}
+    for path, digest in zip(found.paths, found.digests, strict=True):
+        copies.setdefault(digest, []).append(path)
+    chosen = {}
+    for digest, paths in copies.items():
+        names = [classes[label] for label in sorted({int(labels[number[path]]) for path in paths})]
+        if len(names) > 1:
+            left_out += [(path, f"the same image lies in the classes {', '.join(names)}") for path in paths]
+        else:
+            chosen[digest] = number[paths[0]]
+    return chosen

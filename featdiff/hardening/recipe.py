@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..exceptions import UsageError
@@ -60,3 +61,29 @@ class HardenRecipe:
         featdiff's have those of real pre-logits.
         """
         return cls(epochs=100, batch_size=128, learning_rate=5 * 0.005, warm_up=0.0, patience=100, bound_as_loss=True)
+
+
+def check_losses(recipe: HardenRecipe, given: Collection[str], teacher: bool, outliers: bool) -> None:
+    """Whether there is what a loss that was asked for needs, and everything that was asked for counts.
+
+    Parameters
+    ----------
+    given : names of the recipe's fields that somebody set, rather than their defaults
+    teacher, outliers : whether there are such
+
+    Raises
+    ------
+    UsageError
+    """
+    wanted = {name for name in given if getattr(recipe, name)}
+    if not teacher and wanted & {"distillation", "feature_distillation", "temperature"}:
+        raise UsageError("--kd, --feature-kd and --temperature need a --teacher")
+    if teacher and not (recipe.distillation or recipe.feature_distillation):
+        raise UsageError("with --kd 0 and --feature-kd 0 the --teacher has no say: leave it away")
+    if "micl" in wanted and not outliers:
+        raise UsageError("--micl needs --outliers FILE: make one with featdiff outliers")
+    if outliers and not recipe.micl:
+        raise UsageError("--outliers are used by --micl alone, and its weight is 0: leave one of them away")
+    for option, needs in (("margin", "energy"), ("temperature", "distillation")):
+        if option in given and not getattr(recipe, needs):
+            raise UsageError(f"--{option} belongs to --{'kd' if needs == 'distillation' else needs}, whose weight is 0")

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..backbones import Backbone, load_backbone
 from ..exceptions import ModelError, UsageError, first_line
+from ..features import evaluating
 from ..images import Transform
 from ..persist import CONFIG, TENSORS, check_pair, check_target, write_pair
 from .layout import STUDENT, is_hardened
@@ -119,10 +120,14 @@ def classifier_folder(name: str) -> Path | None:
     Raises
     ------
     UsageError
-        A path at which there is no folder.
+        A path at which there is no folder, or a folder that is called like a backbone.
     """
+    import timm
+
     folder = Path(name)
     if folder.is_dir():
+        if os.sep not in name and timm.is_model(name.partition(".")[0]):
+            raise UsageError(f"{name} is a backbone of timm's, and a folder here: write ./{name}, or rename the folder")
         return folder / STUDENT if is_hardened(folder) else folder
     if os.sep in name and ":" not in name:  # no name of a backbone
         raise UsageError(f"there is no folder {name}")
@@ -136,11 +141,18 @@ def training_facts(name: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+@torch.inference_mode()
 def check_head(classifier: Classifier) -> None:
-    """Refuse a network whose logits do not come from pre-logits by one linear layer (``UsageError``)."""
+    """Refuse a network whose logits do not come from pre-logits by one linear layer alone (``UsageError``)."""
     model: Any = classifier.model
     if not isinstance(head := model.get_classifier(), nn.Linear):
         raise UsageError(f"{classifier.name} ends in {type(head).__name__}, not in one linear layer: take another one")
+    probe = torch.randn(1, *classifier.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    probe = probe.to(head.weight.device)
+    with evaluating(model):
+        logits, alone = model(probe), head(model.forward_head(model.forward_features(probe), pre_logits=True))
+    if logits.shape != alone.shape or not torch.allclose(logits, alone, rtol=1e-3, atol=1e-4):
+        raise UsageError(f"the logits of {classifier.name} do not come from its last layer alone: take another one")
 
 
 def save_classifier(classifier: Classifier, folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone, fingerprint, load_backbone
-from ..exceptions import UsageError, some_of
+from ..exceptions import UsageError, WeightsError, some_of
 from ..features import device_of, evaluating
 from ..images import Transform
 from .students import Classifier, check_head, classifier_folder, load_classifier, training_facts
@@ -104,7 +105,13 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
         The folder holds no classifier, or the weights cannot be had.
     """
     if (folder := classifier_folder(name)) is None:
-        backbone = load_backbone(name)
+        try:
+            backbone = load_backbone(name)
+        except WeightsError as error:
+            raise WeightsError(
+                f"the teacher: {error}. (A teacher takes no --weights: put them into a folder, as model.safetensors "
+                "beside timm's config.json, and name it local-dir:FOLDER)"
+            ) from None
         backbone.model.to(device)
         return Teacher(backbone, backbone.tag, _width(backbone.model, backbone.data_config))
     found = load_classifier(folder)
@@ -121,7 +128,8 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
     layer = training_facts(name).get("train_from")
     trunk, tail = split_at(found, layer) if layer else (None, None)
     found.model.requires_grad_(False)
-    return Teacher(found, found.name, _width(found.model, found.data_config), head, trunk, tail, found.classes)
+    label, width = f"{Path(name).name} ({found.name})", _width(found.model, found.data_config)
+    return Teacher(found, label, width, head, trunk, tail, found.classes)
 
 
 class _Ordered(nn.Module):

@@ -25,9 +25,9 @@ CANDIDATES, KEEP = 32, 2
 _BLOCK = 1 << 24  # distances held at once, about 64 MB
 
 
-def default_k(smallest: int) -> int:
-    """Which neighbour's distance counts, for classes of at least ``smallest`` rows."""
-    return max(1, min(K, int(SHARE * smallest)))
+def default_k(rows: int) -> int:
+    """Which neighbour's distance counts, in a class of so many rows."""
+    return max(1, min(K, int(SHARE * rows)))
 
 
 def check_neighbours(k: int | None, select: int | None = None) -> None:
@@ -45,8 +45,8 @@ def check_noise(sigma: float | None, candidates: int, keep: int = KEEP) -> None:
         raise UsageError(f"of {candidates} candidates {keep} cannot be kept: ask for {keep} candidates or more")
 
 
-def check_classes(counts: np.ndarray, k: int | None, classes: list[str]) -> int:
-    """The ``k`` that is meant, for classes of so many rows.
+def check_classes(counts: np.ndarray, k: int | None, classes: list[str]) -> None:
+    """Refuse classes of so few rows that outliers cannot be made beside each (``k``: None for the default).
 
     Raises
     ------
@@ -58,10 +58,8 @@ def check_classes(counts: np.ndarray, k: int | None, classes: list[str]) -> int:
     named = f"class {classes[smallest]!r} has {counts[smallest]} different readable images"
     if counts[smallest] < 3:
         raise UsageError(f"{named}, and at least 3 are needed: add some, leave it out, or make all images one class")
-    k = default_k(counts[smallest]) if k is None else k
-    if k >= counts[smallest]:
+    if k is not None and k >= counts[smallest]:
         raise UsageError(f"{named}, too few for neighbour {k}: ask for k = {counts[smallest] - 1} or less, or add some")
-    return k
 
 
 def kth_distances(queries: Tensor, vectors: Tensor, k: int) -> Tensor:

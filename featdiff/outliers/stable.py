@@ -9,20 +9,23 @@ in the prompt, so that the outliers change nothing.) The weights of the text enc
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..backbones import fingerprint
 from ..detectors.arguments import resolve_device
 from ..exceptions import UsageError, WeightsError
 from ..features import PRE_LOGITS
-from ..store import Progress
+from ..store import FeatureStore, Progress
 from .archive import Outliers
 from .stable_parts import load, quiet
 
@@ -120,7 +123,26 @@ class StableDiffusion:
         anchors = {word: self.anchor(word) for word in set(words)}
         return vectors / lengths * torch.tensor([[anchors[word]] for word in words])
 
-    def latents(self, vectors: Tensor, words: Sequence[str], seed: int = 0, progress: Progress | None = None) -> Tensor:
+    def store(self, cache: Path) -> FeatureStore:
+        """Where latents of this pipeline with these settings are kept, below a cache folder."""
+        pipe = self._pipe
+        facts = [fingerprint(pipe.unet), fingerprint(pipe.text_encoder), str(pipe.dtype), dict(pipe.scheduler.config)]
+        key = hashlib.sha256(repr([*facts, self.steps, self.guidance, self._shape]).encode()).hexdigest()[:16]
+        return FeatureStore(cache / "latents" / key, math.prod(self._shape))
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        side = self.size // _CELL if self.size else self._pipe.unet.config.sample_size
+        return self._pipe.unet.config.in_channels, side, side
+
+    def latents(
+        self,
+        vectors: Tensor,
+        words: Sequence[str],
+        seed: int = 0,
+        progress: Progress | None = None,
+        kept: FeatureStore | None = None,
+    ) -> Tensor:
         """What Stable Diffusion makes of the prompt with a vector in place of its class word.
 
         Parameters
@@ -132,6 +154,8 @@ class StableDiffusion:
         seed : int, at least 0
             With the place of a vector among the others, the noise that its latent begins as.
         progress : callable (stage, done, total), optional
+        kept : FeatureStore, optional
+            From :meth:`store`. Latents that are there are not made again, others are added as they come.
 
         Returns
         -------
@@ -147,18 +171,32 @@ class StableDiffusion:
         """
         if seed < 0:
             raise UsageError(f"a seed is a whole number from 0 on, not {seed}")
-        vectors, found = self._checked(vectors, words), []
+        vectors = self._checked(vectors, words)
         places = [self.places(word) for word in words]
-        for start in range(0, len(vectors), self.at_once):
-            part = slice(start, min(start + self.at_once, len(vectors)))
-            prompts = [self._filled(word) for word in words[part]]
-            sources = [_source(seed, place) for place in range(part.start, part.stop)]
-            with _placed(self._tokens, vectors[part], places[part]):
-                encoded = self._encode(prompts)
-            found.append(self._denoise(encoded, sources))
+        prompts = [self._filled(word) for word in words]
+        digests = [self._digest(vector, prompts[i], places[i], seed, i) for i, vector in enumerate(vectors)]
+        known = [i for i, digest in enumerate(digests) if kept is not None and digest in kept]
+        missing = sorted({*range(len(vectors))} - {*known})
+        found = torch.empty(len(vectors), *self._shape)
+        if kept is not None and known:
+            found[known] = kept.table([digests[i] for i in known])[np.arange(len(known))].view(-1, *self._shape)
+        for start in range(0, len(missing), self.at_once):
+            part = missing[start : start + self.at_once]
+            with _placed(self._tokens, vectors[part], [places[i] for i in part]):
+                encoded = self._encode([prompts[i] for i in part])
+            found[part] = self._denoise(encoded, [_source(seed, i) for i in part])
+            if kept is not None:
+                for i in part:
+                    kept.add(digests[i], found[i].flatten().numpy())
+                kept.flush()  # at once: on a CPU, one takes half an hour
             if progress:
-                progress("latents", part.stop, len(vectors))
-        return torch.cat(found)
+                progress("latents", len(known) + start + len(part), len(vectors))
+        return found
+
+    def _digest(self, vector: Tensor, prompt: str, place: slice, seed: int, number: int) -> bytes:
+        """What a latent is kept under: all that decides it besides the pipeline and its settings."""
+        asked = repr([self._pipe.tokenizer(prompt).input_ids, place.start, place.stop, seed, number])
+        return hashlib.blake2b(vector.numpy().tobytes() + asked.encode(), digest_size=16).digest()
 
     def places(self, word: str) -> slice:
         """Where the class word's tokens are in the tokens of the filled prompt (the first of which begins the text).
@@ -239,9 +277,15 @@ class StableDiffusion:
 
 
 def with_latents(
-    outliers: Outliers, stable: StableDiffusion, seed: int = 0, progress: Progress | None = None
+    outliers: Outliers,
+    stable: StableDiffusion,
+    seed: int = 0,
+    progress: Progress | None = None,
+    kept: FeatureStore | None = None,
 ) -> Outliers:
     """The same outliers, and what Stable Diffusion makes of the pre-logits of each in place of its class word.
+
+    ``progress`` and ``kept`` as for :meth:`StableDiffusion.latents`.
 
     Raises
     ------
@@ -250,7 +294,7 @@ def with_latents(
     """
     words = [outliers.classes[label] for label in outliers.labels]
     vectors = outliers.vectors[:, pre_logits_in(outliers.columns)]
-    latents = stable.latents(stable.scale(vectors, words), words, seed, progress)
+    latents = stable.latents(stable.scale(vectors, words), words, seed, progress, kept)
     return replace(outliers, latents=latents, method="stable-diffusion")
 
 

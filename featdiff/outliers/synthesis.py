@@ -128,7 +128,7 @@ def synthesise(
         one class.
     k, select : int, optional
         Boundary rows are the ``select`` ones of a class (default: a tenth) with the farthest k-th neighbour (default:
-        60 % of the smallest class, at most 300). In classes of more than 5,000 images a random choice is looked at.
+        60 % of the class, at most the 300th). In classes of more than 5,000 images a random choice is looked at.
     strength : float
         For ``diffusion``: how far they are pushed.
     sigma, candidates
@@ -157,7 +157,7 @@ def synthesise(
         raise UsageError(f"{n} outliers are fewer than the {len(classes)} classes: ask for {len(classes)} or more")
     paths, table = fitted.features(images, progress)
     members = _members(table, np.array([label_of.get(path, 0) for path in paths]), len(classes), seed)
-    k = check_classes(np.array([len(rows) for rows in members]), k, classes)
+    check_classes(np.array([len(rows) for rows in members]), k, classes)
     known = _choice(np.sort(np.concatenate(members)), _MOST_IN_DOMAIN, seed)
     space = Space(fitted.extractor_.columns, table[known])
     make: Callable[..., Any] = partial(Beyond, sigma=sigma, candidates=candidates)
@@ -167,8 +167,9 @@ def synthesise(
     shares = [len(part) for part in np.array_split(np.empty(n), len(classes))]
     for label, (rows, share) in enumerate(zip(members, shares, strict=True)):
         inside = table[rows].to(fitted.device)
-        points = boundary_points(space.join(inside), np.zeros(len(rows)), k, select)
-        rounds = make(space=space, rows=inside, points=torch.from_numpy(points).to(inside.device), k=k)
+        neighbour = k or default_k(len(rows))
+        points = boundary_points(space.join(inside), np.zeros(len(rows)), neighbour, select)
+        rounds = make(space=space, rows=inside, points=torch.from_numpy(points).to(inside.device), k=neighbour)
         found, start = draw(rounds, share, np.random.SeedSequence([seed, label]))
         made.append(_complete(fitted, found).cpu())
         edge.append(rows[points])

@@ -123,6 +123,8 @@ def test_outliers_of_stable_diffusion_in_the_students_features(
 def test_an_older_student_is_not_replaced_unasked(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
     done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", hardened)
     fails(done, 2, "already", "--force")
+    done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", hardened / "left_out.csv")
+    fails(done, 2, "is a file: name a folder")
 
 
 @pytest.mark.parametrize(

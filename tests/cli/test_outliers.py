@@ -88,7 +88,7 @@ def test_unreadable_images_are_listed(featdiff_cli: Cli, tiny_model: Path, photo
     (photos / "china" / "broken.png").write_bytes(b"")
     result = featdiff_cli("outliers", photos, "-m", tiny_model, "-n", 2, "-o", photos.parent / "out")
     assert result.exit_code == 3, result.output
-    assert f"unreadable: {photos / 'china' / 'broken.png'}: empty file" in result.stderr
+    assert f"left out: {photos / 'china' / 'broken.png'}: empty file" in result.stderr
     assert len(load_outliers(photos.parent / "out")) == 2
 
 
