@@ -24,7 +24,8 @@ _OUTLIERS = 10_000
 _RECIPE = [field.name for field in fields(HardenRecipe)]
 # What harden itself decides of a guard.
 _DECIDED = ("fpr", "logit_heads", "transform", "seed", "device", "cache", "image_batch", "workers", "max_pixels")
-_GUARD = ["layers", "abstain", *inspect.signature(Detector).parameters]
+_NETWORKS_OWN = ("backbone", "weights", "pretrained", "model_args", "input_size")
+_GUARD = [name for name in ("abstain", *inspect.signature(Detector).parameters) if name not in _NETWORKS_OWN]
 _ARGUMENTS = [name for name in inspect.signature(harden).parameters if name not in ("images", "recipe", "progress")]
 
 
@@ -45,12 +46,17 @@ def check_students(students: Mapping[str, Mapping[str, Any]]) -> None:
         check_keys(own.get("guard", {}), _GUARD, f"{where}, its guard")
         try:
             check_losses(_recipe(own), own.keys() & {*_RECIPE}, "teacher" in own, "outliers" in own)
-            for network in {own["student"], own.get("teacher", own["student"])} - students.keys():
-                if classifier_folder(network) is None:
-                    check_name(network)
+            _check_network(own["student"])
+            if own.get("teacher") not in (None, *students):
+                _check_network(own["teacher"])
         except (UsageError, TypeError) as error:
             raise UsageError(f"{where}: {error}") from None
         before.append(name)
+
+
+def _check_network(name: str) -> None:
+    if classifier_folder(name) is None:
+        check_name(name)
 
 
 def train_students(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 #: Ways from noise to an image, by the name of diffusers' scheduler. The last keeps earlier steps in mind.
 SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers config without what diffusers notes for itself, which differs from run to run."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: float = 0.0195) -> DDIMScheduler:

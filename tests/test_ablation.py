@@ -115,6 +115,8 @@ def test_classes_are_compared_before_any_work(
         ({"a": {"student": "x", "epochs": 0}}, "'a': epochs must be above 0"),
         ({"a": {"student": "x", "teacher": "b"}, "b": {"student": "x"}}, "teacher 'b' must stand before it"),
         ({"a": {"student": "resnet18", "teacher": "techer"}}, "'a': unknown backbone 'techer'"),
+        ({"a": {"student": "resnet18"}, "b": {"student": "a"}}, "'b': unknown backbone 'a'"),
+        ({"a": {"student": "resnet18", "guard": {"weights": "w"}}}, "its guard: unknown key 'weights'"),
         (
             {"a": {"student": "resnet18", "guard": {"recip": {}}}},
             "'a', its guard: unknown key 'recip'; did you mean rec",

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,8 +227,35 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     def broken(places: np.ndarray, rng: np.random.Generator) -> Lesson:
         return Lesson(X[places] * float("nan"), Y[places], outliers=(torch.zeros(len(places), 3),))
 
+    before = threading.active_count()
     with pytest.raises(FeatdiffError, match="diverged at step 1 .*lower the learning rate"):
         [*learn(fresh(recipe), broken, 100, held_out, recipe, 0)]
+    assert threading.active_count() == before  # what prepared the next lesson is gone
+
+
+def test_an_error_in_a_lesson_reaches_the_caller() -> None:
+    recipe, drawn = HardenRecipe(epochs=2, batch_size=20), []
+
+    def broken(places: np.ndarray, rng: np.random.Generator) -> Lesson:
+        drawn.append(len(places))
+        if len(drawn) == 3:
+            raise FeatdiffError("an image has gone")
+        return lessons(places, rng)
+
+    steps: list[int] = []
+    with pytest.raises(FeatdiffError, match="an image has gone"):
+        steps.extend(step.step for step in learn(fresh(recipe), broken, 100, held_out, recipe, 0))
+    assert steps == [1, 2] and len(drawn) == 3
+
+
+def test_lessons_ahead_are_those_drawn_in_place() -> None:
+    batches = [np.arange(4), np.arange(3), np.arange(5)]
+    with ThreadPoolExecutor(1) as thread:
+        ahead, in_place = (
+            [*learning._ahead(lessons, batches, np.random.default_rng(0), how)] for how in (thread, None)
+        )
+    for (lesson, chance), (other, again) in zip(ahead, in_place, strict=True):
+        assert chance == again and torch.equal(lesson.outliers[0], other.outliers[0])
 
 
 def test_fewer_rows_than_a_batch() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -604,9 +606,9 @@ def test_outliers_are_asked_for_by_their_pre_logits_at_the_length_of_their_class
 
 
 def test_latents_that_are_kept_are_not_made_again(
-    small: StableDiffusion, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after the second of three, the same call makes one more; other settings find nothing."""
+    """Stopped after the second of three, the same call makes one more; another seed or word makes others."""
     given, words, made = vectors(small, 3), ["cat", "dog", "cat"], []
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -624,8 +626,47 @@ def test_latents_that_are_kept_are_not_made_again(
     small.latents(given, words, 5, kept=small.store(tmp_path))
     small.latents(given, ["dog", "dog", "cat"], 4, kept=small.store(tmp_path))
     assert made == [1] * (3 + 1)
-    other = StableDiffusion(second, steps=STEPS + 1)
-    assert not len(other.store(tmp_path)) and len(small.store(tmp_path)) == 7
+    assert len(small.store(tmp_path)) == 7
+
+
+KEY = """
+import sys
+from pathlib import Path
+from featdiff.outliers.stable import StableDiffusion
+print(StableDiffusion(sys.argv[1], steps=5).store(Path(sys.argv[2])).folder.name)
+"""
+
+
+def test_kept_latents_are_found_by_the_next_process(copied: Path, tmp_path: Path) -> None:
+    """diffusers notes which settings a file lacks, in another order in each process."""
+    file = copied / "scheduler" / "scheduler_config.json"
+    lacking = {"prediction_type", "timestep_spacing", "rescale_betas_zero_snr", "thresholding"}
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in lacking}))
+    keys = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", KEY, str(copied), str(tmp_path)]
+        keys.add(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("changed", [{"steps": STEPS + 1}, {"guidance": 2.0}, {"size": 16}])
+def test_settings_have_latents_of_their_own(
+    small: StableDiffusion, second: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    other = StableDiffusion(second, **{"steps": STEPS, **changed})
+    assert other.store(tmp_path).folder != small.store(tmp_path).folder
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("unet/config.json", {"attention_head_dim": 4}), ("text_encoder/config.json", {"hidden_act": "gelu"})],
+)
+def test_configs_have_latents_of_their_own(
+    small: StableDiffusion, copied: Path, tmp_path: Path, file: str, change: dict[str, Any]
+) -> None:
+    edit_json(copied / file, **change)
+    assert StableDiffusion(copied, steps=STEPS).store(tmp_path).folder != small.store(tmp_path).folder
 
 
 def test_outliers_without_pre_logits_or_of_another_width(small: StableDiffusion) -> None:

@@ -17,6 +17,7 @@ from ..backbones import DEFAULT_BACKBONE, fingerprint
 from ..distances import FeatureCosine
 from ..exceptions import ModelError, UsageError
 from ..images import MAX_PIXELS
+from ..noise import plain_config
 from ..persist import load, locate
 from ..pixels import Pixels
 from ..processes import make_accelerator
@@ -233,7 +234,7 @@ class PixelDetector(BaseDetector):
         heads, hasher = self.heads_, hashlib.sha256()
         weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._looks_through()]
         settings = [self.arguments[name] for name in SCORING]
-        facts = [weights, heads.names, settings, _without_private(heads.scheduler.config)]
+        facts = [weights, heads.names, settings, plain_config(heads.scheduler.config)]
         hasher.update(json.dumps(facts, sort_keys=True).encode())
         hasher.update(heads.masks.cpu().numpy().tobytes())
         return FeatureStore(self.cache / "distances" / hasher.hexdigest()[:16], len(heads.names))
@@ -311,7 +312,7 @@ class PixelDetector(BaseDetector):
         """All that ``config.json`` says besides the format."""
         config, heads = super().config(), self.heads_
         parts = {"unet": heads.denoiser.unet.config, "scheduler": heads.scheduler.config}
-        plain = {name: _without_private(part) for name, part in parts.items()}
+        plain = {name: plain_config(part) for name, part in parts.items()}
         return config | plain | {"features": self._looks_through()}
 
     def _looks_through(self) -> str:
@@ -361,11 +362,6 @@ class PixelDetector(BaseDetector):
             raise ModelError(f"{arguments['backbone']} has other weights than the detector at {folder} was fitted with")
         detector._take_facts(config)
         return detector
-
-
-def _without_private(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A diffusers config without what diffusers notes for itself."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _digest(row: Tensor) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +20,14 @@ from ..backbones import fingerprint
 from ..calibration import Split
 from ..detectors.arguments import resolve_device
 from ..detectors.checkpoints import Keeper, resume
-from ..exceptions import UsageError, some_of
+from ..exceptions import ModelError, UsageError, first_line, some_of
 from ..features import PRE_LOGITS
 from ..guard import Guard
 from ..labels import list_labelled
 from ..outliers.archive import Outliers
 from ..outliers.stable import pooled
 from ..outliers.synthesis import ONE_CLASS
-from ..persist import check_target
+from ..persist import check_target, write_whole
 from ..processes import make_accelerator
 from ..store import Progress, default_cache
 from .layout import GUARD, STUDENT, is_hardened
@@ -80,8 +81,12 @@ class Hardened:
         """
         save_classifier(self.classifier, Path(folder) / STUDENT, self.facts)
         self.guard.save_pretrained(Path(folder) / GUARD)
-        with (Path(folder) / LEFT_OUT).open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream).writerows([("path", "reason"), *self.unreadable])
+        stream = io.StringIO()
+        csv.writer(stream).writerows([("path", "reason"), *self.unreadable])
+        try:
+            write_whole(Path(folder) / LEFT_OUT, stream.getvalue().encode())
+        except OSError as error:
+            raise ModelError(f"{LEFT_OUT} could not be written to {folder}: {first_line(error)}") from None
 
 
 def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None:
@@ -95,6 +100,8 @@ def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None
         raise UsageError(f"{folder} is a file: name a folder with -o")
     check_classifier_target(Path(folder) / STUDENT)
     check_target(Path(folder) / GUARD)
+    if (Path(folder) / LEFT_OUT).exists() and not is_hardened(folder):
+        raise UsageError(f"{folder} has a {LEFT_OUT} of somebody else's: choose another -o")
     if is_hardened(folder) and not replace:
         raise UsageError(f"a hardened student is already at {folder}: add --force to replace it, or choose another -o")
 

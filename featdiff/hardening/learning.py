@@ -134,6 +134,7 @@ def learn(
     if not per_epoch:
         raise UsageError(f"{n_rows} training images do not fill a batch of {size}: lower --train-batch (batch_size)")
     steps = recipe.epochs * per_epoch
+    thread = None if engine.device.type == "mps" else ThreadPoolExecutor(1)  # work of two threads can crash MPS
     try:
         while state.epoch < recipe.epochs and not state.done:
             before_epoch(state.epoch)
@@ -143,7 +144,7 @@ def learn(
             totals: dict[str, float] = {}
             state.objective.train()
             batches = [np.sort(part)[engine.share] for part in order[: per_epoch * size].reshape(per_epoch, size)]
-            for i, (lesson, chance) in enumerate(_ahead(lessons, batches, rng)):
+            for i, (lesson, chance) in enumerate(_ahead(lessons, batches, rng, thread)):
                 number = state.epoch * per_epoch + i
                 engine.set_rates(_rate(number, steps, recipe.warm_up))
                 losses = engine.update(lesson, chance)
@@ -155,6 +156,8 @@ def learn(
                     _close_epoch(state, accuracy, totals, recipe.patience)
                 yield LearningStep(number + 1, steps, losses, accuracy)
     finally:
+        if thread:
+            thread.shutdown()
         engine.processes.release(engine.network)
     state.done = True
     state.network.load_state_dict(state.best)
@@ -177,18 +180,22 @@ def held_out_accuracy(objective: Objective, held_out: Iterable[tuple[Tensor, Ten
     return torch.cat(right).sum().item() / sum(map(len, right))
 
 
-def _ahead(lessons: Lessons, batches: Sequence[np.ndarray], rng: np.random.Generator) -> Iterator[tuple[Lesson, int]]:
-    """The lesson of each batch and a number drawn after it; the next one is prepared while a step is under way."""
+def _ahead(
+    lessons: Lessons, batches: Sequence[np.ndarray], rng: np.random.Generator, thread: ThreadPoolExecutor | None
+) -> Iterator[tuple[Lesson, int]]:
+    """The lesson of each batch and a number drawn after it; with a thread, the next is prepared during a step."""
 
     def prepare(batch: np.ndarray) -> tuple[Lesson, int]:
         return lessons(batch, rng), int(rng.integers(2**63))
 
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(prepare, batches[0])
-        for batch in batches[1:]:
-            ready, upcoming = upcoming.result(), thread.submit(prepare, batch)
-            yield ready
-        yield upcoming.result()
+    if thread is None:
+        yield from map(prepare, batches)
+        return
+    upcoming = thread.submit(prepare, batches[0])
+    for batch in batches[1:]:
+        ready, upcoming = upcoming.result(), thread.submit(prepare, batch)
+        yield ready
+    yield upcoming.result()
 
 
 class _Engine:

@@ -25,6 +25,7 @@ from .layout import STUDENT, is_hardened
 
 #: The key of ``config.json`` under which the facts of the training stand.
 FACTS = "featdiff"
+_LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def new_classifier(
         wanted = timm.create_model(name, pretrained=False, num_classes=len(classes), **given)
     if repr(model) != repr(wanted):  # a saved one could not be built again
         raise UsageError(f"{backbone.tag} cannot be given a classifier of its own; choose another network")
-    if name.startswith("local-dir:"):
+    if name.startswith(_LOCAL):
         given = _own_args(_read_config(Path(name.partition(":")[2]))) | given
     return _classifier(backbone, tuple(classes), given)
 
@@ -126,17 +127,21 @@ def classifier_folder(name: str) -> Path | None:
 
     folder = Path(name)
     if folder.is_dir():
-        if os.sep not in name and timm.is_model(name.partition(".")[0]):
+        if not _is_path(name) and timm.is_model(name.partition(".")[0]):
             raise UsageError(f"{name} is a backbone of timm's, and a folder here: write ./{name}, or rename the folder")
         return folder / STUDENT if is_hardened(folder) else folder
-    if os.sep in name and ":" not in name:  # no name of a backbone
+    if _is_path(name) and ":" not in name:  # no name of a backbone
         raise UsageError(f"there is no folder {name}")
     return None
 
 
+def _is_path(name: str) -> bool:
+    return "/" in name or os.sep in name
+
+
 def training_facts(name: str) -> dict[str, Any]:
     """What featdiff wrote of the training of a classifier in a folder (or ``local-dir:FOLDER``); nothing for others."""
-    folder = classifier_folder(name.removeprefix("local-dir:"))
+    folder = Path(name[len(_LOCAL) :]) if name.startswith(_LOCAL) else classifier_folder(name)
     facts = _read_config(folder).get(FACTS) if folder else None
     return facts if isinstance(facts, dict) else {}
 

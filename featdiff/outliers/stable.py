@@ -10,6 +10,7 @@ in the prompt, so that the outliers change nothing.) The weights of the text enc
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,14 @@ from ..backbones import fingerprint
 from ..detectors.arguments import resolve_device
 from ..exceptions import UsageError, WeightsError
 from ..features import PRE_LOGITS
+from ..noise import plain_config
 from ..store import FeatureStore, Progress
 from .archive import Outliers
 from .stable_parts import load, quiet
 
 _CELL = 8  # pixels to a side of one latent
+# Raised when the same settings give other latents.
+_VERSION = 1
 _AT_ONCE = 8  # vectors in a batch, where there is a GPU to fill
 
 
@@ -126,14 +130,18 @@ class StableDiffusion:
     def store(self, cache: Path) -> FeatureStore:
         """Where latents of this pipeline with these settings are kept, below a cache folder."""
         pipe = self._pipe
-        facts = [fingerprint(pipe.unet), fingerprint(pipe.text_encoder), str(pipe.dtype), dict(pipe.scheduler.config)]
-        key = hashlib.sha256(repr([*facts, self.steps, self.guidance, self._shape]).encode()).hexdigest()[:16]
+        configs = (pipe.unet.config, pipe.scheduler.config, pipe.text_encoder.config.to_dict())
+        weights = [fingerprint(pipe.unet), fingerprint(pipe.text_encoder)]
+        settings = [_VERSION, str(pipe.dtype), self.steps, self.guidance, self._shape]
+        facts = json.dumps([weights, settings, *map(plain_config, configs)], sort_keys=True, default=str)
+        key = hashlib.sha256(facts.encode()).hexdigest()[:16]
         return FeatureStore(cache / "latents" / key, math.prod(self._shape))
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        side = self.size // _CELL if self.size else self._pipe.unet.config.sample_size
-        return self._pipe.unet.config.in_channels, side, side
+        network = self._pipe.unet.config
+        side = self.size // _CELL if self.size else network.sample_size
+        return (network.in_channels, *([side, side] if isinstance(side, int) else side))
 
     def latents(
         self,
@@ -180,18 +188,26 @@ class StableDiffusion:
         found = torch.empty(len(vectors), *self._shape)
         if kept is not None and known:
             found[known] = kept.table([digests[i] for i in known])[np.arange(len(known))].view(-1, *self._shape)
-        for start in range(0, len(missing), self.at_once):
-            part = missing[start : start + self.at_once]
-            with _placed(self._tokens, vectors[part], [places[i] for i in part]):
-                encoded = self._encode([prompts[i] for i in part])
-            found[part] = self._denoise(encoded, [_source(seed, i) for i in part])
+        try:
+            for start in range(0, len(missing), self.at_once):
+                part = missing[start : start + self.at_once]
+                with _placed(self._tokens, vectors[part], [places[i] for i in part]):
+                    encoded = self._encode([prompts[i] for i in part])
+                found[part] = self._denoise(encoded, [_source(seed, i) for i in part])
+                if kept is not None:
+                    self._keep(kept, [digests[i] for i in part], found[part])
+                if progress:
+                    progress("latents", len(known) + start + len(part), len(vectors))
+        finally:
             if kept is not None:
-                for i in part:
-                    kept.add(digests[i], found[i].flatten().numpy())
-                kept.flush()  # at once: on a CPU, one takes half an hour
-            if progress:
-                progress("latents", len(known) + start + len(part), len(vectors))
+                kept.flush()
         return found
+
+    def _keep(self, kept: FeatureStore, digests: Sequence[bytes], latents: Tensor) -> None:
+        for digest, latent in zip(digests, latents.flatten(1).numpy(), strict=True):
+            kept.add(digest, latent)
+        if self.at_once == 1:  # on a CPU it has taken half an hour; a GPU fills a file of many
+            kept.flush()
 
     def _digest(self, vector: Tensor, prompt: str, place: slice, seed: int, number: int) -> bytes:
         """What a latent is kept under: all that decides it besides the pipeline and its settings."""

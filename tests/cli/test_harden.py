@@ -120,11 +120,18 @@ def test_outliers_of_stable_diffusion_in_the_students_features(
     fails(featdiff_cli(*made, "--force", "--pipeline", tmp_path / "no"), 1, "Stable Diffusion", "--method diffusion")
 
 
-def test_an_older_student_is_not_replaced_unasked(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
+def test_an_older_student_is_not_replaced_unasked(
+    hardened: Path, folders: dict[str, Path], tmp_path: Path, featdiff_cli: Cli
+) -> None:
     done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", hardened)
     fails(done, 2, "already", "--force")
     done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", hardened / "left_out.csv")
     fails(done, 2, "is a file: name a folder")
+    done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", hardened / "student", "--force")
+    fails(done, 2, "is not a")
+    (tmp_path / "left_out.csv").write_text("mine")
+    done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", tmp_path)
+    fails(done, 2, "has a left_out.csv of somebody else's")
 
 
 @pytest.mark.parametrize(
