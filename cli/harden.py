@@ -27,7 +27,7 @@ _RECIPE = {
 @click.command("harden")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--student", required=True, metavar="NAME|FOLDER", help="A timm name, or a classifier to begin with.")
-@click.option("--teacher", metavar="NAME|FOLDER", help="A timm name, or a classifier of the same classes [none].")
+@click.option("--teacher", metavar="NAME|FOLDER", help="A timm name, local-dir:FOLDER, or a classifier of these classes [none].")
 @click.option("--outliers", type=click.Path(path_type=Path), help="What featdiff outliers wrote, for --micl.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for student and guard.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of the student's backbone at the beginning.")
