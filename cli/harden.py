@@ -27,7 +27,9 @@ _RECIPE = {
 @click.command("harden")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--student", required=True, metavar="NAME|FOLDER", help="A timm name, or a classifier to begin with.")
-@click.option("--teacher", metavar="NAME|FOLDER", help="A timm name, local-dir:FOLDER, or a classifier of these classes [none].")
+@click.option(
+    "--teacher", metavar="NAME|FOLDER", help="A timm name, local-dir:FOLDER, or a classifier of these classes [none]."
+)
 @click.option("--outliers", type=click.Path(path_type=Path), help="What featdiff outliers wrote, for --micl.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for student and guard.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of the student's backbone at the beginning.")
@@ -42,7 +44,7 @@ _RECIPE = {
 @click.option("--epochs", type=int, help="At most so many [10].")
 @click.option("--train-batch", type=int, help="Images of a training step [64].")
 @click.option("--learning-rate", type=float, help="The highest, without a teacher [0.02].")
-@click.option("--patience", type=int, help="Epochs without a rise of held-out accuracy that end the training [4].")
+@click.option("--patience", type=int, help="Epochs without a rise of held-out accuracy that end the training [10].")
 @click.option("--views", type=click.IntRange(1), default=2, show_default=True, help="2: mirrored, more: cut-outs, too.")
 @click.option("--as-published", is_flag=True, help="What the released code of OAL does: all layers, 100 epochs.")
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)

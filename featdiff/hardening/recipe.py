@@ -23,9 +23,9 @@ class HardenRecipe:
     ``feature_distillation`` that of its pre-logits, ``micl`` that of the bound of mutual information between outliers
     and features (twice that for Stable Diffusion latents), ``energy`` that of the margin (``margin``, in nats) between
     the energies of images and of outliers beside them. The learning rate rises for ``warm_up`` of all steps. Training
-    ends early when held-out accuracy has not risen for ``patience`` epochs. ``bound_as_loss`` does as the released code
-    of outlier-aware learning: the networks of the bound are trained by the bound itself, in place of their likelihood,
-    and by SGD, and the one for latents is deeper.
+    ends early when held-out accuracy has not risen for ``patience`` epochs; not for few, since much is learnt only when
+    the rate has fallen. ``bound_as_loss`` does as the released code of outlier-aware learning: the networks of the
+    bound are trained by the bound itself, in place of their likelihood, and by SGD, and the one for latents is deeper.
     """
 
     epochs: int = 10
@@ -39,7 +39,7 @@ class HardenRecipe:
     energy: float = 0.0
     margin: float = 5.0
     warm_up: float = 0.1
-    patience: int = 4
+    patience: int = 10
     bound_as_loss: bool = False
 
     def __post_init__(self) -> None:
