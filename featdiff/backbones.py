@@ -235,7 +235,7 @@ def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
     except Exception as error:
         raise WeightsError(
             f"no weights for {tag}: {_reason(error)}. Three ways out: connect to the hub once (they are cached after), "
-            f"--weights FILE with a local copy, or the embedded default {DEFAULT_BACKBONE}"
+            f"--weights FILE with a local copy, or the embedded default --backbone {DEFAULT_BACKBONE}"
         ) from None
     if broken := [key for key, value in model.state_dict().items() if not _is_finite(value)]:
         raise WeightsError(f"the weights for {tag} hold NaN or infinite values (first in {broken[0]})")
