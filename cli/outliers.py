@@ -108,7 +108,8 @@ def command(
             )
             outliers = with_latents(found.outliers, stable, seed, bars, kept) if stable else found.outliers
     except KeyboardInterrupt:
-        raise Stopped("interrupted; features and latents are kept, the same command goes on") from None
+        kept_too = " and latents" if stable else ""
+        raise Stopped(f"interrupted; features{kept_too} are kept, the same command goes on") from None
     outliers.save(output)
     points, share = found.projection()
     save_projection(picture, points, share, f"{method}, {len(found.outliers):,} outliers")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 Rows = Callable[[np.ndarray], Tensor]  # row numbers (B,) -> clean rows (B, ...)
-_RESULTS = ("epoch", "stale", "done", "seconds", "best_loss", "best", "early")
 LR_SCHEDULES = ("one-cycle", "cosine", "constant")
 
 
@@ -92,13 +91,46 @@ class Step:
     val_loss: float | None = None
 
 
+class Resumable:
+    """A training that can be put down and taken up.
+
+    Attributes
+    ----------
+    parts : names of attributes that have a state dict of their own, or are None
+    results : names of attributes that are tensors or plain numbers, ``done`` among them
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    results: ClassVar[tuple[str, ...]]
+    done: bool
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fit for ``weights_only=True``; the results alone once done."""
+        plain = {name: getattr(self, name) for name in self.results}
+        if self.done:
+            return plain
+        parts = {name: getattr(self, name) for name in self.parts}
+        return plain | {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        for name, value in state.items():
+            if name in self.parts:
+                getattr(self, name).load_state_dict(value)
+            else:
+                setattr(self, name, value)
+
+
 @dataclass
-class TrainingState:
+class TrainingState(Resumable):
     """All that a run needs to go on after a stop: live weights, their moving average, optimiser, schedule, history.
 
     ``early`` holds the weights after the first epoch (for likelihood regret), ``best`` the averaged weights with the
     lowest held-out loss so far.
     """
+
+    parts = ("denoiser", "average", "optimizer", "schedule")
+    results = ("epoch", "stale", "done", "seconds", "best_loss", "best", "early")
 
     denoiser: nn.Module
     average: AveragedModel
@@ -116,22 +148,6 @@ class TrainingState:
     def network(self) -> nn.Module:
         """What ``best`` are weights of."""
         return self.denoiser
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only, fit for ``weights_only=True``; the results alone once done."""
-        plain = {name: getattr(self, name) for name in _RESULTS}
-        if self.done:
-            return plain
-        parts = {name: getattr(self, name).state_dict() for name in ("denoiser", "average", "optimizer", "schedule")}
-        return plain | parts
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        for name, value in state.items():
-            if name in ("denoiser", "average", "optimizer", "schedule"):
-                getattr(self, name).load_state_dict(value)
-            else:
-                setattr(self, name, value)
 
 
 def start(denoiser: nn.Module, recipe: Recipe, rows: int) -> TrainingState:

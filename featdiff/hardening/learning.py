@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError
 from ..processes import Processes
+from ..training import Resumable
 from .objective import Lesson, Objective
 from .recipe import HardenRecipe
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 # Learning rates of networks that only losses need, as in the released code of outlier-aware learning.
 _PROJECTION_FACTOR = 2.0
 _CLUB_RATE = 1e-4
-_PARTS = ("objective", "optimizer", "club_optimizer")
-_RESULTS = ("epoch", "stale", "done", "seconds", "best_accuracy", "best", "history")
 
 #: Row numbers (B,) of the training rows, and a source of chance -> what the student is to learn from them.
 Lessons = Callable[[np.ndarray, np.random.Generator], Lesson]
@@ -42,12 +41,15 @@ class LearningStep:
 
 
 @dataclass
-class LearningState:
+class LearningState(Resumable):
     """All that a run needs to go on after a stop.
 
     ``best`` are the weights of the epoch with the highest accuracy on held-out rows (of equals, the later), ``history``
     has for each epoch its mean losses and accuracy.
     """
+
+    parts = ("objective", "optimizer", "club_optimizer")
+    results = ("epoch", "stale", "done", "seconds", "best_accuracy", "best", "history")
 
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -64,22 +66,6 @@ class LearningState:
     def network(self) -> nn.Module:
         """What ``best`` are weights of."""
         return self.objective.network
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only, fit for ``weights_only=True``; the results alone once done."""
-        plain = {name: getattr(self, name) for name in _RESULTS}
-        if self.done:
-            return plain
-        parts = {name: getattr(self, name) for name in _PARTS}
-        return plain | {name: part.state_dict() for name, part in parts.items() if part is not None}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        for name, value in state.items():
-            if name in _PARTS:
-                getattr(self, name).load_state_dict(value)
-            else:
-                setattr(self, name, value)
 
 
 def start(objective: Objective, recipe: HardenRecipe) -> LearningState:
