@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featdiff.hardening.club import Club
-from featdiff.hardening.losses import FeatureDistillation, distillation, energy_margin
+from featdiff.hardening.losses import FeatureDistillation, ProjectedTeacher, distillation, energy_margin
 from featdiff.hardening.objective import Lesson, Objective
 from featdiff.hardening.recipe import HardenRecipe
 
@@ -33,18 +33,38 @@ def test_temperature_softens_both_and_keeps_the_scale_of_gradients() -> None:
     assert softened.item() == pytest.approx(16 * distillation(student / 4, teacher / 4).item(), rel=1e-5)
 
 
-def test_features_of_a_teacher_of_another_width_are_projected_and_the_projection_learns() -> None:
-    loss = FeatureDistillation(12, 5)
-    student, teacher = torch.randn(16, 5, requires_grad=True), torch.randn(16, 12)
-    before = loss(student, teacher)
-    before.backward()
-    assert student.grad is not None and student.grad.abs().sum() > 0
+def best(loss: nn.Module, student: Tensor, teacher: Tensor) -> float:
+    """What a loss comes to when its projection has learnt all it can from rows that stay as they are."""
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
-    for _ in range(60):
+    for _ in range(200):
         optimizer.zero_grad()
-        loss(student.detach(), teacher).backward()
+        loss(student, teacher).backward()
         optimizer.step()
-    assert loss(student, teacher).item() < 0.5 * before.item()
+    return float(loss(student, teacher).item())
+
+
+def test_features_are_compared_as_far_as_the_student_tells_of_the_teacher() -> None:
+    teacher = torch.randn(64, 12) * torch.arange(1, 13) + 5
+    silent, loss = torch.ones(64, 5), FeatureDistillation(12, 5)
+    nn.init.zeros_(loss.project.weight), nn.init.zeros_(loss.project.bias)
+    assert loss(silent, teacher).item() == pytest.approx(1, abs=1e-4)
+    assert best(loss, silent, teacher) == pytest.approx(1, abs=1e-2)
+    assert best(FeatureDistillation(12, 5), teacher[:, :5] / 10, teacher) == pytest.approx(7 / 12, abs=0.1)
+    assert best(FeatureDistillation(12, 14), torch.cat([teacher, teacher[:, :2]], 1) / 10, teacher) < 0.05
+
+
+def test_as_published_a_silent_student_satisfies_the_projected_teacher() -> None:
+    """The projection drops what the student does not know, which is why it is not the default."""
+    teacher, silent = torch.randn(64, 12), torch.randn(5).expand(64, 5)
+    loss = ProjectedTeacher(12, 5)
+    assert loss(silent, teacher).item() > 0.2 and best(loss, silent, teacher) < 0.02
+
+
+@pytest.mark.parametrize("kind", [FeatureDistillation, ProjectedTeacher])
+def test_either_comparison_of_features_moves_the_student(kind: type[nn.Module]) -> None:
+    student = torch.randn(16, 5, requires_grad=True)
+    kind(12, 5)(student, torch.randn(16, 12)).backward()
+    assert student.grad is not None and student.grad.abs().sum() > 0
 
 
 def test_the_margin_is_softplus_of_what_is_missing_over_all_pairs() -> None:
@@ -145,6 +165,11 @@ def test_losses_are_weighted_and_named() -> None:
     }
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_as_published_the_teacher_is_projected() -> None:
+    assert isinstance(Objective(Answering(), 5, HardenRecipe.as_published(), 9).projection, ProjectedTeacher)
+    assert isinstance(Objective(Answering(), 5, HardenRecipe(), 9).projection, FeatureDistillation)
 
 
 def test_without_teacher_and_outliers_labels_are_all_there_is() -> None:

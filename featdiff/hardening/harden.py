@@ -58,7 +58,7 @@ LEFT_OUT = "left_out.csv"
 #: ``train_from`` of a student that is trained as a whole.
 ALL_LAYERS = ""
 # Raised when the same settings give another student: finished trainings in the cache are not used then.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass

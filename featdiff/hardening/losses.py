@@ -13,9 +13,27 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 class FeatureDistillation(nn.Module):
+    """How far a linear map of the student's pre-logits is from the teacher's, from 0 to 1 (the student tells nothing).
+
+    The mean squared error of the teacher's features, each standardised over the batch. It is the student that is
+    mapped, as in FitNets (Romero et al., arXiv 1412.6550), so that it has to hold all that the teacher's features tell;
+    the two may differ in width.
+    """
+
+    def __init__(self, teacher: int, student: int) -> None:
+        super().__init__()
+        self.standardise = nn.BatchNorm1d(teacher, affine=False)
+        self.project = nn.Linear(student, teacher)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Pre-logits (B, student), (B, teacher) -> ()."""
+        return F.mse_loss(self.project(student), self.standardise(teacher))
+
+
+class ProjectedTeacher(nn.Module):
     """KL(softmax(projected teacher) || softmax(student)) of pre-logits, after outlier-aware learning (2406.16525).
 
-    The projection (norm, linear, ReLU, norm) is trained along, so that teacher and student may differ in width.
+    The projection (norm, linear, ReLU, norm) is trained along, and so it may drop what the student does not know.
     """
 
     def __init__(self, teacher: int, student: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .club import DEEP, Club
-from .losses import FeatureDistillation, distillation, energy_margin
+from .losses import FeatureDistillation, ProjectedTeacher, distillation, energy_margin
 from .recipe import HardenRecipe
 
 
@@ -50,9 +50,9 @@ class Objective(nn.Module):
         self, network: nn.Module, features: int, recipe: HardenRecipe, teacher: int = 0, outliers: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
-        self.network, self.recipe, self.taught = network, recipe, bool(teacher)
-        projected = teacher and recipe.feature_distillation
-        self.projection = FeatureDistillation(teacher, features) if projected else None
+        self.network, self.recipe = network, recipe
+        compared = ProjectedTeacher if recipe.project_teacher else FeatureDistillation
+        self.projection = compared(teacher, features) if teacher and recipe.feature_distillation else None
         kinds = enumerate(outliers if recipe.micl else ())
         self.clubs = nn.ModuleList(
             Club(width, features, DEEP) if i and recipe.bound_as_loss else Club(width, features) for i, width in kinds

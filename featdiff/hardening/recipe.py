@@ -18,14 +18,14 @@ _WEIGHTS = ("weight_decay", "distillation", "feature_distillation", "micl", "ene
 class HardenRecipe:
     """SGD with Nesterov momentum, a warm-up and a cosine, and the weight of each loss (0 leaves it out).
 
-    Cross entropy has weight 1. With a teacher, ``learning_rate`` is divided by 1 + ``distillation``, so that steps stay
-    about as long as without. ``distillation`` is the weight of the teacher's logits (at ``temperature``),
+    Cross entropy has weight 1. ``distillation`` is the weight of the teacher's logits (at ``temperature``),
     ``feature_distillation`` that of its pre-logits, ``micl`` that of the bound of mutual information between outliers
     and features (twice that for Stable Diffusion latents), ``energy`` that of the margin (``margin``, in nats) between
     the energies of images and of outliers beside them. The learning rate rises for ``warm_up`` of all steps. Training
     ends early when held-out accuracy has not risen for ``patience`` epochs; not for few, since much is learnt only when
-    the rate has fallen. ``bound_as_loss`` does as the released code of outlier-aware learning: the networks of the
-    bound are trained by the bound itself, in place of their likelihood, and by SGD, and the one for latents is deeper.
+    the rate has fallen. Two switches do as the released code of outlier-aware learning. ``bound_as_loss``: the networks
+    of the bound are trained by the bound itself, in place of their likelihood, and by SGD, and the one for latents is
+    deeper. ``project_teacher``: the teacher's features are mapped to the student's, in place of the other way round.
     """
 
     epochs: int = 10
@@ -34,13 +34,14 @@ class HardenRecipe:
     weight_decay: float = 5e-4
     distillation: float = 4.0
     temperature: float = 1.0
-    feature_distillation: float = 8.0
+    feature_distillation: float = 2.0
     micl: float = 0.1
     energy: float = 0.0
     margin: float = 5.0
     warm_up: float = 0.1
     patience: int = 10
     bound_as_loss: bool = False
+    project_teacher: bool = False
 
     def __post_init__(self) -> None:
         for name in _ABOVE_ZERO:
@@ -60,7 +61,16 @@ class HardenRecipe:
         What it does besides: it gives outliers the lengths that CLIP's text encoder gives the class names, where
         featdiff's have those of real pre-logits.
         """
-        return cls(epochs=100, batch_size=128, learning_rate=5 * 0.005, warm_up=0.0, patience=100, bound_as_loss=True)
+        return cls(
+            epochs=100,
+            batch_size=128,
+            learning_rate=0.005,
+            feature_distillation=8.0,
+            warm_up=0.0,
+            patience=100,
+            bound_as_loss=True,
+            project_teacher=True,
+        )
 
 
 def check_losses(recipe: HardenRecipe, given: Collection[str], teacher: bool, outliers: bool) -> None:
