@@ -43,7 +43,7 @@ _RECIPE = {
 @click.option("--margin", type=float, help="That margin [5].")
 @click.option("--epochs", type=int, help="At most so many [10].")
 @click.option("--train-batch", type=int, help="Images of a training step [64].")
-@click.option("--learning-rate", type=float, help="The highest [0.02].")
+@click.option("--learning-rate", type=float, help="The highest, without a teacher [0.02].")
 @click.option("--patience", type=int, help="Epochs without a rise of held-out accuracy that end the training [10].")
 @click.option("--views", type=click.IntRange(1), default=2, show_default=True, help="2: mirrored, more: cut-outs, too.")
 @click.option("--as-published", is_flag=True, help="What the released code of OAL does: all layers, 100 epochs.")

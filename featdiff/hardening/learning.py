@@ -70,9 +70,10 @@ class LearningState(Resumable):
 
 def start(objective: Objective, recipe: HardenRecipe) -> LearningState:
     """A fresh state: SGD for the student and its projection, Adam (as published: SGD) for the networks of the bound."""
-    groups = [{"params": [p for p in objective.network.parameters() if p.requires_grad], "factor": 1.0}]
+    factor = 1 / (1 + recipe.distillation) if objective.taught else 1.0
+    groups = [{"params": [p for p in objective.network.parameters() if p.requires_grad], "factor": factor}]
     if objective.projection is not None:
-        groups.append({"params": [*objective.projection.parameters()], "factor": _PROJECTION_FACTOR})
+        groups.append({"params": [*objective.projection.parameters()], "factor": _PROJECTION_FACTOR * factor})
     if recipe.bound_as_loss and len(objective.clubs):
         groups.append({"params": [*objective.clubs.parameters()], "factor": _CLUB_RATE / recipe.learning_rate})
     optimizer = torch.optim.SGD(

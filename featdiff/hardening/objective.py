@@ -50,7 +50,7 @@ class Objective(nn.Module):
         self, network: nn.Module, features: int, recipe: HardenRecipe, teacher: int = 0, outliers: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
-        self.network, self.recipe = network, recipe
+        self.network, self.recipe, self.taught = network, recipe, bool(teacher)
         compared = ProjectedTeacher if recipe.project_teacher else FeatureDistillation
         self.projection = compared(teacher, features) if teacher and recipe.feature_distillation else None
         kinds = enumerate(outliers if recipe.micl else ())

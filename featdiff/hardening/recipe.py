@@ -18,7 +18,8 @@ _WEIGHTS = ("weight_decay", "distillation", "feature_distillation", "micl", "ene
 class HardenRecipe:
     """SGD with Nesterov momentum, a warm-up and a cosine, and the weight of each loss (0 leaves it out).
 
-    Cross entropy has weight 1. ``distillation`` is the weight of the teacher's logits (at ``temperature``),
+    Cross entropy has weight 1. With a teacher, ``learning_rate`` is divided by 1 + ``distillation``, so that steps stay
+    about as long as without. ``distillation`` is the weight of the teacher's logits (at ``temperature``),
     ``feature_distillation`` that of its pre-logits, ``micl`` that of the bound of mutual information between outliers
     and features (twice that for Stable Diffusion latents), ``energy`` that of the margin (``margin``, in nats) between
     the energies of images and of outliers beside them. The learning rate rises for ``warm_up`` of all steps. Training
@@ -64,7 +65,7 @@ class HardenRecipe:
         return cls(
             epochs=100,
             batch_size=128,
-            learning_rate=0.005,
+            learning_rate=5 * 0.005,
             feature_distillation=8.0,
             warm_up=0.0,
             patience=100,
