@@ -97,12 +97,22 @@ class Resumable:
     Attributes
     ----------
     parts : names of attributes that have a state dict of their own, or are None
-    results : names of attributes that are tensors or plain numbers, ``done`` among them
+    results : names of attributes that are tensors or plain numbers, ``best``, ``seconds`` and ``done`` among them
+    best : weights of ``network``
+    seconds : spent so far, over all runs; the caller's to count
+    done : whether nothing is left to do
     """
 
     parts: ClassVar[tuple[str, ...]]
     results: ClassVar[tuple[str, ...]]
+    best: dict[str, Tensor]
+    seconds: float
     done: bool
+
+    @property
+    def network(self) -> nn.Module:
+        """What ``best`` are weights of."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Fit for ``weights_only=True``; the results alone once done."""
@@ -139,14 +149,13 @@ class TrainingState(Resumable):
     epoch: int = 0
     stale: int = 0
     done: bool = False
-    seconds: float = 0.0  # spent so far, over all runs; the caller's to count
+    seconds: float = 0.0
     best_loss: float = math.inf
     best: dict[str, Tensor] = field(default_factory=dict)
     early: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def network(self) -> nn.Module:
-        """What ``best`` are weights of."""
         return self.denoiser
 
 

@@ -5,34 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..store import write_atomically
+from ..training import Resumable
 
 #: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
 CHECKPOINT_SECONDS = 10
-
-
-class State(Protocol):
-    """What a run needs to go on, tensors and plain numbers; ``best`` among them are weights of ``network``.
-
-    ``seconds`` is the time spent so far, over all runs, ``done`` whether nothing is left to do.
-    """
-
-    seconds: float
-    done: bool
-
-    @property
-    def network(self) -> nn.Module: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Keeper:
@@ -40,14 +22,14 @@ class Keeper:
 
     Parameters
     ----------
-    state : State
+    state : Resumable
     file : Path, optional
         None: nothing is kept.
     writes : bool
         Of several processes, one.
     """
 
-    def __init__(self, state: State, file: Path | None, writes: bool = True) -> None:
+    def __init__(self, state: Resumable, file: Path | None, writes: bool = True) -> None:
         if file:
             resume(state, file)
         self.state, self.file = state, None if state.done or not writes else file
@@ -69,7 +51,7 @@ class Keeper:
             write_checkpoint(self.state, self.file)
 
 
-def resume(state: State, file: Path) -> None:
+def resume(state: Resumable, file: Path) -> None:
     """Continue from ``file`` if it is there and whole; a damaged one is as good as none."""
     if not file.exists():
         return
@@ -93,7 +75,7 @@ def _check_fits(weights: dict[str, Tensor], network: nn.Module) -> None:
         raise ValueError("weights of another network")
 
 
-def write_checkpoint(state: State, file: Path) -> None:
+def write_checkpoint(state: Resumable, file: Path) -> None:
     """Keep ``state`` in ``file``, whole or not at all."""
     stream = io.BytesIO()
     torch.save(state.state_dict(), stream)

@@ -57,14 +57,13 @@ class LearningState(Resumable):
     epoch: int = 0
     stale: int = 0
     done: bool = False
-    seconds: float = 0.0  # spent so far, over all runs; the caller's to count
+    seconds: float = 0.0
     best_accuracy: float = -1.0
     best: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def network(self) -> nn.Module:
-        """What ``best`` are weights of."""
         return self.objective.network
 
 
