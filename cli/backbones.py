@@ -15,7 +15,7 @@ def command(pattern: str) -> int:
     \b
     Example: featdiff backbones 'convnext*'
     """
-    from featdiff.backbones import list_backbones
+    from featdiff.features.backbones import list_backbones
 
     found = list_backbones(pattern)
     for name, source in found:

@@ -67,11 +67,11 @@ def command(
     \b
     Example: featdiff bench folders --data my-sets/ -o comparison.md
     """
-    from featdiff.allocator import keep_freed_memory
-    from featdiff.bench import run_suite
-    from featdiff.comparison import to_csv, to_markdown
+    from featdiff.evaluation.benchmark import run_suite
+    from featdiff.evaluation.suites import load_suite
     from featdiff.exceptions import UsageError, did_you_mean
-    from featdiff.suites import load_suite
+    from featdiff.report.tables import to_csv, to_markdown
+    from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     known = {file.stem: file for file in sorted((preset_folder() / "suites").glob("*.toml"))}
@@ -131,7 +131,7 @@ def print_grids(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from featdiff.comparison import EXPLANATION, grids
+    from featdiff.report.tables import EXPLANATION, grids
 
     console = Console(width=None if Console().is_terminal else 200)
     for grid in grids(result):

@@ -42,7 +42,7 @@ def load_config(name: str) -> Config:
     """
     from featdiff.detectors import MODES
     from featdiff.exceptions import UsageError, did_you_mean
-    from featdiff.settings import check_keys, read_toml
+    from featdiff.files.toml import check_keys, read_toml
 
     presets = sorted(file.stem for file in preset_folder().glob("*.toml"))
     file = preset_folder() / f"{name}.toml" if name in presets else Path(name)

@@ -30,11 +30,13 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
     \b
     Example: featdiff demo -o try-out
     """
-    from featdiff import Detector, samples
-    from featdiff.allocator import keep_freed_memory
-    from featdiff.calibration import threshold
-    from featdiff.evaluation import evaluate_detector, fit_rivals
-    from featdiff.report import CsvWriter, save_histograms
+    from featdiff import Detector
+    from featdiff.data import samples
+    from featdiff.evaluation.protocols import evaluate_detector, fit_rivals
+    from featdiff.report.figures import save_histograms
+    from featdiff.report.writers import CsvWriter
+    from featdiff.runtime.allocator import keep_freed_memory
+    from featdiff.verdicts.calibration import threshold
 
     from .evaluate import print_table
 

@@ -85,8 +85,9 @@ def _faiss() -> tuple[str, str]:
 
 
 def _embedded() -> tuple[str, str]:
-    from featdiff.backbones import DEFAULT_BACKBONE, load_backbone
     from featdiff.exceptions import FeatdiffError
+    from featdiff.features.backbones import load_backbone
+    from featdiff.features.weights import DEFAULT_BACKBONE
 
     try:
         found = load_backbone()
@@ -96,7 +97,7 @@ def _embedded() -> tuple[str, str]:
 
 
 def _cache() -> tuple[str, str]:
-    from featdiff.store import default_cache
+    from featdiff.files.cache import default_cache
 
     folder = default_cache()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6

@@ -69,8 +69,8 @@ def command(
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
     """
-    from featdiff.allocator import keep_freed_memory
-    from featdiff.evaluation import PROTOCOLS, evaluate_detector, fit_rivals
+    from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector, fit_rivals
+    from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     sets: dict[str, str] = {}
@@ -100,7 +100,7 @@ def command(
 
 def _accuracy(detector: Any, in_domain: list[str], classes: tuple[str, ...], bars: Bars, quiet: bool) -> float | None:
     """Of a classifier on images in folders of its classes; None if they are in none."""
-    from featdiff.evaluation import measure_accuracy
+    from featdiff.evaluation.protocols import measure_accuracy
     from featdiff.exceptions import UsageError
 
     try:

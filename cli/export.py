@@ -44,11 +44,11 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/
     """
-    from featdiff.allocator import keep_freed_memory
+    from featdiff.data.references import list_images
     from featdiff.exceptions import ModelError
-    from featdiff.exporting import check_exportable, export, facts, need
-    from featdiff.sources import list_images
-    from featdiff.verifying import verify
+    from featdiff.export.export import check_exportable, export, facts, need
+    from featdiff.export.verify import verify
+    from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     wanted = [name.strip() for name in formats.split(",") if name.strip()]

@@ -75,11 +75,11 @@ def command(
     \b
     Example: featdiff harden photos/ --student resnet18 --teacher resnet50 -o hardened
     """
-    from featdiff.allocator import keep_freed_memory
     from featdiff.exceptions import UsageError
     from featdiff.hardening.harden import ALL_LAYERS, LEFT_OUT, check_hardened_target, harden
     from featdiff.hardening.recipe import HardenRecipe, check_losses
-    from featdiff.outliers.archive import load_outliers
+    from featdiff.outliers.outlier_file import load_outliers
+    from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     quiet = quiet or not is_first_process()

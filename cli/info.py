@@ -21,8 +21,8 @@ def command(model: str, as_json: bool) -> None:
     Example: featdiff info featdiff-model
     """
     from featdiff.exceptions import ModelError
+    from featdiff.files.model_folder import load, locate
     from featdiff.hardening.layout import GUARD, is_hardened
-    from featdiff.persist import load, locate
 
     folder = locate(str(Path(model) / GUARD) if is_hardened(model) else model)
     config, tensors = load(folder)

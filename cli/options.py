@@ -99,6 +99,6 @@ def runtime_options(function: F) -> F:
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The runtime options that were given, as arguments of a detector."""
-    from featdiff.detectors.arguments import RUNTIME
+    from featdiff.detectors.checks import RUNTIME
 
     return {name: options[name] for name in RUNTIME if options.get(name) is not None}

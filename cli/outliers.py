@@ -77,11 +77,11 @@ def command(
     \b
     Example: featdiff outliers photos/ -n 1000 -o outliers.safetensors
     """
-    from featdiff.allocator import keep_freed_memory
-    from featdiff.outliers.stable import StableDiffusion, pre_logits_in, with_latents
+    from featdiff.files.cache import default_cache
+    from featdiff.outliers.stable_diffusion import StableDiffusion, pre_logits_in, with_latents
     from featdiff.outliers.synthesis import feature_detector, synthesise, with_classes
-    from featdiff.report import save_projection
-    from featdiff.store import default_cache
+    from featdiff.report.figures import save_projection
+    from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     picture = picture or output.with_suffix(".png")

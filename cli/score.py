@@ -59,10 +59,10 @@ def command(
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
-    from featdiff.allocator import keep_freed_memory
     from featdiff.exceptions import UsageError
-    from featdiff.report import open_writer
-    from featdiff.scores import UNREADABLE
+    from featdiff.report.writers import open_writer
+    from featdiff.runtime.allocator import keep_freed_memory
+    from featdiff.verdicts.results import UNREADABLE
 
     keep_freed_memory()
     hidden = quiet or (output is None and sys.stdout.isatty())
@@ -110,7 +110,7 @@ def _open_images(
     images: tuple[str, ...], model: str, options: dict[str, Any], figure: Path | None
 ) -> tuple[Any, list[Any]]:
     """A saved model of images, and what it shall score."""
-    from featdiff.sources import list_images
+    from featdiff.data.references import list_images
 
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
@@ -136,8 +136,8 @@ def _draw(detector: Any, refs: list[Any], scores: list[Any], file: Path) -> None
     """The least and the most strange images, inpainted once more: the same noise gives the same picture."""
     import numpy as np
 
-    from featdiff.detectors.pixel_diffusion import least_and_most
-    from featdiff.report import save_inpaintings
+    from featdiff.detectors.pixel import least_and_most
+    from featdiff.report.figures import save_inpaintings
 
     shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
     if shown:

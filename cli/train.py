@@ -56,9 +56,9 @@ def command(
     Example: featdiff train photos/ --backbone resnet50 -o my-model
     Example: featdiff train --features embeddings.npy -o my-model
     """
-    from featdiff import samples
-    from featdiff.allocator import keep_freed_memory
-    from featdiff.report import save_inpaintings
+    from featdiff.data import samples
+    from featdiff.report.figures import save_inpaintings
+    from featdiff.runtime.allocator import keep_freed_memory
 
     from .config import Config, load_config
 
@@ -99,7 +99,7 @@ def command(
 def _check_free(output: Path, force: bool) -> None:
     """Whether a model may be written there."""
     from featdiff.exceptions import UsageError
-    from featdiff.persist import check_target, is_model
+    from featdiff.files.model_folder import check_target, is_model
 
     check_target(output)
     if is_model(output) and not force:

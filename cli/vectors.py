@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from featdiff import FeatureDiffusion, Scores
-    from featdiff.arrays import Arrays
+    from featdiff.data.vector_files import Arrays
 
 # Options that ask for something to do with images.
 _OF_IMAGES = {
@@ -39,7 +39,7 @@ def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool
     import numpy as np
 
     from featdiff import FeatureDiffusion
-    from featdiff.arrays import open_arrays
+    from featdiff.data.vector_files import open_arrays
     from featdiff.exceptions import TooFewRows
 
     _refuse_images(images, options)
@@ -67,7 +67,7 @@ def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool
 def open_vectors(file: str, images: Sequence[str], model: str, options: dict[str, Any]) -> tuple[Any, Arrays]:
     """A saved model of vectors, and a file that it can score."""
     from featdiff import FeatureDiffusion
-    from featdiff.arrays import open_arrays
+    from featdiff.data.vector_files import open_arrays
 
     _refuse_images(images, options)
     detector = FeatureDiffusion.from_pretrained(model)
@@ -110,7 +110,7 @@ def _good_rows(arrays: Arrays) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Rows that are numbers throughout, and the names of the others with a reason each."""
     import numpy as np
 
-    from featdiff.detectors.vectors import NOT_FINITE
+    from featdiff.detectors.estimator import NOT_FINITE
     from featdiff.exceptions import UsageError
 
     starts = range(0, len(arrays), _AT_ONCE)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .detectors import Detector as Detector
     from .detectors import PixelDetector as PixelDetector
     from .detectors import load_detector as load_detector
-    from .detectors.vectors import FeatureDiffusion as FeatureDiffusion
+    from .detectors.estimator import FeatureDiffusion as FeatureDiffusion
     from .exceptions import FeatdiffError as FeatdiffError
-    from .features import FeatureExtractor as FeatureExtractor
-    from .guard import Guard as Guard
-    from .guard import Verdict as Verdict
-    from .scores import Scores as Scores
+    from .features.extractor import FeatureExtractor as FeatureExtractor
+    from .guard.guard import Guard as Guard
+    from .guard.guard import Verdict as Verdict
+    from .verdicts.results import Scores as Scores
 
+# Public name -> where it is defined.
+_HOMES = {
+    "Detector": "detectors",
+    "FeatdiffError": "exceptions",
+    "FeatureDiffusion": "detectors.estimator",
+    "FeatureExtractor": "features.extractor",
+    "Guard": "guard.guard",
+    "PixelDetector": "detectors",
+    "Scores": "verdicts.results",
+    "Verdict": "guard.guard",
+    "load_detector": "detectors",
+}
 __all__ = [
     "Detector",
     "FeatdiffError",
@@ -26,23 +38,16 @@ __all__ = [
     "Verdict",
     "load_detector",
 ]
-_ROOMS = {
-    "Detector": "detectors",
-    "FeatdiffError": "exceptions",
-    "FeatureDiffusion": "detectors.vectors",
-    "FeatureExtractor": "features",
-    "Guard": "guard",
-    "PixelDetector": "detectors",
-    "Scores": "scores",
-    "Verdict": "guard",
-    "load_detector": "detectors",
-}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import on first use: ``featdiff --help`` must not wait for torch."""
     from importlib import import_module
 
-    if name not in _ROOMS:
+    if name not in _HOMES:
         raise AttributeError(f"module 'featdiff' has no attribute {name!r}")
-    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

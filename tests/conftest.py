@@ -20,7 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from featdiff import Detector, samples
+from featdiff import Detector
+from featdiff.data import samples
 
 #: Keyword arguments of a detector that fits in a second: a real timm network of 0.4 M weights at 160 px.
 TINY: dict[str, Any] = {

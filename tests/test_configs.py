@@ -10,8 +10,8 @@ import pytest
 
 from featdiff import Detector, PixelDetector
 from featdiff.detectors import MODES
-from featdiff.detectors.heads import DiffusionHeads
 from featdiff.detectors.pixel_parts import make_network
+from featdiff.scores.diffusion import DiffusionHeads
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

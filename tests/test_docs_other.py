@@ -11,8 +11,8 @@ import pytest
 from diffusers import DDPMPipeline
 from helpers import DOWNLOAD, EXPECTED, HARDENED, HUB, OTHER, README, ROOT, blocks, commands, newcomer_folder, typed
 
-from featdiff.denoisers.unet import make_unet
-from featdiff.noise import make_pixel_scheduler
+from featdiff.diffusion.schedules import make_pixel_scheduler
+from featdiff.diffusion.unet import make_unet
 
 
 @pytest.fixture(scope="module")

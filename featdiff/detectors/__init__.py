@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from ..exceptions import ModelError
-from ..persist import load_config, locate
+from ..files.model_folder import load_config, locate
 from .base import BaseDetector
-from .feature_diffusion import Detector
-from .loading import VECTORS, saved_mode
-from .pixel_diffusion import PixelDetector
+from .feature import Detector
+from .pixel import PixelDetector
+from .saved import VECTORS, saved_mode
 
 __all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "load_detector"]
 

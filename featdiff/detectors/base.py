@@ -13,15 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import Split, check_fpr, flagged, p_values, split
+from ..data.batches import Batch, batches_from_loader, is_loader, iter_batches, iter_loaded
+from ..data.decoding import Transform
+from ..data.references import list_images
+from ..data.splits import Split, split
+from ..diffusion.training import Recipe
 from ..exceptions import NotFittedError, UsageError
-from ..images import Batch, Transform, batches_from_loader, is_loader, iter_batches, iter_loaded
-from ..persist import save
-from ..scores import OK, UNREADABLE, Scores
-from ..sources import list_images
-from ..store import Extraction, Extractor, FeatureStore, FeatureTable, Progress, default_cache, extract, featurise
-from ..training import Recipe
-from .arguments import RUNTIME, make_recipe, resolve_device
+from ..features.extraction import Extraction, Extractor, extract, featurise
+from ..features.store import FeatureStore, FeatureTable
+from ..files.cache import default_cache
+from ..files.model_folder import save
+from ..runtime.devices import resolve_device
+from ..runtime.progress import Progress
+from ..verdicts.calibration import check_fpr, flagged, p_values
+from ..verdicts.results import OK, UNREADABLE, Scores
+from .checks import RUNTIME, make_recipe
 
 
 class BaseDetector:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..calibration import Split
-from ..neighbors import coreset
-from ..store import Progress
-from ..training import Augment, Recipe, Rows, Step, TrainingState, start, train
-from .checkpoints import Keeper
-from .heads import FusedHeads, full_precision
+from ..data.splits import Split
+from ..diffusion.training import Augment, Recipe, Rows, Step, TrainingState, start, train
+from ..features.store import Table
+from ..runtime.checkpoints import Keeper
+from ..runtime.progress import Progress
+from ..scores.diffusion import full_precision
+from ..scores.fused import FusedHeads
+from ..scores.neighbors import coreset
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import SchedulerMixin
+
 
 Watch = Callable[[Step, TrainingState], None]
 
@@ -37,7 +40,9 @@ def train_denoiser(
     accelerator: Accelerator | None = None,
     watch: Watch | None = None,
 ) -> TrainingState:
-    """Train ``denoiser`` in place, or take it from ``checkpoint``; arguments as for :func:`featdiff.training.train`.
+    """Train ``denoiser`` in place, or take it from ``checkpoint``.
+
+    Arguments are those of :func:`featdiff.diffusion.training.train`.
 
     Checkpoints and the result are kept in that file, if there is to be one, for the next run. ``watch`` sees the state
     at every step.
@@ -55,12 +60,6 @@ def train_denoiser(
     keeper.finish()
     denoiser.requires_grad_(False)
     return state
-
-
-class Table(Protocol):
-    """Rows of features (N, D) by their numbers: a :class:`featdiff.store.FeatureTable`, or a tensor."""
-
-    def __getitem__(self, rows: np.ndarray) -> Tensor: ...
 
 
 def fit_heads(
@@ -103,7 +102,7 @@ def fit_heads(
 def _choose_bank(
     heads: FusedHeads, table: Table, training: np.ndarray, size: int, method: str, seed: int
 ) -> np.ndarray:
-    """At most ``size`` of the training rows for the banks, ascending; see :func:`featdiff.neighbors.coreset`."""
+    """At most ``size`` of the training rows for the banks, ascending; see :func:`featdiff.scores.neighbors.coreset`."""
     # choosing among many more rows than are kept needs memory and time, and gains nothing
     order = np.random.default_rng(seed).permutation(training)
     rows = np.sort(order[: size if method == "random" else 20 * size])

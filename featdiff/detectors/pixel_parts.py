@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backbones import load_backbone
-from ..denoisers.unet import PixelDenoiser, make_unet
-from ..distances import LPIPS, MSE, SSIM, Distance, FeatureCosine
+from ..diffusion.masks import make_masks
+from ..diffusion.pretrained import load_pipeline
+from ..diffusion.schedules import make_pixel_scheduler
+from ..diffusion.unet import PixelDenoiser, make_unet
 from ..exceptions import UsageError
-from ..masks import make_masks
-from ..noise import make_pixel_scheduler
-from ..pixels import Pixels
-from .pipelines import load_pipeline
-from .pixel_heads import PixelHeads
+from ..features.backbones import load_backbone
+from ..features.pixels import Pixels
+from ..scores.distances import LPIPS, MSE, SSIM, Distance, FeatureCosine
+from ..scores.inpainting import PixelHeads
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -60,7 +60,7 @@ def make_distances(arguments: Mapping[str, Any], device: torch.device, load: boo
     """
 
     def features() -> Distance:
-        from ..features import FeatureExtractor
+        from ..features.extractor import FeatureExtractor
 
         return FeatureCosine(FeatureExtractor(load_backbone(arguments["backbone"]), device=device))
 

@@ -1,1 +1,1 @@
-"""Outlier-aware learning: a classifier fine-tuned with synthetic outliers, its accuracy kept by distillation."""
+"""Outlier-aware learning of classifiers."""

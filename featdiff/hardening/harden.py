@@ -16,24 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backbones import fingerprint
-from ..calibration import Split
-from ..detectors.arguments import resolve_device
-from ..detectors.checkpoints import Keeper, resume
+from ..data.labels import list_labelled
+from ..data.splits import Split
 from ..exceptions import ModelError, UsageError, first_line, some_of
-from ..features import PRE_LOGITS
-from ..guard import Guard
-from ..labels import list_labelled
-from ..outliers.archive import Outliers
-from ..outliers.stable import pooled
+from ..features.layout import PRE_LOGITS
+from ..features.networks import fingerprint
+from ..files.atomic import write_whole
+from ..files.cache import default_cache
+from ..files.model_folder import check_target
+from ..guard.guard import Guard
+from ..outliers.outlier_file import Outliers
+from ..outliers.stable_diffusion import pooled
 from ..outliers.synthesis import ONE_CLASS
-from ..persist import check_target, write_whole
-from ..processes import make_accelerator
-from ..store import Progress, default_cache
+from ..runtime.checkpoints import Keeper, resume
+from ..runtime.devices import resolve_device
+from ..runtime.processes import make_accelerator
+from ..runtime.progress import Progress
+from .batches import FEWEST, Curriculum
+from .dataset import Preparation
+from .frozen import Trunk, default_cut, split_at
 from .layout import GUARD, STUDENT, is_hardened
-from .learning import LearningState, check_processes, learn, start
-from .lessons import FEWEST, Curriculum
-from .material import Preparation
 from .objective import Objective
 from .reading import FOLDER, Reader
 from .recipe import HardenRecipe
@@ -48,7 +50,7 @@ from .students import (
     training_facts,
 )
 from .teachers import load_teacher
-from .trunks import Trunk, default_cut, split_at
+from .training import LearningState, check_processes, learn, start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -148,7 +150,7 @@ def harden(
 
     Parameters
     ----------
-    images : as for :func:`featdiff.labels.list_labelled`
+    images : as for :func:`featdiff.data.labels.list_labelled`
         Folders or archives with a folder for each class.
     student : a timm name, or the folder of a classifier to begin with
     teacher : a timm name, or the folder of a classifier of the same classes; of any width

@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.batches import iter_batches, iter_loaded
+from ..data.decoding import MAX_PIXELS, Transform
+from ..data.references import ImageRef
 from ..exceptions import FeatdiffError
-from ..images import MAX_PIXELS, Transform, iter_batches, iter_loaded
-from ..sources import ImageRef
-from ..store import Extraction, Extractor, FeatureStore, FeatureTable, Progress, extract
+from ..features.extraction import Extraction, Extractor, extract
+from ..features.store import FeatureStore, FeatureTable
+from ..runtime.progress import Progress
 from .views import View
 
 _AT_ONCE = 128

@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ..diffusion.training import check_number
 from ..exceptions import UsageError
-from ..training import check_number
 
 _WHOLE = ("epochs", "batch_size", "patience")
 _ABOVE_ZERO = (*_WHOLE, "learning_rate", "temperature")

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbones import Backbone, load_backbone
+from ..data.decoding import Transform
 from ..exceptions import ModelError, UsageError, first_line
-from ..features import evaluating
-from ..images import Transform
-from ..persist import CONFIG, TENSORS, check_pair, check_target, write_pair
+from ..features.backbones import Backbone, load_backbone
+from ..features.networks import evaluating
+from ..files.model_folder import CONFIG, TENSORS, check_pair, check_target, write_pair
 from .layout import STUDENT, is_hardened
 
 #: The key of ``config.json`` under which the facts of the training stand.
@@ -58,7 +58,7 @@ def new_classifier(
     Parameters
     ----------
     name, weights, pretrained, model_args
-        As for :func:`featdiff.backbones.load_backbone`, which loads the weights.
+        As for :func:`featdiff.features.backbones.load_backbone`, which loads the weights.
     classes : sequence of str
         Names in the order of the logits, at least two.
     seed : int

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backbones import Backbone, fingerprint, load_backbone
+from ..data.decoding import Transform
 from ..exceptions import UsageError, WeightsError, some_of
-from ..features import device_of, evaluating
-from ..images import Transform
+from ..features.backbones import Backbone, load_backbone
+from ..features.networks import device_of, evaluating, fingerprint
+from .frozen import Trunk, split_at
 from .students import Classifier, check_head, classifier_folder, load_classifier, training_facts
-from .trunks import Trunk, split_at
 
 # Raised when the numbers that a teacher gives for the same weights change.
 _TEACHER_VERSION = 1
@@ -29,7 +29,7 @@ HEAD_ROWS = 20_000
 
 @dataclass
 class Teacher:
-    """Images -> pre-logits, as rows that can be kept (:class:`featdiff.store.Extractor`); and its last layer.
+    """Images -> pre-logits, as rows that can be kept; and its last layer.
 
     ``head`` turns pre-logits (B, ``width``) into logits in the order of the student's classes; a teacher by the name of
     a backbone has none until :meth:`fit_head`. ``trunk`` are the layers that stayed frozen while featdiff trained it,

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..data.decoding import Transform
 from ..exceptions import UsageError
-from ..images import Transform
 
 #: How much of a picture's area a cut-out has, and by how much its sides may be stretched against each other.
 AREA = (0.6, 1.0)

@@ -1,1 +1,1 @@
-"""In-domain features -> synthetic outliers just beyond them."""
+"""Synthetic outliers in feature space."""

@@ -65,8 +65,8 @@ def check_classes(counts: np.ndarray, k: int | None, classes: list[str]) -> None
 def kth_distances(queries: Tensor, vectors: Tensor, k: int) -> Tensor:
     """Joined vectors (Q, D) and (N, D) -> (Q,): distance of each query to the k-th nearest of the vectors.
 
-    By the matrix product: :mod:`featdiff.neighbors` measures each neighbour once more, to the last digit, which for
-    hundreds of wide ones takes a hundred times as long.
+    By the matrix product: :mod:`featdiff.scores.neighbors` measures each neighbour once more, to the last digit, which
+    for hundreds of wide ones takes a hundred times as long.
     """
     at_once = max(1, _BLOCK // len(vectors))
     return torch.cat([_kth(part @ vectors.T, part, vectors, k) for part in queries.split(at_once)])

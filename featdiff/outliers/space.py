@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..exceptions import UsageError
-from ..features import LOGITS
+from ..features.layout import LOGITS
 
 
 class Space:
@@ -21,8 +21,8 @@ class Space:
     Parameters
     ----------
     columns : mapping of names to slices
-        The blocks: :attr:`featdiff.features.FeatureExtractor.columns`. Logits, which come last in a row, are left out:
-        they follow from the pre-logits.
+        The blocks: :attr:`featdiff.features.extractor.FeatureExtractor.columns`. Logits, which come last in a row,
+        are left out: they follow from the pre-logits.
     rows : (N, D)
         In-domain rows. Blocks in which nothing is negative here (means behind a ReLU, deviations) never will be: no
         image gives anything else there.

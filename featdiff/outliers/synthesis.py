@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calibration import flagged, p_values
+from ..data.labels import list_labelled
 from ..detectors import BaseDetector, Detector
 from ..exceptions import FeatdiffError, UnlabelledError, UsageError, did_you_mean
-from ..features import LOGITS, PRE_LOGITS
-from ..labels import list_labelled
-from ..neighbors import check_backend, make_index
-from ..store import FeatureTable, Progress
-from .archive import Outliers
+from ..features.layout import LOGITS, PRE_LOGITS
+from ..features.store import FeatureTable
+from ..runtime.progress import Progress
+from ..scores.neighbors import check_backend, make_index
+from ..verdicts.calibration import flagged, p_values
 from .boundary import CANDIDATES, Beyond, boundary_points, check_classes, check_neighbours, check_noise, default_k, draw
-from .diffused import STRENGTH, Explained, check_strength
+from .denoised import STRENGTH, Explained, check_strength
+from .outlier_file import Outliers
 from .space import Space
 
 METHODS = ("diffusion", "boundary")
@@ -117,11 +118,11 @@ def synthesise(
     ----------
     detector : Detector
         Of mode feature.
-    images : as for :func:`featdiff.sources.list_images`, or a DataLoader of preprocessed batches
+    images : as for :func:`featdiff.data.references.list_images`, or a DataLoader of preprocessed batches
     n : int
         Outliers in all; classes get equal shares.
     method : "diffusion" or "boundary"
-        Boundary rows pushed away from what the denoisers make of them (:mod:`featdiff.outliers.diffused`), or noise
+        Boundary rows pushed away from what the denoisers make of them (:mod:`featdiff.outliers.denoised`), or noise
         around them (:mod:`featdiff.outliers.boundary`).
     labelled : bool, optional
         Whether the first folder below each source is a class; default: if every image lies in one. Else all images are
@@ -136,7 +137,7 @@ def synthesise(
     seed : int
         Decides all that is random.
     backend : str
-        See :func:`featdiff.neighbors.make_index`.
+        See :func:`featdiff.scores.neighbors.make_index`.
 
     Raises
     ------

@@ -82,7 +82,7 @@ def invariance(model: Path, images: Path, cache: Path) -> float:
     """Largest score difference between batch sizes 1, 7 and 64 in shuffled order, in ID standard deviations."""
     os.environ["FEATDIFF_CACHE"] = str(cache)
     from featdiff import Detector
-    from featdiff.sources import list_images
+    from featdiff.data.references import list_images
 
     names = [ref.path for ref in list_images(str(images))][:500]
     reference: dict[str, float] = {}

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from featdiff import Guard
-from featdiff.backbones import DEFAULT_BACKBONE, load_backbone
-from featdiff.images import iter_batches, iter_loaded
-from featdiff.sources import list_images
+from featdiff.data.batches import iter_batches, iter_loaded
+from featdiff.data.references import list_images
+from featdiff.features.backbones import load_backbone
+from featdiff.features.weights import DEFAULT_BACKBONE
 
 ROUNDS = 15
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from featdiff import Detector, FeatureExtractor, PixelDetector
-from featdiff.allocator import keep_freed_memory
-from featdiff.backbones import load_backbone
-from featdiff.bench import _timed_pass
-from featdiff.distances import FeatureCosine
-from featdiff.masks import make_masks
-from featdiff.metrics import auroc, fpr_at_tpr
-from featdiff.noise import make_sampler
-from featdiff.suites import find_images, load_suite
+from featdiff.diffusion.masks import make_masks
+from featdiff.diffusion.schedules import make_sampler
+from featdiff.evaluation.benchmark import _timed_pass
+from featdiff.evaluation.metrics import auroc, fpr_at_tpr
+from featdiff.evaluation.suites import find_images, load_suite
+from featdiff.features.backbones import load_backbone
+from featdiff.runtime.allocator import keep_freed_memory
+from featdiff.scores.distances import FeatureCosine
 
 SUITE = Path(__file__).parents[2] / "configs" / "suites" / "lmd.toml"
 #: sampler, steps, repetitions

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from featdiff import Detector
-from featdiff.backbones import load_backbone
-from featdiff.calibration import split
+from featdiff.data.splits import split
 from featdiff.detectors.fitting import fit_heads
-from featdiff.detectors.heads import FusedHeads
-from featdiff.metrics import auroc
-from featdiff.store import extract
+from featdiff.evaluation.metrics import auroc
+from featdiff.features.backbones import load_backbone
+from featdiff.features.extraction import extract
+from featdiff.scores.fused import FusedHeads
 
 SUITE = Path(__file__).parents[2] / "configs" / "suites" / "cifar10.toml"
 FAR = ("gtsrb_32", "fashion_mnist_32", "tiny_imagenet_32", "dtd_32")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from featdiff.neighbors import make_index
+from featdiff.scores.neighbors import make_index
 
 WIDTH, LATENT, K = 320, 32, 50
 

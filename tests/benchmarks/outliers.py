@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from featdiff import Detector
-from featdiff.allocator import keep_freed_memory
-from featdiff.labels import list_labelled
+from featdiff.data.labels import list_labelled
 from featdiff.outliers.synthesis import METHODS, synthesise
+from featdiff.runtime.allocator import keep_freed_memory
 
 COUNT = 10_000
 

@@ -20,7 +20,7 @@ def test_one_format_into_a_folder_of_choice_and_a_file_that_disagrees(
     featdiff_cli: Cli, tiny_model: Path, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file is as near to torch as this limit asks for."""
-    monkeypatch.setattr("featdiff.verifying.LIMIT", -1.0)
+    monkeypatch.setattr("featdiff.export.verify.LIMIT", -1.0)
     options = ["--format", "pt2", "-o", tmp_path / "deep" / "out", "--verify", few_images, "-q"]
     result = featdiff_cli("export", "-m", tiny_model, *options)
     (file,) = (tmp_path / "deep" / "out").iterdir()

@@ -13,7 +13,7 @@ from helpers import copy_labelled, fails
 from stable_pipelines import NOISE, write_pipeline
 
 from featdiff.hardening.harden import load_hardened
-from featdiff.outliers.archive import load_outliers
+from featdiff.outliers.outlier_file import load_outliers
 
 Cli = Callable[..., Result]
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from helpers import fails
 
-from featdiff.persist import FORMAT_VERSION
+from featdiff.files.model_folder import FORMAT_VERSION
 
 Cli = Callable[..., Result]
 

@@ -15,7 +15,7 @@ from helpers import fails
 from PIL import Image
 
 from featdiff import Detector
-from featdiff.outliers.archive import load_outliers
+from featdiff.outliers.outlier_file import load_outliers
 from featdiff.outliers.synthesis import self_check
 
 Cli = Callable[..., Result]

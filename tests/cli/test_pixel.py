@@ -16,8 +16,8 @@ from click.testing import Result
 from helpers import fails, noise_pictures, stopped
 from PIL import Image
 
-from featdiff.comparison import grids
-from featdiff.persist import load
+from featdiff.files.model_folder import load
+from featdiff.report.tables import grids
 
 Cli = Callable[..., Result]
 CONFIG = """

@@ -12,7 +12,7 @@ from click.testing import Result
 from helpers import fails, noise_pictures, stopped
 
 from featdiff import Detector
-from featdiff.persist import load
+from featdiff.files.model_folder import load
 
 Cli = Callable[..., Result]
 

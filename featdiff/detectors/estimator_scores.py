@@ -1,0 +1,123 @@
+"""Rows of any embedding -> what the heads of the feature mode take -> scores that do not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..exceptions import UsageError
+from ..scores.fused import FusedHeads
+
+#: Length of the noise schedule.
+TIMESTEPS = 100
+# Rows that are scored together. Always so many, the last ones filled up with zeros: how a matrix product is rounded
+# depends on its number of rows.
+_ROWS = 512
+# Squares of larger numbers are not finite.
+_LARGEST = 1e15
+
+
+class VectorHeads(nn.Module):
+    """The heads, and the level and scale of each layer; its state dict is what a saved detector holds.
+
+    The heads bring each row of a layer to mean 0 and variance 1 over its columns. Two constant columns, 1 and -1, stand
+    beside each layer, so that a row's own level and length, in units of the layer's, are still told by what comes out.
+
+    Parameters
+    ----------
+    columns : sequence of slices
+        Where the layers lie in a row.
+    heads : ``bank_rows``, ``neighbors``, ``hidden_max``, ``blocks``, ``start_times``, ``draws``, ``seed``
+        See :class:`featdiff.scores.fused.FusedHeads`.
+    """
+
+    level: Tensor
+    scale: Tensor
+
+    def __init__(self, columns: Sequence[slice], **heads: Any) -> None:
+        super().__init__()
+        self.columns = tuple(columns)
+        widths = [part.stop - part.start + 2 for part in columns]
+        ends = np.cumsum(widths).tolist()
+        places = {f"{i}": slice(end - width, end) for i, (end, width) in enumerate(zip(ends, widths, strict=True))}
+        fixed: dict[str, Any] = {"joint": False, "hidden_ratio": 2.0, "timesteps": TIMESTEPS, "stride": None}
+        self.heads = FusedHeads(places, fusion="mean", backend="torch", **fixed, **heads)
+        self.register_buffer("level", torch.zeros(len(widths)))
+        self.register_buffer("scale", torch.ones(len(widths)))
+
+    def fit_scale(self, rows: np.ndarray) -> None:
+        """Set level and scale, one number each for every layer, from in-domain rows (N, d)."""
+        parts = [rows[:, part].astype(np.float64) for part in self.columns]
+        self.level.copy_(torch.tensor([part.mean() for part in parts]))
+        self.scale.copy_(torch.tensor([max(part.std(), np.finfo(np.float32).tiny) for part in parts]))
+
+    def prepared(self, rows: np.ndarray) -> Tensor:
+        """Finite rows (B, d) -> (B, d + 2 for each layer), what ``heads`` take."""
+        out: list[Tensor] = []
+        anchors = torch.tensor([1.0, -1.0]).expand(len(rows), 2)
+        for part, level, scale in zip(self.columns, self.level, self.scale, strict=True):
+            x = (torch.tensor(rows[:, part]) - level) / scale
+            out += [x.clamp(-_LARGEST, _LARGEST), anchors]
+        return torch.cat(out, dim=1)
+
+    @torch.inference_mode()
+    def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finite rows (N, d) -> (ood_score (N,), layer scores (N, L)), float64, higher = more OOD."""
+        scores, layers = np.empty(len(rows)), np.empty((len(rows), len(self.columns)))
+        block = np.zeros((_ROWS, rows.shape[1]), np.float32)
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
+            block[: len(part)] = part
+            found, by_layer = self.heads(self.prepared(block), ("fused",))
+            scores[start : start + len(part)] = found["fused"][: len(part)].numpy()
+            layers[start : start + len(part)] = by_layer[: len(part)].numpy()
+        return scores, layers
+
+
+class Prepared:
+    """Some rows of (N, d) as a table for :func:`featdiff.detectors.fitting.fit_heads`."""
+
+    def __init__(self, rows: np.ndarray, chosen: np.ndarray, heads: VectorHeads) -> None:
+        self.rows, self.chosen, self.heads = rows, chosen, heads
+
+    def __getitem__(self, which: np.ndarray) -> Tensor:
+        return self.heads.prepared(self.rows[self.chosen[which]])
+
+
+def find_columns(layers: object, width: int) -> dict[str, slice]:
+    """Names of the layers and their columns, of ``width`` in all (``UsageError`` if they make no sense)."""
+    if layers is None:
+        return {"0": slice(0, width)}
+    if not isinstance(layers, Sequence | Mapping) or isinstance(layers, str) or not layers:
+        raise UsageError(f"layers must be a list of slices, or slices by name, not {layers!r}")
+    named = dict(layers) if isinstance(layers, Mapping) else {str(i): part for i, part in enumerate(layers)}
+    found: dict[str, slice] = {}
+    for name, part in named.items():
+        if not isinstance(name, str) or not isinstance(part, slice):
+            raise UsageError(f"layers must be a list of slices, or slices by name, not {layers!r}")
+        found[name] = _whole_slice(part, name, width)
+    ordered = sorted(found.items(), key=lambda item: item[1].start)
+    for (first, a), (second, b) in zip(ordered, ordered[1:], strict=False):
+        if b.start < a.stop:
+            raise UsageError(f"layers {first!r} ({_text(a)}) and {second!r} ({_text(b)}) share columns")
+    return found
+
+
+def _whole_slice(part: slice, name: str, width: int) -> slice:
+    start, stop = 0 if part.start is None else part.start, width if part.stop is None else part.stop
+    try:
+        whole = slice(int(start.__index__()), int(stop.__index__()))
+    except AttributeError:
+        raise UsageError(f"layer {name!r} must count columns in whole numbers, not {part!r}") from None
+    if part.step not in (None, 1) or not 0 <= whole.start < whole.stop <= width:
+        raise UsageError(f"layer {name!r} ({_text(part)}) must name one or more of the columns 0:{width}, in order")
+    return whole
+
+
+def _text(part: slice) -> str:
+    step = "" if part.step is None else f":{part.step}"
+    return f"{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}{step}"

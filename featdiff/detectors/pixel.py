@@ -1,0 +1,384 @@
+"""LMD, the reference mode: images -> pixels -> mask -> inpaint -> distance -> calibrate -> verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.decoding import MAX_PIXELS
+from ..diffusion.schedules import plain_config
+from ..diffusion.training import Recipe
+from ..exceptions import ModelError, UsageError
+from ..features.networks import fingerprint
+from ..features.pixels import Pixels
+from ..features.store import FeatureStore, FeatureTable
+from ..features.weights import DEFAULT_BACKBONE
+from ..files.model_folder import load, locate
+from ..runtime.processes import make_accelerator
+from ..runtime.progress import Progress
+from ..scores.distances import FeatureCosine
+from ..scores.inpainting import PixelHeads
+from .base import BaseDetector
+from .checks import check_pixel_arguments
+from .fitting import train_denoiser
+from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
+from .saved import load_tensors, pixel_arguments
+from .training_log import Journal
+
+_TRAINING_VERSION = 1
+_TRAINING_ARGUMENTS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_precision", "seed")
+# Ten minutes on two CPU cores at 32 px.
+SMALL_RECIPE = Recipe(
+    epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
+)
+
+
+class PixelDetector(BaseDetector):
+    """Lift, Map, Detect (Liu et al., ICML 2023, arXiv 2302.10326): slow and classic.
+
+    Part of an image is masked, a diffusion model trained on in-domain images fills it in, and what comes back is
+    compared with the original: strange images come back changed. Departures from the paper: the noise belongs to the
+    image and the repetition, so that a score can be had again and depends on no other image; a discrete schedule
+    (DDPM); and conformal p-values.
+
+    Parameters
+    ----------
+    size, channels : int, optional
+        Side of the images in pixels, and 3 or 1 channels; default: 32 and 3, or what a ``pretrained`` model takes.
+    width, multipliers, blocks, attention, dropout
+        The U-Net, see :func:`featdiff.diffusion.unet.make_unet`.
+    timesteps : int
+        Length of the noise schedule.
+    flip : bool
+        Train on mirror images, too.
+    pretrained : str, optional
+        A diffusers unconditional pipeline (folder, or ``org/name`` on the hub) to use in place of training.
+    mask, mask_blocks, mask_patch, mask_ratio
+        See :func:`featdiff.diffusion.masks.make_masks`.
+    repetitions : int
+        How often each image is inpainted, with other noise and another mask.
+    sampler, steps, resamplings
+        See :func:`featdiff.diffusion.schedules.make_sampler` and
+        :func:`featdiff.diffusion.reconstruction.inpaint`; LMD takes 1000 steps.
+        Samplers with fresh noise at every step (``ddpm``) make known and unknown pixels agree better.
+    distances : sequence of names in :data:`featdiff.scores.distances.DISTANCES`
+        The first is the score, all are measured by ``eval``. ``lpips`` and ``ssim`` need images of some size.
+    aggregate : "median", "mean", "min" or "max"
+        Over repetitions.
+    trunk, weights
+        What ``lpips`` looks through, see :class:`featdiff.scores.distances.LPIPS`.
+    backbone : str
+        What ``features`` looks through: a timm name.
+    recipe : Recipe or mapping of its fields
+        How the U-Net is trained.
+    mixed_precision : "no" or "bf16"
+        Precision of training.
+    calibration, validation, fpr, seed, device, image_batch, workers, max_pixels, cache
+        As for :class:`featdiff.Detector`. ``image_batch`` images go through the U-Net at once, each with all its
+        repetitions.
+
+    Raises
+    ------
+    UsageError
+        An argument outside its range, or a mask, network or size that do not fit each other.
+    """
+
+    mode = "pixel"
+    _kept_in = ("pixels", np.uint8)
+    extractor_: Pixels
+    heads_: PixelHeads
+
+    def __init__(
+        self,
+        *,
+        size: int | None = None,
+        channels: int | None = None,
+        width: int = 16,
+        multipliers: Sequence[int] = (1, 2, 4),
+        blocks: int = 1,
+        attention: Sequence[int] = (8,),
+        dropout: float = 0.0,
+        timesteps: int = 1000,
+        flip: bool = False,
+        pretrained: str | None = None,
+        mask: str = "checkerboard_alt",
+        mask_blocks: int = 8,
+        mask_patch: int = 4,
+        mask_ratio: float = 0.5,
+        repetitions: int = 4,
+        sampler: str = "ddpm",
+        steps: int = 20,
+        resamplings: int = 1,
+        distances: Sequence[str] = ("lpips", "mse", "ssim"),
+        aggregate: str = "median",
+        trunk: str = "squeeze",
+        weights: str | os.PathLike[str] | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        mixed_precision: str = "no",
+        calibration: float = 0.2,
+        validation: float = 0.05,
+        fpr: float = 0.05,
+        seed: int = 0,
+        device: str = "auto",
+        image_batch: int = 8,
+        workers: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_pixel_arguments(arguments)
+        arguments["recipe"] = SMALL_RECIPE if recipe is None else recipe
+        super().__init__(arguments)
+        self.rows_at_once = 4 * self.image_batch  # so often are distances written to disk
+
+    @property
+    def name(self) -> str:
+        """What the images are compared with."""
+        return str(self.arguments["pretrained"] or f"U-Net at {self.extractor_.size} px")
+
+    # ---- fit ----
+
+    def fit(self, images: object, progress: Progress | None = None) -> Self:
+        """Learn what is in-domain from ordinary images; no labels, no OOD images.
+
+        Of several processes (``accelerate launch``) all train, and the first one alone goes on: the detectors of the
+        others stay unfitted.
+
+        Parameters
+        ----------
+        images : as for :func:`featdiff.data.references.list_images`
+            Or a DataLoader of (B, C, size, size) tensors in [-1, 1].
+            Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
+        progress : callable (stage, done, total), optional
+
+        Raises
+        ------
+        UsageError
+            No images, or too few for ``fpr``.
+        WeightsError, FeatdiffError
+            A pipeline or the weights of a distance cannot be had, the cache cannot be written, or training diverged.
+        """
+        for name in ("calibration_", "examples_", "_distance_store"):
+            vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
+        self.prepare()
+        # images -> pixels
+        found, kept = self._extract(images, progress)
+        unique, table, rows = self._held_out(found.digests, kept)
+        # pixels -> noise -> denoise
+        self.validation_loss_, self.training_seconds_ = 0.0, 0.0
+        if self.arguments["pretrained"] is None:
+            key = self._training_key(unique, rows, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
+            self.journal_ = kept.folder / f"training-{key}"
+            if not self._train(table, rows.training, rows.validation, progress):
+                return self
+        # mask -> inpaint -> distance
+        held_out = np.array_split(rows.validation, len(rows.validation) // self.rows_at_once + 1)
+        self.heads_.fit_statistics(torch.cat([self._distances(table[part]) for part in held_out]))
+        # -> calibrate
+        scores = self._calibrate(table, rows.calibration, progress)
+        self.examples_ = table[rows.calibration[least_and_most(scores)]]
+        return self
+
+    def prepare(self) -> Self:
+        """Build the network, the masks and the distances; :meth:`fit` begins with it. No image is needed.
+
+        Raises
+        ------
+        UsageError, WeightsError
+            They do not fit each other, or cannot be had.
+        """
+        unet, scheduler = make_network(self.arguments)
+        distances = make_distances(self.arguments, self.device)
+        self.heads_ = make_heads(self.arguments, unet, scheduler, distances).to(self.device)
+        self.extractor_ = self.heads_.pixels
+        return self
+
+    def _train(
+        self, table: FeatureTable, training: np.ndarray, validation: np.ndarray, progress: Progress | None
+    ) -> bool:
+        """Train the network; whether this process goes on from there."""
+        accelerator = make_accelerator(self.arguments["mixed_precision"], self.device)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self.device = accelerator.device
+        heads = self.heads_.to(self.device)
+
+        def read(i: np.ndarray) -> Tensor:
+            return heads.pixels.images(table[i].to(self.device))
+
+        trained = train_denoiser(
+            heads.denoiser,
+            heads.scheduler,
+            lambda i: read(training[i]),
+            len(training),
+            read(validation),
+            self.recipe,
+            self.seed,
+            self.journal_.with_suffix(".pt"),
+            progress,
+            flip_half if self.arguments["flip"] else None,
+            accelerator,
+            Journal(self.journal_, heads.pixels, heads.scheduler, self.seed),
+        )
+        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
+        return accelerator is None or accelerator.is_main_process
+
+    # ---- distances, kept on disk: they take long ----
+
+    @cached_property
+    def _distance_store(self) -> FeatureStore:
+        heads, hasher = self.heads_, hashlib.sha256()
+        weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._looks_through()]
+        settings = [self.arguments[name] for name in SCORING]
+        facts = [weights, heads.names, settings, plain_config(heads.scheduler.config)]
+        hasher.update(json.dumps(facts, sort_keys=True).encode())
+        hasher.update(heads.masks.cpu().numpy().tobytes())
+        return FeatureStore(self.cache / "distances" / hasher.hexdigest()[:16], len(heads.names))
+
+    def _distances(self, rows: Tensor) -> Tensor:
+        """Rows (B, D) -> all distances (B, n); each content is inpainted once, over all runs."""
+        store, digests = self._distance_store, [_digest(row) for row in rows]
+        new = [i for i, digest in enumerate(digests) if digest not in store]
+        try:
+            for start in range(0, len(new), self.image_batch):
+                part = new[start : start + self.image_batch]
+                for i, values in zip(part, self.heads_(rows[part]).cpu().numpy(), strict=True):
+                    store.add(digests[i], values)
+        finally:  # Ctrl-C, too
+            store.flush()
+        return store.table(digests)[np.arange(len(digests))]
+
+    # ---- score ----
+
+    @torch.inference_mode()
+    def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of pixels (B, D) -> (ood_score (B,), nothing (B, 0)), higher = more OOD."""
+        self.check_fitted()
+        parts = features.split(self.image_batch)
+        found = torch.cat([self.heads_.scores(self.heads_(rows, self.heads_.names[:1])) for rows in parts])
+        return found[:, 0].double().cpu().numpy(), np.empty((len(found), 0))
+
+    def score_features(self, features: Tensor) -> np.ndarray:
+        """Rows of pixels (B, D) -> ood_score (B,), higher = more OOD; what has been inpainted before is looked up."""
+        return self.heads_.scores(self._distances(features))[:, 0].double().cpu().numpy()
+
+    def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
+        """Rows of pixels (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), and each distance."""
+        self.check_fitted()
+        scores = self.heads_.scores(self._distances(features)).double().cpu().numpy()
+        return {"featdiff": scores[:, 0]} | dict(zip(self.heads_.names, scores.T, strict=True))
+
+    # ---- look ----
+
+    def inpaintings(self, images: object = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What inpainting does to images: what :func:`featdiff.report.figures.save_inpaintings` draws.
+
+        Parameters
+        ----------
+        images : as for :meth:`fit`, few
+            Those that cannot be read are left out. Default: the least and the most strange images held out at fit.
+
+        Returns
+        -------
+        images, masked and inpainted images, each (N, C, H, W) in [-1, 1], and ood_scores (N,)
+            The inpainting is the repetition whose distance is nearest to the image's.
+
+        Raises
+        ------
+        NotFittedError, UsageError
+            Not fitted; loaded, so that images must be given; none of them can be read.
+        """
+        self.check_fitted()
+        if images is None and not hasattr(self, "examples_"):
+            raise UsageError("this detector was loaded, and does not hold the images it was fitted with: give some")
+        if images is None:
+            rows = self.examples_
+        else:
+            decoded = [batch.pixels for batch in self.batches(images)[0] if batch.pixels is not None]
+            if not decoded:
+                raise UsageError("none of the images to inpaint could be read")
+            rows = torch.cat([self.extractor_(pixels) for pixels in decoded])
+        parts = [self.heads_.shown(part) for part in rows.split(self.image_batch)]
+        x, masked, inpainted, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        return x, masked, inpainted, scores
+
+    # ---- save and load ----
+
+    def config(self) -> dict[str, Any]:
+        """All that ``config.json`` says besides the format."""
+        config, heads = super().config(), self.heads_
+        parts = {"unet": heads.denoiser.unet.config, "scheduler": heads.scheduler.config}
+        plain = {name: plain_config(part) for name, part in parts.items()}
+        return config | plain | {"features": self._looks_through()}
+
+    def _looks_through(self) -> str:
+        """The fingerprint of the distance ``features``; its backbone is not part of the model."""
+        cosine = self.heads_.distances["features"] if "features" in self.heads_.names else None
+        return cosine.fingerprint if isinstance(cosine, FeatureCosine) else ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The heads and the calibration scores."""
+        return self.heads_.state_dict() | super().tensors()
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, local_files_only: bool = False, **runtime: Any
+    ) -> PixelDetector:
+        """Load a saved detector, strictly.
+
+        Parameters
+        ----------
+        name : folder, or hub repository ``org/name``
+        local_files_only : bool
+            Never ask the hub for the detector.
+        runtime : ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``
+
+        Raises
+        ------
+        ModelError
+            No model, a damaged or newer one, or one of another mode.
+        """
+        from diffusers import DDPMScheduler, UNet2DModel
+
+        folder = locate(name, local_files_only)
+        config, tensors = load(folder)
+        arguments = pixel_arguments(config, folder, runtime)
+        try:
+            detector = cls(**arguments)
+            unet = UNet2DModel.from_config(config["unet"])
+            scheduler = DDPMScheduler.from_config(config["scheduler"])
+            distances = make_distances(detector.arguments, detector.device, load=False)
+            heads = make_heads(detector.arguments, unet, scheduler, distances, blank=True)
+            detector.heads_ = heads.to(detector.device)
+        except (TypeError, ValueError, NotImplementedError) as error:  # UsageError, too
+            raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
+        detector.extractor_ = detector.heads_.pixels
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
+        if detector._looks_through() != config["features"]:
+            raise ModelError(f"{arguments['backbone']} has other weights than the detector at {folder} was fitted with")
+        detector._take_facts(config)
+        return detector
+
+
+def _digest(row: Tensor) -> bytes:
+    return hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def least_and_most(scores: np.ndarray, each: int = 4) -> np.ndarray:
+    """Positions of the least and of the most strange images, ``each`` of them, by rising score; NaN are left out."""
+    order = np.argsort(scores)[: np.isfinite(scores).sum()]
+    return order if len(order) <= 2 * each else np.concatenate([order[:each], order[-each:]])
+
+
+def flip_half(x: Tensor, source: torch.Generator) -> Tensor:
+    """Mirror every other image of (B, C, H, W), by chance."""
+    heads = torch.rand(len(x), 1, 1, 1, generator=source, device=x.device) < 0.5
+    return torch.where(heads, x.flip(-1), x)

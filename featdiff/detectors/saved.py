@@ -1,0 +1,134 @@
+"""Saved files -> arguments and tensors of a detector, or a refusal that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..exceptions import ModelError
+from ..files.model_folder import check_tensors
+from .checks import check_runtime
+
+if TYPE_CHECKING:
+    from ..data.decoding import Transform
+    from ..features.extractor import FeatureExtractor
+
+#: The mode of :class:`featdiff.FeatureDiffusion`, which looks at no images.
+VECTORS = "vectors"
+# What config.json must say: dotted name -> type.
+_SHARED_KINDS: dict[str, Any] = {
+    "featdiff_version": str,
+    "images.different": int,
+    "images.calibration": int,
+    "validation_loss": (int, float),
+    "training_seconds": (int, float),
+    "arguments": dict,
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    "feature": {
+        "backbone.tag": str,
+        "backbone.source": str,
+        "backbone.fingerprint": str,
+        "layers": dict,
+        "images.bank": int,
+    },
+    "pixel": {"unet": dict, "scheduler": dict, "features": str},
+    VECTORS: {
+        "layers": dict,
+        "width": int,
+        "feature_names": list,
+        "fpr": (int, float),
+        "offset": (int, float),
+        "images.bank": int,
+    },
+}
+
+
+def saved_mode(config: dict[str, Any], folder: Path) -> str:
+    """The mode of a saved detector (``ModelError`` if there is no such mode)."""
+    mode = config.get("mode", "feature")  # the first ones did not say
+    if mode not in _KINDS:
+        raise ModelError(f"the model at {folder} has an unknown mode {mode!r}: pip install -U featdiff")
+    return str(mode)
+
+
+def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
+    """Whether a saved config says all that is needed to build a detector of this mode again (``ModelError``)."""
+    if (found := saved_mode(config, folder)) != mode:
+        hint = "this one was trained on images" if mode == VECTORS else "featdiff.load_detector loads either"
+        raise ModelError(f"the model at {folder} is of mode {found}, not {mode}: {hint}")
+    for path, kind in (_SHARED_KINDS | _KINDS[mode]).items():
+        value: Any = config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(
+                f"the model at {folder} is damaged: config.json lacks {path}, or it is not what it should be"
+            )
+
+
+def saved_arguments(
+    config: dict[str, Any],
+    folder: Path,
+    backbone: nn.Module | None,
+    transform: Transform | None,
+    weights: str | os.PathLike[str] | None,
+    runtime: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The constructor's arguments of a saved detector, with what the user gives now in place of what was saved."""
+    check_runtime(runtime)
+    check_config(config, folder, "feature")
+    arguments = {**config["arguments"], **({"weights": weights} if weights else {}), **runtime}
+    if config["backbone"]["source"] != "module":
+        return arguments
+    if backbone is None:
+        tag = config["backbone"]["tag"]
+        raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({tag})")
+    return arguments | {"backbone": backbone, "transform": transform}
+
+
+def pixel_arguments(config: dict[str, Any], folder: Path, runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments of a saved detector of the pixel mode."""
+    check_runtime(runtime)
+    check_config(config, folder, "pixel")
+    return {**config["arguments"], **runtime}
+
+
+def check_fingerprint(found: str, config: dict[str, Any]) -> None:
+    """Refuse a backbone other than the one the detector was fitted with."""
+    tag, expected = config["backbone"]["tag"], config["backbone"]["fingerprint"]
+    if found != expected:
+        raise ModelError(
+            f"the backbone {tag} has other weights than this detector was fitted with (SHA-256 {found[:12]}, "
+            f"expected {expected[:12]}): give the original weights, or train again"
+        )
+
+
+def check_layers(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
+    """Refuse layers that are not those the detector was fitted with."""
+    if dict(zip(extractor.layers, extractor.widths, strict=True)) != config["layers"]:
+        raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
+
+
+def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndarray:
+    """Remove and return the digests (rows, 16) of the images in the banks."""
+    digests = tensors.pop("bank_digests", None)
+    if digests is None or digests.dtype != torch.uint8 or digests.shape != (rows, 16):
+        raise ModelError(f"the model at {folder} is damaged: the digests of its bank are not those it was saved with")
+    return digests.numpy()
+
+
+def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
+    """Fill ``heads`` strictly; returns the sorted calibration scores."""
+    scores = tensors.pop("calibration", None)
+    check_tensors(tensors, heads.state_dict(), folder)
+    if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
+        raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+    heads.load_state_dict(tensors)
+    return np.sort(scores.double().numpy())

@@ -1,0 +1,1 @@
+"""Noise schedules, networks, the training loop, reconstructions."""

@@ -1,0 +1,1 @@
+"""ONNX and torch.export files of fitted detectors, and their check."""

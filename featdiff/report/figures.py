@@ -1,0 +1,109 @@
+"""Scores, inpaintings and outliers as pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..exceptions import UsageError
+
+
+def save_histograms(
+    file: str | Path, scores: Mapping[str, np.ndarray], threshold: float, fpr: float, title: str = ""
+) -> None:
+    """A picture of one histogram of ``ood_score`` per set, with the threshold; the first set is the in-domain one.
+
+    Parameters
+    ----------
+    file : path ending in .png, .svg or .pdf
+    scores : {set name: (N,) scores}; sets without a score are left out
+
+    Raises
+    ------
+    UsageError
+        No set has a score.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sets = {name: values[np.isfinite(values)] for name, values in scores.items()}
+    sets = {name: values for name, values in sets.items() if len(values)}
+    if not sets:
+        raise UsageError("there are no scores to draw")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=60)
+    for name, values in sets.items():
+        share = np.full(len(values), 100 / len(values))
+        label = f"{name} ({len(values):,})"
+        # matplotlib leaves out labels that begin with an underscore
+        axes.hist(values, list(edges), weights=share, alpha=0.55, label=f"\u200b{label}" if label[0] == "_" else label)
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold at fpr {fpr:g}")
+    axes.set(xlabel="ood_score (higher = more out-of-distribution)", ylabel="share of the set (%)", title=title)
+    for text in (*axes.legend().get_texts(), axes.title):
+        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+    figure.savefig(file, dpi=150)
+
+
+def save_inpaintings(
+    file: str | os.PathLike[str], x: np.ndarray, masked: np.ndarray, inpainted: np.ndarray, scores: np.ndarray
+) -> None:
+    """A picture with one line for each image: original, masked, inpainted, and what differs (black = nothing).
+
+    Parameters
+    ----------
+    file : path ending in .png, .svg or .pdf
+    x, masked, inpainted : (N, C, H, W) in [-1, 1]
+    scores : (N,)
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = {
+        "original": (x + 1) / 2,
+        "masked": (masked + 1) / 2,
+        "inpainted": (inpainted + 1) / 2,
+        "difference": np.abs(inpainted - x) / 2,
+    }
+    figure = Figure(figsize=(1.6 * len(columns) + 0.8, 1.6 * len(x) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(x), len(columns), squeeze=False)
+    for j, (name, images) in enumerate(columns.items()):
+        grid[0][j].set_title(name)
+        for i, image in enumerate(images):
+            shown = np.moveaxis(np.clip(image, 0, 1), 0, -1)
+            grid[i][j].imshow(np.repeat(shown, 3, axis=-1) if shown.shape[-1] == 1 else shown)
+            grid[i][j].set(xticks=[], yticks=[])
+    for i, score in enumerate(scores):
+        grid[i][0].set_ylabel(f"ood_score {score:.1f}")
+    figure.savefig(file, dpi=120)
+
+
+def save_projection(
+    file: str | os.PathLike[str], points: Mapping[str, np.ndarray], share: float, title: str = ""
+) -> None:
+    """A picture of sets of points in a plane; the first set is the in-domain one, in grey.
+
+    Parameters
+    ----------
+    file : path ending in .png, .svg or .pdf
+    points : {set name: (N, 2)}
+    share : float
+        Of the in-domain variance that the plane shows, in [0, 1].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, (x, y)) in enumerate((name, values.T) for name, values in points.items()):
+        colour = "lightgrey" if i == 0 else f"C{i - 1}"
+        axes.scatter(x, y, s=8, color=colour, alpha=0.7, linewidths=0, label=f"{name} ({len(x):,})")
+    axes.set(xlabel="first component", ylabel=f"second component (both: {share:.0%} of the variance)", title=title)
+    axes.legend()
+    figure.savefig(file, dpi=150)

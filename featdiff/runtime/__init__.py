@@ -1,0 +1,1 @@
+"""How a run goes: devices, processes, progress, checkpoints."""

@@ -1,0 +1,103 @@
+"""Mixed precision and several processes for training, by way of ``accelerate``; without either, plain torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..exceptions import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+# Processes wait for the first one, which reads all images before the others do.
+_LONGEST = timedelta(days=7)
+
+
+def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
+    """An accelerator if one is needed: reduced precision, or a process that ``accelerate launch`` has started.
+
+    Raises
+    ------
+    UsageError
+        The package is missing, or the device has no such precision.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if mixed_precision == "no" and not launched:
+        return None
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import InitProcessGroupKwargs
+    except ImportError:
+        raise UsageError("mixed precision and several GPUs need a package: pip install 'featdiff[pixel]'") from None
+    if not launched:  # its settings belong to the whole process, and an earlier training may have had others
+        AcceleratorState._reset_state(reset_partial_state=True)
+    patience = InitProcessGroupKwargs(timeout=_LONGEST)
+    try:
+        return Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=device.type == "cpu",
+            device_placement=launched,
+            kwargs_handlers=[patience] if launched else [],
+        )
+    except ValueError as error:
+        raise UsageError(f"mixed_precision {mixed_precision!r} cannot be had on {device}: {error}") from None
+
+
+class Processes:
+    """The processes that train one network: how many, which one this is, and what they agree on.
+
+    Parameters
+    ----------
+    accelerator : accelerate.Accelerator, optional
+        Without one, this process alone.
+    epoch : int
+        Where this process goes on.
+
+    Raises
+    ------
+    UsageError
+        The processes would go on at different epochs.
+    """
+
+    def __init__(self, accelerator: Accelerator | None, epoch: int) -> None:
+        self.accelerator = accelerator
+        self.number = accelerator.num_processes if accelerator else 1
+        self.rank = accelerator.process_index if accelerator else 0
+        if accelerator is not None:
+            epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device))
+            if epochs.min() != epochs.max():
+                raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
+
+    def prepare(self, network: nn.Module, *optimizers: Any) -> list[Any]:
+        """The network and its optimizers, wrapped as the accelerator needs them."""
+        parts = (network, *optimizers)
+        return [*(parts if self.accelerator is None else self.accelerator.prepare(*parts))]
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, of a scaled loss where the precision asks for that, and the mean over all processes."""
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+
+    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> None:
+        """Cut gradients that are longer than ``norm`` in all."""
+        cut = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
+        cut(parameters, norm)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over all processes, so that all see the same number."""
+        return (value if self.accelerator is None else self.accelerator.reduce(value, "mean")).item()
+
+    def release(self, network: nn.Module) -> None:
+        """Give a prepared network back as it was."""
+        if self.accelerator is not None:
+            self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)

@@ -1,0 +1,1 @@
+"""Features to one number an image, higher = more OOD."""

@@ -1,0 +1,563 @@
+"""The pixel mode end to end at tiny size: fitting, resuming, scoring, saving, drawing, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from featdiff import Detector, PixelDetector, load_detector
+from featdiff.detectors.pixel import flip_half, least_and_most
+from featdiff.diffusion.masks import make_masks
+from featdiff.diffusion.unet import make_unet
+from featdiff.evaluation.protocols import evaluate_detector
+from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError, WeightsError
+from featdiff.report.figures import save_inpaintings
+from featdiff.verdicts.calibration import p_values
+
+RECIPE: dict[str, Any] = {"epochs": 3, "min_steps": 0, "batch_size": 16, "patience": 99, "learning_rate": 2e-3}
+#: Arguments of a detector that fits in seconds: a real U-Net of 60,000 weights at 16 px.
+TINY: dict[str, Any] = {
+    **{"size": 16, "width": 8, "multipliers": [1, 2], "attention": [], "mask_blocks": 4},
+    **{"repetitions": 2, "steps": 4, "distances": ["mse", "ssim"], "recipe": RECIPE, "fpr": 0.1, "calibration": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """120 tiles to train, 30 to test, 20 digits."""
+    found = {}
+    for name, count in (("train", 120), ("test", 30), ("digits", 20)):
+        found[name] = tmp_path_factory.mktemp("pixel") / name
+        found[name].mkdir()
+        for file in sorted(sample_folders[name].iterdir())[:count]:
+            shutil.copy(file, found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def fitted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> PixelDetector:
+    """Do not change it."""
+    return PixelDetector(**TINY, cache=tmp_path_factory.mktemp("cache")).fit(folders["train"])
+
+
+@pytest.fixture(scope="module")
+def model(fitted: PixelDetector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "lmd"
+    fitted.save_pretrained(folder)
+    return folder
+
+
+def pipeline(folder: Path, size: int = 16, channels: int = 3, **scheduler: Any) -> Path:
+    """A pipeline folder as diffusers writes it."""
+    unet = make_unet(size, channels, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, **scheduler)).save_pretrained(folder)
+    return folder
+
+
+# ---- fit and score ----
+
+
+def test_images_like_those_of_training_get_valid_p_values(fitted: PixelDetector, folders: dict[str, Path]) -> None:
+    assert (fitted.n_images_, len(fitted.calibration_)) == (120, 36)
+    assert np.isfinite(fitted.calibration_).all() and (np.diff(fitted.calibration_) >= 0).all()
+    scores = fitted.score(folders["test"])
+    assert scores.status == ["ok"] * 30 and not scores.layers
+    assert np.array_equal(scores.p_value, p_values(scores.ood_score, fitted.calibration_))
+    assert np.array_equal(scores.is_ood, scores.p_value <= 0.1)
+    assert 0.15 < scores.p_value.mean() < 0.85
+
+
+def test_training_lowers_the_loss_and_leaves_loss_and_samples(fitted: PixelDetector) -> None:
+    with (fitted.journal_ / "loss.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in rows]
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) == 3 * (78 // 16)
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:2])
+    assert min(float(row["val_loss"]) for row in rows if row["val_loss"]) == pytest.approx(
+        fitted.validation_loss_, rel=1e-4
+    )
+    (grid,) = fitted.journal_.glob("samples-*.png")
+    assert Image.open(grid).size == (4 * 16, 4 * 16)
+
+
+def test_a_score_depends_on_no_other_image(fitted: PixelDetector, folders: dict[str, Path]) -> None:
+    files = sorted(folders["test"].iterdir())[:9]
+    together = fitted.score(files).ood_score
+    alone = np.concatenate([fitted.score(file).ood_score for file in files])
+    backwards = fitted.score(files[::-1]).ood_score[::-1]
+    np.testing.assert_allclose(alone, together, atol=1e-3)
+    np.testing.assert_allclose(backwards, together, atol=1e-3)
+
+
+def test_scores_at_hand_are_those_of_a_stream(fitted: PixelDetector, folders: dict[str, Path]) -> None:
+    batch = next(fitted.batches(folders["digits"])[0])
+    assert batch.pixels is not None
+    rows = fitted.extractor_(batch.pixels)
+    heads = fitted.all_heads(rows)
+    assert list(heads) == ["featdiff", "mse", "ssim"]
+    assert np.array_equal(heads["featdiff"], heads["mse"])
+    np.testing.assert_allclose(fitted.score_features(rows), heads["mse"], atol=1e-6)
+    np.testing.assert_allclose(fitted.score(folders["digits"]).ood_score[: len(rows)], heads["mse"], atol=1e-3)
+
+
+def test_the_score_is_the_standardised_log_of_the_median_distance(
+    fitted: PixelDetector, folders: dict[str, Path]
+) -> None:
+    """By hand, from inpaintings."""
+    batch = next(fitted.batches(folders["test"])[0])
+    assert batch.pixels is not None
+    x, inpainted = fitted.heads_.inpainted(fitted.extractor_(batch.pixels))
+    assert torch.equal(x, batch.pixels)
+    masks = make_masks("checkerboard_alt", 16, 2, blocks=4)
+    for repetition, mask in enumerate(masks):
+        assert torch.equal(inpainted[:, repetition, :, mask], x[:, :, mask])
+    distances = (inpainted - x[:, None]).square().mean((2, 3, 4)).median(1).values  # of two: the lower
+    mean = (inpainted - x[:, None]).square().mean((2, 3, 4)).mean(1)  # the median of two is their mean
+    expected = (mean.log() - fitted.heads_.mean[0]) / fitted.heads_.deviation[0]
+    found = fitted.score(folders["test"]).ood_score[: len(x)]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
+    assert (distances <= mean).all()
+
+
+@pytest.mark.parametrize("aggregate", ["median", "mean", "min", "max"])
+def test_aggregates(aggregate: str, fitted: PixelDetector) -> None:
+    detector = PixelDetector(**TINY | {"aggregate": aggregate, "repetitions": 3})
+    heads = detector.prepare().heads_
+    values = torch.tensor([[3.0, 1.0, 8.0], [2.0, 2.0, 5.0]])
+    expected = {"median": [3.0, 2.0], "mean": [4.0, 3.0], "min": [1.0, 2.0], "max": [8.0, 5.0]}[aggregate]
+    assert heads._aggregated(values).tolist() == expected
+
+
+def test_a_bad_file_ends_no_run(fitted: PixelDetector, folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(next(folders["test"].iterdir()), tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    scores = fitted.score(tmp_path)
+    assert scores.status == ["ok", "unreadable"]
+
+
+def test_a_loader_of_tensors_is_taken_and_a_bad_row_is_named(fitted: PixelDetector) -> None:
+    batch = torch.rand(4, 3, 16, 16) * 2 - 1
+    batch[2, 0, 0, 0] = float("nan")
+    scores = fitted.score(iter([batch]))
+    assert scores.status == ["ok", "ok", "unreadable", "ok"]
+    assert "NaN" in scores.reason[2]
+    with pytest.raises(UsageError, match=r"shape \(3, 8, 8\).*takes \(3, 16, 16\)"):
+        fitted.score(iter([torch.zeros(2, 3, 8, 8)]))
+
+
+def test_evaluation_prints_every_distance(fitted: PixelDetector, folders: dict[str, Path]) -> None:
+    result = evaluate_detector(fitted, folders["test"], {"digits": folders["digits"]})
+    assert [pair["protocol"] for pair in result["pairs"]] == ["matched", "as-published"]
+    assert list(result["pairs"][0]["heads"]) == ["featdiff", "mse", "ssim"]
+    assert result["pairs"][1]["n_ood"] == 20
+
+
+# ---- nothing computed is lost ----
+
+
+def test_an_interrupt_while_inpainting_does_not_inpaint_again(
+    model: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, batches = PixelDetector.from_pretrained(model), []
+
+    def interrupted(rows: torch.Tensor, names: object) -> None:
+        batches.append(len(rows))
+        if len(batches) > 1:
+            raise KeyboardInterrupt
+        return real(rows, names)  # type: ignore[no-any-return]
+
+    real = detector.heads_.forward
+    monkeypatch.setattr(detector.heads_, "forward", interrupted)
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for part in detector.iter_scores(folders["test"]):
+            done.append(len(part))
+    assert (batches, done) == ([8, 8], [8])
+
+
+def test_a_second_fit_computes_nothing_again(
+    fitted: PixelDetector, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = PixelDetector(**TINY, cache=fitted.cache)
+    monkeypatch.setattr("featdiff.scores.inpainting.inpaint", None)  # not to be called
+    again.fit(folders["train"])
+    assert np.array_equal(again.calibration_, fitted.calibration_)
+    assert again.training_seconds_ == fitted.training_seconds_
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_training_goes_on_to_the_same_loss_curve(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: PixelDetector
+) -> None:
+    monkeypatch.setattr("featdiff.runtime.checkpoints.CHECKPOINT_SECONDS", 0)
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "training" and done == 7:  # in the second epoch
+            raise Killed
+
+    broken = PixelDetector(**TINY, cache=tmp_path)
+    with pytest.raises(Killed):
+        broken.fit(folders["train"], kill)
+    steps: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        steps.extend([done] if stage == "training" else [])
+
+    broken.fit(folders["train"], note)
+    assert steps[0] == 5
+    curve, whole = ((d.journal_ / "loss.csv").read_text() for d in (broken, fitted))
+    assert curve == whole
+    assert np.array_equal(broken.calibration_, fitted.calibration_)
+
+
+def test_a_checkpoint_of_another_config_is_not_used(
+    folders: dict[str, Path], fitted: PixelDetector, tmp_path: Path
+) -> None:
+    """Another network has a file of its own; the file of another network in its place is as good as none."""
+    wider = PixelDetector(**TINY | {"width": 16}, cache=tmp_path).fit(folders["train"])
+    assert wider.journal_.name != fitted.journal_.name
+    taken = wider.journal_.with_name(fitted.journal_.name).with_suffix(".pt")
+    shutil.copy(wider.journal_.with_suffix(".pt"), taken)
+    again = PixelDetector(**TINY, cache=tmp_path).fit(folders["train"])
+    assert np.array_equal(again.calibration_, fitted.calibration_)
+    assert wider.journal_.with_suffix(".pt").exists()
+
+
+def test_a_diverging_loss_is_one_clear_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    detector = PixelDetector(**TINY | {"recipe": RECIPE | {"learning_rate": 1e12}}, cache=tmp_path)
+    with pytest.raises(FeatdiffError, match=r"training diverged at step \d+ .*lower learning_rate"):
+        detector.fit(folders["train"])
+    with pytest.raises(NotFittedError):
+        detector.score(folders["test"])
+    assert len(detector.feature_store()) == 120  # what was read stays
+
+
+# ---- save and load ----
+
+
+def test_a_saved_detector_scores_the_same_without_its_sources(
+    model: Path, fitted: PixelDetector, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = load_detector(model, cache=tmp_path)
+    assert isinstance(loaded, PixelDetector)
+    assert np.array_equal(loaded.score(folders["digits"]).ood_score, fitted.score(folders["digits"]).ood_score)
+    assert np.array_equal(loaded.calibration_, fitted.calibration_)
+    assert loaded.config() == fitted.config()
+    assert not list(tmp_path.iterdir())  # scoring keeps nothing
+    assert loaded._distance_store.folder.name == fitted._distance_store.folder.name
+
+
+def test_each_mode_refuses_the_other(model: Path, tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="of mode pixel, not feature: featdiff.load_detector"):
+        Detector.from_pretrained(model)
+    with pytest.raises(ModelError, match="of mode feature, not pixel"):
+        PixelDetector.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def copied(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["unet"].update(block_out_channels=[16, 32]), "tensor"),
+        (lambda c: c["unet"].update(sample_size=32), "tensor"),
+        (lambda c: c["arguments"].update(repetitions=3), "tensor masks"),
+        (lambda c: c["arguments"].update(distances=["mse"]), "tensor"),
+        (lambda c: c["arguments"].update(sampler="none"), "unknown sampler"),
+        (lambda c: c["arguments"].update(colour="red"), "colour"),
+        (lambda c: c.pop("unet"), "config.json lacks unet"),
+        (lambda c: c.update(mode="sound"), "unknown mode 'sound'"),
+        (lambda c: c["images"].update(calibration=7), "calibration"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_tensors_is_refused(copied: Path, change: Any, words: str) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    change(config)
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError) as error:
+        load_detector(copied)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---- pretrained pipelines ----
+
+
+def test_a_pipeline_stands_in_for_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "pipeline")
+    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    detector = PixelDetector(**{k: v for k, v in TINY.items() if k != "size"}, pretrained=str(folder))
+    detector.fit(folders["train"])
+    assert detector.training_seconds_ == 0 and not hasattr(detector, "journal_")
+    assert detector.extractor_.size == 16
+    assert detector.heads_.scheduler.config.num_train_timesteps == 100
+    for name, value in unet.state_dict().items():
+        assert torch.equal(detector.heads_.denoiser.unet.state_dict()[name], value)
+    detector.save_pretrained(tmp_path / "model")
+    expected = detector.score(folders["digits"]).ood_score
+    shutil.rmtree(folder)  # a model holds all that it needs
+    assert np.array_equal(load_detector(tmp_path / "model").score(folders["digits"]).ood_score, expected)
+
+
+def test_files_side_by_side_are_an_older_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "pipeline")
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            shutil.move(file, folder)
+        (folder / part).rmdir()
+    assert PixelDetector(pretrained=str(folder), distances=["mse"]).prepare().extractor_.size == 16
+
+
+def damaged_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state.pop("conv_in.weight")
+    save_file(state, file)
+
+
+def nan_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["conv_in.bias"][0] = float("nan")
+    save_file(state, file)
+
+
+def other_config(folder: Path) -> None:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"block_out_channels": [16, 32]}))
+
+
+def other_network(folder: Path) -> None:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "UNet2DConditionModel"}))
+
+
+def other_schedule(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "ScoreSdeVeScheduler"}))
+
+
+def learned_variance(folder: Path) -> None:
+    unet = make_unet(16, 3, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
+    UNet2DModel.from_config(unet.config, out_channels=6).save_pretrained(folder / "unet")
+
+
+def with_classes(folder: Path) -> None:
+    unet = make_unet(16, 3, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
+    UNet2DModel.from_config(unet.config, num_class_embeds=4).save_pretrained(folder / "unet")
+
+
+def no_size(folder: Path) -> None:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
+
+
+def odd_schedule(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_schedule": "wavy"}))
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damaged_weights, "missing keys: conv_in.weight"),
+        (nan_weights, "conv_in.bias holds NaN"),
+        (other_config, "cannot be read"),
+        (other_network, "UNet2DConditionModel"),
+        (other_schedule, "ScoreSdeVeScheduler"),
+        (no_weights, "cannot be read"),
+        (learned_variance, "gives 6 channels for 3"),
+        (with_classes, "wants to be told a class"),
+        (no_size, "None pixels"),
+        (odd_schedule, "wavy"),
+    ],
+)
+def test_pipelines_that_are_not_whole_are_refused(tmp_path: Path, damage: Any, words: str) -> None:
+    folder = pipeline(tmp_path / "pipeline")
+    damage(folder)
+    with pytest.raises(WeightsError) as error:
+        PixelDetector(pretrained=str(folder), distances=["mse"]).prepare()
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "org/nowhere", "./nowhere/else"])
+def test_pipelines_that_cannot_be_had_are_named(name: str) -> None:
+    with pytest.raises(WeightsError) as error:
+        PixelDetector(pretrained=name, distances=["mse"]).prepare()
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [({"size": 32}, "size 16, not 32"), ({"channels": 1}, "channels 3, not 1")]
+)
+def test_a_pipeline_of_another_size_is_refused(tmp_path: Path, arguments: dict[str, int], words: str) -> None:
+    folder = pipeline(tmp_path / "pipeline")
+    with pytest.raises(UsageError) as error:
+        PixelDetector(pretrained=str(folder), distances=["mse"], **arguments).prepare()
+    assert words in str(error.value)
+
+
+# ---- the rest ----
+
+
+def test_the_distance_of_features_needs_its_backbone(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default backbone's real weights; a model remembers which they were."""
+    arguments = TINY | {"distances": ["features", "mse"], "repetitions": 1, "steps": 1, "calibration": 0.1}
+    detector = PixelDetector(**arguments | {"recipe": RECIPE | {"epochs": 1}}).fit(folders["train"])
+    detector.save_pretrained(tmp_path / "model")
+    expected = detector.score(folders["digits"]).ood_score
+    np.testing.assert_allclose(
+        load_detector(tmp_path / "model").score(folders["digits"]).ood_score, expected, atol=1e-4
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert len(config["features"]) == 64
+    config["features"] = "0" * 64
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="other weights"):
+        load_detector(tmp_path / "model")
+
+
+def test_grey_images_and_a_picture_as_mask(folders: dict[str, Path], tmp_path: Path) -> None:
+    Image.fromarray(np.tri(16, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    detector = PixelDetector(**TINY | {"channels": 1, "mask": str(tmp_path / "mask.png")}, flip=True)
+    detector.fit(folders["train"])
+    detector.save_pretrained(tmp_path / "model")
+    (tmp_path / "mask.png").unlink()  # masks are part of the model
+    loaded = load_detector(tmp_path / "model")
+    assert np.array_equal(loaded.score(folders["digits"]).ood_score, detector.score(folders["digits"]).ood_score)
+    assert torch.equal(detector.heads_.masks[1, 0], torch.ones(16, 16).tril().bool())
+
+
+def test_a_picture_shows_the_least_and_the_most_strange(fitted: PixelDetector, tmp_path: Path) -> None:
+    save_inpaintings(tmp_path / "held-out.png", *fitted.inpaintings())
+    assert len(fitted.examples_) == 8
+    scores = fitted.score_features(fitted.examples_)
+    np.testing.assert_allclose(scores[:4], fitted.calibration_[:4], atol=1e-3)
+    np.testing.assert_allclose(scores[-4:], fitted.calibration_[-4:], atol=1e-3)
+    drawn = np.asarray(Image.open(tmp_path / "held-out.png").convert("RGB"))
+    assert drawn.shape[0] > drawn.shape[1] and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500
+
+
+def test_a_picture_of_given_images(
+    fitted: PixelDetector, model: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    files = sorted(folders["digits"].iterdir())[:3]
+    loaded = PixelDetector.from_pretrained(model)
+    x, masked, inpainted, scores = loaded.inpaintings(files)
+    known = masked == x
+    assert np.array_equal(inpainted[known], x[known]) and 0.4 < known.mean() < 0.9
+    np.testing.assert_allclose(scores, fitted.score(files).ood_score, atol=1e-3)
+    save_inpaintings(tmp_path / "digits.svg", x, masked, inpainted, scores)
+    assert "<svg" in (tmp_path / "digits.svg").read_text()
+    with pytest.raises(UsageError, match="was loaded"):
+        loaded.inpaintings()
+    (tmp_path / "bad.png").write_text("bad")
+    with pytest.raises(UsageError, match="none of the images to inpaint"):
+        fitted.inpaintings([tmp_path / "bad.png"])
+
+
+def test_least_and_most() -> None:
+    scores = np.array([5.0, np.nan, 1.0, 3.0, 9.0, 7.0])
+    assert least_and_most(scores, 2).tolist() == [2, 3, 5, 4]
+    assert least_and_most(scores, 3).tolist() == [2, 3, 0, 5, 4]
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    x = torch.rand(400, 1, 2, 3)
+    found = flip_half(x, torch.Generator().manual_seed(0))
+    mirrored = (found == x.flip(-1)).all(-1).all(-1).all(-1)
+    kept = (found == x).all(-1).all(-1).all(-1)
+    assert (mirrored ^ kept).all()
+    assert 0.4 < mirrored.float().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mask_blocks": 5}, "mask_blocks 5 does not divide an image of 16 pixels"),
+        ({"mask": "checker"}, "no mask 'checker'"),
+        ({"size": 15}, "15 pixels cannot be halved"),
+        ({"size": 0}, "size must be a whole number above 0"),
+        ({"channels": 2}, "channels must be 3, or 1"),
+        ({"attention": [5]}, "attention at 5 pixels: the levels have 16, 8"),
+        ({"multipliers": []}, "multipliers"),
+        ({"multipliers": "12"}, "multipliers"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"flip": 1}, "flip must be true or false"),
+        ({"distances": []}, "distances"),
+        ({"distances": ["mse", "mse"]}, "distances"),
+        ({"distances": ["lpip"]}, "did you mean lpips"),
+        ({"distances": ["lpips"], "trunk": "alexx"}, "did you mean alex"),
+        ({"distances": [["mse"]]}, "distances must be a list"),
+        ({"size": 8, "mask_blocks": 2}, "the distance ssim needs images of at least 11 pixels, not 8"),
+        ({"mask_ratio": "0.5"}, "mask_ratio must be a number"),
+        ({"steps": 600}, "steps must divide the 1000 times"),
+        ({"aggregate": "mode"}, "unknown aggregate 'mode'"),
+        ({"sampler": "dim"}, "did you mean ddim"),
+        ({"steps": 2000}, "must divide the 1000 times"),
+        ({"sampler": "dpm++", "resamplings": 2}, "cannot resample"),
+        ({"repetitions": 0}, "repetitions must be a whole number above 0"),
+        ({"mixed_precision": "int8"}, "unknown mixed_precision 'int8'"),
+        ({"pretrained": True}, "pretrained must be text"),
+        ({"recipe": {"epoch": 3}}, "did you mean epoch"),
+        ({"fpr": 0.001}, "--fpr 0.001 needs at least 999"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_any_work(
+    folders: dict[str, Path], arguments: dict[str, Any], words: str
+) -> None:
+    def no_training(stage: str, done: int, total: int) -> None:
+        assert stage == "features"
+
+    with pytest.raises(UsageError) as error:
+        PixelDetector(**TINY | arguments).fit(folders["train"], no_training)
+    assert words in str(error.value)
+
+
+@pytest.fixture
+def _restored() -> Iterator[None]:
+    """Accelerate keeps its settings for the whole process."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_restored")
+def test_bf16_training_is_near_full_precision(folders: dict[str, Path], fitted: PixelDetector) -> None:
+    half = PixelDetector(**TINY, mixed_precision="bf16").fit(folders["train"])
+    again = PixelDetector(**TINY, mixed_precision="bf16", seed=1).fit(
+        folders["train"]
+    )  # accelerate's state is no obstacle
+    assert again.validation_loss_ != half.validation_loss_
+    assert half.validation_loss_ == pytest.approx(fitted.validation_loss_, rel=0.05)
+    assert half.validation_loss_ != fitted.validation_loss_
+    assert all(value.dtype == torch.float32 for value in half.heads_.denoiser.parameters())

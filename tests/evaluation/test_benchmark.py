@@ -1,0 +1,359 @@
+"""A whole benchmark on a tiny backbone: what is measured, against separate computations, and what is left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from helpers import fails
+
+from featdiff import Detector
+from featdiff.evaluation.benchmark import run_suite
+from featdiff.evaluation.protocols import evaluate_detector, fit_rivals
+from featdiff.evaluation.suites import load_suite
+from featdiff.exceptions import UsageError
+from featdiff.report.tables import COLUMNS, grids, long_rows, to_csv, to_markdown
+
+SUITE = """
+title = "tiles"
+
+[sources.train]
+path = "train"
+
+[sources.test]
+path = ["nowhere", "test"]
+
+[sources.digits]
+path = "digits"
+
+[sources.absent]
+path = ["absent.zip", "absent"]
+
+[[tasks]]
+name = "far"
+train = "train"
+test = "test"
+ood = ["digits", "absent"]
+protocols = ["matched", "as-published"]
+
+[detectors.other]
+joint = true
+hidden_max = 32
+blocks = 1
+head = "mse"
+recipe = { epochs = 2, min_steps = 20 }
+
+[detectors.wider]
+layers = ["layer2"]
+neighbors = 3
+recipe = { epochs = 2, min_steps = 20 }
+
+[[published]]
+method = "a paper's"
+task = "far"
+ood = "digits"
+protocol = "as-published"
+auroc = 87.5
+fpr95 = 40.0
+source = "Someone 2020, table 1"
+
+[[published]]
+method = "a leaderboard's"
+task = "far"
+protocol = "matched"
+auroc = 90.0
+source = "a leaderboard"
+"""
+DIFFUSION = ("layerwise", "mse", "mfsim", "lr")
+
+
+@pytest.fixture(scope="module")
+def suite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("suites") / "tiles.toml"
+    file.write_text(SUITE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def data(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tiles to train on, 24 to test, and 16 digits."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train").symlink_to(sample_folders["train"])
+    for name, count in (("test", 24), ("digits", 16)):
+        (folder / name).mkdir()
+        for file in sorted(sample_folders[name].iterdir())[:count]:
+            shutil.copy(file, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(suite_file: Path, data: Path, tiny_arguments: dict[str, Any], told: list[str]) -> dict[str, Any]:
+    return run_suite(load_suite(suite_file), data, tiny_arguments, tell=told.append)
+
+
+def test_contract(result: dict[str, Any], told: list[str]) -> None:
+    assert list(result) == ["suite", "backbone", "tasks", "published", "left_out", "unreadable"]
+    assert (result["suite"], result["backbone"]) == ("tiles", "test_resnet.r160_in1k")
+    (task,) = result["tasks"]
+    assert (task["name"], task["n_train"], task["n_bank"]) == ("far", 390, 292)
+    assert [(pair["ood"], pair["protocol"]) for pair in task["pairs"]] == [
+        ("digits", "matched"),
+        ("digits", "as-published"),
+    ]
+    assert list(result["left_out"]) == ["absent"]
+    assert any("left out: absent" in line for line in told)
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_numbers_are_those_of_separate_evaluations(
+    result: dict[str, Any], tiny_detector: Detector, tiny_arguments: dict[str, Any], data: Path
+) -> None:
+    found = result["tasks"][0]["pairs"][0]["heads"]
+    sets = (data / "test", {"digits": data / "digits"}, ["matched"])
+    own = evaluate_detector(tiny_detector, *sets, rivals=fit_rivals(tiny_detector))["pairs"][0]["heads"]
+    assert {name: found[name] for name in own} == own
+    short = {"epochs": 2, "min_steps": 20}
+    joint = Detector(**{**tiny_arguments, "recipe": short}, joint=True, hidden_max=32, blocks=1, head="mse").fit(
+        data / "train"
+    )
+    other = evaluate_detector(joint, *sets)["pairs"][0]["heads"]
+    assert found["other_mse"] == other["featdiff"]
+    assert found["other_mfsim"] == other["mfsim"]
+    assert set(found) - set(own) == {f"other_{head}" for head in DIFFUSION} | {"wider_fused", "wider_knn_layer2"} | {
+        f"wider_{head}" for head in DIFFUSION
+    }
+
+
+def test_costs(result: dict[str, Any], tiny_detector: Detector) -> None:
+    """Sizes by hand, and times that can be."""
+    task = result["tasks"][0]
+    methods = task["methods"]
+    assert set(methods) == {name for name in task["pairs"][0]["heads"] if not name.startswith("layer_")}
+    rows, width = len(tiny_detector.bank_digests_), 96
+    assert methods["rival_knn"]["megabytes"] == rows * width * 4 / 1e6
+    assert methods["rival_mahalanobis"]["megabytes"] == (width * width + width) * 4 / 1e6
+    spaces = tiny_detector.heads_.banks.spaces
+    assert list(spaces) == ["layer4"]
+    kept = sum(part.stop - part.start for name, part in tiny_detector.extractor_.columns.items() if "layer4" in name)
+    assert methods["knn_layer4"]["megabytes"] == rows * (kept + 4) / 1e6
+    assert methods["lr"]["megabytes"] > methods["mse"]["megabytes"] > 0
+    extra = methods["lr"]["megabytes"] - methods["mse"]["megabytes"]
+    whole = sum(tensor.nbytes for tensor in tiny_detector.heads_.state_dict().values()) / 1e6
+    assert methods["featdiff"]["megabytes"] == pytest.approx(whole - extra)  # without what only lr needs
+    assert methods["featdiff"]["training_seconds"] == tiny_detector.training_seconds_ > 0
+    assert methods["other_mse"]["training_seconds"] > 0
+    assert methods["knn_layer4"]["training_seconds"] == 0
+    assert all(methods[name]["training_seconds"] > 0 for name in methods if name.startswith("rival"))
+    speeds = {name: costs["images_per_second"] for name, costs in methods.items()}
+    assert all(0 < speed < 1e5 for speed in speeds.values())
+    assert speeds["featdiff"] < speeds["rival_mahalanobis"]
+
+
+def test_second_run_repeats_no_training(
+    result: dict[str, Any], suite_file: Path, data: Path, tiny_arguments: dict[str, Any]
+) -> None:
+    stages: set[str] = set()
+    again = run_suite(
+        load_suite(suite_file),
+        data,
+        tiny_arguments,
+        progress=lambda stage, done, total: stages.add(stage),
+    )
+    assert "training" not in stages
+    assert again["tasks"][0]["pairs"] == result["tasks"][0]["pairs"]
+    costs = [r["tasks"][0]["methods"]["featdiff"]["training_seconds"] for r in (result, again)]
+    assert costs[0] == costs[1]  # what it took when it was trained
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('path = "digits"', 'path = "gone"', r"none of the OOD sets is below .*not below"),
+        ('path = "train"', 'path = "gone"', r"not below .*: gone"),
+        ("blocks = 1", "block = 1", r"the suite's detector 'other' cannot be built: .*'block'"),
+        ("blocks = 1", "blocks = 0", r"detector 'other' cannot be built: blocks must be a whole number above 0"),
+    ],
+)
+def test_wrong_requests(
+    tmp_path: Path,
+    data: Path,
+    tiny_arguments: dict[str, Any],
+    old: str,
+    new: str,
+    words: str,
+) -> None:
+    file = tmp_path / "suite.toml"
+    file.write_text(SUITE.replace(old, new))
+    with pytest.raises(UsageError, match=words):
+        run_suite(load_suite(file), data, tiny_arguments, progress=no_work)
+
+
+def no_work(stage: str, done: int, total: int) -> None:
+    raise AssertionError("a wrong request is refused before any work")
+
+
+@pytest.mark.usefixtures("result")
+def test_what_is_missing_or_damaged_does_not_end_a_run(
+    data: Path, tiny_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """A set without a picture, a task without a set, and a picture among good ones."""
+    for name in ("train", "test"):
+        (tmp_path / name).symlink_to(data / name)
+    (tmp_path / "digits").mkdir()
+    for file in (data / "digits").iterdir():
+        shutil.copy(file, tmp_path / "digits")
+    for folder in ("digits", "absent"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "bad.png").write_text("not a picture")
+    file = tmp_path / "suite.toml"
+    second = """
+[[tasks]]
+name = "nothing"
+train = "train"
+test = "test"
+ood = "absent"
+"""
+    file.write_text(SUITE.partition("[detectors.")[0] + second)
+    found = run_suite(load_suite(file), tmp_path, tiny_arguments)
+    assert [task["name"] for task in found["tasks"]] == ["far"]
+    assert found["left_out"] == {"absent": "none of its images can be read"}
+    (bad,) = found["unreadable"]
+    assert bad == str(tmp_path / "digits" / "bad.png")
+    assert found["tasks"][0]["pairs"][0]["n_ood"] == 16
+
+
+# ---- rows and tables ----
+
+
+def test_rows(result: dict[str, Any]) -> None:
+    rows = long_rows(result)
+    heads = result["tasks"][0]["pairs"][0]["heads"]
+    assert len(rows) == 2 * len(heads) + 2
+    assert all(tuple(row) == COLUMNS for row in rows)
+    (row,) = [row for row in rows if row["method"] == "rival_pca" and row["protocol"] == "matched"]
+    assert (row["task"], row["ood"], row["n_id"], row["n_ood"]) == ("far", "digits", 24, 16)
+    assert (row["auroc"], row["fpr95"]) == (heads["rival_pca"]["auroc"], heads["rival_pca"]["fpr95"])
+    assert [row["auroc_low"], row["auroc_high"]] == heads["rival_pca"]["auroc_ci"]
+    assert row["published_in"] is None
+    paper, board = rows[-2:]
+    assert (paper["auroc"], paper["fpr95"], paper["published_in"]) == (0.875, 0.4, "Someone 2020, table 1")
+    assert (board["auroc"], board["fpr95"], board["ood"]) == (0.9, None, "")
+
+
+def test_csv_can_be_read_again(result: dict[str, Any]) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(result))))
+    for row, expected in zip(rows, long_rows(result), strict=True):
+        assert row == {name: "" if value is None else str(value) for name, value in expected.items()}
+
+
+def test_grids(result: dict[str, Any]) -> None:
+    matched, published = grids(result)
+    assert matched.title == "far, matched (390 images to train, 292 of them for rivals, 24 to test)"
+    assert matched.header == ["method", "digits", "mean", "images/s", "x time", "train", "MB"]
+    lines = {line[0]: line[1:] for line in matched.lines}
+    m = result["tasks"][0]["pairs"][0]["heads"]["rival_knn"]
+    low, high = m["auroc_ci"]
+    assert (
+        lines["rival_knn"][0] == f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}"
+    )
+    assert lines["rival_knn"][1] == f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}"
+    assert not any(name.startswith("layer_") or name.startswith("rival_mahalanobis_layer") for name in lines)
+    assert lines["published: a leaderboard's (a leaderboard)"] == ["", "90.0", "", "", "", ""]
+    others = {line[0]: line[1:] for line in published.lines}
+    assert others["published: a paper's (Someone 2020, table 1)"] == ["87.5 / 40.0", "", "", "", "", ""]
+
+
+def test_mean_is_over_the_sets_of_one_task_and_protocol() -> None:
+    def pair(name: str, protocol: str, value: float) -> dict[str, Any]:
+        m = {"auroc": value, "fpr95": value / 2, "aupr_in": 1.0, "aupr_out": 1.0, "auroc_ci": [value, value]}
+        return {"ood": name, "protocol": protocol, "n_id": 1, "n_ood": 1, "heads": {"featdiff": m}}
+
+    costs = {"featdiff": {"images_per_second": 1.0, "training_seconds": 2.0, "megabytes": 3.0}}
+    pairs = [pair("a", "matched", 0.5), pair("b", "matched", 0.7), pair("a", "as-published", 1.0)]
+    tasks = [{"name": "t", "n_train": 4, "n_bank": 3, "methods": costs, "pairs": pairs}]
+    first, second = grids({"tasks": tasks, "published": []})
+    assert first.lines == [
+        ["featdiff", "50.0 [50.0, 50.0] / 25.0", "70.0 [70.0, 70.0] / 35.0", "60.00 / 30.00", "1", "1", "2.0", "3.0"]
+    ]
+    assert second.lines[0][2] == "100.00 / 50.00"
+
+
+def test_markdown(result: dict[str, Any]) -> None:
+    text = to_markdown(result)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {8}
+    assert "Left out: absent: not below" in text
+    assert "test_resnet.r160_in1k" in text
+
+
+# ---- the command ----
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def bench(featdiff_cli: Cli, suite_file: Path, data: Path, seeded_backbone: Path) -> Cli:
+    """The same suite by the command, with the default recipe."""
+    fixed = ("--data", data, "--backbone", "test_resnet", "--weights", seeded_backbone, "--layers", "layer1")
+    return lambda *arguments, suite=suite_file: featdiff_cli("bench", suite, *fixed, *arguments)
+
+
+def test_command_prints_tables_and_writes_files(bench: Cli, tmp_path: Path) -> None:
+    table = bench()
+    assert table.exit_code == 0, table.output
+    for words in ("far, matched", "rival_mahalanobis_all", "other_mfsim", "published: a paper's", "left out: absent"):
+        assert words in " ".join(table.stdout.split())
+    assert "trained in" in table.stderr
+    done = bench("-o", tmp_path / "x.csv", "-q")
+    assert (done.exit_code, done.stdout) == (0, "")
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert {row["protocol"] for row in rows} == {"matched", "as-published"}
+    assert len({row["method"] for row in rows if row["images_per_second"]}) == 21
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "start"),
+    [
+        ("x.json", None, "{"),
+        ("x.md", None, "# tiles"),
+        ("x.txt", None, "# tiles"),
+        ("x.csv", None, "task,ood,"),
+        ("x", "json", "{"),
+    ],
+)
+def test_format_follows_the_file_or_the_option(
+    result: dict[str, Any],
+    featdiff_cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    format: str | None,
+    start: str,
+) -> None:
+    monkeypatch.setattr(
+        "featdiff.evaluation.benchmark.run_suite", lambda *arguments: result
+    )  # one real run is enough for all formats
+    chosen = ("--format", format) if format else ()
+    done = featdiff_cli("bench", "folders", "--data", tmp_path, "-o", tmp_path / name, *chosen)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / name).read_text().startswith(start)
+
+
+def test_wrong_requests_of_the_command(bench: Cli, featdiff_cli: Cli, tmp_path: Path) -> None:
+    fails(bench(suite="cifar-10"), 2, "no suite or file 'cifar-10'; did you mean cifar10", "folders")
+    fails(featdiff_cli("bench", "folders", "--data", tmp_path / "none"), 2, "does not exist")
+    fails(featdiff_cli("bench", "folders", "--data", tmp_path), 2, "train or train.zip", str(tmp_path))
+    fails(bench("-o", tmp_path / "no" / "x.md"), 2, "no folder", "x.md")  # said before the work, not after
+    fails(bench("-o", tmp_path), 2, "is a directory")

@@ -1,0 +1,464 @@
+"""Exported files run by ONNX Runtime and torch.export give what the detector gives, or are found out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import ROOT, typed
+from onnx import numpy_helper
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from featdiff import Detector, Guard, PixelDetector
+from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
+from featdiff.export.export import FACTS, FILES, Exportable, Rows, export, facts
+from featdiff.export.verify import LIMIT, verify
+from featdiff.scores.diffusion import DIFFUSION
+from featdiff.scores.fusion import FUSIONS
+from featdiff.scores.neighbors import TorchIndex
+from featdiff.verdicts.calibration import flagged, p_values, threshold
+
+SIZE = 24
+SMALL: dict[str, Any] = {
+    "layers": ["stem", "body"],
+    "joint": True,
+    "hidden_max": 8,
+    "blocks": 1,
+    "start_times": [70],
+    "draws": 1,
+    "calibration": 0.4,
+    "recipe": {"epochs": 1, "min_steps": 5, "batch_size": 16},
+}
+
+
+class Net(nn.Module):
+    """Somebody's own network, with a habit that an exporter may not like."""
+
+    def __init__(self, habit: str = "", classes: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 5, stride=2)
+        self.act = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(8, 12, 3, stride=2)
+        self.dropout = nn.Dropout(0.5)
+        self.habit = habit
+        self.last = nn.Linear(12, classes) if classes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.habit == "looks" and x.mean() > 0.9:
+            return self.body(self.stem(x))
+        if self.habit == "counts":
+            x = x[: int(len(x))].clone()
+        x = self.dropout(self.body(self.act(self.stem(x))))
+        return self.last(x.mean((2, 3))) if self.last else x
+
+
+def noise(count: int, size: int = SIZE, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def fitted(network: nn.Module, **arguments: Any) -> Detector:
+    return Detector(network, **SMALL | arguments).fit(iter([noise(60)]))
+
+
+def run_onnx(file: Path, pixels: Tensor) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return session.run(None, {"pixels": pixels.numpy()})
+
+
+@functools.cache
+def load_pt2(file: Path) -> tuple[Any, dict[str, Any]]:
+    """(module, metadata), loaded once: it takes seconds."""
+    extra = {FACTS: ""}
+    module = torch.export.load(file, extra_files=extra).module()
+    return module, json.loads(extra[FACTS])
+
+
+def run_pt2(file: Path, pixels: Tensor) -> list[np.ndarray]:
+    return [output.detach().numpy() for output in load_pt2(file)[0](pixels)]
+
+
+RUNS = {"onnx": run_onnx, "pt2": run_pt2}
+
+
+def metadata(kind: str, file: Path) -> dict[str, Any]:
+    if kind == "pt2":
+        return load_pt2(file)[1]
+    return {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+
+
+def expected(detector: Detector, pixels: Tensor) -> np.ndarray:
+    return detector.score_features(detector.extractor_(pixels))
+
+
+def same_scores(found: np.ndarray, wanted: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=LIMIT, atol=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def names(sample_folders: dict[str, Path]) -> list[Path]:
+    """Four tiles like the others and four strange ones."""
+    strange = ["flower_04_04.png", "flower_12_12.png", "flower_03_08.png", "flower_04_16.png"]
+    folder = sample_folders["test"]
+    return [*sorted(folder.iterdir())[:4], *(folder / name for name in strange)]
+
+
+@pytest.fixture(scope="module")
+def command(
+    tiny_model: Path, names: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> subprocess.CompletedProcess[str]:
+    """The command, run once for all tests: it takes seconds, and does what :func:`export` and :func:`verify` do."""
+    images = " ".join(f"--verify {name}" for name in names)
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "broken.png").write_bytes(b"no picture")
+    done = typed(f"featdiff export -m {tiny_model} {images} --verify broken.png", folder)
+    done.args = folder / "featdiff-export"
+    return done
+
+
+@pytest.fixture(scope="module")
+def files(command: subprocess.CompletedProcess[str]) -> dict[str, Path]:
+    """Both files of the tiny detector; do not change them."""
+    return {kind: command.args / name for kind, name in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def pixels(tiny_detector: Detector, names: list[Path]) -> Tensor:
+    """The images as the backbone gets them."""
+    (batch,) = tiny_detector.batches(names)[0]
+    assert batch.pixels is not None
+    return batch.pixels
+
+
+@pytest.fixture(scope="module")
+def small() -> Detector:
+    """A detector on a module, which is quickly exported; do not change it."""
+    return fitted(Net())
+
+
+# ---- the files ----
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_scores_p_values_and_verdicts_are_torchs(
+    tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, kind: str, batch: int
+) -> None:
+    part = pixels[-batch:]
+    score, p = RUNS[kind](files[kind], part)
+    wanted = expected(tiny_detector, part)
+    same_scores(score, wanted)
+    assert p.dtype == np.float32 and p.shape == (batch,)
+    wanted_p = p_values(wanted, tiny_detector.calibration_)
+    np.testing.assert_allclose(p, wanted_p, rtol=1e-6)
+    limit = threshold(tiny_detector.calibration_, tiny_detector.fpr)
+    np.testing.assert_array_equal(score > limit, flagged(wanted_p, tiny_detector.fpr))
+
+
+def test_both_verdicts_occur_among_the_images(tiny_detector: Detector, pixels: Tensor) -> None:
+    """Or the test above would say little."""
+    flags = flagged(p_values(expected(tiny_detector, pixels), tiny_detector.calibration_), tiny_detector.fpr)
+    assert 0 < flags.sum() < len(flags)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_an_image_of_nan_has_no_score_and_harms_no_other(
+    tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, kind: str
+) -> None:
+    part = pixels[:3].clone()
+    part[1] = torch.nan
+    score, p = RUNS[kind](files[kind], part)
+    assert np.isnan(score[1]) and np.isnan(p[1])
+    same_scores(score[[0, 2]], expected(tiny_detector, part[[0, 2]]))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_metadata_say_what_the_detector_is(tiny_detector: Detector, files: dict[str, Path], kind: str) -> None:
+    from importlib.metadata import version
+
+    found, backbone = metadata(kind, files[kind]), tiny_detector.extractor_.backbone
+    flags = flagged(p_values(tiny_detector.calibration_, tiny_detector.calibration_), 0.05)
+    np.testing.assert_array_equal(tiny_detector.calibration_ > found["threshold"], flags)
+    assert found["threshold"] in tiny_detector.calibration_
+    assert (found["fpr"], found["calibration_images"], found["classes"]) == (0.05, 78, [])
+    assert found["input_size"] == [3, 160, 160]
+    wanted = {key: backbone.data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    wanted |= {key: list(backbone.data_config[key]) for key in ("mean", "std")}
+    assert found["preprocessing"] == wanted
+    assert (found["backbone"], found["backbone_fingerprint"]) == (backbone.tag, backbone.fingerprint)
+    assert (found["layers"], found["head"]) == (["layer1", "layer2", "layer4"], "fused")
+    assert found["featdiff_version"] == version("featdiff")
+
+
+def test_onnx_is_one_file_with_a_bank_of_8_bit_numbers(tiny_detector: Detector, files: dict[str, Path]) -> None:
+    model = onnx.load(files["onnx"], load_external_data=False)
+    onnx.checker.check_model(model)
+    assert sorted(file.name for file in files["onnx"].parent.iterdir()) == ["model.onnx", "model.pt2"]
+    assert not any(part.external_data for part in model.graph.initializer)
+    assert [part.name for part in model.graph.input] == ["pixels"]
+    assert [part.name for part in model.graph.output] == ["ood_score", "p_value"]
+    banks = tiny_detector.heads_.banks
+    assert banks is not None
+    codes = [numpy_helper.to_array(part) for part in model.graph.initializer if part.data_type == onnx.TensorProto.INT8]
+    assert len(codes) == len(banks.spaces) > 0
+    for i, found in enumerate(codes):
+        np.testing.assert_array_equal(found, getattr(banks, f"vectors_{i}").numpy())
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_tell_nothing_of_the_machine_and_hold_no_ballast(
+    tiny_detector: Detector, files: dict[str, Path], kind: str
+) -> None:
+    data = files[kind].read_bytes()
+    for path in (ROOT, Path(torch.__file__).parents[1]):
+        assert str(path).encode() not in data
+    heads, network = tiny_detector.heads_, tiny_detector.extractor_.model
+    used = [*heads.diffusion.denoiser.parameters(), *network.parameters(), *heads.buffers()]
+    needed = sum(part.numel() * part.element_size() for part in used)
+    assert 0.9 * needed < len(data) < needed + 1_500_000
+
+
+# ---- all that a detector can be ----
+
+
+def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
+    """All from one pass, layers taken by hooks. Nothing is changed."""
+    network = Net(classes=4).eval()
+    network.stem.train()
+    hooked = network.act.register_forward_hook(lambda *_: None)
+    guard = Guard(network, **SMALL | {"logit_heads": ("energy",)}).fit(iter([noise(60)]))
+    x, names = noise(5, seed=1), ["cat", "dog", "hat", "log"]
+    detector = guard.detector
+    before = expected(detector, x)
+    files = export(guard, tmp_path, classes=names)
+    for kind, run in RUNS.items():
+        for part in (x, x[:1]):
+            score, p, logits = run(files[kind], part)
+            same_scores(score, before[: len(part)])
+            np.testing.assert_allclose(p, p_values(before[: len(part)], detector.calibration_), rtol=1e-6)
+            with torch.inference_mode():
+                np.testing.assert_allclose(logits, network(part).numpy(), rtol=1e-4, atol=1e-5)
+        assert metadata(kind, files[kind])["classes"] == names
+    assert metadata("pt2", files["pt2"])["outputs"] == ["ood_score", "p_value", "logits"]
+    assert [agreement.problem for agreement in verify(guard, [*files.values()], iter([x]))] == ["", ""]
+
+    np.testing.assert_array_equal(expected(detector, x), before)
+    assert [name for name, module in network.named_modules() if module.training] == ["stem"]
+    assert list(network.act._forward_hooks) == [hooked.id] and not network.stem._forward_hooks
+    assert all(isinstance(index, TorchIndex) for index in detector.heads_.banks._indices)  # type: ignore[union-attr]
+    assert isinstance(detector.heads_.diffusion.early, type(detector.heads_.diffusion.denoiser))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"head": head} for head in DIFFUSION),
+        *({"fusion": fusion} for fusion in FUSIONS),
+        *({"stride": 30}, {"joint": False}, {"backend": "faiss"}, {"neighbors": 0}, {"bank_size": 6}),
+    ],
+    ids=str,
+)
+def test_what_is_exported_scores_like_every_variant_of_the_detector(arguments: dict[str, Any]) -> None:
+    detector, x = fitted(Net(), **arguments), noise(6, seed=2)
+    exportable = Exportable(Rows(detector.extractor_), detector.heads_, detector.head, detector.calibration_)
+    score, p = exportable(x)
+    same_scores(score.numpy(), expected(detector, x))
+    np.testing.assert_allclose(p, p_values(score.double().numpy(), detector.calibration_), rtol=1e-6)
+
+
+def test_a_path_of_several_steps_is_traced_for_any_number_of_images(tmp_path: Path) -> None:
+    detector = fitted(Net(), stride=40, fusion="fisher")
+    file = export(detector, tmp_path, ["pt2"])["pt2"]
+    for batch in (1, 6):
+        x = noise(batch, seed=2)
+        same_scores(run_pt2(file, x)[0], expected(detector, x))
+
+
+# ---- verify ----
+
+
+def test_the_command_says_what_it_wrote_and_what_verify_found(
+    command: subprocess.CompletedProcess[str], files: dict[str, Path]
+) -> None:
+    assert (command.returncode, command.stdout) == (3, "")
+    first, *sizes, shape, verdict, by_onnx, by_pt2, bad = command.stderr.splitlines()
+    assert first.startswith("exporting test_resnet.r160_in1k")
+    assert sizes == [f"featdiff-export/{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in files.values()]
+    assert shape == "pixels (B, 3, 160, 160) -> ood_score (B,), p_value (B,)"
+    limit = metadata("onnx", files["onnx"])["threshold"]
+    assert verdict == f"OOD where ood_score > {limit:.6g} (fpr 0.05, 78 calibration images)"
+    for kind, line in (("onnx", by_onnx), ("pt2", by_pt2)):
+        form = rf"model.{kind}: 8 images, scores within (\S+), same verdicts; \d+ images/s, torch \d+ \(\d+\.\d\d x\)"
+        found = re.fullmatch(form, line)
+        assert found and 0 <= float(found[1]) < LIMIT
+    assert bad == "  left out: broken.png: not an image in a format that can be decoded"
+
+
+def test_verify_agrees_and_counts(
+    tiny_detector: Detector, files: dict[str, Path], few_images: Path, names: list[Path]
+) -> None:
+    (few_images / "broken.png").write_bytes(b"no picture")
+    unreadable: dict[str, str] = {}
+    seen: list[tuple[str, int, int]] = []
+    images = [*names, few_images]
+    (found,) = verify(tiny_detector, [files["onnx"]], images, lambda *step: seen.append(step), unreadable)
+    assert (found.file, found.images) == (files["onnx"], 14)
+    assert (found.verdicts, found.p_values, found.problem) == (0, 0, "")
+    assert 0 <= found.difference < LIMIT
+    assert found.speed > 0 and found.torch_speed > 0
+    assert list(unreadable) == [str(few_images / "broken.png")]
+    assert seen[-1] == ("verifying", 15, 15)
+
+
+def test_verify_leaves_out_images_of_nan(tiny_detector: Detector, files: dict[str, Path], pixels: Tensor) -> None:
+    bad = pixels.clone()
+    bad[3, 0, 0, 0] = torch.inf
+    unreadable: dict[str, str] = {}
+    (found,) = verify(tiny_detector, [files["onnx"]], iter([bad]), unreadable=unreadable)
+    assert (found.images, found.problem) == (7, "")
+    assert unreadable == {"loader[3]": "NaN or infinite values"}
+    with pytest.raises(UsageError, match="none of the images to compare on could be read"):
+        verify(tiny_detector, [files["onnx"]], iter([bad[3:4]]))
+
+
+def tampered(files: dict[str, Path], folder: Path, part: str, change: float) -> Path:
+    """A copy of the ONNX file in which the numbers of one tensor are larger by ``change``."""
+    model = onnx.load(files["onnx"])
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == part)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(change), part))
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_verify_finds_changed_weights(
+    tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path
+) -> None:
+    file = tampered(files, tmp_path, "heads.mean", 3.0)
+    (found,) = verify(tiny_detector, [file], iter([pixels]))
+    assert found.difference > 10 * LIMIT and found.verdicts == 4 and found.p_values == 0
+    assert found.problem.startswith(f"{file} disagrees with torch, do not use it: of 8 images, scores differ by up to ")
+    assert found.problem.endswith(
+        f"{found.difference:.1e} x max(1, |score|) (allowed 0.0001), 4 verdicts and 0 p-values are wrong"
+    )
+
+
+def test_verify_finds_p_values_of_other_calibration_images(
+    tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path
+) -> None:
+    file = tampered(files, tmp_path, "calibration", 100.0)
+    (found,) = verify(tiny_detector, [file], iter([pixels]))
+    assert found.difference < LIMIT and (found.verdicts, found.p_values) == (0, 8)
+    assert "0 verdicts and 8 p-values are wrong" in found.problem
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_verify_refuses_the_file_of_another_detector(
+    tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, kind: str
+) -> None:
+    other = copy.copy(tiny_detector)
+    other.calibration_ = tiny_detector.calibration_ + 1
+    with pytest.raises(ModelError, match=r"was not exported from this detector: its threshold is [\d.]+, not [\d.]+$"):
+        verify(other, [files[kind]], iter([pixels]))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_verify_refuses_damaged_and_foreign_files(
+    tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path, kind: str
+) -> None:
+    file = tmp_path / FILES[kind]
+    with pytest.raises(ModelError, match="no file at"):
+        verify(tiny_detector, [file], iter([pixels]))
+    file.write_bytes(files[kind].read_bytes()[:10_000])
+    with pytest.raises(ModelError, match=f"{FILES[kind]} cannot be loaded: .+"):
+        verify(tiny_detector, [file], iter([pixels]))
+    with pytest.raises(UsageError, match="is neither an .onnx nor a .pt2 file"):
+        verify(tiny_detector, [shutil.copy(file, tmp_path / "model.pth")], iter([pixels]))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_images_of_another_size(tiny_detector: Detector, files: dict[str, Path], kind: str) -> None:
+    """Torch takes them, the file was made for one size."""
+    with pytest.raises(ModelError, match=rf"model.{kind} fails on a batch \(2, 3, 128, 128\): .+") as caught:
+        verify(tiny_detector, [files[kind]], iter([noise(2, 128)]))
+    assert "\n" not in str(caught.value)
+
+
+# ---- refusals ----
+
+
+def test_only_fitted_detectors_of_the_default_mode_on_the_cpu(small: Detector, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only detectors of the default mode can be exported"):
+        export(PixelDetector(), tmp_path)
+    with pytest.raises(NotFittedError):
+        export(Detector(), tmp_path)
+    elsewhere = copy.copy(small)
+    elsewhere.extractor_ = copy.copy(small.extractor_)
+    elsewhere.extractor_.model = copy.deepcopy(small.extractor_.model).to("meta")
+    with pytest.raises(UsageError, match="is on meta.*: load it with device='cpu'"):
+        export(elsewhere, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("formats", "words"),
+    [(["onxx"], "unknown format 'onxx'; did you mean onnx"), ([], "name at least one format: onnx, pt2")],
+)
+def test_formats(small: Detector, tmp_path: Path, formats: Sequence[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        export(small, tmp_path, formats)
+
+
+def test_size_of_a_module_is_that_of_the_images_it_was_fitted_on(small: Detector) -> None:
+    assert facts(small)["input_size"] == [3, SIZE, SIZE]
+
+
+def test_size_and_hash_of_a_transform_of_ones_own() -> None:
+    prepare = v2.Compose([v2.Resize((20, 28)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    detector = fitted(Net(), transform=prepare)
+    found = facts(detector)
+    assert found["input_size"] == [3, 20, 28]
+    assert found["preprocessing"] == {"transform": detector.extractor_.backbone.data_config["transform"]}
+
+
+@pytest.mark.parametrize("habit", ["looks", "counts"])
+def test_networks_that_cannot_be_traced(habit: str, tmp_path: Path) -> None:
+    """One looks at values, one at the number of images."""
+    detector = fitted(Net(habit))
+    with pytest.raises(FeatdiffError, match=r"^Net cannot be exported: .+") as caught:
+        export(detector, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_packages_of_the_extra(small: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"^{package} is not installed.*pip install 'featdiff\[onnx\]'"):
+        export(small, tmp_path)
+
+
+def test_a_file_in_the_way(small: Detector, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FeatdiffError, match="file cannot be written: File exists$"):
+        export(small, tmp_path / "file", ["pt2"])
+
+
+def test_a_full_disk(mounted: Any, tmp_path: Path) -> None:
+    folder = mounted(tmp_path / "disk", "64k")
+    with pytest.raises(FeatdiffError, match="disk cannot be written: No space left on device$"):
+        export(fitted(Net(), neighbors=0), folder, ["pt2"])
+    assert not list(folder.iterdir())

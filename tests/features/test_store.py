@@ -1,0 +1,669 @@
+"""Features on disk: found by content, resumed after any stop, never lost to a damaged file or a full disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from featdiff.data.batches import Batch, iter_batches, iter_loaded
+from featdiff.data.references import list_images
+from featdiff.exceptions import FeatdiffError
+from featdiff.features.backbones import load_backbone
+from featdiff.features.extraction import Extraction, extract, featurise
+from featdiff.features.extractor import FeatureExtractor
+from featdiff.features.store import FeatureStore, FeatureTable
+from featdiff.files.atomic import write_atomically
+from featdiff.files.cache import default_cache
+
+WIDTH = 8
+VECTORS = np.random.default_rng(0).normal(size=(60, WIDTH)).astype(np.float32)
+
+
+def digest(number: int) -> bytes:
+    """Sixteen bytes, most of them zero, at either end."""
+    return number.to_bytes(16, "big" if number % 2 else "little")
+
+
+def fill(folder: Path, numbers: range) -> FeatureStore:
+    store = FeatureStore(folder, WIDTH)
+    for number in numbers:
+        store.add(digest(number), VECTORS[number])
+    store.flush()
+    return store
+
+
+def digests(numbers: range | list[int]) -> list[bytes]:
+    return [digest(number) for number in numbers]
+
+
+def everything(table: FeatureTable) -> np.ndarray:
+    return table[np.arange(len(table))].numpy()
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+# ---------------------------------------- store and table
+
+
+def test_round_trip_through_the_disk(tmp_path: Path) -> None:
+    fill(tmp_path / "deep" / "store", range(20))
+    store = FeatureStore(tmp_path / "deep" / "store", WIDTH)
+    assert len(store) == 20
+    assert all(digest(number) in store for number in range(20))
+    assert digest(20) not in store and b"" not in store and "text" not in store
+    order = [7, 0, 19, 7, 3]
+    table = store.table(digests(order))
+    assert len(table) == 5
+    np.testing.assert_array_equal(everything(table), VECTORS[order])
+
+
+def test_table_writes_what_is_pending(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, WIDTH)
+    store.add(digest(1), VECTORS[1])
+    assert digest(1) in store and len(store) == 1
+    assert len(FeatureStore(tmp_path, WIDTH)) == 0  # nothing on disk yet
+    np.testing.assert_array_equal(everything(store.table(digests([1]))), VECTORS[[1]])
+    assert len(FeatureStore(tmp_path, WIDTH)) == 1
+
+
+def test_flush_of_nothing_writes_nothing(tmp_path: Path) -> None:
+    FeatureStore(tmp_path, WIDTH).flush()
+    fill(tmp_path, range(3)).flush()
+    assert len(list(tmp_path.glob("*.digests.npy"))) == 1
+
+
+def test_table_random_access(tmp_path: Path) -> None:
+    for numbers in (range(20), range(20, 25), range(25, 60)):
+        store = fill(tmp_path, numbers)
+    rng = np.random.default_rng(1)
+    order = rng.permutation(60)
+    table = store.table(digests(order.tolist()))
+    for rows in (
+        rng.integers(0, 60, 200),  # repeated, in no order, from all shards
+        np.array([59, 0]),
+        np.array([-1, -60]),
+        np.arange(60) % 7 == 0,
+        np.array([], dtype=np.int64),
+    ):
+        found = table[rows]
+        assert isinstance(found, Tensor) and found.dtype == torch.float32
+        np.testing.assert_array_equal(found.numpy(), VECTORS[order][rows])
+    with pytest.raises(IndexError):
+        table[np.array([60])]
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (1000, [7])])
+def test_chunks_are_all_rows_in_order(size: int, lengths: list[int], tmp_path: Path) -> None:
+    table = fill(tmp_path, range(7)).table(digests(range(6, -1, -1)))
+    parts = list(table.chunks(size))
+    assert [len(part) for part in parts] == lengths
+    np.testing.assert_array_equal(torch.cat(parts).numpy(), VECTORS[6::-1])
+
+
+def test_empty_table(tmp_path: Path) -> None:
+    table = FeatureStore(tmp_path, WIDTH).table([])
+    assert len(table) == 0 and list(table.chunks()) == []
+    assert table[np.array([], dtype=np.int64)].shape == (0, WIDTH)
+
+
+def test_shards_are_cut_by_size_and_memory_mapped(tmp_path: Path) -> None:
+    """Eight vectors of half a megabyte fill a shard; what is written is not held in memory."""
+    width = 1 << 17
+    store = FeatureStore(tmp_path, width)
+    for number in range(19):
+        store.add(digest(number), np.full(width, number, dtype=np.float32))
+    assert len(list(tmp_path.glob("*.digests.npy"))) == 2
+    assert len(FeatureStore(tmp_path, width)) == 16
+    for table in (store.table(digests(range(19))), FeatureStore(tmp_path, width).table(digests(range(19)))):
+        assert len(table.shards) == 3
+        assert all(isinstance(shard, np.memmap) and shard.mode == "r" for shard in table.shards)
+        assert table[np.array([18, 7, 8])][:, ::50_000].tolist() == [[18.0] * 3, [7.0] * 3, [8.0] * 3]
+
+
+def test_one_content_is_kept_once(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, WIDTH)
+    for vector in (VECTORS[1], VECTORS[2]):  # before and after it is written, the first stays
+        store.add(digest(1), vector)
+    store.flush()
+    store.add(digest(1), VECTORS[3])
+    store.flush()
+    again = FeatureStore(tmp_path, WIDTH)
+    again.add(digest(1), VECTORS[4])
+    assert len(store) == len(again) == 1
+    np.testing.assert_array_equal(everything(again.table(digests([1, 1]))), VECTORS[[1, 1]])
+    assert len(list(tmp_path.glob("*.digests.npy"))) == 1
+
+
+def test_vectors_of_other_float_types_are_kept_as_float32(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, WIDTH)
+    store.add(digest(1), VECTORS[1].astype(np.float64))
+    assert everything(store.table(digests([1]))).dtype == np.float32
+    np.testing.assert_array_equal(everything(store.table(digests([1]))), VECTORS[[1]])
+
+
+def test_caller_may_reuse_its_buffer(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, WIDTH)
+    buffer = VECTORS[1].copy()
+    store.add(digest(1), buffer)
+    buffer[:] = 0
+    np.testing.assert_array_equal(everything(store.table(digests([1]))), VECTORS[[1]])
+
+
+def test_second_store_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    store = fill(tmp_path, range(5, 20))
+    assert len(store) == 20
+    np.testing.assert_array_equal(everything(store.table(digests(range(20)))), VECTORS[:20])
+    assert len(FeatureStore(tmp_path, WIDTH)) == 20
+
+
+def test_two_stores_on_one_folder_at_once(tmp_path: Path) -> None:
+    first, second = FeatureStore(tmp_path, WIDTH), FeatureStore(tmp_path, WIDTH)
+    for number in range(0, 30):
+        first.add(digest(number), VECTORS[number])
+        second.add(digest(number + 15), VECTORS[number + 15])
+        if number % 4 == 0:
+            first.flush()
+        if number % 3 == 0:
+            second.flush()
+    np.testing.assert_array_equal(everything(first.table(digests(range(30)))), VECTORS[:30])
+    np.testing.assert_array_equal(everything(second.table(digests(range(15, 45)))), VECTORS[15:45])
+    union = FeatureStore(tmp_path, WIDTH)
+    assert len(union) == 45
+    np.testing.assert_array_equal(everything(union.table(digests(range(45)))), VECTORS[:45])
+
+
+def test_tables_outlive_later_writing(tmp_path: Path) -> None:
+    store = fill(tmp_path, range(5))
+    table = store.table(digests(range(5)))
+    store.add(digest(9), VECTORS[9])
+    store.flush()
+    np.testing.assert_array_equal(everything(table), VECTORS[:5])
+
+
+# ---------------------------------------- damaged and foreign files
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def npz() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, array=np.ones(3))
+    return stream.getvalue()
+
+
+def open_header(content: bytes) -> bytes:
+    """One bit of the header's text has flipped, so that a bracket stays open."""
+    return content.replace(b"}", b"{", 1)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "zero bytes": lambda content: b"",
+    "three bytes": lambda content: content[:3],
+    "half a header": lambda content: content[:50],
+    "one byte short": lambda content: content[:-1],
+    "text": lambda content: b"not an array\n" * 9,
+    "magic changed": lambda content: b"\0" + content[1:],
+    "open header": open_header,
+    "shape changed": lambda content: content.replace(b"(5, ", b"(6, "),
+    "type changed": lambda content: content.replace(b"<f4", b"<i4").replace(b"|u1", b"<u2"),
+    "zip": lambda content: npz(),
+    "broken zip": lambda content: b"PK\x03\x04" + content[4:],
+    "one number": lambda content: npy(np.array(1.0)),
+    "another shape": lambda content: npy(np.zeros((4, 4), dtype=np.float32)),
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("part", ["vectors", "digests"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_shard_is_ignored_and_computed_again(kind: str, part: str, tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    (file,) = tmp_path.glob(f"*.{part}.npy")
+    file.write_bytes(DAMAGE[kind](file.read_bytes()))
+    fill(tmp_path, range(5, 8))
+    store = FeatureStore(tmp_path, WIDTH)
+    assert len(store) == 3
+    for number in range(8):
+        assert (digest(number) in store) == (number >= 5)
+        store.add(digest(number), VECTORS[number])
+    np.testing.assert_array_equal(everything(store.table(digests(range(8)))), VECTORS[:8])
+    np.testing.assert_array_equal(everything(FeatureStore(tmp_path, WIDTH).table(digests(range(8)))), VECTORS[:8])
+
+
+@pytest.mark.parametrize("part", ["vectors", "digests"])
+def test_shard_with_one_file_gone_is_ignored(part: str, tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    for file in tmp_path.glob(f"*.{part}.npy"):
+        file.unlink()
+    assert len(FeatureStore(tmp_path, WIDTH)) == 0
+
+
+def test_foreign_things_in_the_folder_are_ignored(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder.digests.npy").mkdir()
+    (tmp_path / "link.digests.npy").symlink_to("nowhere")
+    (tmp_path / ".0123.tmp").write_bytes(b"half written")
+    np.save(tmp_path / "alone.digests.npy", np.zeros((3, 16), dtype=np.uint8))
+    np.save(tmp_path / "pickle.digests.npy", np.array([{}], dtype=object))
+    np.save(tmp_path / "pickle.vectors.npy", np.zeros((1, WIDTH), dtype=np.float32))
+    store = FeatureStore(tmp_path, WIDTH)
+    assert len(store) == 5
+    np.testing.assert_array_equal(everything(store.table(digests(range(5)))), VECTORS[:5])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_shards_of_another_width_are_ignored(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    assert len(FeatureStore(tmp_path, WIDTH + 1)) == 0
+    assert len(FeatureStore(tmp_path, WIDTH)) == 5
+
+
+# ---------------------------------------- from images
+
+
+@pytest.fixture(scope="module")
+def extractor(seeded_backbone: Path) -> FeatureExtractor:
+    found = load_backbone("test_resnet", weights=seeded_backbone, transform={"input_size": (3, 32, 32)})
+    return FeatureExtractor(found, "layer1,layer4")
+
+
+def batches(
+    folder: Path, extractor: FeatureExtractor, store: FeatureStore | tuple[()] = (), size: int = 2
+) -> Iterator[Batch]:
+    """As the detector makes them: what the store knows is not decoded."""
+    loaded = iter_loaded(list_images(folder), extractor.transform, workers=1, known=store)
+    return iter_batches(loaded, size)
+
+
+def run(folder: Path, extractor: FeatureExtractor, cache: Path) -> tuple[Extraction, FeatureStore]:
+    store = FeatureStore(cache, extractor.width)
+    return extract(batches(folder, extractor, store), extractor, store), store
+
+
+def names(found: Extraction) -> list[str]:
+    return [Path(path).name for path in found.paths]
+
+
+def test_extraction_equals_the_extractor_image_by_image(
+    few_images: Path, extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    found, store = run(few_images, extractor, tmp_path / "cache")
+    assert names(found) == [f"{name}.png" for name in "abcdef"]
+    assert found.computed == len(store) == 6 and found.unreadable == []
+    expected = torch.cat(
+        [extractor(extractor.transform(Image.open(few_images / f"{name}.png"))[None]) for name in "abcdef"]
+    )
+    torch.testing.assert_close(torch.from_numpy(everything(store.table(found.digests))), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_second_run_computes_nothing(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
+    first, before = run(few_images, extractor, tmp_path / "cache")
+    second, after = run(few_images, extractor, tmp_path / "cache")
+    assert (first.computed, second.computed) == (6, 0)
+    assert (first.paths, first.digests) == (second.paths, second.digests)
+    np.testing.assert_array_equal(everything(before.table(first.digests)), everything(after.table(second.digests)))
+
+
+def test_features_are_found_by_content_not_by_name(
+    few_images: Path, extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    run(few_images, extractor, tmp_path / "cache")
+    (few_images / "a.png").rename(few_images / "z.png")
+    shutil.copy(few_images / "b.png", few_images / "y.png")
+    Image.new("RGB", (30, 20), "red").save(few_images / "c.png")
+    found, store = run(few_images, extractor, tmp_path / "cache")
+    assert names(found) == ["b.png", "c.png", "d.png", "e.png", "f.png", "y.png", "z.png"]
+    assert found.computed == 1 and len(store) == 7
+    table = everything(store.table(found.digests))
+    np.testing.assert_array_equal(table[0], table[5])  # b and its copy y
+
+
+def test_copies_in_one_run_are_kept_once(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
+    for name in "ghi":
+        shutil.copy(few_images / "a.png", few_images / f"{name}.png")
+    found, store = run(few_images, extractor, tmp_path / "cache")
+    assert len(found.paths) == 9 and len(store) == 6
+    table = everything(store.table(found.digests))
+    assert all(np.array_equal(table[0], table[row]) for row in (6, 7, 8))
+
+
+def test_unreadable_images_become_rows_with_a_reason(
+    few_images: Path, extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    (few_images / "b.png").write_bytes(b"")
+    (few_images / "d.png").write_bytes((few_images / "d.png").read_bytes()[:100])
+    for _ in range(2):  # a reason is given again when the good ones come from the store
+        found, store = run(few_images, extractor, tmp_path / "cache")
+        assert names(found) == ["a.png", "c.png", "e.png", "f.png"] and len(found.digests) == 4
+        assert [Path(path).name for path, _ in found.unreadable] == ["b.png", "d.png"]
+        assert "empty" in found.unreadable[0][1] and "damaged" in found.unreadable[1][1]
+    assert found.computed == 0 and len(store) == 4
+
+
+def test_all_images_unreadable(extractor: FeatureExtractor, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        (tmp_path / "images" / f"{name}.png").write_bytes(b"")
+    found, store = run(tmp_path / "images", extractor, tmp_path / "cache")
+    assert (found.paths, found.digests, found.computed, len(found.unreadable), len(store)) == (
+        [],
+        [],
+        0,
+        2,
+        0,
+    )
+
+
+class Root(nn.Module):
+    """Gives NaN where a picture is darker than its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(0.25))
+        self.root = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.root((x - self.bias).sqrt())
+
+
+def test_nan_features_make_unreadable_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, grey in (("a", 255), ("b", 0), ("c", 255 // 2), ("d", 10)):
+        Image.new("RGB", (4, 4), (grey,) * 3).save(folder / f"{name}.png")
+
+    def transform(picture: Image.Image) -> Tensor:
+        return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
+
+    extractor = FeatureExtractor(Root(), ["root"], transform=transform)
+    for computed in (2, 0):
+        found, store = run(folder, extractor, tmp_path / "cache")
+        assert names(found) == ["a.png", "c.png"] and found.computed == computed
+        assert [Path(path).name for path, _ in found.unreadable] == ["b.png", "d.png"]
+        assert all("NaN or infinite features" in reason for _, reason in found.unreadable)
+        np.testing.assert_allclose(
+            everything(store.table(found.digests))[:, 0], np.sqrt([0.75, 127 / 255 - 0.25]), rtol=1e-5
+        )
+
+
+def test_featurise_answers_by_position(few_images: Path, extractor: FeatureExtractor) -> None:
+    (few_images / "b.png").write_bytes(b"")
+    (batch,) = batches(few_images, extractor, size=10)
+    vectors, failed = featurise(batch, extractor)
+    assert sorted(vectors) == [0, 2, 3, 4, 5] and list(failed) == [1]
+    alone = extractor(extractor.transform(Image.open(few_images / "c.png"))[None]).numpy()[0]
+    np.testing.assert_allclose(vectors[2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_progress_counts_images(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    for total in (6, 0):  # known, unknown
+        store = FeatureStore(tmp_path / str(total), extractor.width)
+        extract(
+            batches(few_images, extractor, store, size=4),
+            extractor,
+            store,
+            total,
+            lambda *step: seen.append(step),
+        )
+    assert seen == [("features", 4, 6), ("features", 6, 6), ("features", 4, 4), ("features", 6, 6)]
+
+
+# ---------------------------------------- interruption
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_interrupted_run_keeps_what_it_computed(
+    error: type[BaseException], few_images: Path, extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    store = FeatureStore(tmp_path / "cache", extractor.width)
+
+    def stopped() -> Iterator[Batch]:
+        for count, batch in enumerate(batches(few_images, extractor, store)):
+            if count == 2:
+                raise error
+            yield batch
+
+    with pytest.raises(error):
+        extract(stopped(), extractor, store)
+    assert len(FeatureStore(tmp_path / "cache", extractor.width)) == 4
+    found, store = run(few_images, extractor, tmp_path / "cache")
+    assert found.computed == 2 and len(store) == 6
+    fresh, other = run(few_images, extractor, tmp_path / "fresh")
+    np.testing.assert_allclose(
+        everything(store.table(found.digests)), everything(other.table(fresh.digests)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_interrupt_from_the_progress_bar_keeps_the_batch(
+    few_images: Path, extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    store = FeatureStore(tmp_path, extractor.width)
+
+    def stop(*step: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(batches(few_images, extractor, store), extractor, store, progress=stop)
+    assert len(FeatureStore(tmp_path, extractor.width)) == 2
+
+
+def test_damaged_cache_is_mended_by_the_next_run(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
+    first, store = run(few_images, extractor, tmp_path)
+    before = everything(store.table(first.digests))
+    for file in tmp_path.glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-1])
+    found, store = run(few_images, extractor, tmp_path)
+    assert found.computed == 6
+    np.testing.assert_allclose(everything(store.table(found.digests)), before, rtol=1e-4, atol=1e-5)
+    assert run(few_images, extractor, tmp_path)[0].computed == 0
+
+
+# ---------------------------------------- disks that do not take it
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, mounted: Callable[[Path, str], Path]) -> Path:
+    """A real file system of 256 KiB."""
+    return mounted(tmp_path / "disk", "256k")
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def test_full_disk_keeps_earlier_shards(small_disk: Path) -> None:
+    """One line says what to do; once there is space, the same store goes on."""
+    folder, width = small_disk / "features", 1024
+    store = FeatureStore(folder, width)
+    for number in range(20):  # 80 KiB
+        store.add(digest(number), np.full(width, number, dtype=np.float32))
+    store.flush()
+    for number in range(20, 80):  # 240 KiB
+        store.add(digest(number), np.full(width, number, dtype=np.float32))
+    for _ in range(2):
+        with pytest.raises(FeatdiffError) as error:
+            store.flush()
+        text = one_line(error)
+        assert str(folder) in text and "No space left" in text and "--cache" in text
+    assert sorted(file.suffix for file in folder.iterdir()) == [".npy", ".npy"]  # no remains
+    again = FeatureStore(folder, width)
+    assert len(again) == 20
+    assert again.table(digests([19, 0]))[np.array([0, 1])][:, ::500].tolist() == [[19.0] * 3, [0.0] * 3]
+    remount(small_disk, "size=4m")
+    store.flush()
+    assert len(FeatureStore(folder, width)) == 80
+    assert store.table(digests(range(80)))[np.array([79, 3])][:, ::500].tolist() == [[79.0] * 3, [3.0] * 3]
+
+
+def test_disk_that_fills_between_the_two_files_of_a_shard(small_disk: Path) -> None:
+    """Vectors without digests are of no use to anyone: they do not stay on a full disk."""
+    width = 1024
+    store = FeatureStore(small_disk, width)
+    for number in range(40):
+        store.add(digest(number), np.full(width, number, dtype=np.float32))
+    (small_disk / "other").write_bytes(bytes(23 * 4096))  # leaves 41 of 64 pages: the vectors, and no more
+    with pytest.raises(FeatdiffError, match="No space left"):
+        store.flush()
+    assert [file.name for file in small_disk.iterdir()] == ["other"]
+
+
+def test_extraction_on_a_full_disk(few_images: Path, extractor: FeatureExtractor, small_disk: Path) -> None:
+    found, _ = run(few_images, extractor, small_disk / "features")
+    Image.new("RGB", (30, 20), "red").save(few_images / "g.png")
+    with (
+        (small_disk / "other").open("wb", buffering=0) as stream,
+        pytest.raises(OSError, match="No space left"),
+    ):
+        while True:
+            stream.write(bytes(4096))
+    with pytest.raises(FeatdiffError) as error:
+        run(few_images, extractor, small_disk / "features")
+    assert "No space left" in one_line(error)
+    (few_images / "g.png").unlink()
+    again, _ = run(few_images, extractor, small_disk / "features")
+    assert (again.computed, again.digests) == (0, found.digests)
+    (small_disk / "other").unlink()
+
+
+def test_read_only_cache_can_be_used_but_not_added_to(
+    few_images: Path, extractor: FeatureExtractor, small_disk: Path
+) -> None:
+    run(few_images, extractor, small_disk / "features")
+    remount(small_disk, "ro")
+    found, store = run(few_images, extractor, small_disk / "features")
+    assert found.computed == 0 and len(store.table(found.digests)) == 6
+    Image.new("RGB", (30, 20), "red").save(few_images / "g.png")
+    with pytest.raises(FeatdiffError) as error:
+        run(few_images, extractor, small_disk / "features")
+    text = one_line(error)
+    assert "Read-only" in text and str(small_disk) in text and "--cache" in text
+    with pytest.raises(FeatdiffError, match="Read-only"):
+        FeatureStore(small_disk / "new", WIDTH)
+
+
+def test_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FeatdiffError) as error:
+            FeatureStore(folder, WIDTH)
+        assert str(folder) in one_line(error) and "--cache" in one_line(error)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_cache_folder_without_permission(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "cache", WIDTH)
+    store.add(digest(1), VECTORS[1])
+    (tmp_path / "cache").chmod(0o500)
+    try:
+        with pytest.raises(FeatdiffError, match="Permission denied"):
+            store.flush()
+        with pytest.raises(FeatdiffError, match="Permission denied"):
+            FeatureStore(tmp_path / "cache" / "below", WIDTH)
+    finally:
+        (tmp_path / "cache").chmod(0o700)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file"])
+def test_cache_folder_that_goes_away_during_a_run(instead: str, tmp_path: Path) -> None:
+    store = fill(tmp_path / "cache", range(3))
+    shutil.rmtree(tmp_path / "cache")
+    if instead == "a file":
+        (tmp_path / "cache").write_text("not a folder")
+    store.add(digest(9), VECTORS[9])
+    with pytest.raises(FeatdiffError) as error:
+        store.flush()
+    assert str(tmp_path / "cache") in one_line(error)
+
+
+def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for content in (b"first", b"second, longer"):
+        write_atomically(tmp_path / "file", content)
+        assert (tmp_path / "file").read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_failed_write_leaves_the_old_file(small_disk: Path) -> None:
+    write_atomically(small_disk / "file", b"old")
+    with pytest.raises(FeatdiffError):
+        write_atomically(small_disk / "file", bytes(1 << 20))
+    assert [(file.name, file.read_bytes()) for file in small_disk.iterdir()] == [("file", b"old")]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
+def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while a large file is written."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    content = bytes(64 << 20)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+            write_atomically(tmp_path / "file", content)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEATDIFF_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path
+    monkeypatch.delenv("FEATDIFF_CACHE")
+    assert default_cache().name == "featdiff" and default_cache().is_absolute()
+
+
+_MANY_SHARDS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import featdiff.store as store
+hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 4096)
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+store._SHARD_BYTES, store._MAPPED_BYTES = 1280, 512  # shards of 10 vectors, which are mapped; their digests are read
+kept = store.FeatureStore(Path(sys.argv[1]), 32)
+digests = [i.to_bytes(16, "big") for i in range(3200)]
+for i, digest in enumerate(digests):
+    kept.add(digest, np.full(32, i))
+again = store.FeatureStore(Path(sys.argv[1]), 32)
+assert len(again) == 3200
+for table in (kept.table(digests), again.table(digests)):
+    assert [int(row[0]) for row in table[np.arange(3200)]] == list(range(3200))
+print(len(list(Path(sys.argv[1]).glob("*.vectors.npy"))))
+"""
+
+
+def test_more_shards_than_a_process_may_open_at_first(tmp_path: Path) -> None:
+    """320 mapped shards under a limit of 150 files: the limit is raised as far as the system grants."""
+    run = subprocess.run([sys.executable, "-c", _MANY_SHARDS, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["320"]
+
+
+def test_too_many_open_files_is_one_clear_line(tmp_path: Path) -> None:
+    """When the system grants no more."""
+    code = _MANY_SHARDS.replace("(150, hard)", "(150, 150)")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "FeatdiffError" in run.stderr.splitlines()[-1] and "ulimit -n" in run.stderr.splitlines()[-1]
