@@ -8,7 +8,19 @@ class FeatdiffError(Exception):
 
 
 class UsageError(FeatdiffError, ValueError):
-    """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read."""
+    """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read.
+
+    Parameters
+    ----------
+    message : str
+        One line that says what to do. It names arguments of the library, never options of the command line.
+    argument : str, optional
+        The argument that is wrong, so that the command line can name its own option for it.
+    """
+
+    def __init__(self, message: str = "", argument: str = "") -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class UnlabelledError(UsageError):

@@ -22,7 +22,7 @@ from ..exceptions import UsageError, first_line
 from .backbones import Backbone
 from .hooks import SPREAD, Tap, Taps, channels_first, find_module, pool, spread
 from .layers import Layers, resolve_layers, stage_names
-from .layout import LOGITS, PRE_LOGITS
+from .layout import LOGITS, PRE_LOGITS, FeatureLayout
 from .networks import evaluating, identity, logits_of
 
 #: How the name of a mixed precision ends.
@@ -95,6 +95,7 @@ class FeatureExtractor:
         self.columns = {n: slice(e - v.shape[1], e) for (n, v), e in zip(found.items(), ends, strict=True)}
         self.widths = tuple(found[name].shape[1] for name in self.layers)
         self.width = ends[-1]
+        self.layout = FeatureLayout.from_json({name: [part.start, part.stop] for name, part in self.columns.items()})
 
     @property
     def transform(self) -> Transform:
