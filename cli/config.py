@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ def load_config(name: str) -> Config:
     UsageError
         No such preset or file, not TOML, an unknown mode, or an unknown key.
     """
-    from featdiff.detectors import MODES
+    from featdiff.detectors.config import SETTINGS
     from featdiff.exceptions import UsageError, did_you_mean
     from featdiff.files.toml import check_keys, read_toml
 
@@ -55,11 +54,11 @@ def load_config(name: str) -> Config:
         if not isinstance(table, dict):
             raise UsageError(f"{file}: {name} must be a table, [{name}]")
     mode = detector.pop("mode", FEATURE)
-    if not isinstance(mode, str) or mode not in MODES:
+    if not isinstance(mode, str) or mode not in SETTINGS:
         raise UsageError(
-            f"{file}: unknown mode {mode!r}{did_you_mean(str(mode), list(MODES))}; known: {', '.join(MODES)}"
+            f"{file}: unknown mode {mode!r}{did_you_mean(str(mode), list(SETTINGS))}; known: {', '.join(SETTINGS)}"
         )
-    known = [*inspect.signature(MODES[mode]).parameters]
+    known = SETTINGS[mode].names()
     for kind, keys, valid in (
         ("table", content, list(_TABLES)),
         ("key", detector, known),

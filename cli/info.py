@@ -45,7 +45,7 @@ def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _feature_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    backbone, images, arguments = config["backbone"], config["images"], config["arguments"]
+    backbone, images, arguments = config["backbone"], config["images"], config["settings"]
     parameters = _parameters(tensors, "diffusion.denoiser.")
     neighbours = arguments["head"] == "fused" and arguments["neighbors"] > 0
     return {
@@ -58,7 +58,7 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str,
 
 
 def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    unet, arguments = config["unet"], config["arguments"]
+    unet, arguments = config["unet"], config["settings"]
     size, channels = unet["sample_size"], unet["in_channels"]
     source = arguments["pretrained"] or "trained here"
     return {
@@ -71,7 +71,7 @@ def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, s
 
 
 def _vector_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    images, arguments = config["images"], config["arguments"]
+    images, arguments = config["images"], config["settings"]
     parameters = _parameters(tensors, "heads.diffusion.denoiser.")
     return {
         "vectors": f"rows of {config['width']:,} numbers",
@@ -83,7 +83,7 @@ def _vector_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, 
 
 
 def _training_facts(config: dict[str, Any]) -> dict[str, str]:
-    images, fpr = config["images"], config["arguments"]["fpr"]
+    images, fpr = config["images"], config["settings"]["fpr"]
     held_out, what = images["calibration"], "rows" if config.get("mode") == "vectors" else "images"
     return {
         "trained on": f"{images['different']:,} different {what}, in {config['training_seconds']:.0f} s",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,12 @@ from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
 from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, say
 from .vectors import features_option, open_vectors, score_vectors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from featdiff import Detector, PixelDetector
+    from featdiff.data.references import ImageRef
 
 
 @click.command("score")
@@ -59,6 +65,7 @@ def command(
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
+    from featdiff.data.references import list_images
     from featdiff.exceptions import UsageError
     from featdiff.report.writers import open_writer
     from featdiff.runtime.allocator import keep_freed_memory
@@ -66,15 +73,22 @@ def command(
 
     keep_freed_memory()
     hidden = quiet or (output is None and sys.stdout.isatty())
-    refs: list[Any] = []
+    bars = Bars(hidden)
+    draw: Callable[[list[np.ndarray]], None] | None = None
     if features:
-        detector, arrays = open_vectors(features, images, model, options | {"figure": figure})
-        bars = Bars(hidden)
-        rows, rate, what = score_vectors(detector, arrays, fpr, bars), detector.fpr_, "rows"
+        estimator, arrays = open_vectors(features, images, model, options | {"figure": figure})
+        rows = score_vectors(estimator, arrays, fpr, bars)
+        rate = estimator.fpr_
+        what = "rows"
     else:
-        detector, refs = _open_images(images, model, options, figure)
-        bars = Bars(hidden)
-        rows, rate, what = detector.iter_scores(refs, fpr, bars), detector.fpr, "images"
+        detector = _open_detector(images, model, options)
+        refs: object = list(images)
+        if figure:
+            refs = list_images(refs)  # named once: standard input ends, and the picture needs them again
+            draw = _figure(detector, refs, figure)
+        rows = detector.iter_scores(refs, fpr, bars)
+        rate = detector.fpr
+        what = "images"
     first = next(rows, None)
     if first is None:
         raise UsageError("there are no paths on standard input")
@@ -88,14 +102,14 @@ def command(
                 flagged += int(part.is_ood.sum())
                 unreadable += part.status.count(UNREADABLE)
                 total += len(part)
-                if figure:
+                if draw:
                     scores.append(part.ood_score)
         except KeyboardInterrupt:
             raise Stopped(f"interrupted; {total:,} rows are written") from None
         finally:
             writer.close()
-    if figure:
-        _draw(detector, refs, scores, figure)
+    if draw:
+        draw(scores)
     rate = rate if fpr is None else fpr
     seconds = bars.seconds.get("scoring", 0.0)
     bad = f", {unreadable:,} unreadable" if unreadable else ""
@@ -106,42 +120,40 @@ def command(
     return EXIT_UNREADABLE if unreadable else 0
 
 
-def _open_images(
-    images: tuple[str, ...], model: str, options: dict[str, Any], figure: Path | None
-) -> tuple[Any, list[Any]]:
-    """A saved model of images, and what it shall score."""
-    from featdiff.data.references import list_images
-
+def _open_detector(images: tuple[str, ...], model: str, options: dict[str, Any]) -> Detector | PixelDetector:
+    """A saved model of images."""
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
-    detector = load_model(model, options).detector
-    if figure:
-        _check_figure(figure, detector.mode)
-    return detector, list_images(list(images))
+    return load_model(model, options).detector
 
 
-def _check_figure(file: Path, mode: str) -> None:
-    """Before the long work: whether there will be something to draw, and a place for it."""
+def _figure(
+    detector: Detector | PixelDetector, refs: Sequence[ImageRef], file: Path
+) -> Callable[[list[np.ndarray]], None]:
+    """A function of all scores that draws the least and the most strange images; checked before the long work."""
+    from featdiff.detectors import PixelDetector
     from featdiff.exceptions import UsageError
 
-    if mode != "pixel":
+    if not isinstance(detector, PixelDetector):
         raise UsageError("--figure shows inpaintings, and this model makes none: train one with --mode pixel")
     if file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--figure {file}: the file must end in .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise UsageError(f"no folder {file.parent} for {file.name}")
+    pixels: PixelDetector = detector
 
+    def draw(scores: list[np.ndarray]) -> None:
+        import numpy as np
 
-def _draw(detector: Any, refs: list[Any], scores: list[Any], file: Path) -> None:
-    """The least and the most strange images, inpainted once more: the same noise gives the same picture."""
-    import numpy as np
+        from featdiff.detectors.pixel import least_and_most
+        from featdiff.report.figures import save_inpaintings
 
-    from featdiff.detectors.pixel import least_and_most
-    from featdiff.report.figures import save_inpaintings
+        # inpainted once more: the same noise gives the same picture
+        shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
+        if shown:
+            save_inpaintings(file, *pixels.inpaintings(shown))
 
-    shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
-    if shown:
-        save_inpaintings(file, *detector.inpaintings(shown))
+    return draw
 
 
 def _guess(output: Path | None) -> str:

@@ -18,7 +18,7 @@ from .atomic import _write
 from .hub import find_folder, is_repository
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
 

@@ -205,7 +205,7 @@ def harden(
     guarded = Guard(
         classifier.model,
         fpr=fpr,
-        logit_heads=("energy",),
+        extra_heads=("energy",),
         transform=classifier.transform,
         seed=seed,
         device=str(place),

@@ -89,12 +89,12 @@ def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
             lines += _published_lines(here, [pair["ood"] for pair in pairs])
             lines = [(line + [""])[: len(header)] for line in lines]  # to accuracy, where there is any
             train, bank, test = task["n_train"], task["n_bank"], pairs[0]["n_id"]
-            images = f"{train:,} images to train, {bank:,} of them for rivals, {test:,} to test"
+            images = f"{train:,} images to train, {bank:,} of them for baselines, {test:,} to test"
             yield Grid(f"{task['name']}, {protocol} ({images})", header, lines)
 
 
 def _is_single_layer(method: str) -> bool:
-    return method.startswith("rival_mahalanobis_") and method != "rival_mahalanobis_all"
+    return method.startswith("baseline_mahalanobis_") and method != "baseline_mahalanobis_all"
 
 
 def _line(method: str, pairs: list[dict[str, Any]], costs: Mapping[str, float], default_speed: float) -> list[str]:
