@@ -91,7 +91,7 @@ def test_options_of_score(featdiff_cli: Cli, vectors: Path, model: Path, tmp_pat
     assert featdiff_cli(*command, "-q").stderr == ""
     shown = featdiff_cli(*command, "--format", "table").stdout.splitlines()
     assert shown[0].split() == ["verdict", "p-value", "score", "path"] and shown[-1].startswith("OOD ")
-    fails(featdiff_cli(*command, "--fpr", "0.001"), 2, "--fpr 0.001 needs at least 999")
+    fails(featdiff_cli(*command, "--fpr", "0.001"), 2, "fpr 0.001 needs at least 999")
 
 
 def test_bad_rows_are_rows_of_the_answer(featdiff_cli: Cli, vectors: Path, model: Path, tmp_path: Path) -> None:

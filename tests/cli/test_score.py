@@ -220,9 +220,9 @@ def test_empty_stdin_gives_a_table_without_rows_or_is_refused(
 @pytest.mark.parametrize(
     ("fpr", "words"),
     [
-        ("0", ["--fpr", "between 0 and 1"]),
-        ("1.5", ["--fpr", "between 0 and 1"]),
-        ("0.0001", ["--fpr 0.0001 needs at least 9999", "there are 78", "0.013"]),
+        ("0", ["fpr", "between 0 and 1"]),
+        ("1.5", ["fpr", "between 0 and 1"]),
+        ("0.0001", ["fpr 0.0001 needs at least 9999", "there are 78", "0.013"]),
         ("x", ["--fpr"]),
     ],
 )

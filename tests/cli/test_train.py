@@ -72,7 +72,7 @@ def test_options_go_before_the_config(featdiff_cli: Cli, photos: Path, quick: Pa
     options = ("--layers", "layer2", "--fpr", "0.3", "--seed", "5")
     result = featdiff_cli("train", photos, "--config", quick, *options, "-o", tmp_path / "model")
     assert result.exit_code == 0, result.output
-    arguments = load(tmp_path / "model")[0]["arguments"]
+    arguments = load(tmp_path / "model")[0]["settings"]
     assert (arguments["layers"], arguments["fpr"], arguments["seed"]) == (["layer2"], 0.3, 5)
     assert arguments["blocks"] == 1
 
@@ -286,13 +286,13 @@ def test_many_unreadable_files_are_counted(featdiff_cli: Cli, photos: Path, quic
 @pytest.mark.parametrize("fpr", ["0", "1", "-1", "nan"])
 def test_impossible_rate(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, fpr: str) -> None:
     result = featdiff_cli("train", photos, "--config", quick, "--fpr", fpr, "-o", tmp_path / "model")
-    fails(result, 2, "--fpr", "between 0 and 1")
+    fails(result, 2, "fpr", "between 0 and 1")
     assert not (tmp_path / "model").exists()
 
 
 def test_rate_that_needs_more_images(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
     result = featdiff_cli("train", photos, "--config", quick, "--fpr", "0.01", "-o", tmp_path / "model")
-    fails(result, 2, "--fpr 0.01 needs at least 99", "there are 8", "0.112")
+    fails(result, 2, "fpr 0.01 needs at least 99", "there are 8", "0.112")
     assert not (tmp_path / "model").exists()
 
 
@@ -342,7 +342,7 @@ def test_existing_model_is_replaced_only_with_force(
     fails(featdiff_cli(*command, "--seed", "3"), 2, f"a model is already at {tmp_path / 'model'}", "--force")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert featdiff_cli(*command, "--seed", "3", "--force").exit_code == 0
-    assert load(tmp_path / "model")[0]["arguments"]["seed"] == 3
+    assert load(tmp_path / "model")[0]["settings"]["seed"] == 3
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])

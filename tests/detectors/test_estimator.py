@@ -23,6 +23,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from featdiff import FeatureDiffusion, load_detector
 from featdiff.data.vector_files import open_arrays
 from featdiff.exceptions import ModelError, TooFewRows, UsageError
+from featdiff.scores.diffusion import DIFFUSION
 
 #: Enough to tell apart what is easily told apart.
 QUICK = {"epochs": 2, "min_steps": 40, "batch_size": 32}
@@ -58,8 +59,9 @@ def test_it_is_a_scikit_learn_estimator(estimator: FeatureDiffusion, check: Any)
 
 def test_it_works_with_neighbours_as_an_estimator() -> None:
     model = FeatureDiffusion(recipe=QUICK, neighbors=3, bank_size=50).fit(inside(200, 0))
-    assert model.heads_.heads.banks.scales_0.shape == (50, 1)
-    assert model.heads_.heads.names == ["layerwise", "knn_0"]
+    (bank,) = model.heads_.heads.members
+    assert bank.scales.shape == (50, 1)
+    assert list(model.heads_.heads.scores) == [*DIFFUSION, "knn_0"]
     assert np.median(model.ood_score(outside(50))) > np.quantile(model.ood_score(inside(100, 1)), 0.95)
 
 
@@ -123,7 +125,7 @@ def test_predict_is_the_conformal_rule(fitted: FeatureDiffusion) -> None:
     n = len(fitted.calibration_)
     assert n == 80 and np.allclose(p * (n + 1), np.round(p * (n + 1)))
     # a tie with the threshold is not an outlier, the next larger score is
-    assert -fitted.offset_ in fitted.calibration_
+    assert -fitted.offset_ in fitted.calibration_.scores
 
 
 def test_contamination_is_a_share_of_the_training_rows() -> None:
@@ -185,7 +187,7 @@ def test_copies_count_once() -> None:
     signed[0, 0], rows[0, 0] = -0.0, 0.0
     model = FeatureDiffusion(recipe=QUICK).fit(np.concatenate([rows, signed, rows[:30]]))
     assert (model.n_rows_, model.n_duplicates_) == (120, 150)
-    assert np.array_equal(model.calibration_, FeatureDiffusion(recipe=QUICK).fit(rows).calibration_)
+    assert np.array_equal(model.calibration_.scores, FeatureDiffusion(recipe=QUICK).fit(rows).calibration_.scores)
 
 
 # ---- refusals ----
@@ -321,10 +323,10 @@ def test_damaged_models_are_refused(fitted: FeatureDiffusion, tmp_path: Path) ->
         {"width": None},
         {"offset": "low"},
         {"layers": {"low": 8, "high": 15}},
-        {"arguments": {}},
-        {"arguments": whole["arguments"] | {"wings": 2}},
-        {"arguments": whole["arguments"] | {"layers": {"low": [0, 8], "high": [8]}}},
-        {"arguments": whole["arguments"] | {"hidden_max": 32}},
+        {"settings": {}},
+        {"settings": whole["settings"] | {"wings": 2}},
+        {"settings": whole["settings"] | {"layers": {"low": [0, 8], "high": [8]}}},
+        {"settings": whole["settings"] | {"hidden_max": 32}},
         {"images": whole["images"] | {"calibration": 79}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(whole | change))

@@ -23,7 +23,7 @@ from featdiff.features.layout import block_normalise
 from featdiff.features.store import FeatureStore
 from featdiff.files.model_folder import load
 from featdiff.runtime import checkpoints
-from featdiff.verdicts.calibration import flagged, p_values
+from featdiff.verdicts.calibration import Calibration
 
 COLUMNS = ["path", "status", "reason", "ood_score", "p_value", "is_ood"]
 
@@ -118,9 +118,9 @@ def test_scrambled_features_are_flagged_and_fresh_tiles_are_not(
     )
     features = tiny_detector.extractor_(pixels)
     rng = torch.Generator().manual_seed(0)
-    parts = [features[:, columns] for columns in tiny_detector.extractor_.columns.values()]
+    parts = [features[:, part.columns] for part in tiny_detector.extractor_.layout.parts]
     scrambled = torch.cat([part[:, torch.randperm(part.shape[1], generator=rng)] for part in parts], 1)
-    limit = np.quantile(tiny_detector.calibration_, 0.95)
+    limit = np.quantile(tiny_detector.calibration_.scores, 0.95)
     assert (tiny_detector.score_features(features) > limit).mean() < 0.2
     assert (tiny_detector.score_features(scrambled) > limit).mean() > 0.9
 
@@ -134,8 +134,8 @@ def test_false_alarms_over_200_random_splits_stay_below_the_rate(
     alarms = np.empty((200, 3))
     for row in alarms:
         order = rng.permutation(scores)
-        p = p_values(order[100:], np.sort(order[:100]))
-        row[:] = [flagged(p, rate).mean() for rate in rates]
+        calibration = Calibration(order[:100])
+        row[:] = [calibration.flags(order[100:], rate)[1].mean() for rate in rates]
     error = alarms.std(0) / np.sqrt(200)
     assert (alarms.mean(0) <= rates + 3 * error).all()
     assert (alarms.mean(0) >= np.array(rates) - 1 / 101 - 3 * error).all()  # and is not merely never flagging
@@ -143,18 +143,18 @@ def test_false_alarms_over_200_random_splits_stay_below_the_rate(
 
 def test_p_values_and_verdicts_follow_from_the_calibration_scores(fitted: Detector, fresh: list[str]) -> None:
     scores = fitted.score(fresh, fpr=0.25)
-    expected = [(1 + np.sum(fitted.calibration_ >= score)) / 9 for score in scores.ood_score]
+    expected = [(1 + np.sum(fitted.calibration_.scores >= score)) / 9 for score in scores.ood_score]
     np.testing.assert_allclose(scores.p_value, expected, rtol=1e-12)
     np.testing.assert_array_equal(scores.is_ood, scores.p_value <= 0.25)
     assert len(fitted.calibration_) == 8
-    assert (np.diff(fitted.calibration_) >= 0).all()
+    assert (np.diff(fitted.calibration_.scores) >= 0).all()
 
 
 def test_calibration_scores_are_scores_of_held_out_images(fitted: Detector, files: list[str]) -> None:
     """Each of the 8 is the score of one of the images that were given, and no image gives two."""
     scores = fitted.score(files).ood_score
-    nearest = [int(np.argmin(abs(scores - value))) for value in fitted.calibration_]
-    np.testing.assert_allclose(scores[nearest], fitted.calibration_, rtol=1e-4, atol=1e-4)
+    nearest = [int(np.argmin(abs(scores - value))) for value in fitted.calibration_.scores]
+    np.testing.assert_allclose(scores[nearest], fitted.calibration_.scores, rtol=1e-4, atol=1e-4)
     assert len(set(nearest)) == 8
 
 
@@ -259,7 +259,7 @@ def test_every_source_gives_the_same_detector(
     }
     detector = Detector(**small).fit(sources[kind]())
     assert detector.n_images_ == 40
-    np.testing.assert_allclose(detector.calibration_, fitted.calibration_, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(detector.calibration_.scores, fitted.calibration_.scores, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -296,7 +296,7 @@ def test_duplicates_count_once(fitted: Detector, small: dict[str, Any], files: l
         copy.write_bytes(Path(file).read_bytes())
     detector = Detector(**small).fit([*files, *copies])
     assert (detector.n_images_, detector.n_duplicates_) == (40, 5)
-    np.testing.assert_array_equal(detector.calibration_, fitted.calibration_)
+    np.testing.assert_array_equal(detector.calibration_.scores, fitted.calibration_.scores)
     assert (fitted.n_images_, fitted.n_duplicates_) == (40, 0)
 
 
@@ -337,7 +337,7 @@ def test_unreadable_files_are_listed_and_skipped(
     assert "not an image" in reasons[str(text)]
     assert "no such file" in reasons[gone]
     assert detector.n_images_ == 40
-    np.testing.assert_array_equal(detector.calibration_, fitted.calibration_)
+    np.testing.assert_array_equal(detector.calibration_.scores, fitted.calibration_.scores)
 
 
 def test_nothing_readable_names_the_first(small: dict[str, Any], tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_rate_that_needs_more_images_is_refused_when_fitting(small: dict[str, An
     with pytest.raises(UsageError, match="0.01 needs at least 99 .* there are 8") as caught:
         Detector(**{**small, "fpr": 0.01}).fit(files, lambda stage, *_: calls.append(stage))
     assert "training" not in calls
-    assert "--fpr 0.112 or more" in str(caught.value)
+    assert "fpr 0.112 or more" in str(caught.value)
 
 
 def test_rate_that_needs_more_images_is_refused_when_scoring(fitted: Detector, fresh: list[str]) -> None:
@@ -379,10 +379,11 @@ def test_rate_that_needs_more_images_is_refused_when_scoring(fitted: Detector, f
 
 @pytest.mark.parametrize("fpr", [0, 1, -0.1, 2, float("nan"), "often", None])
 def test_rate_that_is_none_is_refused(fitted: Detector, fresh: list[str], fpr: Any) -> None:
-    with pytest.raises(UsageError, match="--fpr"):
+    with pytest.raises(UsageError, match="fpr, the false-alarm rate") as caught:
         Detector(fpr=fpr)
+    assert caught.value.argument == "fpr"
     if fpr is not None:
-        with pytest.raises(UsageError, match="--fpr"):
+        with pytest.raises(UsageError, match="fpr, the false-alarm rate"):
             fitted.iter_scores(fresh, fpr=fpr)  # at once, before the first row is asked for
 
 
@@ -409,7 +410,7 @@ def test_score_does_not_depend_on_the_other_images(fitted: Detector, fresh: list
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (90, 60, 3), dtype=np.uint8)) for _ in range(9)]
     black = [Image.new("RGB", (32, 32))] * 3
-    spread = np.std(fitted.calibration_)
+    spread = np.std(fitted.calibration_.scores)
     for others in (noise, black, pictures(fresh[1:])):
         scores = fitted.score([*others, fresh[0]])
         assert abs(scores.ood_score[-1] - alone) < 1e-4 * spread
@@ -425,8 +426,8 @@ def test_fit_does_not_depend_on_batch_workers_or_global_seed(
     torch.manual_seed(12345)
     np.random.seed(54321)  # noqa: NPY002
     detector = Detector(**small, image_batch=7, workers=3, cache=tmp_path).fit(files)
-    spread = np.std(fitted.calibration_)
-    assert abs(detector.calibration_ - fitted.calibration_).max() < 1e-3 * spread
+    spread = np.std(fitted.calibration_.scores)
+    assert abs(detector.calibration_.scores - fitted.calibration_.scores).max() < 1e-3 * spread
 
 
 def test_other_seed_gives_other_scores(
@@ -527,7 +528,7 @@ def test_mse_head_is_the_mean_squared_error_of_the_averaged_reconstruction(
     detector = Detector(**small, head="mse").fit(files)
     extractor, heads = detector.extractor_, detector.heads_.diffusion
     pixels = torch.stack([extractor.transform(picture) for picture in pictures(fresh)])
-    x = block_normalise(extractor(pixels)[:, :80], extractor.widths)
+    x = block_normalise(extractor(pixels)[:, :80], [part.width for part in extractor.layout.stages])
     kept = heads.scheduler.alphas_cumprod
     errors = []
     with torch.inference_mode():
@@ -537,7 +538,9 @@ def test_mse_head_is_the_mean_squared_error_of_the_averaged_reconstruction(
             mean = torch.stack([heads.denoiser(x_t, t) for x_t in noisy]).mean(0)
             errors.append((x - mean).square().mean(1))
     expected = torch.stack(errors).mean(0).numpy()
-    np.testing.assert_allclose(detector.score(fresh).ood_score, expected, rtol=1e-4)
+    np.testing.assert_allclose(detector.heads_.unscaled(extractor(pixels))[:, 0], expected, rtol=1e-4)
+    location, scale = (float(values[0]) for values in (detector.heads_.location, detector.heads_.scale))
+    np.testing.assert_allclose(detector.score(fresh).ood_score, (expected - location) / scale, rtol=1e-3, atol=1e-3)
 
 
 def test_joint_is_one_network_over_all_layers(small: dict[str, Any], files: list[str]) -> None:
@@ -560,7 +563,7 @@ def test_own_module_is_fitted_saved_and_loaded(files: list[str], fresh: list[str
     detector = Detector(tiny_net(), **MODULE).fit(files)
     scores = detector.score(fresh)
     assert scores.columns == [*COLUMNS, "layer_stem", "layer_body"]
-    assert detector.extractor_.widths == (12, 24)
+    assert [part.width for part in detector.extractor_.layout.layers] == [12, 24]
     detector.save_pretrained(tmp_path / "model")
     loaded = Detector.from_pretrained(tmp_path / "model", backbone=tiny_net(), transform=to_tensor)
     np.testing.assert_array_equal(loaded.score(fresh).ood_score, scores.ood_score)
@@ -595,7 +598,10 @@ def test_own_module_without_a_transform_takes_ready_tensors_only(files: list[str
     batches = torch.stack([to_tensor(picture) for picture in pictures(files)]).split(16)
     detector = Detector(tiny_net(), **arguments).fit(iter(batches))
     np.testing.assert_allclose(
-        detector.calibration_, Detector(tiny_net(), **MODULE).fit(files).calibration_, rtol=1e-3, atol=1e-4
+        detector.calibration_.scores,
+        Detector(tiny_net(), **MODULE).fit(files).calibration_.scores,
+        rtol=1e-3,
+        atol=1e-4,
     )
     with pytest.raises(UsageError, match="transform="):
         Detector(tiny_net(), **arguments).fit(files)
@@ -652,7 +658,7 @@ def test_another_transform_never_gets_the_features_of_the_first(files: list[str]
     inverse = {**MODULE, "transform": Scaled(-1)}
     warm = Detector(tiny_net(), **inverse, cache=tmp_path / "shared").fit(files)
     cold = Detector(tiny_net(), **inverse, cache=tmp_path / "own").fit(files)
-    np.testing.assert_array_equal(warm.calibration_, cold.calibration_)
+    np.testing.assert_array_equal(warm.calibration_.scores, cold.calibration_.scores)
 
 
 def test_another_module_with_the_same_weights_never_gets_the_features_of_the_first(
@@ -661,7 +667,7 @@ def test_another_module_with_the_same_weights_never_gets_the_features_of_the_fir
     Detector(tiny_net(), **MODULE, cache=tmp_path / "shared").fit(files)
     warm = Detector(tiny_net(nn.Sigmoid()), **MODULE, cache=tmp_path / "shared").fit(files)
     cold = Detector(tiny_net(nn.Sigmoid()), **MODULE, cache=tmp_path / "own").fit(files)
-    np.testing.assert_array_equal(warm.calibration_, cold.calibration_)
+    np.testing.assert_array_equal(warm.calibration_.scores, cold.calibration_.scores)
 
 
 def test_second_run_computes_nothing_again(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
@@ -671,7 +677,7 @@ def test_second_run_computes_nothing_again(small: dict[str, Any], files: list[st
     second = Detector(**small, cache=tmp_path).fit(files, lambda stage, *_: stages.append(stage))
     assert before and {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} == before
     assert set(stages) == {"features"}  # no step of training
-    np.testing.assert_array_equal(first.calibration_, second.calibration_)
+    np.testing.assert_array_equal(first.calibration_.scores, second.calibration_.scores)
 
 
 def test_other_rate_or_head_needs_no_new_training(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
@@ -715,7 +721,7 @@ def test_stopped_training_goes_on_to_the_same_scores(
     through = Detector(**arguments, cache=tmp_path / "through").fit(files)
     assert steps[0] > 1  # the epochs before the stop are not trained again
     assert steps[-1] == 18
-    np.testing.assert_array_equal(resumed.calibration_, through.calibration_)
+    np.testing.assert_array_equal(resumed.calibration_.scores, through.calibration_.scores)
     np.testing.assert_array_equal(resumed.score(fresh).ood_score, through.score(fresh).ood_score)
 
 
@@ -766,7 +772,7 @@ def test_damaged_checkpoint_is_as_good_as_none(
     else:
         checkpoint.write_bytes({"cut": data[: len(data) // 2], "text": b"hello"}[damage])
     detector = Detector(**small, cache=tmp_path).fit(files)
-    np.testing.assert_array_equal(detector.calibration_, fitted.calibration_)
+    np.testing.assert_array_equal(detector.calibration_.scores, fitted.calibration_.scores)
 
 
 def test_cache_that_cannot_be_written_is_one_line(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
@@ -808,7 +814,6 @@ def test_cache_that_cannot_be_written_is_one_line(small: dict[str, Any], files: 
         ({"start_times": "20"}, "start_times"),
         ({"start_times": (9,), "timesteps": 9}, "0 .. 8"),
         ({"head": "mean"}, "unknown head 'mean'; known: fused, layerwise, mse, mfsim, lr"),
-        ({"fusion": "median"}, "unknown fusion 'median'; known: mean, max"),
         ({"neighbors": -1}, "neighbors must be"),
         ({"neighbors": 2.5}, "neighbors must be"),
         ({"bank_size": 0}, "bank_size"),
@@ -892,9 +897,9 @@ def test_config_is_plain_and_holds_what_was_given(fitted: Detector, small: dict[
     config = load(tmp_path / "model")[0]
     assert config["layers"] == {"layer1": 32, "layer2": 48}
     assert config["images"] == {"different": 40, "calibration": 8, "bank": 27}
-    assert config["arguments"]["transform"]["input_size"] == [3, 32, 32]
-    assert config["arguments"]["recipe"]["epochs"] == small["recipe"]["epochs"]
-    assert config["arguments"]["recipe"]["learning_rate"] == 1e-3
+    assert config["settings"]["transform"]["input_size"] == [3, 32, 32]
+    assert config["settings"]["recipe"]["epochs"] == small["recipe"]["epochs"]
+    assert config["settings"]["recipe"]["learning_rate"] == 1e-3
 
 
 def test_fit_returns_the_detector(small: dict[str, Any], files: list[str]) -> None:
