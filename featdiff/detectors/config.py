@@ -33,6 +33,7 @@ from ..verdicts.calibration import check_fpr
 from .checks import (
     check_bool,
     check_choice,
+    check_different_names,
     check_neighbors,
     check_share,
     check_times,
@@ -208,20 +209,34 @@ class FeatureSettings(Settings):
         self._check_heads()
         self._check_input_size()
 
+    @property
+    def registered_heads(self) -> list[str]:
+        """Scores that are built by name beside those of diffusion."""
+        own = [] if self.head in (FUSED, *DIFFUSION) else [self.head]
+        neighbors = ["neighbors"] if self.head == FUSED and self.neighbors else []
+        return [*own, *neighbors, *self.extra_heads]
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether one of the scores looks at a classifier's logits."""
+        return need_logits(self.registered_heads)
+
     def _check_heads(self) -> None:
         if self.head not in (FUSED, *DIFFUSION):
             check_choice("head", self.head, [FUSED, *DIFFUSION, *heads()])
         names = self.extra_heads
-        if not is_list(names) or len(set(names)) < len(names):
-            raise UsageError(f"extra_heads must be a list of different names, not {names!r}", argument="extra_heads")
-        check_registered([str(name) for name in names], among=heads)
-        if need_logits(names) and not isinstance(self.backbone, nn.Module):
+        check_different_names("extra_heads", names)
+        check_registered(names, among=heads)
+        if self.needs_logits and not isinstance(self.backbone, nn.Module):
             raise UsageError(
-                f"{', '.join(names)} need logits: give a classifier (a module) as backbone, or use featdiff.Guard",
-                argument="extra_heads",
+                f"{', '.join(names) or self.head} need logits: give a classifier (a module) as backbone, or use "
+                "featdiff.Guard",
+                argument="extra_heads" if names else "head",
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
+        if self.head == "neighbors" and not self.neighbors:
+            raise UsageError("head='neighbors' needs neighbors of 1 or more", argument="neighbors")
 
     def _check_input_size(self) -> None:
         size = self.input_size
@@ -298,11 +313,10 @@ class PixelSettings(Settings):
 
     def _check_distances(self) -> None:
         names = self.distances
-        if not is_list(names) or not names or len(set(names)) < len(names):
-            raise UsageError(f"distances must be a list of different names, not {names!r}", argument="distances")
+        check_different_names("distances", names)
+        if not names:
+            raise UsageError("distances must name at least one distance", argument="distances")
         for name in names:
-            if not isinstance(name, str):
-                raise UsageError(f"distances must be a list of different names, not {names!r}", argument="distances")
             if name not in DISTANCES:
                 hint = did_you_mean(name, list(DISTANCES))
                 raise UsageError(f"unknown distance {name!r}{hint}; known: {', '.join(DISTANCES)}", "distances")

@@ -337,11 +337,12 @@ def test_verify_leaves_out_images_of_nan(tiny_detector: Detector, files: dict[st
         verify(tiny_detector, [files["onnx"]], iter([bad[3:4]]))
 
 
-def tampered(files: dict[str, Path], folder: Path, part: str, change: float) -> Path:
-    """A copy of the ONNX file in which the numbers of one tensor are larger by ``change``."""
+def tampered(files: dict[str, Path], folder: Path, part: np.ndarray, change: float) -> Path:
+    """A copy of the ONNX file in which the numbers of the tensor that holds ``part`` are larger by ``change``."""
     model = onnx.load(files["onnx"])
-    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == part)
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(change), part))
+    tensors = [(tensor, numpy_helper.to_array(tensor)) for tensor in model.graph.initializer]
+    ((tensor, values),) = [pair for pair in tensors if np.array_equal(pair[1], part.astype(np.float32))]
+    tensor.CopyFrom(numpy_helper.from_array(values + np.float32(change), tensor.name))
     onnx.save(model, folder / "model.onnx")
     return folder / "model.onnx"
 
@@ -349,7 +350,7 @@ def tampered(files: dict[str, Path], folder: Path, part: str, change: float) -> 
 def test_verify_finds_changed_weights(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path
 ) -> None:
-    file = tampered(files, tmp_path, "heads.mean", 3.0)
+    file = tampered(files, tmp_path, tiny_detector.heads_.mean.numpy(), 3.0)
     (found,) = verify(tiny_detector, [file], iter([pixels]))
     assert found.difference > 10 * LIMIT and found.verdicts == 4 and found.p_values == 0
     assert found.problem.startswith(f"{file} disagrees with torch, do not use it: of 8 images, scores differ by up to ")
@@ -361,7 +362,7 @@ def test_verify_finds_changed_weights(
 def test_verify_finds_p_values_of_other_calibration_images(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path
 ) -> None:
-    file = tampered(files, tmp_path, "calibration", 100.0)
+    file = tampered(files, tmp_path, tiny_detector.calibration_.scores, 100.0)
     (found,) = verify(tiny_detector, [file], iter([pixels]))
     assert found.difference < LIMIT and (found.verdicts, found.p_values) == (0, 8)
     assert "0 verdicts and 8 p-values are wrong" in found.problem
