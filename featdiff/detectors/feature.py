@@ -27,7 +27,8 @@ from ..scores.fused import FUSED, Heads
 from ..scores.registry import Context, Options, Score, make_scores, need_logits
 from ..verdicts.calibration import Calibration
 from .base import BaseDetector
-from .config import FeatureSettings, make_recipe, takes
+from .checks import make_recipe
+from .config import FeatureSettings, takes
 from .fitting import as_digests, choose_bank
 from .saved import check_fingerprint, check_layers, feature_values, load_tensors, take_digests, take_facts, widths_of
 
