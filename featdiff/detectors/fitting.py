@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.splits import Split
 from ..diffusion.training import Augment, Recipe, Rows, Step, TrainingState, start, train
 from ..features.store import Table
-from ..runtime.checkpoints import Keeper
+from ..runtime.checkpoints import Checkpointer
 from ..runtime.progress import Progress
 from ..scores.diffusion import full_precision
 from ..scores.fused import FusedHeads
@@ -50,7 +50,7 @@ def train_denoiser(
     denoiser.requires_grad_(True)
     state = start(denoiser, recipe, n_rows)
     leads = accelerator is None or accelerator.is_main_process
-    keeper = Keeper(state, checkpoint, leads)
+    keeper = Checkpointer(state, checkpoint, leads)
     for step in train(state, read, n_rows, validation, scheduler, recipe, seed, augment, accelerator):
         keeper.after_step(step.val_loss is not None)
         if watch and leads:

@@ -931,7 +931,7 @@ def test_every_reference_survives_pickling(tmp_path: Path) -> None:
 
 USER_SCRIPT = """
 import numpy as np, torch
-from featdiff.images import iter_loaded
+from featdiff.data.batches import iter_loaded
 
 def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
