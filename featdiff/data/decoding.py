@@ -72,6 +72,7 @@ def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise UnreadableImage("empty file (0 bytes)")
+
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's limit is global; raised only when the user asks for more
     return Image.open(io.BytesIO(data), formats=_formats())
@@ -100,6 +101,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_grey(image)
+
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -109,7 +111,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _deep_grey(image: Image.Image) -> Image.Image:
     """16-bit grey (Pillow modes I, I;16*) or float grey -> 8-bit grey by a fixed scale, never per image."""
     values = np.array(image, dtype=np.float32)
-
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         values[values == transparent] = 65535  # white
@@ -172,6 +173,7 @@ def short_sides(refs: Sequence[ImageRef]) -> np.ndarray:
             sides[i] = min(picture.size)
         except Exception:  # the reason is reported when the image is scored
             continue
+
     return sides
 
 
@@ -202,4 +204,5 @@ class Downscale:
         if short > self.size:
             width, height = (max(1, round(side * self.size / short)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
+
         return self.then(image)

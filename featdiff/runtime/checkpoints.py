@@ -113,6 +113,7 @@ def resume(state: Resumable, file: Path) -> None:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         _check_fits(saved["best"], state.network)
+
         fresh = copy.deepcopy(state.state_dict())
         try:
             state.load_state_dict(saved)
@@ -140,5 +141,6 @@ def write_checkpoint(state: Resumable, file: Path) -> None:
     """
     stream = io.BytesIO()
     torch.save(state.state_dict(), stream)
+
     with cache_errors(file.parent):
         write_atomically(file, stream.getvalue())

@@ -114,9 +114,13 @@ class Scores:
     def __repr__(self) -> str:
         images = f"{len(self):,} image{'' if len(self) == 1 else 's'}"
         rate = "" if self.fpr is None else f" at fpr {self.fpr:g}"
-        unreadable = sum(status != OK for status in self.status)
+        unreadable = int(self._unreadable().sum())
         others = f", {unreadable:,} unreadable" if unreadable else ""
         return f"Scores({images}: {int(np.sum(self.is_ood)):,} OOD{rate}{others})"
+
+    def _unreadable(self) -> np.ndarray:
+        """(N,) bool."""
+        return np.array([status != OK for status in self.status], dtype=bool)
 
     # ---- rows and parts ----
 
@@ -187,7 +191,7 @@ class Scores:
         By p-value, small ones first; equal ones by score, high ones first; then in their present order. Unreadable
         images come last.
         """
-        unreadable = np.array([status != OK for status in self.status], dtype=bool)
+        unreadable = self._unreadable()
         p_value = np.where(unreadable, 0, self.p_value)
         ood_score = np.where(unreadable, 0, self.ood_score)
         return self._take(np.lexsort((-ood_score, p_value, unreadable)))  # the last key counts first
@@ -206,11 +210,13 @@ class Scores:
         """
         for i, path in enumerate(self.path):
             cells: list[object] = [path, self.status[i], self.reason[i]]
+
             if self.status[i] == OK:
                 cells += [_plain(self.ood_score[i]), _plain(self.p_value[i]), bool(self.is_ood[i])]
                 cells += [_plain(values[i]) for values in self.layers.values()]
             else:
                 cells += [None] * (3 + len(self.layers))
+
             yield dict(zip(self.columns, cells, strict=True))
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -232,18 +238,21 @@ class Scores:
         except ImportError:
             raise UsageError("to_pandas needs pandas: pip install pandas") from None
 
-        readable = np.array([status == OK for status in self.status], dtype=bool)
+        unreadable = self._unreadable()
+        is_ood = pandas.array(self.is_ood.astype(bool), dtype="boolean")
+        is_ood[unreadable] = None
+
         data = {
             "path": self.path,
             "status": self.status,
             "reason": self.reason,
-            "ood_score": np.where(readable, self.ood_score, np.nan),
-            "p_value": np.where(readable, self.p_value, np.nan),
-            "is_ood": pandas.array(self.is_ood.astype(bool), dtype="boolean"),
+            "ood_score": np.where(unreadable, np.nan, self.ood_score),
+            "p_value": np.where(unreadable, np.nan, self.p_value),
+            "is_ood": is_ood,
         }
-        data["is_ood"][~readable] = None
         for name, values in self.layers.items():
-            data[f"layer_{name}"] = np.where(readable, values, np.nan)
+            data[f"layer_{name}"] = np.where(unreadable, np.nan, values)
+
         return pandas.DataFrame(data, columns=self.columns)
 
     def _repr_html_(self) -> str:
@@ -252,6 +261,7 @@ class Scores:
         lines.append("<tr><th>verdict</th><th>p_value</th><th>ood_score</th><th>path</th></tr>")
         lines += [_html_row(row) for row in self.sorted()[:_MOST_SHOWN]]
         lines.append("</table>")
+
         if len(self) > _MOST_SHOWN:
             lines.append(f"<p>... and {len(self) - _MOST_SHOWN:,} more</p>")
         return "\n".join(lines)
@@ -279,14 +289,20 @@ class Scores:
         if not several:
             raise UsageError("there were no images to score")
 
+        def texts(name: str) -> list[str]:
+            return [text for part in several for text in getattr(part, name)]
+
+        def numbers(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part, name) for part in several])
+
         rates = {part.fpr for part in several}
         return cls(
-            path=[path for part in several for path in part.path],
-            status=[status for part in several for status in part.status],
-            reason=[reason for part in several for reason in part.reason],
-            ood_score=np.concatenate([part.ood_score for part in several]),
-            p_value=np.concatenate([part.p_value for part in several]),
-            is_ood=np.concatenate([part.is_ood for part in several]),
+            path=texts("path"),
+            status=texts("status"),
+            reason=texts("reason"),
+            ood_score=numbers("ood_score"),
+            p_value=numbers("p_value"),
+            is_ood=numbers("is_ood"),
             layers={name: np.concatenate([part.layers[name] for part in several]) for name in several[0].layers},
             fpr=rates.pop() if len(rates) == 1 else None,
         )
