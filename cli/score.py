@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from .vectors import features_option, open_vectors, score_vectors
 if TYPE_CHECKING:
     import numpy as np
 
-    from featdiff import Detector, PixelDetector
+    from featdiff import Detector, PixelDetector, Scores
     from featdiff.data.references import ImageRef
 
 
@@ -65,66 +66,107 @@ def command(
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
-    from featdiff.data.references import list_images
     from featdiff.exceptions import UsageError
-    from featdiff.report.writers import open_writer
     from featdiff.runtime.allocator import keep_freed_memory
-    from featdiff.verdicts.results import UNREADABLE
 
     keep_freed_memory()
-    hidden = quiet or (output is None and sys.stdout.isatty())
-    bars = Bars(hidden)
-    draw: Callable[[list[np.ndarray]], None] | None = None
+    bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
-        estimator, arrays = open_vectors(features, images, model, options | {"figure": figure})
-        rows = score_vectors(estimator, arrays, fpr, bars)
-        rate = estimator.fpr_
-        what = "rows"
+        work = _vectors(features, images, model, fpr, options | {"figure": figure}, bars)
     else:
-        detector = _open_detector(images, model, options)
-        refs: object = list(images)
-        if figure:
-            refs = list_images(refs)  # named once: standard input ends, and the picture needs them again
-            draw = _figure(detector, refs, figure)
-        rows = detector.iter_scores(refs, fpr, bars)
-        rate = detector.fpr
-        what = "images"
-    first = next(rows, None)
+        work = _images(images, model, fpr, options, figure, bars)
+
+    first = next(work.parts, None)
     if first is None:
         raise UsageError("there are no paths on standard input")
-    flagged = unreadable = total = 0
-    scores = []
+    counts = Counts()
     with _open(output) as stream, bars:
-        writer = open_writer(format_ or _guess(output), stream)
-        try:
-            for part in chain([first], rows):
-                writer.write(part)
-                flagged += int(part.is_ood.sum())
-                unreadable += part.status.count(UNREADABLE)
-                total += len(part)
-                if draw:
-                    scores.append(part.ood_score)
-        except KeyboardInterrupt:
-            raise Stopped(f"interrupted; {total:,} rows are written") from None
-        finally:
-            writer.close()
-    if draw:
-        draw(scores)
-    rate = rate if fpr is None else fpr
-    seconds = bars.seconds.get("scoring", 0.0)
-    bad = f", {unreadable:,} unreadable" if unreadable else ""
-    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {what}/s)"
-    say(f"{total:,} {what} in {speed}: {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
-    if flagged and fail_on_ood:
+        scores = _write(chain([first], work.parts), format_ or _guess(output), stream, counts, keep=bool(work.draw))
+    if work.draw:
+        work.draw(scores)
+
+    _summary(counts, work, bars, quiet)
+    if counts.flagged and fail_on_ood:
         return EXIT_OOD
-    return EXIT_UNREADABLE if unreadable else 0
+    return EXIT_UNREADABLE if counts.unreadable else 0
 
 
-def _open_detector(images: tuple[str, ...], model: str, options: dict[str, Any]) -> Detector | PixelDetector:
-    """A saved model of images."""
+@dataclass
+class Work:
+    """What is scored: parts of the rows, as they come, the false-alarm rate, and what a row is called."""
+
+    parts: Iterator[Scores]
+    fpr: float
+    what: str
+    draw: Callable[[list[np.ndarray]], None] | None = None
+
+
+@dataclass
+class Counts:
+    """Rows that were written, and how many of them were flagged or could not be read."""
+
+    rows: int = 0
+    flagged: int = 0
+    unreadable: int = 0
+
+
+def _vectors(
+    file: str, images: tuple[str, ...], model: str, fpr: float | None, options: dict[str, Any], bars: Bars
+) -> Work:
+    estimator, arrays = open_vectors(file, images, model, options)
+    rate = estimator.fpr_ if fpr is None else fpr
+    return Work(score_vectors(estimator, arrays, fpr, bars), rate, "rows")
+
+
+def _images(
+    images: tuple[str, ...],
+    model: str,
+    fpr: float | None,
+    options: dict[str, Any],
+    figure: Path | None,
+    bars: Bars,
+) -> Work:
+    from featdiff.data.references import list_images
+
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
-    return load_model(model, options).detector
+    detector = load_model(model, options).detector
+    rate = detector.fpr if fpr is None else fpr
+    if figure is None:
+        return Work(detector.iter_scores(list(images), fpr, bars), rate, "images")
+
+    refs = list_images(list(images))  # the picture needs them again, and standard input ends
+    draw = _figure(detector, refs, figure)
+    return Work(detector.iter_scores(refs, fpr, bars), rate, "images", draw)
+
+
+def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Counts, keep: bool) -> list[np.ndarray]:
+    """Write rows as they come; the scores of all, if they are to be kept."""
+    from featdiff.report.writers import open_writer
+    from featdiff.verdicts.results import UNREADABLE
+
+    kept = []
+    writer = open_writer(format_, stream)
+    try:
+        for part in parts:
+            writer.write(part)
+            counts.rows += len(part)
+            counts.flagged += int(part.is_ood.sum())
+            counts.unreadable += part.status.count(UNREADABLE)
+            if keep:
+                kept.append(part.ood_score)
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; {counts.rows:,} rows are written") from None
+    finally:
+        writer.close()
+    return kept
+
+
+def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
+    seconds = bars.seconds.get("scoring", 0.0)
+    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
+    bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
+    say(f"{counts.rows:,} {work.what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
 
 
 def _figure(

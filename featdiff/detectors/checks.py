@@ -6,9 +6,11 @@ Each raises ``UsageError`` and names the argument.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from ..diffusion.training import Recipe
 from ..exceptions import UsageError, did_you_mean
 
 
@@ -71,3 +73,37 @@ def check_neighbors(neighbors: object, bank_size: int) -> None:
         raise UsageError(f"neighbors must be a whole number, 0 or more, not {neighbors!r}", argument="neighbors")
     if bank_size < neighbors:
         raise UsageError(f"a bank of {bank_size} vectors has no {neighbors} neighbours", argument="neighbors")
+
+
+def make_recipe(recipe: Recipe | Mapping[str, Any] | None) -> Recipe:
+    """A recipe from its fields (``UsageError`` for unknown ones)."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, Mapping | None):
+        raise UsageError(f"recipe must be a table of settings, not {recipe!r}", argument="recipe")
+    known = list(Recipe.__dataclass_fields__)
+    for name in recipe or {}:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise UsageError(f"unknown recipe setting {name!r}{hint}; known: {', '.join(known)}", argument="recipe")
+    return Recipe(**(recipe or {}))
+
+
+def check_names(names: Sequence[str] | Mapping[str, Any], known: list[str], where: str) -> None:
+    """Refuse a setting that there is not (``UsageError`` names its nearest neighbours)."""
+    for name in names:
+        if name not in known:
+            place = f"{where}: " if where else ""
+            raise UsageError(f"{place}unknown argument {name!r}{did_you_mean(name, known)}", argument=name)
+
+
+def check_path(name: str, value: object) -> None:
+    """A path, or None."""
+    if not isinstance(value, str | os.PathLike | None):
+        raise UsageError(f"{name} must be a path, not {value!r}", argument=name)
+
+
+def check_text(name: str, value: object) -> None:
+    """Text."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be text, not {value!r}", argument=name)

@@ -6,13 +6,11 @@ own settings and, from :class:`Runtime`, how it runs, which is not part of a mod
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -34,13 +32,17 @@ from .checks import (
     check_bool,
     check_choice,
     check_different_names,
+    check_names,
     check_neighbors,
+    check_path,
     check_share,
+    check_text,
     check_times,
     check_whole,
     is_list,
     is_number,
     is_whole,
+    make_recipe,
 )
 
 #: Precisions that ``accelerate`` offers for training.
@@ -85,7 +87,7 @@ class Runtime:
         check_whole("max_pixels", self.max_pixels)
         if self.workers is not None:
             check_whole("workers", self.workers)
-        _check_path("cache", self.cache)
+        check_path("cache", self.cache)
 
     @property
     def cache_folder(self) -> Path:
@@ -201,7 +203,7 @@ class FeatureSettings(Settings):
             raise UsageError(f"backbone must be a name or a module, not {self.backbone!r}", argument="backbone")
         check_bool("joint", self.joint)
         check_bool("pretrained", self.pretrained)
-        _check_path("weights", self.weights)
+        check_path("weights", self.weights)
         check_times("start_times", self.start_times, self.timesteps - 1)
         check_neighbors(self.neighbors, self.bank_size)
         check_coreset(self.coreset)
@@ -290,10 +292,10 @@ class PixelSettings(Settings):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
         for name in ("mask", "sampler", "aggregate", "trunk", "backbone"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if self.pretrained is not None:
-            _check_text("pretrained", self.pretrained)
-        _check_path("weights", self.weights)
+            check_text("pretrained", self.pretrained)
+        check_path("weights", self.weights)
         check_bool("flip", self.flip)
         check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         self._check_network()
@@ -324,60 +326,3 @@ class PixelSettings(Settings):
 
 #: Settings by mode, as saved models and config files name it.
 SETTINGS: dict[str, type[FeatureSettings] | type[PixelSettings]] = {"feature": FeatureSettings, "pixel": PixelSettings}
-
-P = ParamSpec("P")
-D = TypeVar("D")
-SettingsT = TypeVar("SettingsT", bound=Settings)
-
-
-def takes(
-    kind: Callable[P, SettingsT],
-) -> Callable[[Callable[[D, SettingsT], None]], Callable[Concatenate[D, P], None]]:
-    """Give a constructor that takes settings the parameters of the settings, for people and type checkers alike."""
-
-    def decorate(init: Callable[[D, SettingsT], None]) -> Callable[Concatenate[D, P], None]:
-        @functools.wraps(init)
-        def wrapped(self: D, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            settings: Any = kind
-            check_names(kwargs, settings.names(), "")
-            init(self, kind(*args, **kwargs))
-
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = inspect.signature(kind)
-        parameters = [own, *signature.parameters.values()]
-        wrapped.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
-        return wrapped
-
-    return decorate
-
-
-def make_recipe(recipe: Recipe | Mapping[str, Any] | None) -> Recipe:
-    """A recipe from its fields (``UsageError`` for unknown ones)."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not isinstance(recipe, Mapping | None):
-        raise UsageError(f"recipe must be a table of settings, not {recipe!r}", argument="recipe")
-    known = list(Recipe.__dataclass_fields__)
-    for name in recipe or {}:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise UsageError(f"unknown recipe setting {name!r}{hint}; known: {', '.join(known)}", argument="recipe")
-    return Recipe(**(recipe or {}))
-
-
-def check_names(names: Sequence[str] | Mapping[str, Any], known: list[str], where: str) -> None:
-    """Refuse a setting that there is not (``UsageError`` names its nearest neighbours)."""
-    for name in names:
-        if name not in known:
-            place = f"{where}: " if where else ""
-            raise UsageError(f"{place}unknown argument {name!r}{did_you_mean(name, known)}", argument=name)
-
-
-def _check_path(name: str, value: object) -> None:
-    if not isinstance(value, str | os.PathLike | None):
-        raise UsageError(f"{name} must be a path, not {value!r}", argument=name)
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise UsageError(f"{name} must be text, not {value!r}", argument=name)

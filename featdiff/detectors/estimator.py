@@ -28,8 +28,7 @@ from ..scores.registry import Context
 from ..verdicts.calibration import Calibration, check_fpr, check_supported
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
-from .checks import check_neighbors, check_share, check_times, check_whole, is_number
-from .config import make_recipe
+from .checks import check_neighbors, check_share, check_times, check_whole, is_number, make_recipe
 from .estimator_scores import TIMESTEPS, PreparedRows, VectorHeads, find_columns
 from .fitting import choose_bank
 from .saved import VECTORS, check_config, load_tensors

@@ -26,7 +26,9 @@ from ..scores.distances import FeatureCosine
 from ..scores.inpainting import PixelHeads
 from ..verdicts.calibration import Calibration
 from .base import BaseDetector
-from .config import PixelSettings, make_recipe, takes
+from .checks import make_recipe
+from .config import PixelSettings
+from .constructors import takes
 from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
 from .saved import load_tensors, pixel_values, take_facts
 from .training_log import TrainingLog

@@ -13,7 +13,7 @@ from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, Split, evenly, spli
 from ..detectors.checks import check_share
 from ..exceptions import UsageError
 from ..features.extraction import Extraction
-from ..features.store import FeatureStore, Features, FeatureTable
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..runtime.progress import Progress
 from ..verdicts.calibration import check_fpr, check_supported
 from .frozen import Trunk
