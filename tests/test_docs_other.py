@@ -25,9 +25,12 @@ from pages import (
     SETUP,
     SMALL,
     SUITE,
+    Block,
     blocks_at,
     commands_at,
 )
+from safetensors.torch import save_file
+from torchvision.models import squeezenet1_1
 
 from featdiff import Detector
 from featdiff.diffusion.schedules import make_pixel_scheduler
@@ -99,28 +102,30 @@ def test_suites(tmp_path: Path) -> None:
 # ---- scores of one's own ----
 
 
+def _place(block: Block) -> str:
+    return f"{block.page}:{block.line}"
+
+
 def _names(block: str) -> list[str]:
     """Names of the scores that a block registers."""
     return re.findall(r'^@register\("(\w+)"', block, flags=re.M)
 
 
-@pytest.mark.parametrize("block", blocks_at(PLUGIN, language="python"), ids=str)
-def test_a_score_of_ones_own_is_measured_as_a_baseline(block: object, newcomer: Path) -> None:
-    text = getattr(block, "text")  # noqa: B009
-    (name,) = _names(text)
-    assert "baseline=True" in text
+@pytest.mark.parametrize("block", blocks_at(PLUGIN, language="python"), ids=_place)
+def test_a_score_of_ones_own_is_measured_as_a_baseline(block: Block, newcomer: Path) -> None:
+    (name,) = _names(block.text)
+    assert "baseline=True" in block.text
     arguments = ["eval", "--id", "test/", "--ood", "digits=digits/", "-m", "offline-model", "--baselines", "--json"]
-    done = python(f"{text}\nfrom featdiff_cli import main\nmain({arguments!r})", newcomer)
+    done = python(f"{block.text}\nfrom featdiff_cli import main\nmain({arguments!r})", newcomer)
     assert done.returncode == 0, done.stderr
     for pair in json.loads(done.stdout)["pairs"]:
         assert f"baseline_{name}" in pair["heads"]
 
 
-@pytest.mark.parametrize("block", blocks_at(PLUGIN, language="python"), ids=str)
-def test_a_head_of_ones_own_joins_the_score_and_is_saved(block: object, newcomer: Path) -> None:
-    text = getattr(block, "text")  # noqa: B009
-    (name,) = _names(text)
-    if "head=True" not in text:
+@pytest.mark.parametrize("block", blocks_at(PLUGIN, language="python"), ids=_place)
+def test_a_head_of_ones_own_joins_the_score_and_is_saved(block: Block, newcomer: Path) -> None:
+    (name,) = _names(block.text)
+    if "head=True" not in block.text:
         pytest.skip("no head")
     use = f"""
 from featdiff import Detector
@@ -132,7 +137,7 @@ again = Detector.from_pretrained("with-{name}").score("test/").ood_score
 assert abs(scores - plain).max() > 1e-3, "it changes nothing"
 assert abs(scores - again).max() < 1e-5, "it is not saved"
 """
-    done = python(text + TINY + use, newcomer)
+    done = python(block.text + TINY + use, newcomer)
     assert done.returncode == 0, done.stderr
 
 
@@ -171,15 +176,25 @@ def test_pixel_command_without_a_download(newcomer: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("command", commands_at(NO_DATA))
-def test_measuring_commands_without_their_data(command: str, newcomer: Path, tmp_path: Path) -> None:
+def test_measuring_commands_without_their_data(command: str, tiny_model: Path, tmp_path: Path) -> None:
     """Every option is known, and what is missing is the data."""
-    (tmp_path / "empty").mkdir()
-    line = command.removeprefix(".venv/bin/").replace("FOLDER", str(tmp_path / "empty"))
-    line = line.replace("tests/benchmarks/", f"{ROOT}/tests/benchmarks/").replace("FILE", "test_resnet.safetensors")
-    done = typed(line, newcomer)
+    data = tmp_path / "empty"
+    data.mkdir()
+    trunk = tmp_path / "squeezenet1_1.safetensors"
+    save_file(squeezenet1_1().state_dict(), trunk)
+    line = command.removeprefix(".venv/bin/")
+    for name, file in {
+        "FOLDER": data,
+        "FILE": trunk,
+        "featdiff-model": tiny_model,
+        trunk.name: trunk,
+        "tests/benchmarks": ROOT / "tests" / "benchmarks",
+    }.items():
+        line = line.replace(f" {name}", f" {file}")
+    done = typed(line, tmp_path)
     assert done.returncode == 2, done.stderr
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("Error: ")]
-    assert re.search(r"empty|no images|not there|left out", error), error
+    assert str(data) in error
 
 
 # ---- the checkout ----
