@@ -59,7 +59,7 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Compare featdiff, each of its heads, DLSR's joint network and the rivals on a SUITE of image sets.
+    """Compare featdiff, each of its heads, DLSR's joint network and the baselines on a SUITE of image sets.
 
     SUITE is cifar10, openood-cifar10, lmd, oal, folders (train/ and test/ are in-domain, every other folder or zip is
     an OOD set) or a TOML file. All share one extraction of features; published numbers are printed beside.

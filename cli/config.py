@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,34 +39,48 @@ def load_config(name: str) -> Config:
     UsageError
         No such preset or file, not TOML, an unknown mode, or an unknown key.
     """
-    from featdiff.detectors import MODES
+    from featdiff.detectors.config import SETTINGS
     from featdiff.exceptions import UsageError, did_you_mean
     from featdiff.files.toml import check_keys, read_toml
 
-    presets = sorted(file.stem for file in preset_folder().glob("*.toml"))
-    file = preset_folder() / f"{name}.toml" if name in presets else Path(name)
-    if not os.path.exists(file):  # unlike Path.exists, never an error
-        hint = did_you_mean(name, presets)
-        raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}")
+    file = _find(name)
     content = read_toml(file)
-    detector, data = content.pop("detector", {}), content.pop("data", {})
-    for name, table in (("detector", detector), ("data", data)):
-        if not isinstance(table, dict):
-            raise UsageError(f"{file}: {name} must be a table, [{name}]")
+    detector = _table(content, "detector", file)
+    data = _table(content, "data", file)
+
     mode = detector.pop("mode", FEATURE)
-    if not isinstance(mode, str) or mode not in MODES:
-        raise UsageError(
-            f"{file}: unknown mode {mode!r}{did_you_mean(str(mode), list(MODES))}; known: {', '.join(MODES)}"
-        )
-    known = [*inspect.signature(MODES[mode]).parameters]
-    for kind, keys, valid in (
-        ("table", content, list(_TABLES)),
-        ("key", detector, known),
-        ("key", data, ["images"]),
-    ):
-        check_keys(keys, valid, str(file), kind)
+    if not isinstance(mode, str) or mode not in SETTINGS:
+        hint = did_you_mean(str(mode), list(SETTINGS))
+        raise UsageError(f"{file}: unknown mode {mode!r}{hint}; known: {', '.join(SETTINGS)}")
+    check_keys(content, list(_TABLES), str(file), "table")
+    check_keys(detector, SETTINGS[mode].names(), str(file))
+    check_keys(data, ["images"], str(file))
+
     images = data.get("images", [])
-    images = [images] if isinstance(images, str) else images
+    if isinstance(images, str):
+        images = [images]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UsageError(f"{file}: images must be a path or a list of paths, not {images!r}")
     return Config(mode, detector, [str(file.parent / image) for image in images])
+
+
+def _find(name: str) -> Path:
+    """The file of a preset, or the file of this name."""
+    from featdiff.exceptions import UsageError, did_you_mean
+
+    presets = {file.stem: file for file in sorted(preset_folder().glob("*.toml"))}
+    file = presets.get(name, Path(name))
+    if not os.path.exists(file):  # unlike Path.exists, never an error
+        hint = did_you_mean(name, list(presets))
+        raise UsageError(f"no config file or preset {name!r}{hint}; presets: {', '.join(presets)}", argument="config")
+    return file
+
+
+def _table(content: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
+    """Take a table out of a file's content; empty if there is none."""
+    from featdiff.exceptions import UsageError
+
+    table = content.pop(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{file}: {name} must be a table, [{name}]")
+    return table

@@ -32,11 +32,11 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
     """
     from featdiff import Detector
     from featdiff.data import samples
-    from featdiff.evaluation.protocols import evaluate_detector, fit_rivals
+    from featdiff.evaluation.baselines import fit_baselines
+    from featdiff.evaluation.protocols import evaluate_detector
     from featdiff.report.figures import save_histograms
     from featdiff.report.writers import CsvWriter
     from featdiff.runtime.allocator import keep_freed_memory
-    from featdiff.verdicts.calibration import threshold
 
     from .evaluate import print_table
 
@@ -48,7 +48,12 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
         detector.save_pretrained(output / "model")
         scores = {name: detector.score(folders[name], progress=bars) for name in ("test", "digits")}
         result = evaluate_detector(
-            detector, folders["test"], {"digits": folders["digits"]}, ["matched"], bars, rivals=fit_rivals(detector)
+            detector,
+            folders["test"],
+            {"digits": folders["digits"]},
+            ["matched"],
+            bars,
+            baselines=fit_baselines(detector),
         )
     with (output / "scores.csv").open("wb") as stream:
         writer = CsvWriter(stream)
@@ -57,7 +62,7 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
     save_histograms(
         output / "histograms.png",
         {f"{name} tiles" if name == "test" else name: part.ood_score for name, part in scores.items()},
-        threshold(detector.calibration_, detector.fpr),
+        detector.calibration_.threshold(detector.fpr),
         detector.fpr,
         "featdiff demo: tiles of two photographs against handwritten digits",
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, load_model, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
+
+if TYPE_CHECKING:
+    from featdiff import Detector
 
 
 @click.command("eval")
@@ -46,7 +49,7 @@ from .progress import Bars, list_unreadable, say
     show_default=True,
     help="matched: bring both sets to the smaller resolution first; as-published: straight to the model's size.",
 )
-@click.option("--rivals", is_flag=True, help="Print kNN, Mahalanobis and PCA residual on the same features, too.")
+@click.option("--baselines", is_flag=True, help="Print kNN, Mahalanobis and PCA residual on the same features, too.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @runtime_options
 def command(
@@ -54,7 +57,7 @@ def command(
     ood: tuple[str, ...],
     models: tuple[str, ...],
     protocol: str,
-    rivals: bool,
+    baselines: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -62,14 +65,15 @@ def command(
     """Measure how well a model separates in-domain test images from OOD sets.
 
     Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
-    score (featdiff) and for every other head. With --rivals, the methods to beat are fitted on the training images,
+    score (featdiff) and for every other head. With --baselines, classic methods are fitted on the training images,
     whose features are read from the cache. For a hardened student, the heads include the energy of its logits, and its
     accuracy is printed where the in-domain images lie in folders of its classes.
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
     """
-    from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector, fit_rivals
+    from featdiff.evaluation.baselines import fit_baselines
+    from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -82,12 +86,12 @@ def command(
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     results = []
     opened = [load_model(model, options) for model in models]  # before the long work: one may not be there
-    for model, (detector, _, classes) in zip(models, opened, strict=True):
+    for model, (detector, guard, classes) in zip(models, opened, strict=True):
         with Bars(quiet) as bars:
-            beside = fit_rivals(detector) if rivals else None
+            beside = fit_baselines(detector) if baselines else None
             result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
-            if classes:
-                result["accuracy"] = _accuracy(detector, list(in_domain), classes, bars, quiet)
+            if guard is not None:
+                result["accuracy"] = _accuracy(guard.detector, list(in_domain), classes, bars, quiet)
         results.append({"folder": model} | result if len(models) > 1 else result)
     if as_json:
         click.echo(json.dumps(results if len(models) > 1 else results[0], indent=2))
@@ -98,7 +102,9 @@ def command(
     return EXIT_UNREADABLE if unreadable else 0
 
 
-def _accuracy(detector: Any, in_domain: list[str], classes: tuple[str, ...], bars: Bars, quiet: bool) -> float | None:
+def _accuracy(
+    detector: Detector, in_domain: list[str], classes: tuple[str, ...], bars: Bars, quiet: bool
+) -> float | None:
     """Of a classifier on images in folders of its classes; None if they are in none."""
     from featdiff.evaluation.protocols import measure_accuracy
     from featdiff.exceptions import UsageError

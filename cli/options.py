@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from featdiff import Detector, Guard, PixelDetector
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,8 +31,8 @@ def model_option(function: F) -> F:
 class Model(NamedTuple):
     """What is in a folder: a detector, and where it belongs to a hardened student, the guard and its classes."""
 
-    detector: Any
-    guard: Any = None
+    detector: Detector | PixelDetector
+    guard: Guard | None = None
     classes: tuple[str, ...] = ()
 
 
@@ -99,6 +102,6 @@ def runtime_options(function: F) -> F:
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The runtime options that were given, as arguments of a detector."""
-    from featdiff.detectors.checks import RUNTIME
+    from featdiff.detectors.config import RUNTIME
 
     return {name: options[name] for name in RUNTIME if options.get(name) is not None}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,12 @@ from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
 from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, say
 from .vectors import features_option, open_vectors, score_vectors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from featdiff import Detector, PixelDetector, Scores
+    from featdiff.data.references import ImageRef
 
 
 @click.command("score")
@@ -60,88 +67,135 @@ def command(
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
     from featdiff.exceptions import UsageError
-    from featdiff.report.writers import open_writer
     from featdiff.runtime.allocator import keep_freed_memory
-    from featdiff.verdicts.results import UNREADABLE
 
     keep_freed_memory()
-    hidden = quiet or (output is None and sys.stdout.isatty())
-    refs: list[Any] = []
+    bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
-        detector, arrays = open_vectors(features, images, model, options | {"figure": figure})
-        bars = Bars(hidden)
-        rows, rate, what = score_vectors(detector, arrays, fpr, bars), detector.fpr_, "rows"
+        work = _vectors(features, images, model, fpr, options | {"figure": figure}, bars)
     else:
-        detector, refs = _open_images(images, model, options, figure)
-        bars = Bars(hidden)
-        rows, rate, what = detector.iter_scores(refs, fpr, bars), detector.fpr, "images"
-    first = next(rows, None)
+        work = _images(images, model, fpr, options, figure, bars)
+
+    first = next(work.parts, None)
     if first is None:
         raise UsageError("there are no paths on standard input")
-    flagged = unreadable = total = 0
-    scores = []
+    counts = Counts()
     with _open(output) as stream, bars:
-        writer = open_writer(format_ or _guess(output), stream)
-        try:
-            for part in chain([first], rows):
-                writer.write(part)
-                flagged += int(part.is_ood.sum())
-                unreadable += part.status.count(UNREADABLE)
-                total += len(part)
-                if figure:
-                    scores.append(part.ood_score)
-        except KeyboardInterrupt:
-            raise Stopped(f"interrupted; {total:,} rows are written") from None
-        finally:
-            writer.close()
-    if figure:
-        _draw(detector, refs, scores, figure)
-    rate = rate if fpr is None else fpr
-    seconds = bars.seconds.get("scoring", 0.0)
-    bad = f", {unreadable:,} unreadable" if unreadable else ""
-    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {what}/s)"
-    say(f"{total:,} {what} in {speed}: {flagged:,} OOD at fpr {rate:g}{bad}", quiet)
-    if flagged and fail_on_ood:
+        scores = _write(chain([first], work.parts), format_ or _guess(output), stream, counts, keep=bool(work.draw))
+    if work.draw:
+        work.draw(scores)
+
+    _summary(counts, work, bars, quiet)
+    if counts.flagged and fail_on_ood:
         return EXIT_OOD
-    return EXIT_UNREADABLE if unreadable else 0
+    return EXIT_UNREADABLE if counts.unreadable else 0
 
 
-def _open_images(
-    images: tuple[str, ...], model: str, options: dict[str, Any], figure: Path | None
-) -> tuple[Any, list[Any]]:
-    """A saved model of images, and what it shall score."""
+@dataclass
+class Work:
+    """What is scored: parts of the rows, as they come, the false-alarm rate, and what a row is called."""
+
+    parts: Iterator[Scores]
+    fpr: float
+    what: str
+    draw: Callable[[list[np.ndarray]], None] | None = None
+
+
+@dataclass
+class Counts:
+    """Rows that were written, and how many of them were flagged or could not be read."""
+
+    rows: int = 0
+    flagged: int = 0
+    unreadable: int = 0
+
+
+def _vectors(
+    file: str, images: tuple[str, ...], model: str, fpr: float | None, options: dict[str, Any], bars: Bars
+) -> Work:
+    estimator, arrays = open_vectors(file, images, model, options)
+    rate = estimator.fpr_ if fpr is None else fpr
+    return Work(score_vectors(estimator, arrays, fpr, bars), rate, "rows")
+
+
+def _images(
+    images: tuple[str, ...],
+    model: str,
+    fpr: float | None,
+    options: dict[str, Any],
+    figure: Path | None,
+    bars: Bars,
+) -> Work:
     from featdiff.data.references import list_images
 
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
     detector = load_model(model, options).detector
-    if figure:
-        _check_figure(figure, detector.mode)
-    return detector, list_images(list(images))
+    rate = detector.fpr if fpr is None else fpr
+    if figure is None:
+        return Work(detector.iter_scores(list(images), fpr, bars), rate, "images")
+
+    refs = list_images(list(images))  # the picture needs them again, and standard input ends
+    draw = _figure(detector, refs, figure)
+    return Work(detector.iter_scores(refs, fpr, bars), rate, "images", draw)
 
 
-def _check_figure(file: Path, mode: str) -> None:
-    """Before the long work: whether there will be something to draw, and a place for it."""
+def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Counts, keep: bool) -> list[np.ndarray]:
+    """Write rows as they come; the scores of all, if they are to be kept."""
+    from featdiff.report.writers import open_writer
+    from featdiff.verdicts.results import UNREADABLE
+
+    kept = []
+    writer = open_writer(format_, stream)
+    try:
+        for part in parts:
+            writer.write(part)
+            counts.rows += len(part)
+            counts.flagged += int(part.is_ood.sum())
+            counts.unreadable += part.status.count(UNREADABLE)
+            if keep:
+                kept.append(part.ood_score)
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; {counts.rows:,} rows are written") from None
+    finally:
+        writer.close()
+    return kept
+
+
+def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
+    seconds = bars.seconds.get("scoring", 0.0)
+    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
+    bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
+    say(f"{counts.rows:,} {work.what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+
+
+def _figure(
+    detector: Detector | PixelDetector, refs: Sequence[ImageRef], file: Path
+) -> Callable[[list[np.ndarray]], None]:
+    """A function of all scores that draws the least and the most strange images; checked before the long work."""
+    from featdiff.detectors import PixelDetector
     from featdiff.exceptions import UsageError
 
-    if mode != "pixel":
+    if not isinstance(detector, PixelDetector):
         raise UsageError("--figure shows inpaintings, and this model makes none: train one with --mode pixel")
     if file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--figure {file}: the file must end in .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise UsageError(f"no folder {file.parent} for {file.name}")
+    pixels: PixelDetector = detector
 
+    def draw(scores: list[np.ndarray]) -> None:
+        import numpy as np
 
-def _draw(detector: Any, refs: list[Any], scores: list[Any], file: Path) -> None:
-    """The least and the most strange images, inpainted once more: the same noise gives the same picture."""
-    import numpy as np
+        from featdiff.detectors.pixel import least_and_most
+        from featdiff.report.figures import save_inpaintings
 
-    from featdiff.detectors.pixel import least_and_most
-    from featdiff.report.figures import save_inpaintings
+        # inpainted once more: the same noise gives the same picture
+        shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
+        if shown:
+            save_inpaintings(file, *pixels.inpaintings(shown))
 
-    shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
-    if shown:
-        save_inpaintings(file, *detector.inpaintings(shown))
+    return draw
 
 
 def _guess(output: Path | None) -> str:

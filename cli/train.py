@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,14 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, runtime_options
 from .progress import Bars, list_unreadable, say
 from .vectors import features_option, train_on_vectors
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from featdiff import Detector, PixelDetector
+    from featdiff.runtime.progress import Progress
+
+    from .config import Config
 
 INPAINTINGS = "inpaintings.png"
 
@@ -56,44 +64,57 @@ def command(
     Example: featdiff train photos/ --backbone resnet50 -o my-model
     Example: featdiff train --features embeddings.npy -o my-model
     """
-    from featdiff.data import samples
-    from featdiff.report.figures import save_inpaintings
     from featdiff.runtime.allocator import keep_freed_memory
 
     from .config import Config, load_config
 
     keep_freed_memory()
-    if options["features"]:
-        _check_free(output, force)
-        options["no_pretrained"] = no_pretrained
-        return train_on_vectors(options["features"], images, output, quiet, options)
-    config = load_config(options["config"]) if options["config"] else Config()
     quiet = quiet or not is_first_process()
     _check_free(output, force)
+    if options["features"]:
+        options["no_pretrained"] = no_pretrained
+        return train_on_vectors(options["features"], images, output, quiet, options)
+
+    config = load_config(options["config"]) if options["config"] else Config()
     detector = _new_detector(config, no_pretrained, options)
     if no_pretrained:
         say("WARNING: --no-pretrained: the backbone is random, the scores of this model mean nothing")
-    source: object = list(images) or config.images
-    if not source:
-        train_tiles, _ = samples.tiles()
-        source = list(train_tiles.values())
-        say(f"NO IMAGES GIVEN: training on the built-in sample set, {len(train_tiles)} tiles of two photographs.")
-        say("This only shows that featdiff runs; for your own data: featdiff train FOLDER")
+    source: object = list(images) or config.images or _sample_set()
+
     try:
         with Bars(quiet) as bars:
             detector.fit(source, _tell_where(bars, detector, quiet))
         if not is_first_process():
             return 0
-        (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
-        shown = detector.inpaintings() if detector.mode == "pixel" else None
-        detector.save_pretrained(output)
-        if shown:
-            save_inpaintings(output / INPAINTINGS, *shown)
+        _save(detector, output)
     except KeyboardInterrupt:
         raise Stopped("interrupted; features and checkpoints are kept, the same command goes on from there") from None
+
     _summary(detector, output, bars, quiet)
     list_unreadable(detector.unreadable_, quiet)
     return EXIT_UNREADABLE if detector.unreadable_ else 0
+
+
+def _sample_set() -> list[Image.Image]:
+    """The built-in tiles, announced loudly: nobody must take them for their own images."""
+    from featdiff.data import samples
+
+    train_tiles, _ = samples.tiles()
+    say(f"NO IMAGES GIVEN: training on the built-in sample set, {len(train_tiles)} tiles of two photographs.")
+    say("This only shows that featdiff runs; for your own data: featdiff train FOLDER")
+    return list(train_tiles.values())
+
+
+def _save(detector: Detector | PixelDetector, output: Path) -> None:
+    """Write the model, and in pixel mode a picture of inpaintings."""
+    from featdiff.detectors import PixelDetector
+    from featdiff.report.figures import save_inpaintings
+
+    (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
+    shown = detector.inpaintings() if isinstance(detector, PixelDetector) else None
+    detector.save_pretrained(output)
+    if shown:
+        save_inpaintings(output / INPAINTINGS, *shown)
 
 
 def _check_free(output: Path, force: bool) -> None:
@@ -106,9 +127,10 @@ def _check_free(output: Path, force: bool) -> None:
         raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
 
 
-def _new_detector(config: Any, no_pretrained: bool, options: dict[str, Any]) -> Any:
+def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) -> Detector | PixelDetector:
     """What the config and the options ask for, of the mode that either names."""
-    from featdiff.detectors import MODES
+    from featdiff.detectors import Detector, PixelDetector
+    from featdiff.detectors.config import FeatureSettings, PixelSettings
     from featdiff.exceptions import UsageError
 
     mode = options["mode"] or config.mode
@@ -119,13 +141,16 @@ def _new_detector(config: Any, no_pretrained: bool, options: dict[str, Any]) -> 
         given["pretrained"] = options["pretrained"]
     if options["distances"]:
         given["distances"] = options["distances"].split(",")
-    if mode == "feature" and (options["pretrained"] or options["distances"]):
+    if mode == Detector.mode and (options["pretrained"] or options["distances"]):
         raise UsageError("--pretrained and --distances need --mode pixel")
-    if mode == "pixel" and (options["layers"] or no_pretrained):
+    if mode == PixelDetector.mode and (options["layers"] or no_pretrained):
         raise UsageError("--layers and --no-pretrained mean nothing in pixel mode")
     if no_pretrained:
         given["pretrained"] = False
-    return MODES[mode](**config.detector | given)
+    values = config.detector | given
+    if mode == PixelDetector.mode:
+        return PixelDetector.from_settings(PixelSettings.of(values))
+    return Detector.from_settings(FeatureSettings.of(values))
 
 
 def is_first_process() -> bool:
@@ -133,39 +158,47 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell_where(bars: Bars, detector: Any, quiet: bool) -> Any:
+def _tell_where(bars: Bars, detector: Detector | PixelDetector, quiet: bool) -> Progress:
     """``bars``, and a word on where the loss and samples of a long training run can be seen."""
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "training" and stage not in bars.counts and detector.mode == "pixel":
-            say(f"loss and samples, as training goes: {detector.journal_}", quiet)
+        log = getattr(detector, "training_log_", None)  # of the pixel mode
+        if stage == "training" and stage not in bars.counts and log:
+            say(f"loss and samples, as training goes: {log}", quiet)
         bars(stage, done, total)
 
     return progress
 
 
-def _summary(detector: Any, output: Path, bars: Bars, quiet: bool) -> None:
-    n_cal = len(detector.calibration_)
-    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet: bool) -> None:
+    from featdiff.detectors import PixelDetector
+
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {len(detector.unreadable_):,} unreadable" if detector.unreadable_ else ""
-    rate = f"{bars.rate('features'):,.0f} images/s"
-    stage = "features" if detector.mode == "feature" else "reading"
-    say(f"{detector.n_images_:,} images{duplicates}{bad}; {stage} {bars.seconds['features']:.0f} s ({rate})", quiet)
-    trained = bars.seconds.get("training")
-    done = "training found complete in the cache"
-    if detector.arguments["pretrained"] and detector.mode == "pixel":
-        done = f"not trained: {detector.name}"
-    say(f"trained {trained:.0f} s" if trained else done, quiet)
-    say(f"calibrated on {n_cal:,} held-out images: --fpr from {1 / (n_cal + 1):.2g} up", quiet)
-    if detector.mode == "feature":
-        check_itself(detector, quiet)
-    if detector.mode == "pixel":
+    stage = "reading" if isinstance(detector, PixelDetector) else "features"
+    speed = f"{stage} {bars.seconds['features']:.0f} s ({bars.rate('features'):,.0f} images/s)"
+    say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
+
+    if trained := bars.seconds.get("training"):
+        say(f"trained {trained:.0f} s", quiet)
+    elif isinstance(detector, PixelDetector) and detector.settings.pretrained:
+        say(f"not trained: {detector.name}", quiet)
+    else:
+        say("training found complete in the cache", quiet)
+
+    calibration = detector.calibration_
+    least = f"--fpr from {calibration.smallest_fpr:.2g} up"
+    say(f"calibrated on {len(calibration):,} held-out images: {least}", quiet)
+    if isinstance(detector, PixelDetector):
         say(f"the least and the most strange of them: {output / INPAINTINGS}", quiet)
+    else:
+        check_itself(detector, quiet)
+
+    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score IMAGES -m {output}", quiet)
 
 
-def check_itself(detector: Any, quiet: bool) -> None:
+def check_itself(detector: Detector, quiet: bool) -> None:
     """A line on what a detector that was just fitted makes of synthetic outliers."""
     from featdiff.exceptions import UsageError
     from featdiff.outliers.synthesis import self_check

@@ -64,7 +64,9 @@ def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool
     return EXIT_UNREADABLE if unreadable else 0
 
 
-def open_vectors(file: str, images: Sequence[str], model: str, options: dict[str, Any]) -> tuple[Any, Arrays]:
+def open_vectors(
+    file: str, images: Sequence[str], model: str, options: dict[str, Any]
+) -> tuple[FeatureDiffusion, Arrays]:
     """A saved model of vectors, and a file that it can score."""
     from featdiff import FeatureDiffusion
     from featdiff.data.vector_files import open_arrays
@@ -142,11 +144,12 @@ def _check_same(detector: FeatureDiffusion, arrays: Arrays, model: str) -> None:
 def _summary(
     detector: FeatureDiffusion, arrays: Arrays, unreadable: int, output: Path, bars: Bars, quiet: bool
 ) -> None:
-    n_cal = len(detector.calibration_)
+    calibration = detector.calibration_
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {unreadable:,} unreadable" if unreadable else ""
     say(f"{detector.n_rows_:,} rows of {arrays.width:,} numbers{duplicates}{bad}", quiet)
     say(f"trained {bars.seconds['training']:.0f} s", quiet)
-    say(f"calibrated on {n_cal:,} held-out rows: --fpr from {1 / (n_cal + 1):.2g} up", quiet)
+    least = f"--fpr from {calibration.smallest_fpr:.2g} up"
+    say(f"calibrated on {len(calibration):,} held-out rows: {least}", quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score --features FILE -m {output}", quiet)

@@ -1,4 +1,4 @@
-"""The joining rooms: one method per file."""
+"""The joining room: one method a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ..exceptions import ModelError
-from ..files.model_folder import load_config, locate
+from ..files.model_folder import load, locate
 from .base import BaseDetector
 from .feature import Detector
 from .pixel import PixelDetector
@@ -14,19 +14,36 @@ from .saved import VECTORS, saved_mode
 
 __all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "load_detector"]
 
-#: Detectors of images by mode, as named by ``--mode`` and in saved models.
-MODES: dict[str, type[Detector] | type[PixelDetector]] = {kind.mode: kind for kind in (Detector, PixelDetector)}
+#: Detectors of images by mode, as saved models name it.
+MODES: dict[str, type[Detector] | type[PixelDetector]] = {Detector.mode: Detector, PixelDetector.mode: PixelDetector}
 
 
 def load_detector(
     name: str | os.PathLike[str], *, local_files_only: bool = False, **options: Any
 ) -> Detector | PixelDetector:
-    """Load a saved detector of images, of any mode; see its own ``from_pretrained`` for ``options`` and errors."""
+    """Load a saved detector of images, of any mode.
+
+    Parameters
+    ----------
+    name : path or str
+        A folder, or a hub repository ``org/name``.
+    local_files_only : bool, default False
+        Never ask the hub for the detector.
+    **options
+        As for :meth:`featdiff.Detector.from_pretrained`, or that of its mode.
+
+    Raises
+    ------
+    ModelError
+        No model, a damaged one, or one of vectors.
+    """
     folder = locate(name, local_files_only)
-    mode = saved_mode(load_config(folder), folder)
+    config, tensors = load(folder)
+    mode = saved_mode(config, folder)
     if mode == VECTORS:
         raise ModelError(
-            f"the model at {folder} was trained on vectors, not on images: featdiff score --features FILE -m {folder}, "
-            "or featdiff.FeatureDiffusion.from_pretrained"
+            f"the model at {folder} was trained on vectors, not on images: give a file of features to score, or load it "
+            "with featdiff.FeatureDiffusion.from_pretrained",
+            argument="features",
         )
-    return MODES[mode].from_pretrained(folder, **options)
+    return MODES[mode].from_loaded(folder, config, tensors, **options)

@@ -22,11 +22,15 @@ from ..diffusion.training import Recipe
 from ..exceptions import ModelError, TooFewRows, UsageError, first_line
 from ..files.model_folder import load, locate, save
 from ..runtime.progress import Progress
-from ..verdicts.calibration import check_fpr, flagged, p_values, threshold
-from ..verdicts.results import OK, UNREADABLE, Scores
-from .checks import check_vector_arguments, make_recipe
-from .estimator_scores import Prepared, VectorHeads, find_columns
-from .fitting import fit_heads
+from ..scores.nearest import NearestNeighbors
+from ..scores.neighbors import check_coreset
+from ..scores.registry import Context
+from ..verdicts.calibration import Calibration, check_fpr, check_supported
+from ..verdicts.judge import judge
+from ..verdicts.results import Scores
+from .checks import check_neighbors, check_share, check_times, check_whole, is_number, make_recipe
+from .estimator_scores import TIMESTEPS, PreparedRows, VectorHeads, find_columns
+from .fitting import choose_bank
 from .saved import VECTORS, check_config, load_tensors
 
 #: Why a row has no score.
@@ -82,8 +86,8 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         ``decision_function`` is ``score_samples - offset_``.
     fpr_ : float
         ``fpr``, or the smallest rate that so few rows can support.
-    calibration_ : (n,)
-        Sorted ``ood_score`` of the held-out rows.
+    calibration_ : Calibration
+        ``ood_score`` of the held-out rows.
     layers_ : dict
         Columns of each layer, by name.
     n_features_in_, feature_names_in_
@@ -149,37 +153,51 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         TooFewRows
             ``fpr`` needs more held-out rows than there are: the smallest rate that they support is used.
         """
-        given = self._arguments()
-        check_vector_arguments(given)
+        settings = self._settings()
+        _check(settings)
         recipe = make_recipe(self.recipe)
         rows = validate_data(self, X, dtype=np.float32, ensure_min_samples=3)
         columns = find_columns(self.layers, rows.shape[1])
         seed = _draw_seed(self.random_state)
+
+        # rows -> features
         different = _without_copies(rows)
-        # rows -> noise -> denoise -> residual -> fuse
-        held_out = split(len(different), given["calibration"], _VALIDATION, seed)
-        fpr = _supported(given["fpr"], len(held_out.calibration), given["calibration"])
-        heads = _new_heads(given, columns, min(given["bank_size"], len(held_out.training)), seed)
+        held_out = split(len(different), settings["calibration"], _VALIDATION, seed)
+        fpr = _supported(settings["fpr"], len(held_out.calibration), settings["calibration"])
+        bank_size = min(settings["bank_size"], len(held_out.training)) if settings["neighbors"] else 1
+        heads = _new_heads(settings, columns, bank_size, seed)
         some = np.random.default_rng(seed).permutation(held_out.training)[:_SCALE_ROWS]
-        heads.fit_scale(rows[different[np.sort(some)]])
-        table = Prepared(rows, different, heads)
-        size, method = (given["bank_size"], given["coreset"]) if given["neighbors"] else (1, "random")
-        trained, _ = fit_heads(heads.heads, table, held_out, recipe, seed, size, method, progress=progress)
-        # -> calibrate
-        self.heads_, self.layers_, self.fpr_ = heads, columns, fpr
-        self.n_rows_, self.n_duplicates_ = len(different), len(rows) - len(different)
-        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
-        self.calibration_ = np.sort(heads.score(rows[different[held_out.calibration]])[0])
+        heads.fit_level(rows[different[np.sort(some)]])
+        features = PreparedRows(rows, different, heads)
+
+        # features -> scores
+        method = settings["coreset"] if settings["neighbors"] else "random"
+        stages = heads.heads.diffusion.stages
+        bank = choose_bank(features, held_out.training, bank_size, method, seed, stages)
+        training = features.select(held_out.training)
+        validation = features.select(held_out.validation)
+        context = Context(training, validation, recipe, seed, progress=progress)
+        trained = heads.heads.fit(features.select(bank), context)
+
+        # scores -> calibration
+        self.heads_ = heads
+        self.layers_ = columns
+        self.fpr_ = fpr
+        self.n_rows_ = len(different)
+        self.n_duplicates_ = len(rows) - len(different)
+        self.validation_loss_ = trained.best_loss
+        self.training_seconds_ = trained.seconds
+        self.calibration_ = Calibration(heads.calibrate(rows[different[held_out.calibration]]))
         if self.contamination == "auto":
-            self.offset_ = -threshold(self.calibration_, fpr)
+            self.offset_ = -self.calibration_.threshold(fpr)
         else:
-            self.offset_ = float(np.percentile(-heads.score(rows)[0], 100 * given["contamination"]))
+            self.offset_ = float(np.percentile(-heads.score(rows)[0], 100 * settings["contamination"]))
         return self
 
-    def _arguments(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """Parameters as plain numbers: searches over a grid give NumPy's."""
-        given = self.get_params(deep=False)
-        return {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+        parameters = self.get_params(deep=False)
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
 
     # ---- score ----
 
@@ -193,7 +211,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
 
     def p_values(self, X: object) -> np.ndarray:
         """(n, d) -> (n,) conformal p-values in (0, 1], small = OOD; see :mod:`featdiff.verdicts.calibration`."""
-        return p_values(self.ood_score(X), self.calibration_)
+        return self.calibration_.p_values(self.ood_score(X))
 
     def decision_function(self, X: object) -> np.ndarray:
         """(n, d) -> (n,): below 0 is an outlier."""
@@ -228,18 +246,16 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             An ``fpr`` that the held-out rows cannot support.
         """
         check_is_fitted(self)
-        fpr = self.fpr_ if fpr is None else fpr
-        check_fpr(fpr, len(self.calibration_))
-        good = np.isfinite(X).all(axis=1)
-        score, layers = np.full(len(X), np.nan), np.full((len(X), len(self.layers_)), np.nan)
+        rate = self.fpr_ if fpr is None else fpr
+        self.calibration_.check(rate)
         if X.shape[1] != self.n_features_in_:
             raise UsageError(f"rows have {X.shape[1]} columns, and {self.n_features_in_} are expected")
-        score[good], layers[good] = self.heads_.score(X[good])
-        p = p_values(score, self.calibration_)
-        status = [OK if is_good else UNREADABLE for is_good in good]
-        reason = ["" if is_good else NOT_FINITE for is_good in good]
+
+        good = np.isfinite(X).all(axis=1)
+        score, layers = self.heads_.score(X[good])
+        reasons = {int(i): NOT_FINITE for i in np.flatnonzero(~good)}
         by_layer = dict(zip(self.layers_, layers.T, strict=True))
-        return Scores(list(names), status, reason, score, p, flagged(p, fpr), by_layer)
+        return judge(names, np.flatnonzero(good), reasons, score, by_layer, self.calibration_, rate)
 
     def _score(self, X: object) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)
@@ -258,21 +274,20 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             The disk is full.
         """
         check_is_fitted(self)
-        arguments = self._arguments() | {"recipe": asdict(make_recipe(self.recipe))}
+        settings = self._settings() | {"recipe": asdict(make_recipe(self.recipe))}
         if isinstance(self.layers, Mapping):
-            arguments["layers"] = {name: [part.start, part.stop] for name, part in self.layers_.items()}
+            settings["layers"] = {name: [part.start, part.stop] for name, part in self.layers_.items()}
         elif self.layers is not None:
-            arguments["layers"] = [[part.start, part.stop] for part in self.layers_.values()]
-        if not isinstance(arguments["random_state"], int):
-            arguments["random_state"] = None  # a generator has no words
-        banks = self.heads_.heads.banks
+            settings["layers"] = [[part.start, part.stop] for part in self.layers_.values()]
+        if not isinstance(settings["random_state"], int):
+            settings["random_state"] = None  # a generator has no words
         config = {
             "featdiff_version": version("featdiff"),
             "mode": self.mode,
             "images": {
                 "different": self.n_rows_,
                 "calibration": len(self.calibration_),
-                "bank": len(banks.scales_0) if banks else 0,
+                "bank": self._bank_rows(),
             },
             "validation_loss": self.validation_loss_,
             "training_seconds": self.training_seconds_,
@@ -281,9 +296,15 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             "width": self.n_features_in_,
             "feature_names": [str(name) for name in getattr(self, "feature_names_in_", ())],
             "layers": {name: part.stop - part.start for name, part in self.layers_.items()},
-            "arguments": arguments,
+            "settings": settings,
         }
-        save(folder, config, self.heads_.state_dict() | {"calibration": torch.from_numpy(self.calibration_)})
+        calibration = torch.from_numpy(self.calibration_.scores.copy())
+        save(folder, config, self.heads_.state_dict() | {"calibration": calibration})
+
+    def _bank_rows(self) -> int:
+        """Rows in which neighbours are looked up."""
+        banks = [score for score in self.heads_.heads.members if isinstance(score, NearestNeighbors)]
+        return len(banks[0].vectors) if banks else 0
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, local_files_only: bool = False) -> FeatureDiffusion:
@@ -299,11 +320,12 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         check_config(config, folder, cls.mode)
         images, width, names = config["images"], config["width"], config["feature_names"]
         try:
-            detector = cls(**config["arguments"] | {"layers": _slices(config["arguments"]["layers"])})
-            given = detector._arguments()
-            check_vector_arguments(given)
+            settings = config["settings"]
+            detector = cls(**settings | {"layers": _slices(settings["layers"])})
+            settings = detector._settings()
+            _check(settings)
             columns = find_columns(detector.layers, width)
-            heads = _new_heads(given, columns, images["bank"], seed=0)
+            heads = _new_heads(settings, columns, images["bank"], seed=0)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         if {name: part.stop - part.start for name, part in columns.items()} != config["layers"]:
@@ -318,9 +340,24 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         return detector
 
 
-def _new_heads(given: Mapping[str, Any], columns: Mapping[str, slice], bank_rows: int, seed: int) -> VectorHeads:
+def _new_heads(settings: Mapping[str, Any], columns: Mapping[str, slice], bank_rows: int, seed: int) -> VectorHeads:
     names = ("hidden_max", "blocks", "start_times", "draws", "neighbors")
-    return VectorHeads([*columns.values()], bank_rows=bank_rows, seed=seed, **{name: given[name] for name in names})
+    chosen = {name: settings[name] for name in names}
+    return VectorHeads([*columns.values()], bank_rows=bank_rows, seed=seed, **chosen)
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse parameters outside their range (``UsageError``); layers are left to who knows the columns."""
+    for name in ("hidden_max", "blocks", "draws", "bank_size"):
+        check_whole(name, settings[name])
+    check_share("calibration", settings["calibration"], "rows")
+    check_fpr(settings["fpr"])
+    check_times("start_times", settings["start_times"], TIMESTEPS - 1)
+    check_neighbors(settings["neighbors"], settings["bank_size"])
+    check_coreset(settings["coreset"])
+    share = settings["contamination"]
+    if share != "auto" and (not is_number(share) or not 0 < share <= 0.5):
+        raise UsageError(f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}")
 
 
 def _slices(pairs: Any) -> Any:
@@ -352,7 +389,7 @@ def _without_copies(rows: np.ndarray) -> np.ndarray:
 def _supported(fpr: float, held_out: int, share: float) -> float:
     """``fpr``, or the smallest rate that so many held-out rows support."""
     try:
-        check_fpr(fpr, held_out)
+        check_supported(fpr, held_out)
     except UsageError:
         least = 1 / (held_out + 1)
         needed = math.ceil((1 / fpr - 1) / share)

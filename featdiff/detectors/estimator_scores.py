@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..exceptions import UsageError
-from ..scores.fused import FusedHeads
+from ..features.layout import FeatureLayout
+from ..features.store import Features
+from ..scores.diffusion import Diffusion
+from ..scores.fused import Heads
+from ..scores.registry import Options, make_scores
 
 #: Length of the noise schedule.
 TIMESTEPS = 100
@@ -31,25 +34,50 @@ class VectorHeads(nn.Module):
     ----------
     columns : sequence of slices
         Where the layers lie in a row.
-    heads : ``bank_rows``, ``neighbors``, ``hidden_max``, ``blocks``, ``start_times``, ``draws``, ``seed``
-        See :class:`featdiff.scores.fused.FusedHeads`.
+    bank_rows : int
+        Rows in which neighbours are looked up.
+    neighbors : int
+        Neighbours that count; 0: none.
+    hidden_max, blocks, start_times, draws, seed
+        See :class:`featdiff.scores.diffusion.Diffusion`.
     """
 
     level: Tensor
     scale: Tensor
 
-    def __init__(self, columns: Sequence[slice], **heads: Any) -> None:
+    def __init__(
+        self,
+        columns: Sequence[slice],
+        *,
+        bank_rows: int,
+        neighbors: int,
+        hidden_max: int,
+        blocks: int,
+        start_times: Sequence[int],
+        draws: int,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.columns = tuple(columns)
-        widths = [part.stop - part.start + 2 for part in columns]
-        ends = np.cumsum(widths).tolist()
-        places = {f"{i}": slice(end - width, end) for i, (end, width) in enumerate(zip(ends, widths, strict=True))}
-        fixed: dict[str, Any] = {"joint": False, "hidden_ratio": 2.0, "timesteps": TIMESTEPS, "stride": None}
-        self.heads = FusedHeads(places, fusion="mean", backend="torch", **fixed, **heads)
-        self.register_buffer("level", torch.zeros(len(widths)))
-        self.register_buffer("scale", torch.ones(len(widths)))
+        layout = FeatureLayout.of_stages({str(i): part.stop - part.start + 2 for i, part in enumerate(columns)})
+        diffusion = Diffusion(
+            layout,
+            joint=False,
+            hidden_ratio=2.0,
+            hidden_max=hidden_max,
+            blocks=blocks,
+            timesteps=TIMESTEPS,
+            start_times=start_times,
+            draws=draws,
+            stride=None,
+            seed=seed,
+        )
+        options = Options(bank_rows, neighbors, backend="torch")
+        self.heads = Heads(diffusion, make_scores("neighbors", layout, options) if neighbors else [])
+        self.register_buffer("level", torch.zeros(len(columns)))
+        self.register_buffer("scale", torch.ones(len(columns)))
 
-    def fit_scale(self, rows: np.ndarray) -> None:
+    def fit_level(self, rows: np.ndarray) -> None:
         """Set level and scale, one number each for every layer, from in-domain rows (N, d)."""
         parts = [rows[:, part].astype(np.float64) for part in self.columns]
         self.level.copy_(torch.tensor([part.mean() for part in parts]))
@@ -57,35 +85,48 @@ class VectorHeads(nn.Module):
 
     def prepared(self, rows: np.ndarray) -> Tensor:
         """Finite rows (B, d) -> (B, d + 2 for each layer), what ``heads`` take."""
-        out: list[Tensor] = []
-        anchors = torch.tensor([1.0, -1.0]).expand(len(rows), 2)
-        for part, level, scale in zip(self.columns, self.level, self.scale, strict=True):
-            x = (torch.tensor(rows[:, part]) - level) / scale
-            out += [x.clamp(-_LARGEST, _LARGEST), anchors]
-        return torch.cat(out, dim=1)
+        constants = torch.tensor([1.0, -1.0]).expand(len(rows), 2)
+        parts: list[Tensor] = []
+        for columns, level, scale in zip(self.columns, self.level, self.scale, strict=True):
+            x = (torch.tensor(rows[:, columns]) - level) / scale
+            parts += [x.clamp(-_LARGEST, _LARGEST), constants]
+        return torch.cat(parts, dim=1)
 
-    @torch.inference_mode()
+    def calibrate(self, rows: np.ndarray) -> np.ndarray:
+        """Set the scale of the scores from held-out rows (n, d), and return their scores (n,)."""
+        unscaled = self._unscaled(rows)
+        self.heads.fit_scale(unscaled)
+        return self.heads.rescaled(unscaled)[:, 0].double().numpy()
+
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Finite rows (N, d) -> (ood_score (N,), layer scores (N, L)), float64, higher = more OOD."""
-        scores, layers = np.empty(len(rows)), np.empty((len(rows), len(self.columns)))
+        scores = self.heads.rescaled(self._unscaled(rows)).double().numpy()
+        return scores[:, 0], scores[:, 1:]
+
+    def _unscaled(self, rows: np.ndarray) -> Tensor:
+        """Rows (N, d) -> (N, 1 + L), always so many at a time."""
+        scores = torch.empty(len(rows), 1 + len(self.heads.layers))
         block = np.zeros((_ROWS, rows.shape[1]), np.float32)
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
             block[: len(part)] = part
-            found, by_layer = self.heads(self.prepared(block), ("fused",))
-            scores[start : start + len(part)] = found["fused"][: len(part)].numpy()
-            layers[start : start + len(part)] = by_layer[: len(part)].numpy()
-        return scores, layers
+            scores[start : start + len(part)] = self.heads.unscaled(self.prepared(block))[: len(part)]
+        return scores
 
 
-class Prepared:
-    """Some rows of (N, d) as a table for :func:`featdiff.detectors.fitting.fit_heads`."""
+class PreparedRows(Features):
+    """Rows (N, d) in memory, as what :class:`VectorHeads` takes."""
 
-    def __init__(self, rows: np.ndarray, chosen: np.ndarray, heads: VectorHeads) -> None:
-        self.rows, self.chosen, self.heads = rows, chosen, heads
+    def __init__(self, rows: np.ndarray, indices: np.ndarray, heads: VectorHeads) -> None:
+        self.rows = rows
+        self.indices = indices
+        self.heads = heads
 
-    def __getitem__(self, which: np.ndarray) -> Tensor:
-        return self.heads.prepared(self.rows[self.chosen[which]])
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        return self.heads.prepared(self.rows[self.indices[indices]])
 
 
 def find_columns(layers: object, width: int) -> dict[str, slice]:

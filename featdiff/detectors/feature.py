@@ -1,10 +1,11 @@
-"""The main path: images -> features -> noise -> denoise -> residual -> fuse -> calibrate -> verdict."""
+"""The main path: images -> features -> scores -> calibration -> verdicts, with diffusion in feature space."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,34 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import is_loader, peek_size
-from ..data.decoding import MAX_PIXELS, Transform
-from ..data.splits import Split, evenly
-from ..diffusion.training import Recipe
+from ..data.decoding import Transform
+from ..data.splits import Split
 from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
 from ..features.extractor import FeatureExtractor
-from ..features.layers import Layers
 from ..features.networks import device_of, identity
-from ..features.weights import DEFAULT_BACKBONE
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
-from ..scores.diffusion import DIFFUSION
-from ..scores.fused import HEADS, FusedHeads
+from ..scores.diffusion import DIFFUSION, Diffusion
+from ..scores.fused import FUSED, Heads
+from ..scores.registry import Context, Options, Score, make_scores, need_logits
+from ..verdicts.calibration import Calibration
 from .base import BaseDetector
-from .checks import check_arguments
-from .fitting import as_digests, fit_heads
-from .saved import check_fingerprint, check_layers, load_tensors, saved_arguments, take_digests
+from .checks import make_recipe
+from .config import FeatureSettings
+from .constructors import takes
+from .fitting import as_digests, choose_bank
+from .saved import check_fingerprint, check_layers, feature_values, load_tensors, take_digests, take_facts, widths_of
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 3
-# Arguments that are handed on to the heads; training depends on the first ones alone.
-_TRAINING_ARGUMENTS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
-_SCORING_ARGUMENTS = ("start_times", "draws", "stride", "neighbors", "fusion", "backend", "logit_heads")
-# In-domain rows on which ViM's subspace is fitted: more would not help.
-_VIM_ROWS = 20_000
+# Settings that decide the training of the denoisers, and those of how they are asked.
+_TRAINING_SETTINGS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
+_DIFFUSION_SETTINGS = (*_TRAINING_SETTINGS, "start_times", "draws", "stride")
 
 
-class Detector(BaseDetector):
+class Detector(BaseDetector[FeatureSettings]):
     """Feature-diffusion OOD detector after DLSR (Yang et al., NeurIPS 2024, arXiv 2411.10701), with neighbours.
 
     A frozen backbone gives one pooled vector per layer. Small denoisers, trained on noised in-domain vectors,
@@ -74,14 +75,12 @@ class Detector(BaseDetector):
         Reconstruct by DDIM steps of this stride; default: in one step.
     input_size : (C, H, W), optional
         Of the images for a module without ``transform``; default: that of the first batch it is fitted on.
-    logit_heads : some of "energy", "msp" and "vim"
-        What else ``fused`` joins, if the backbone is a classifier of your own; see
-        :class:`featdiff.scores.logits.LogitHeads`.
+    extra_heads : sequence of str
+        What else ``fused`` joins: ``energy``, ``msp`` and ``vim``, if the backbone is a classifier of your own
+        (:mod:`featdiff.scores.logits`), or any score that is registered as a head (:mod:`featdiff.scores.registry`).
     head : "fused", "layerwise", "mse", "mfsim" or "lr"
         Which score becomes ``ood_score``; all but ``fused`` are diffusion alone, see
         :meth:`featdiff.scores.diffusion.DiffusionHeads.forward`, and keep no bank.
-    fusion : "mean", "max", "fisher", "tippett" or "covariance"
-        How ``fused`` joins its heads; see :class:`featdiff.scores.fusion.Fusion`.
     neighbors : int
         Nearest in-domain vectors that count; 0 does without them.
     bank_size, coreset
@@ -107,54 +106,32 @@ class Detector(BaseDetector):
     Raises
     ------
     UsageError
-        An argument outside its range.
+        An unknown argument, or one outside its range.
+
+    Examples
+    --------
+    >>> photos = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)  # yours go here
+    >>> quick = {"epochs": 1, "min_steps": 5}
+    >>> layers = ["layer1", "layer2"]
+    >>> detector = Detector("test_resnet", pretrained=False, layers=layers, fpr=0.2, recipe=quick, device="cpu")
+    >>> detector
+    Detector(not fitted, fpr=0.2)
+    >>> scores = detector.fit(photos).score(photos[:3])
+    >>> scores.p_value.shape
+    (3,)
     """
 
     mode = "feature"
     # on few rows the heads would mostly wait for memory
     batches_at_once = 4
     extractor_: FeatureExtractor
+    heads_: Heads
+    bank_digests_: np.ndarray
+    precision_: str
 
-    def __init__(
-        self,
-        backbone: str | nn.Module = DEFAULT_BACKBONE,
-        *,
-        weights: str | os.PathLike[str] | None = None,
-        pretrained: bool = True,
-        model_args: Mapping[str, Any] | None = None,
-        transform: Mapping[str, Any] | Transform | None = None,
-        layers: Layers = "auto",
-        joint: bool = False,
-        hidden_ratio: float = 2.0,
-        hidden_max: int = 320,
-        blocks: int = 3,
-        timesteps: int = 100,
-        start_times: Sequence[int] = (70, 95),
-        draws: int = 2,
-        stride: int | None = None,
-        head: str = "fused",
-        fusion: str = "mean",
-        neighbors: int = 5,
-        bank_size: int = 10_000,
-        coreset: str = "random",
-        backend: str = "auto",
-        input_size: Sequence[int] | None = None,
-        logit_heads: Sequence[str] = (),
-        recipe: Recipe | Mapping[str, Any] | None = None,
-        calibration: float = 0.2,
-        validation: float = 0.05,
-        fpr: float = 0.05,
-        seed: int = 0,
-        device: str = "auto",
-        image_batch: int = 32,
-        workers: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        cache: str | os.PathLike[str] | None = None,
-    ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_arguments(arguments, HEADS)
-        super().__init__(arguments)
-        self.head = head
+    @takes(FeatureSettings)
+    def __init__(self, settings: FeatureSettings) -> None:
+        super().__init__(settings)
 
     @property
     def name(self) -> str:
@@ -173,12 +150,18 @@ class Detector(BaseDetector):
 
         Parameters
         ----------
-        images : as for :func:`featdiff.data.references.list_images`, or a DataLoader of preprocessed batches
-            Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
+        images : object
+            As for :func:`featdiff.data.references.list_images`, or a DataLoader of preprocessed batches. Files that
+            cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
         rows : featdiff.data.splits.Split, optional
             Which of the different, readable images train, validate and calibrate, for example because a classifier was
             trained on others. Default: random ones.
+
+        Returns
+        -------
+        Detector
+            Itself.
 
         Raises
         ------
@@ -187,60 +170,108 @@ class Detector(BaseDetector):
         WeightsError, FeatdiffError
             The backbone cannot be had, the cache cannot be written, or training diverged.
         """
-        for name in ("calibration_", "bank_digests_"):
-            vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
+        vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
         # images -> features
-        own = isinstance(self.arguments["backbone"], nn.Module)
-        if own and is_loader(images) and self.arguments["input_size"] is None:
-            images, self.arguments["input_size"] = peek_size(images)
-        self.extractor_ = self._extractor()
+        images, size = self._input_size(images)
+        self.extractor_ = self._make_extractor(size)
         self.precision_ = self.extractor_.precision
-        found, kept = self._extract(images, progress)
-        unique, table, rows = self._held_out(found.digests, kept, rows)
-        # features -> noise -> denoise -> residual -> fuse
-        self.heads_ = self._new_heads(min(self.arguments["bank_size"], len(rows.training)))
-        if "vim" in self.arguments["logit_heads"]:
-            self._fit_vim(table[evenly(rows.training, _VIM_ROWS)])
-        key = self._training_key(unique, rows, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
-        size, method = self.arguments["bank_size"], self.arguments["coreset"]
-        checkpoint = kept.folder / f"training-{key}.pt"
-        trained, bank = fit_heads(self.heads_, table, rows, self.recipe, self.seed, size, method, checkpoint, progress)
-        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
-        self.bank_digests_ = as_digests(unique, bank)
-        # -> calibrate
-        self._calibrate(table, rows.calibration)
+        extraction, store = self._extract(images, progress)
+        digests, features, rows = self._divide(extraction.digests, store, rows)
+
+        # features -> scores
+        bank_size = min(self.settings.bank_size, len(rows.training))
+        self.heads_ = self._make_heads(bank_size)
+        bank = choose_bank(
+            features,
+            rows.training,
+            bank_size,
+            self.settings.coreset,
+            self.settings.seed,
+            self.heads_.diffusion.stages,
+        )
+        trained = self.heads_.fit(features.select(bank), self._context(features, digests, rows, store, progress))
+        self.validation_loss_ = trained.best_loss
+        self.training_seconds_ = trained.seconds
+        self.bank_digests_ = as_digests(digests, bank)
+
+        # scores -> calibration
+        self._calibrate(features.select(rows.calibration))
         return self
 
-    def _fit_vim(self, features: Tensor) -> None:
-        last, heads = self.extractor_.last_linear(), self.heads_.logits
-        assert heads is not None
-        heads.fit_vim(features, last.weight, last.bias)
+    def _input_size(self, images: object) -> tuple[object, Sequence[int] | None]:
+        """The images, and the size that a module of the user's own is fitted for: that of a loader's first batch."""
+        own = isinstance(self.settings.backbone, nn.Module)
+        if own and is_loader(images) and self.settings.input_size is None:
+            return peek_size(images)
+        return images, self.settings.input_size
+
+    def _context(
+        self, features: FeatureTable, digests: list[bytes], rows: Split, store: FeatureStore, progress: Progress | None
+    ) -> Context:
+        key = self._training_key(digests, rows, _TRAINING_VERSION, _TRAINING_SETTINGS)
+        return Context(
+            training=features.select(rows.training),
+            validation=features.select(rows.validation),
+            recipe=make_recipe(self.settings.recipe),
+            seed=self.settings.seed,
+            classifier=self._classifier(),
+            checkpoint=store.folder / f"training-{key}.pt",
+            progress=progress,
+        )
+
+    def _calibrate(self, features: Features) -> None:
+        """Set the scale of the scores, and keep those of held-out images."""
+        unscaled = torch.cat([self.heads_.unscaled(chunk) for chunk in self._in_chunks(features)])
+        self.heads_.fit_scale(unscaled)
+        self.calibration_ = Calibration(self.heads_.rescaled(unscaled)[:, 0].double().cpu().numpy())
 
     def check_layers(self) -> None:
         """Refuse layers that cannot be read, by passing one image through the backbone (``UsageError``)."""
-        self._extractor()
+        self._make_extractor(self.settings.input_size)
 
-    def _extractor(self) -> FeatureExtractor:
-        given, layers, transform = (self.arguments[name] for name in ("backbone", "layers", "transform"))
-        if isinstance(given, nn.Module):
-            size, logits = self.arguments["input_size"], bool(self.arguments["logit_heads"])
-            return FeatureExtractor(given, layers, self.device, True, transform, size, logits)
-        weights, pretrained, model_args = (self.arguments[name] for name in ("weights", "pretrained", "model_args"))
-        loaded = load_backbone(given, weights, pretrained, model_args, transform)
-        return FeatureExtractor(loaded, layers, self.device)
+    def _make_extractor(self, input_size: Sequence[int] | None) -> FeatureExtractor:
+        settings = self.settings
+        transform: Any = settings.transform
+        if isinstance(settings.backbone, nn.Module):
+            logits = need_logits(settings.extra_heads)
+            return FeatureExtractor(
+                settings.backbone, settings.layers, self.device, True, transform, input_size, logits
+            )
+        backbone = load_backbone(
+            settings.backbone, settings.weights, settings.pretrained, settings.model_args, transform
+        )
+        return FeatureExtractor(backbone, settings.layers, self.device)
 
-    def _new_heads(self, bank_rows: int) -> FusedHeads:
-        arguments = {name: self.arguments[name] for name in (*_TRAINING_ARGUMENTS, *_SCORING_ARGUMENTS)}
-        if self.head != "fused":
-            arguments["neighbors"] = 0  # what the score does not look at costs nothing
-        return FusedHeads(self.extractor_.columns, bank_rows=bank_rows, **arguments).to(self.device)
+    def _classifier(self) -> nn.Linear | nn.Conv2d | None:
+        """The layer that gives the logits, where scores need these and there is one."""
+        if not need_logits(self.settings.extra_heads):
+            return None
+        try:
+            return self.extractor_.last_linear()
+        except UsageError:
+            return None
+
+    def _make_heads(self, bank_size: int) -> Heads:
+        """Unfitted scores of the extractor's features, with room for so many in-domain rows."""
+        settings = self.settings
+        layout = self.extractor_.layout
+        options = Options(bank_size, settings.neighbors, settings.backend)
+        diffusion = Diffusion(layout, **{name: getattr(settings, name) for name in _DIFFUSION_SETTINGS})
+
+        members: list[Score] = []
+        if settings.head == FUSED:
+            names = ["neighbors"] * (settings.neighbors > 0) + [*settings.extra_heads]
+            members = [score for name in names for score in make_scores(name, layout, options)]
+        elif settings.head not in DIFFUSION:
+            members = make_scores(settings.head, layout, options)
+        return Heads(diffusion, members, settings.head).to(self.device)
 
     def on(self, classifier: nn.Module) -> Detector:
         """The same fitted detector, on what ``classifier`` gives in its own forward pass.
 
         Parameters
         ----------
-        classifier : module
+        classifier : nn.Module
             One that holds the network this detector was fitted on, under the same names.
 
         Raises
@@ -250,65 +281,91 @@ class Detector(BaseDetector):
             Another network, or other weights.
         """
         self.check_fitted()
-        own, theirs = self.extractor_.backbone.model.state_dict(), classifier.state_dict()
-        for name, value in own.items():
+        backbone = self.extractor_.backbone
+        theirs = classifier.state_dict()
+        for name, value in backbone.model.state_dict().items():
             if name not in theirs or not _same(value, theirs[name]):
                 what = "has other weights" if name in theirs else "has no such weights"
                 raise ModelError(f"the classifier is not the network this detector was fitted on: {name} {what}")
-        facts: dict[str, Any] = {"backbone": classifier, "weights": None, "pretrained": True, "model_args": None}
-        facts["device"] = str(device_of(classifier))
-        if self.extractor_.backbone.source != "module":
-            facts["transform"] = self.extractor_.transform
-        other = Detector(**self.arguments | facts | {"layers": self.extractor_.layers})
-        other.extractor_ = other._extractor()
-        if other.extractor_.columns != self.extractor_.columns or not _alike(self.extractor_, other.extractor_):
+
+        settings = self.settings.with_(
+            backbone=classifier,
+            weights=None,
+            pretrained=True,
+            model_args=None,
+            layers=self.extractor_.layers,
+            device=str(device_of(classifier)),
+            transform=self.settings.transform if backbone.source == "module" else self.extractor_.transform,
+            input_size=backbone.data_config["input_size"],
+        )
+        other = Detector.from_settings(settings)
+        other.extractor_ = other._make_extractor(settings.input_size)
+        if other.extractor_.layout != self.extractor_.layout or not _alike(self.extractor_, other.extractor_):
             raise ModelError("the classifier gives other layers than this detector was fitted on: call fit on it")
-        other.heads_, other.bank_digests_ = copy.deepcopy(self.heads_), self.bank_digests_
-        for name in ("calibration_", "n_images_", "validation_loss_", "training_seconds_", "precision_"):
+
+        other.heads_ = copy.deepcopy(self.heads_)
+        for name in ("calibration_", "bank_digests_", "n_images_", "precision_"):
             setattr(other, name, getattr(self, name))
+        other.validation_loss_ = self.validation_loss_
+        other.training_seconds_ = self.training_seconds_
         return other
 
     # ---- score ----
 
-    @torch.inference_mode()
     def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Pooled features (B, D) of ``extractor_`` -> (ood_score (B,), layer scores (B, L)), higher = more OOD."""
-        self.check_fitted("bank_digests_")
-        heads, layers = self.heads_(features, (self.head,))
-        return heads[self.head].double().cpu().numpy(), layers.double().cpu().numpy()
+        """Rows of features -> scores.
+
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+            Of ``extractor_``, on any device.
+
+        Returns
+        -------
+        ood_score : ndarray of shape (B,)
+        layer_scores : ndarray of shape (B, L)
+            Both higher = more OOD, about 0 +- 1 for in-domain images.
+        """
+        self.check_fitted()
+        score, layers = self.heads_(features)
+        return score.double().cpu().numpy(), layers.double().cpu().numpy()
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
-        """Pooled features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
-        self.check_fitted("bank_digests_")
-        scores, layers = self.heads_(features, HEADS if self.head == "fused" else DIFFUSION)
-        scores = {"featdiff": scores.pop(self.head)} | scores
+        """Rows of features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
+        self.check_fitted()
+        score, layers = self.heads_(features)
+        scores = {"featdiff": score} | self.heads_.all_scores(features)
+        scores.pop(self.settings.head, None)
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}
 
     # ---- save and load ----
 
     def tensors(self) -> dict[str, Tensor]:
-        """The heads, the calibration scores, and the digests of the images in the banks."""
+        """The heads, the calibration scores, and the digests of the images in the bank."""
         return self.heads_.state_dict() | {"bank_digests": torch.from_numpy(self.bank_digests_)} | super().tensors()
 
     def config(self) -> dict[str, Any]:
         """All that ``config.json`` says besides the format."""
-        config, backbone = super().config(), self.extractor_.backbone
+        config = super().config()
+        backbone = self.extractor_.backbone
+        own = backbone.source == "module"
         config["images"]["bank"] = len(self.bank_digests_)
-        config["arguments"] |= {
+        config["settings"] |= {
             "backbone": backbone.tag,
-            "transform": {} if backbone.source == "module" else backbone.data_config,
+            "transform": {} if own else backbone.data_config,
             "layers": self.extractor_.layers,
         }
-        if backbone.source == "module":
-            config["arguments"]["input_size"] = list(backbone.data_config["input_size"])
-        return config | {
-            "backbone": {
-                **{"tag": backbone.tag, "source": backbone.source, "fingerprint": backbone.fingerprint},
-                "precision": self.precision_,
-            },
-            "layers": dict(zip(self.extractor_.layers, self.extractor_.widths, strict=True)),
+        if own:
+            config["settings"]["input_size"] = list(backbone.data_config["input_size"])
+        config["backbone"] = {
+            "tag": backbone.tag,
+            "source": backbone.source,
+            "fingerprint": backbone.fingerprint,
+            "precision": self.precision_,
         }
+        config["layers"] = widths_of(self.extractor_)
+        return config
 
     @classmethod
     def from_pretrained(
@@ -325,13 +382,16 @@ class Detector(BaseDetector):
 
         Parameters
         ----------
-        name : folder, or hub repository ``org/name``
-        backbone, transform : module and callable, for a detector that was fitted on a module
+        name : path or str
+            A folder, or a hub repository ``org/name``.
+        backbone, transform : nn.Module and callable, optional
+            For a detector that was fitted on a module.
         weights : path, optional
             Where the backbone's weights file lies now.
-        local_files_only : bool
+        local_files_only : bool, default False
             Never ask the hub for the detector.
-        runtime : ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``
+        **runtime
+            ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``.
 
         Raises
         ------
@@ -342,20 +402,37 @@ class Detector(BaseDetector):
         """
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
-        arguments = saved_arguments(config, folder, backbone, transform, weights, runtime)
+        given: dict[str, Any] = {"backbone": backbone, "transform": transform, "weights": weights, **runtime}
+        return cls.from_loaded(folder, config, tensors, **given)
+
+    @classmethod
+    def from_loaded(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        *,
+        backbone: nn.Module | None = None,
+        transform: Transform | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        **runtime: Any,
+    ) -> Detector:
+        """Build what was saved in ``folder`` from its config and tensors; see :meth:`from_pretrained`."""
+        values = feature_values(config, folder, backbone, transform, weights, runtime)
         if backbone is not None:  # said before another network fails in its own way
             check_fingerprint(identity(backbone), config)
         try:
-            detector = cls(**arguments)
-            detector.extractor_ = detector._extractor()
+            detector = cls.from_settings(FeatureSettings.of(values))
+            detector.extractor_ = detector._make_extractor(detector.settings.input_size)
         except (TypeError, UsageError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         check_fingerprint(detector.extractor_.backbone.fingerprint, config)
         check_layers(detector.extractor_, config, folder)
+
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
-        detector.heads_ = detector._new_heads(len(detector.bank_digests_))
+        detector.heads_ = detector._make_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
-        detector._take_facts(config)
+        take_facts(detector, config)
         detector.precision_ = config["backbone"].get("precision", detector.extractor_.precision)
         return detector
 
@@ -363,7 +440,8 @@ class Detector(BaseDetector):
 def _alike(a: FeatureExtractor, b: FeatureExtractor) -> bool:
     """Whether two extractors give the same features of some picture, but for rounding."""
     pixels = a.probe()
-    rows, others = a(pixels).cpu(), b(pixels).cpu()
+    rows = a(pixels).cpu()
+    others = b(pixels).cpu()
     limit = 1e-3 if a.precision == b.precision else 5e-2
     return bool((rows - others).abs().max() <= limit * rows.abs().max())
 

@@ -5,43 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.decoding import MAX_PIXELS
+from ..diffusion.fit import fit_denoiser
 from ..diffusion.schedules import plain_config
-from ..diffusion.training import Recipe
 from ..exceptions import ModelError, UsageError
 from ..features.networks import fingerprint
 from ..features.pixels import Pixels
 from ..features.store import FeatureStore, FeatureTable
-from ..features.weights import DEFAULT_BACKBONE
 from ..files.model_folder import load, locate
 from ..runtime.processes import make_accelerator
 from ..runtime.progress import Progress
 from ..scores.distances import FeatureCosine
 from ..scores.inpainting import PixelHeads
+from ..verdicts.calibration import Calibration
 from .base import BaseDetector
-from .checks import check_pixel_arguments
-from .fitting import train_denoiser
+from .checks import make_recipe
+from .config import PixelSettings
+from .constructors import takes
 from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
-from .saved import load_tensors, pixel_arguments
-from .training_log import Journal
+from .saved import load_tensors, pixel_values, take_facts
+from .training_log import TrainingLog
 
 _TRAINING_VERSION = 1
-_TRAINING_ARGUMENTS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_precision", "seed")
-# Ten minutes on two CPU cores at 32 px.
-SMALL_RECIPE = Recipe(
-    epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
-)
+_TRAINING_SETTINGS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_precision", "seed")
 
 
-class PixelDetector(BaseDetector):
+class PixelDetector(BaseDetector[PixelSettings]):
     """Lift, Map, Detect (Liu et al., ICML 2023, arXiv 2302.10326): slow and classic.
 
     Part of an image is masked, a diffusion model trained on in-domain images fills it in, and what comes back is
@@ -92,58 +88,19 @@ class PixelDetector(BaseDetector):
     """
 
     mode = "pixel"
-    _kept_in = ("pixels", np.uint8)
+    _stored_in = ("pixels", np.uint8)
     extractor_: Pixels
     heads_: PixelHeads
 
-    def __init__(
-        self,
-        *,
-        size: int | None = None,
-        channels: int | None = None,
-        width: int = 16,
-        multipliers: Sequence[int] = (1, 2, 4),
-        blocks: int = 1,
-        attention: Sequence[int] = (8,),
-        dropout: float = 0.0,
-        timesteps: int = 1000,
-        flip: bool = False,
-        pretrained: str | None = None,
-        mask: str = "checkerboard_alt",
-        mask_blocks: int = 8,
-        mask_patch: int = 4,
-        mask_ratio: float = 0.5,
-        repetitions: int = 4,
-        sampler: str = "ddpm",
-        steps: int = 20,
-        resamplings: int = 1,
-        distances: Sequence[str] = ("lpips", "mse", "ssim"),
-        aggregate: str = "median",
-        trunk: str = "squeeze",
-        weights: str | os.PathLike[str] | None = None,
-        backbone: str = DEFAULT_BACKBONE,
-        recipe: Recipe | Mapping[str, Any] | None = None,
-        mixed_precision: str = "no",
-        calibration: float = 0.2,
-        validation: float = 0.05,
-        fpr: float = 0.05,
-        seed: int = 0,
-        device: str = "auto",
-        image_batch: int = 8,
-        workers: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        cache: str | os.PathLike[str] | None = None,
-    ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_pixel_arguments(arguments)
-        arguments["recipe"] = SMALL_RECIPE if recipe is None else recipe
-        super().__init__(arguments)
-        self.rows_at_once = 4 * self.image_batch  # so often are distances written to disk
+    @takes(PixelSettings)
+    def __init__(self, settings: PixelSettings) -> None:
+        super().__init__(settings)
+        self.rows_at_once = 4 * settings.image_batch  # so often are distances written to disk
 
     @property
     def name(self) -> str:
         """What the images are compared with."""
-        return str(self.arguments["pretrained"] or f"U-Net at {self.extractor_.size} px")
+        return str(self.settings.pretrained or f"U-Net at {self.extractor_.size} px")
 
     # ---- fit ----
 
@@ -171,21 +128,25 @@ class PixelDetector(BaseDetector):
             vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
         self.prepare()
         # images -> pixels
-        found, kept = self._extract(images, progress)
-        unique, table, rows = self._held_out(found.digests, kept)
+        extraction, store = self._extract(images, progress)
+        digests, pixels, rows = self._divide(extraction.digests, store, None)
+
         # pixels -> noise -> denoise
-        self.validation_loss_, self.training_seconds_ = 0.0, 0.0
-        if self.arguments["pretrained"] is None:
-            key = self._training_key(unique, rows, _TRAINING_VERSION, _TRAINING_ARGUMENTS)
-            self.journal_ = kept.folder / f"training-{key}"
-            if not self._train(table, rows.training, rows.validation, progress):
+        self.validation_loss_ = 0.0
+        self.training_seconds_ = 0.0
+        if self.settings.pretrained is None:
+            key = self._training_key(digests, rows, _TRAINING_VERSION, _TRAINING_SETTINGS)
+            self.training_log_ = store.folder / f"training-{key}"
+            if not self._train(pixels.select(rows.training), pixels[rows.validation], progress):
                 return self
-        # mask -> inpaint -> distance
-        held_out = np.array_split(rows.validation, len(rows.validation) // self.rows_at_once + 1)
-        self.heads_.fit_statistics(torch.cat([self._distances(table[part]) for part in held_out]))
-        # -> calibrate
-        scores = self._calibrate(table, rows.calibration, progress)
-        self.examples_ = table[rows.calibration[least_and_most(scores)]]
+
+        # mask -> inpaint -> distance -> calibrate
+        held_out = pixels.select(rows.calibration)
+        distances = torch.cat([self._distances(chunk) for chunk in self._in_chunks(held_out, progress)])
+        self.heads_.fit_statistics(distances)
+        scores = self.heads_.scores(distances)[:, 0].double().cpu().numpy()
+        self.calibration_ = Calibration(scores)
+        self.examples_ = held_out[least_and_most(scores)]
         return self
 
     def prepare(self) -> Self:
@@ -196,65 +157,68 @@ class PixelDetector(BaseDetector):
         UsageError, WeightsError
             They do not fit each other, or cannot be had.
         """
-        unet, scheduler = make_network(self.arguments)
-        distances = make_distances(self.arguments, self.device)
-        self.heads_ = make_heads(self.arguments, unet, scheduler, distances).to(self.device)
+        unet, scheduler = make_network(self.settings)
+        distances = make_distances(self.settings, self.device)
+        self.heads_ = make_heads(self.settings, unet, scheduler, distances).to(self.device)
         self.extractor_ = self.heads_.pixels
         return self
 
-    def _train(
-        self, table: FeatureTable, training: np.ndarray, validation: np.ndarray, progress: Progress | None
-    ) -> bool:
+    def _train(self, training: FeatureTable, validation: Tensor, progress: Progress | None) -> bool:
         """Train the network; whether this process goes on from there."""
-        accelerator = make_accelerator(self.arguments["mixed_precision"], self.device)
+        accelerator = make_accelerator(self.settings.mixed_precision, self.device)
         if accelerator is not None and accelerator.num_processes > 1:
             self.device = accelerator.device
         heads = self.heads_.to(self.device)
 
-        def read(i: np.ndarray) -> Tensor:
-            return heads.pixels.images(table[i].to(self.device))
+        def images(rows: Tensor) -> Tensor:
+            return heads.pixels.images(rows.to(self.device))
 
-        trained = train_denoiser(
+        trained = fit_denoiser(
             heads.denoiser,
             heads.scheduler,
-            lambda i: read(training[i]),
+            lambda indices: images(training[indices]),
             len(training),
-            read(validation),
-            self.recipe,
-            self.seed,
-            self.journal_.with_suffix(".pt"),
+            images(validation),
+            make_recipe(self.settings.recipe),
+            self.settings.seed,
+            self.training_log_.with_suffix(".pt"),
             progress,
-            flip_half if self.arguments["flip"] else None,
+            flip_half if self.settings.flip else None,
             accelerator,
-            Journal(self.journal_, heads.pixels, heads.scheduler, self.seed),
+            TrainingLog(self.training_log_, heads.pixels, heads.scheduler, self.settings.seed),
         )
-        self.validation_loss_, self.training_seconds_ = trained.best_loss, trained.seconds
+        self.validation_loss_ = trained.best_loss
+        self.training_seconds_ = trained.seconds
         return accelerator is None or accelerator.is_main_process
 
     # ---- distances, kept on disk: they take long ----
 
     @cached_property
     def _distance_store(self) -> FeatureStore:
-        heads, hasher = self.heads_, hashlib.sha256()
-        weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._looks_through()]
-        settings = [self.arguments[name] for name in SCORING]
+        heads = self.heads_
+        hasher = hashlib.sha256()
+        weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._perceptual_fingerprint()]
+        settings = [getattr(self.settings, name) for name in SCORING]
         facts = [weights, heads.names, settings, plain_config(heads.scheduler.config)]
         hasher.update(json.dumps(facts, sort_keys=True).encode())
         hasher.update(heads.masks.cpu().numpy().tobytes())
-        return FeatureStore(self.cache / "distances" / hasher.hexdigest()[:16], len(heads.names))
+        folder = self.settings.cache_folder / "distances" / hasher.hexdigest()[:16]
+        return FeatureStore(folder, len(heads.names))
 
     def _distances(self, rows: Tensor) -> Tensor:
         """Rows (B, D) -> all distances (B, n); each content is inpainted once, over all runs."""
-        store, digests = self._distance_store, [_digest(row) for row in rows]
+        store = self._distance_store
+        digests = [_digest(row) for row in rows]
+        batch = self.settings.image_batch
         new = [i for i, digest in enumerate(digests) if digest not in store]
         try:
-            for start in range(0, len(new), self.image_batch):
-                part = new[start : start + self.image_batch]
+            for start in range(0, len(new), batch):
+                part = new[start : start + batch]
                 for i, values in zip(part, self.heads_(rows[part]).cpu().numpy(), strict=True):
                     store.add(digests[i], values)
         finally:  # Ctrl-C, too
             store.flush()
-        return store.table(digests)[np.arange(len(digests))]
+        return store.table(digests)[:]
 
     # ---- score ----
 
@@ -262,7 +226,7 @@ class PixelDetector(BaseDetector):
     def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows of pixels (B, D) -> (ood_score (B,), nothing (B, 0)), higher = more OOD."""
         self.check_fitted()
-        parts = features.split(self.image_batch)
+        parts = features.split(self.settings.image_batch)
         found = torch.cat([self.heads_.scores(self.heads_(rows, self.heads_.names[:1])) for rows in parts])
         return found[:, 0].double().cpu().numpy(), np.empty((len(found), 0))
 
@@ -306,7 +270,7 @@ class PixelDetector(BaseDetector):
             if not decoded:
                 raise UsageError("none of the images to inpaint could be read")
             rows = torch.cat([self.extractor_(pixels) for pixels in decoded])
-        parts = [self.heads_.shown(part) for part in rows.split(self.image_batch)]
+        parts = [self.heads_.shown(part) for part in rows.split(self.settings.image_batch)]
         x, masked, inpainted, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
         return x, masked, inpainted, scores
 
@@ -317,9 +281,9 @@ class PixelDetector(BaseDetector):
         config, heads = super().config(), self.heads_
         parts = {"unet": heads.denoiser.unet.config, "scheduler": heads.scheduler.config}
         plain = {name: plain_config(part) for name, part in parts.items()}
-        return config | plain | {"features": self._looks_through()}
+        return config | plain | {"features": self._perceptual_fingerprint()}
 
-    def _looks_through(self) -> str:
+    def _perceptual_fingerprint(self) -> str:
         """The fingerprint of the distance ``features``; its backbone is not part of the model."""
         cosine = self.heads_.distances["features"] if "features" in self.heads_.names else None
         return cosine.fingerprint if isinstance(cosine, FeatureCosine) else ""
@@ -346,25 +310,34 @@ class PixelDetector(BaseDetector):
         ModelError
             No model, a damaged or newer one, or one of another mode.
         """
-        from diffusers import DDPMScheduler, UNet2DModel
-
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
-        arguments = pixel_arguments(config, folder, runtime)
+        return cls.from_loaded(folder, config, tensors, **runtime)
+
+    @classmethod
+    def from_loaded(
+        cls, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], **runtime: Any
+    ) -> PixelDetector:
+        """Build what was saved in ``folder`` from its config and tensors; see :meth:`from_pretrained`."""
+        from diffusers import DDPMScheduler, UNet2DModel
+
+        values = pixel_values(config, folder, runtime)
         try:
-            detector = cls(**arguments)
+            detector = cls.from_settings(PixelSettings.of(values))
             unet = UNet2DModel.from_config(config["unet"])
             scheduler = DDPMScheduler.from_config(config["scheduler"])
-            distances = make_distances(detector.arguments, detector.device, load=False)
-            heads = make_heads(detector.arguments, unet, scheduler, distances, blank=True)
+            distances = make_distances(detector.settings, detector.device, load=False)
+            heads = make_heads(detector.settings, unet, scheduler, distances, blank=True)
             detector.heads_ = heads.to(detector.device)
         except (TypeError, ValueError, NotImplementedError) as error:  # UsageError, too
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
+
         detector.extractor_ = detector.heads_.pixels
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
-        if detector._looks_through() != config["features"]:
-            raise ModelError(f"{arguments['backbone']} has other weights than the detector at {folder} was fitted with")
-        detector._take_facts(config)
+        if detector._perceptual_fingerprint() != config["features"]:
+            backbone = detector.settings.backbone
+            raise ModelError(f"{backbone} has other weights than the detector at {folder} was fitted with")
+        take_facts(detector, config)
         return detector
 
 

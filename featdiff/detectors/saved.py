@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..exceptions import ModelError
+from ..exceptions import ModelError, UsageError
 from ..files.model_folder import check_tensors
-from .checks import check_runtime
+from ..verdicts.calibration import Calibration
+from .config import RUNTIME, Runtime
 
 if TYPE_CHECKING:
     from ..data.decoding import Transform
     from ..features.extractor import FeatureExtractor
+    from .base import BaseDetector
 
 #: The mode of :class:`featdiff.FeatureDiffusion`, which looks at no images.
 VECTORS = "vectors"
@@ -28,7 +30,7 @@ _SHARED_KINDS: dict[str, Any] = {
     "images.calibration": int,
     "validation_loss": (int, float),
     "training_seconds": (int, float),
-    "arguments": dict,
+    "settings": dict,
 }
 _KINDS: dict[str, dict[str, Any]] = {
     "feature": {
@@ -73,7 +75,7 @@ def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
             )
 
 
-def saved_arguments(
+def feature_values(
     config: dict[str, Any],
     folder: Path,
     backbone: nn.Module | None,
@@ -81,23 +83,40 @@ def saved_arguments(
     weights: str | os.PathLike[str] | None,
     runtime: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The constructor's arguments of a saved detector, with what the user gives now in place of what was saved."""
+    """Settings of a saved detector, with what the user gives now in place of what was saved."""
     check_runtime(runtime)
     check_config(config, folder, "feature")
-    arguments = {**config["arguments"], **({"weights": weights} if weights else {}), **runtime}
+    values = {**config["settings"], **runtime}
+    if weights:
+        values["weights"] = weights
     if config["backbone"]["source"] != "module":
-        return arguments
+        return values
     if backbone is None:
         tag = config["backbone"]["tag"]
         raise ModelError(f"this detector was fitted on your own module: give it as backbone=... ({tag})")
-    return arguments | {"backbone": backbone, "transform": transform}
+    return values | {"backbone": backbone, "transform": transform}
 
 
-def pixel_arguments(config: dict[str, Any], folder: Path, runtime: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments of a saved detector of the pixel mode."""
+def pixel_values(config: dict[str, Any], folder: Path, runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a saved detector of the pixel mode."""
     check_runtime(runtime)
     check_config(config, folder, "pixel")
-    return {**config["arguments"], **runtime}
+    return {**config["settings"], **runtime}
+
+
+def check_runtime(runtime: Mapping[str, Any]) -> None:
+    """Refuse settings that may not be given when a detector is loaded, and those outside their range."""
+    for name in runtime:
+        if name not in RUNTIME:
+            raise UsageError(f"{name!r} cannot be changed when a detector is loaded; known: {', '.join(RUNTIME)}")
+    Runtime(**{name: value for name, value in runtime.items() if value is not None})
+
+
+def take_facts(detector: BaseDetector[Any], config: Mapping[str, Any]) -> None:
+    """Give a loaded detector what its config says of the training."""
+    detector.n_images_ = config["images"]["different"]
+    detector.validation_loss_ = config["validation_loss"]
+    detector.training_seconds_ = config["training_seconds"]
 
 
 def check_fingerprint(found: str, config: dict[str, Any]) -> None:
@@ -110,9 +129,14 @@ def check_fingerprint(found: str, config: dict[str, Any]) -> None:
         )
 
 
+def widths_of(extractor: FeatureExtractor) -> dict[str, int]:
+    """Layers of an extractor, in the order in which they were named, and their widths."""
+    return {part.layer: part.width for part in extractor.layout.layers}
+
+
 def check_layers(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
     """Refuse layers that are not those the detector was fitted with."""
-    if dict(zip(extractor.layers, extractor.widths, strict=True)) != config["layers"]:
+    if widths_of(extractor) != config["layers"]:
         raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
 
 
@@ -124,11 +148,11 @@ def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndar
     return digests.numpy()
 
 
-def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> np.ndarray:
-    """Fill ``heads`` strictly; returns the sorted calibration scores."""
+def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> Calibration:
+    """Fill ``heads`` strictly; returns the calibration."""
     scores = tensors.pop("calibration", None)
     check_tensors(tensors, heads.state_dict(), folder)
     if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
         raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
     heads.load_state_dict(tensors)
-    return np.sort(scores.double().numpy())
+    return Calibration(scores.double().numpy())

@@ -22,7 +22,7 @@ _GRID, _STEPS = 4, 25
 _COLUMNS = ("step", "epoch", "loss", "val_loss", "lr")
 
 
-class Journal:
+class TrainingLog:
     """``loss.csv`` and ``samples-<step>.png`` in a folder; a run that goes on appends.
 
     Parameters

@@ -1,4 +1,4 @@
-"""A suite -> one result: the default detector and its heads, other detectors and rivals, on the same features.
+"""A suite -> one result: the default detector and its heads, other detectors and baselines, on the same features.
 
 Features and trainings are kept in the cache: a run that was stopped goes on, and a second one is quick.
 """
@@ -20,13 +20,15 @@ from ..data.labels import list_labelled
 from ..data.references import ImageRef
 from ..data.splits import evenly
 from ..detectors import MODES, BaseDetector, Detector, PixelDetector
+from ..detectors.config import RUNTIME
 from ..exceptions import UsageError
-from ..features.extraction import featurise
+from ..features.extraction import FeatureBatch, featurise
 from ..hardening.harden import Hardened
 from ..runtime.progress import Progress
-from ..scores.diffusion import DIFFUSION
-from .baselines import Rivals
-from .protocols import evaluate_detector, fit_rivals, measure_accuracy
+from ..scores.diffusion import DiffusionScore
+from ..scores.fused import FUSED
+from .baselines import Baselines, fit_baselines
+from .protocols import evaluate_detector, measure_accuracy
 from .students import check_students, train_students
 from .suites import EVERYTHING_ELSE, NotThere, Suite, Task, everything_else, find_images
 
@@ -36,7 +38,7 @@ _TIMED_IMAGES = 512
 _TIMED_INPAINTINGS = 8  # each takes a thousand times as long
 _LONG_SECONDS = 2
 # Arguments of the command that mean the same in every mode, and those that are for students.
-_EVERY_MODE = ("fpr", "seed", "device", "workers", "max_pixels", "cache")
+_EVERY_MODE = ("fpr", "seed", *(name for name in RUNTIME if name != "image_batch"))
 _STUDENTS_TOO = (*_EVERY_MODE, "image_batch")
 
 Tell = Callable[[str], None]
@@ -67,8 +69,8 @@ def run_suite(
         "training_seconds", "megabytes"}}, "pairs": [...]}], "published": [...], "left_out": {name: reason},
         "unreadable": {path: reason}}``; methods of students have an ``accuracy`` (share of the test images), too.
         Pairs are those of :func:`featdiff.evaluation.protocols.evaluate_detector`; ``images_per_second`` is decoding,
-        backbone and the method together, ``training_seconds`` the training of its networks (of a rival: its fitting),
-        ``megabytes`` what it needs to keep. Shares are 0..1, published ones too.
+        backbone and the method together, ``training_seconds`` the training of its networks (of a baseline: its
+        fitting), ``megabytes`` what it needs to keep. Shares are 0..1, published ones too.
 
     Raises
     ------
@@ -99,8 +101,8 @@ def run_suite(
     return result | {"left_out": left_out, "unreadable": unreadable}
 
 
-def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, BaseDetector]:
-    built: dict[str, BaseDetector] = {}
+def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, BaseDetector[Any]]:
+    built: dict[str, BaseDetector[Any]] = {}
     wanted: dict[str, Mapping[str, Any]] = {DEFAULT: {}, **suite.detectors}
     for name, own in wanted.items():
         kind = MODES.get(str(own.get("mode", Detector.mode)))
@@ -110,7 +112,7 @@ def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, BaseDetector
         own = {key: value for key, value in own.items() if key != "mode"}
         try:
             built[name] = kind(**{**shared, **own})
-        except (TypeError, UsageError) as error:  # TypeError: an argument that detectors do not have
+        except UsageError as error:
             raise UsageError(f"the suite's detector {name!r} cannot be built: {error}") from None
     for detector in built.values():
         if isinstance(detector, PixelDetector):
@@ -158,7 +160,7 @@ def _check_classes(plan: _Plan) -> None:
 def _run(
     plan: _Plan,
     default: Detector,
-    others: Mapping[str, BaseDetector],
+    others: Mapping[str, BaseDetector[Any]],
     students: Mapping[str, Mapping[str, Any]],
     unreadable: dict[str, str],
     progress: Progress | None,
@@ -169,17 +171,18 @@ def _run(
     for name, detector in {DEFAULT: default, **others}.items():
         unreadable |= dict(detector.fit(plan.train, progress).unreadable_)
         tell(f"  {name}: networks trained in {detector.training_seconds_:.0f} s")
-    rivals = fit_rivals(default)
+    baselines = fit_baselines(default)
 
-    def evaluate(detector: BaseDetector, rivals: Rivals | None = None) -> list[dict[str, Any]]:
+    def evaluate(detector: BaseDetector[Any], baselines: Baselines | None = None) -> list[dict[str, Any]]:
         sets = (plan.test, plan.ood, plan.task.protocols)
-        pairs: list[dict[str, Any]] = evaluate_detector(detector, *sets, progress, unreadable, rivals)["pairs"]
+        pairs: list[dict[str, Any]] = evaluate_detector(detector, *sets, progress, unreadable, baselines)["pairs"]
         return pairs
 
-    pairs = evaluate(default, rivals)
+    pairs = evaluate(default, baselines)
     timed = _timed_pass(default, plan.test)
-    methods = {DEFAULT if name == default.head else name: method for name, method in _methods(default).items()}
-    costs = _costs(methods | _rival_methods(rivals), *timed, default)
+    own = _own_head(default)
+    methods = {DEFAULT if name == own else name: method for name, method in _methods(default).items()}
+    costs = _costs(methods | _baseline_methods(baselines), *timed, default)
     for name, detector in others.items():
         for pair, more in zip(pairs, evaluate(detector), strict=True):
             heads = {_own_head(detector): more["heads"].pop(DEFAULT)} | more["heads"]
@@ -200,9 +203,12 @@ def _run(
     return {"name": plan.task.name} | sizes | {"methods": costs, "pairs": pairs}
 
 
-def _own_head(detector: BaseDetector) -> str:
+def _own_head(detector: BaseDetector[Any]) -> str:
     """What a detector's ood_score is called among its heads."""
-    return str(detector.arguments["head"] if isinstance(detector, Detector) else detector.arguments["distances"][0])
+    if isinstance(detector, Detector):
+        return detector.settings.head
+    assert isinstance(detector, PixelDetector)
+    return detector.settings.distances[0]
 
 
 #: (what scores rows of features, seconds of training, bytes it needs to keep)
@@ -211,19 +217,15 @@ _Method = tuple[Callable[[Tensor], object], float, int]
 
 def _methods(detector: Detector) -> dict[str, _Method]:
     """A detector's own score, by the name of its head, and each of its heads as if it stood alone."""
-    heads, trained = detector.heads_, detector.training_seconds_
-    diffusion, banks = heads.diffusion, heads.banks
-    early = _bytes(diffusion.early)  # only likelihood regret needs it
-    found: dict[str, _Method] = {}
-    for head in DIFFUSION:
-        kept = _bytes(diffusion) - (0 if head == "lr" else early)
-        found[head] = (lambda rows, head=head: diffusion(heads.pooled(rows), (head,)), trained, kept)  # type: ignore[misc]
-    if banks is not None:
-        found["fused"] = (detector.score_features, trained, _bytes(heads) - early)
-        for i, space in enumerate(banks.spaces):
-            kept = sum(tensor.nbytes for name, tensor in banks.state_dict().items() if name.endswith(f"_{i}"))
-            found[f"knn_{space}"] = (lambda rows, space=space: banks.distances(rows, space), 0.0, kept)  # type: ignore[misc]
-    return found
+    heads = detector.heads_
+    methods: dict[str, _Method] = {}
+    for name, score in heads.scores.items():
+        trained = detector.training_seconds_ if isinstance(score, DiffusionScore) else 0.0
+        methods[name] = (score, trained, score.nbytes)
+    if heads.head == FUSED:
+        kept = _bytes(heads) - _bytes(heads.diffusion.early)  # only likelihood regret needs it
+        methods[FUSED] = (detector.score_features, detector.training_seconds_, kept)
+    return methods
 
 
 def _student_methods(name: str, student: Hardened) -> dict[str, _Method]:
@@ -231,11 +233,10 @@ def _student_methods(name: str, student: Hardened) -> dict[str, _Method]:
     detector, trained, size = student.guard.detector, student.facts["seconds"], _bytes(student.classifier.model)
     heads = detector.heads_
     guarded = (detector.score_features, trained + detector.training_seconds_, size + _bytes(heads))
-    assert heads.logits is not None
-    return {f"{name}_energy": (heads.logits, trained, size), f"{name}_guard": guarded}
+    return {f"{name}_energy": (heads.scores["energy"], trained, size), f"{name}_guard": guarded}
 
 
-def _pixel_methods(detector: BaseDetector) -> dict[str, _Method]:
+def _pixel_methods(detector: BaseDetector[Any]) -> dict[str, _Method]:
     """Each distance as if it stood alone; what was inpainted before is inpainted again."""
     assert isinstance(detector, PixelDetector)
     heads, trained = detector.heads_, detector.training_seconds_
@@ -246,8 +247,8 @@ def _pixel_methods(detector: BaseDetector) -> dict[str, _Method]:
     }
 
 
-def _rival_methods(rivals: Rivals) -> dict[str, _Method]:
-    return {name: (rival, rival.seconds, 4 * rival.numbers) for name, rival in rivals.methods.items()}
+def _baseline_methods(baselines: Baselines) -> dict[str, _Method]:
+    return {name: (score, baselines.seconds[name], score.nbytes) for name, score in baselines.scores.items()}
 
 
 def _bytes(module: nn.Module) -> int:
@@ -255,9 +256,9 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _costs(
-    methods: Mapping[str, _Method], seconds: float, features: Tensor, detector: BaseDetector
+    methods: Mapping[str, _Method], seconds: float, features: Tensor, detector: BaseDetector[Any]
 ) -> dict[str, dict[str, float]]:
-    rows = detector.batches_at_once * detector.image_batch  # as when files are scored
+    rows = detector.batches_at_once * detector.settings.image_batch  # as when files are scored
     if isinstance(detector, PixelDetector):
         features = features[:_TIMED_INPAINTINGS]
     return {
@@ -270,15 +271,13 @@ def _costs(
     }
 
 
-def _timed_pass(detector: BaseDetector, images: list[ImageRef]) -> tuple[float, Tensor]:
+def _timed_pass(detector: BaseDetector[Any], images: list[ImageRef]) -> tuple[float, Tensor]:
     """Seconds for an image through decoding and backbone, and the features of the images that were timed."""
     batches, _ = detector.batches(evenly(images, _TIMED_IMAGES))
-    vectors: list[Tensor] = []
     start = time.perf_counter()
-    for batch in batches:
-        found, _ = featurise(batch, detector.extractor_)
-        vectors += [torch.from_numpy(found[i]) for i in sorted(found)]
-    return (time.perf_counter() - start) / len(vectors), torch.stack(vectors)
+    featurised = FeatureBatch.concatenate([featurise(batch, detector.extractor_) for batch in batches])
+    seconds = time.perf_counter() - start
+    return seconds / len(featurised.features), featurised.features
 
 
 def _seconds(score: Callable[[Tensor], object], features: Tensor, rows: int) -> float:

@@ -15,9 +15,8 @@ from ..data.references import ImageRef, list_images
 from ..detectors import BaseDetector, Detector
 from ..exceptions import UsageError, did_you_mean, some_of
 from ..features.extraction import extract
-from ..features.layout import LOGITS
 from ..runtime.progress import Progress
-from .baselines import Rivals
+from .baselines import Baselines
 from .metrics import evaluate
 
 #: matched: every set is first brought to the smaller resolution of the pair; as-published: straight to the model.
@@ -43,13 +42,13 @@ class ImageSet:
 
 
 def evaluate_detector(
-    detector: BaseDetector,
+    detector: BaseDetector[Any],
     in_domain: object,
     ood: Mapping[str, object],
     protocols: Sequence[str] = PROTOCOLS,
     progress: Progress | None = None,
     unreadable: dict[str, str] | None = None,
-    rivals: Rivals | None = None,
+    baselines: Baselines | None = None,
 ) -> dict[str, Any]:
     """Score an in-domain test set against OOD sets.
 
@@ -60,8 +59,8 @@ def evaluate_detector(
     in_domain, ood : sources as for :func:`featdiff.data.references.list_images`; ``ood`` by name
     unreadable : dict, optional
         Filled with {path: reason} of images that were left out.
-    rivals : Rivals, optional
-        From :func:`fit_rivals`: their scores are measured beside the detector's.
+    baselines : Baselines, optional
+        From :func:`featdiff.evaluation.baselines.fit_baselines`: their scores are measured beside the detector's.
 
     Returns
     -------
@@ -88,8 +87,8 @@ def evaluate_detector(
             size = min(home.resolution, away.resolution) if protocol == "matched" else None
             here = home.shrunk_to(size)
             if here not in known:
-                known[here] = _heads(detector, rivals, home, here, unreadable, progress)
-            there = _heads(detector, rivals, away, away.shrunk_to(size), unreadable, progress)
+                known[here] = _heads(detector, baselines, home, here, unreadable, progress)
+            there = _heads(detector, baselines, away, away.shrunk_to(size), unreadable, progress)
             pairs.append(_pair(name, protocol, known[here], there))
     return {"id": _label(in_domain), "model": detector.name, "pairs": pairs}
 
@@ -109,39 +108,16 @@ def measure_accuracy(
     UsageError
         The detector sees no logits, or the images are in no folders of classes, or in others.
     """
-    columns = detector.extractor_.columns.get(LOGITS)
-    if columns is None:
+    logits = detector.extractor_.layout.logits
+    if logits is None:
         raise UsageError("accuracy needs logits, and this detector does not see any")
     refs, labels, names = list_labelled(images)
     if others := [name for name in names if name not in classes]:
         raise UsageError(f"{others[0]} is no class of the classifier; it knows {some_of(classes)}")
     wanted = {ref.path: classes.index(names[label]) for ref, label in zip(refs, labels, strict=True)}
     paths, table = detector.features(refs, progress)
-    predicted = np.concatenate([rows[:, columns].argmax(1).numpy() for rows in table.chunks()])
+    predicted = np.concatenate([rows[:, logits.columns].argmax(1).numpy() for rows in table.chunks()])
     return float(np.mean([wanted[path] == label for path, label in zip(paths, predicted, strict=True)]))
-
-
-def fit_rivals(detector: BaseDetector) -> Rivals:
-    """kNN, Mahalanobis and PCA residual on the training images whose vectors the detector keeps.
-
-    Their features are read from the detector's cache, where training left them.
-
-    Raises
-    ------
-    UsageError
-        The cache does not hold them any more, or the detector does not look at features.
-    """
-    detector.check_fitted()
-    if not isinstance(detector, Detector):
-        raise UsageError("rivals look at features, and this model at pixels: train one of mode feature")
-    store = detector.feature_store()
-    digests = [digest.tobytes() for digest in detector.bank_digests_]
-    if missing := sum(digest not in store for digest in digests):
-        raise UsageError(
-            f"rivals are fitted on the training images, and {missing:,} of their {len(digests):,} features are not in "
-            f"the cache {detector.cache}: train once more with this cache (only what is missing is computed)"
-        )
-    return Rivals(detector.extractor_).fit(store.table(digests))
 
 
 def _label(source: object) -> str:
@@ -161,14 +137,14 @@ def _image_set(name: str, source: object) -> ImageSet:
 
 
 def _heads(
-    detector: BaseDetector,
-    rivals: Rivals | None,
+    detector: BaseDetector[Any],
+    baselines: Baselines | None,
     images: ImageSet,
     size: int | None,
     unreadable: dict[str, str],
     progress: Progress | None,
 ) -> dict[str, np.ndarray]:
-    """Scores of all heads and rivals for the readable images of a set, first shrunk to ``size`` if one is given."""
+    """Scores of all heads and baselines for the readable images of a set, first shrunk to ``size`` if one is given."""
     extractor = detector.extractor_
     transform = Downscale(size, extractor.transform) if size else None
     store = detector.feature_store(f"matched {size}" if size else "")
@@ -179,7 +155,7 @@ def _heads(
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")
     parts, done = [], 0
     for rows in store.table(found.digests).chunks(detector.rows_at_once):
-        parts.append(detector.all_heads(rows) | (rivals(rows) if rivals else {}))
+        parts.append(detector.all_heads(rows) | (baselines(rows) if baselines else {}))
         done += len(rows)
         if progress:
             progress("scoring", done, len(found.digests))

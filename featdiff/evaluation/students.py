@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.references import ImageRef
 from ..detectors import Detector
+from ..detectors.config import RUNTIME, FeatureSettings
 from ..exceptions import UsageError
 from ..features.backbones import check_name
 from ..files.toml import check_keys
@@ -23,9 +24,9 @@ from ..runtime.progress import Progress
 _OUTLIERS = 10_000
 _RECIPE = [field.name for field in fields(HardenRecipe)]
 # What harden itself decides of a guard.
-_DECIDED = ("fpr", "logit_heads", "transform", "seed", "device", "cache", "image_batch", "workers", "max_pixels")
+_DECIDED = ("fpr", "extra_heads", "transform", "seed", *RUNTIME)
 _NETWORKS_OWN = ("backbone", "weights", "pretrained", "model_args", "input_size")
-_GUARD = [name for name in ("abstain", *inspect.signature(Detector).parameters) if name not in _NETWORKS_OWN]
+_GUARD = [name for name in ("abstain", *FeatureSettings.names()) if name not in _NETWORKS_OWN]
 _ARGUMENTS = [name for name in inspect.signature(harden).parameters if name not in ("images", "recipe", "progress")]
 
 

@@ -17,21 +17,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError, did_you_mean, first_line
 from ..features.networks import evaluating, logits_of
-from ..files.atomic import write_whole
-from ..verdicts.calibration import tensor_p_values, threshold
+from ..files.atomic import write_atomically
+from ..scores.diffusion import LikelihoodRegret
+from ..scores.nearest import NearestNeighbors
+from ..verdicts.calibration import Calibration
 
 if TYPE_CHECKING:
     from ..detectors import Detector
     from ..detectors.base import BaseDetector
     from ..features.extractor import FeatureExtractor
     from ..guard.guard import Guard
-    from ..scores.fused import FusedHeads
+    from ..scores.fused import Heads
 
 #: Kinds of files, and what they are called.
 FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -45,35 +46,31 @@ class Exportable(nn.Module):
 
     Parameters
     ----------
-    run : module
+    run : nn.Module
         Preprocessed images (B, 3, H, W) -> a tuple: rows (B, D) for ``heads``, and then what else the file shall give.
-    heads : FusedHeads
-    head : str
-        Which of their scores.
-    calibration : (n,)
-        Scores of held-out in-domain images.
-    further : names of what else ``run`` gives, for example ``("logits",)``
+    heads : Heads
+    calibration : Calibration
+    further : sequence of str
+        Names of what else ``run`` gives, for example ``("logits",)``.
     """
 
-    calibration: Tensor
-
-    def __init__(
-        self, run: nn.Module, heads: FusedHeads, head: str, calibration: np.ndarray, further: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, run: nn.Module, heads: Heads, calibration: Calibration, further: Sequence[str] = ()) -> None:
         super().__init__()
-        self.run, self.head, self.outputs = run, head, (*OUTPUTS, *further)
+        self.run = run
+        self.outputs = (*OUTPUTS, *further)
+        self.calibration = calibration
         self.heads = copy.deepcopy(heads).cpu()
-        if head != "lr":
+        if heads.head != LikelihoodRegret.name:
             self.heads.diffusion.early = nn.Identity()  # only likelihood regret looks at it
-        if self.heads.banks is not None:
-            self.heads.banks.search_coded()
-        self.register_buffer("calibration", torch.from_numpy(calibration).float())  # scores are float32 from the start
+        for score in self.heads.members:
+            if isinstance(score, NearestNeighbors):
+                score.search_coded()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> scores (B,), p-values (B,), and the rest."""
         rows, *further = self.run(pixels)
-        score = self.heads(rows, (self.head,))[0][self.head]
-        return score, tensor_p_values(score, self.calibration), *further
+        score, _ = self.heads(rows)
+        return score, self.calibration.p_values(score), *further
 
 
 class Rows(nn.Module):
@@ -97,7 +94,7 @@ class RowsAndLogits(Rows):
 
 
 def export(
-    model: BaseDetector | Guard,
+    model: BaseDetector[Any] | Guard,
     folder: str | os.PathLike[str],
     formats: Sequence[str] = tuple(FILES),
     classes: Sequence[str] = (),
@@ -134,16 +131,16 @@ def export(
         need("onnx", "onnxscript")
     run = (RowsAndLogits if guarded else Rows)(detector.extractor_)
     further = ("logits",) if guarded else ()
-    exportable = Exportable(run, detector.heads_, detector.head, detector.calibration_, further)
+    exportable = Exportable(run, detector.heads_, detector.calibration_, further)
     return write(exportable, facts(model) | {"classes": list(classes)}, folder, formats)
 
 
-def detector_of(model: BaseDetector | Guard) -> BaseDetector:
+def detector_of(model: BaseDetector[Any] | Guard) -> BaseDetector[Any]:
     """The detector of a guard, or the detector itself."""
     return model.detector if isinstance(model, nn.Module) else model
 
 
-def check_exportable(model: BaseDetector | Guard) -> Detector:
+def check_exportable(model: BaseDetector[Any] | Guard) -> Detector:
     """Refuse what is not fitted, of the pixel mode, or not on the CPU (``NotFittedError``, ``UsageError``)."""
     detector = detector_of(model)
     if detector.mode != "feature":
@@ -170,7 +167,7 @@ def need(*packages: str) -> None:
             ) from None
 
 
-def facts(model: BaseDetector | Guard) -> dict[str, Any]:
+def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
     """What the metadata of a file says; in ONNX every value is JSON, in .pt2 all are one JSON object (``FACTS``).
 
     ``preprocessing`` holds timm's names (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``), or a hash
@@ -184,7 +181,7 @@ def facts(model: BaseDetector | Guard) -> dict[str, Any]:
     preprocessing = {key: value for key, value in backbone.data_config.items() if key != "input_size"}
     found = {
         "featdiff_version": version("featdiff"),
-        "threshold": threshold(detector.calibration_, fpr),
+        "threshold": detector.calibration_.threshold(fpr),
         "fpr": fpr,
         "calibration_images": len(detector.calibration_),
         "classes": [],
@@ -193,7 +190,7 @@ def facts(model: BaseDetector | Guard) -> dict[str, Any]:
         "backbone": backbone.tag,
         "backbone_fingerprint": backbone.fingerprint,
         "layers": detector.extractor_.layers,
-        "head": detector.head,
+        "head": detector.settings.head,
     }
     return dict(json.loads(json.dumps(found)))  # tuples become lists, as they will be in the files
 
@@ -221,7 +218,7 @@ def write(
     files = {name: target / FILES[name] for name in found}
     try:
         for name, file in files.items():
-            write_whole(file, found[name])
+            write_atomically(file, found[name])
     except OSError as error:
         raise _unwritable(target, error) from None
     return files

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..exceptions import ModelError, UsageError, first_line
 from ..runtime.progress import Progress
-from ..verdicts.calibration import flagged, p_values, threshold
 from .export import FACTS, INPUT, OUTPUTS, check_exportable, facts, need
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Agreement:
 
 
 def verify(
-    model: BaseDetector | Guard,
+    model: BaseDetector[Any] | Guard,
     files: Sequence[str | os.PathLike[str]],
     images: object,
     progress: Progress | None = None,
@@ -125,15 +124,18 @@ class _Way:
 
 
 def _compare(file: Path, way: _Way, own: _Way, detector: Detector, fpr: float) -> Agreement:
-    (scores, p), (expected, expected_p) = way.outputs, own.outputs
+    scores, p = way.outputs
+    expected, _ = own.outputs
     difference = np.abs(scores - expected) / np.maximum(1, np.abs(expected))
-    verdicts = scores > threshold(detector.calibration_, fpr)
-    wrong = ~np.isclose(p, p_values(scores, detector.calibration_), rtol=1e-5, atol=0)
+    calibration = detector.calibration_
+    verdicts = scores > calibration.threshold(fpr)
+    _, expected_verdicts = calibration.flags(expected, fpr)
+    wrong = ~np.isclose(p, calibration.p_values(scores), rtol=1e-5, atol=0)
     return Agreement(
         file,
         len(scores),
         float(difference.max()),
-        int((verdicts != flagged(expected_p, fpr)).sum()),
+        int((verdicts != expected_verdicts).sum()),
         int(wrong.sum()),
         way.speed,
         own.speed,
@@ -162,7 +164,7 @@ def _readable(
 def _torch(detector: Detector) -> Run:
     def run(pixels: Tensor) -> Sequence[np.ndarray]:
         scores = detector.score_features(detector.extractor_(pixels))
-        return scores, p_values(scores, detector.calibration_)
+        return scores, detector.calibration_.p_values(scores)
 
     return run
 

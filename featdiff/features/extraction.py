@@ -1,12 +1,11 @@
-"""Batches of images -> features, each content computed once."""
+"""Batches of decoded images -> features; of a whole set, each content once, kept in a store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +16,10 @@ from .store import FeatureStore
 
 
 class Extractor(Protocol):
-    """Decoded images -> one vector each.
+    """Decoded images -> one row of numbers each.
 
     :class:`featdiff.features.extractor.FeatureExtractor` and :class:`featdiff.features.pixels.Pixels` are such.
-
-    ``width`` is a vector's length, ``transform`` makes what is called with, ``key`` names what decides the numbers.
+    ``width`` is a row's length, ``transform`` prepares a picture, ``key`` names everything that decides the numbers.
     """
 
     width: int
@@ -34,28 +32,89 @@ class Extractor(Protocol):
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features of some images, in their order, on the device where they were computed.
+
+    Parameters
+    ----------
+    paths : list of str
+        Names of all N images.
+    features : Tensor of shape (n, D)
+        Of those that have any.
+    positions : list of int
+        Which of the N images these are, ascending.
+    failed : dict
+        Position of each image that could not be read -> the reason.
+    """
+
+    paths: list[str]
+    features: Tensor
+    positions: list[int]
+    failed: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[FeatureBatch]) -> FeatureBatch:
+        """Batches end to end."""
+        paths: list[str] = []
+        positions: list[int] = []
+        failed: dict[int, str] = {}
+        for batch in batches:
+            start = len(paths)
+            paths += batch.paths
+            positions += [start + position for position in batch.positions]
+            failed |= {start + position: reason for position, reason in batch.failed.items()}
+
+        with_features = [batch.features for batch in batches if batch.positions]
+        features = torch.cat(with_features) if with_features else torch.empty(0, 0)
+        return cls(paths, features, positions, failed)
+
+
+def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
+    """Run the backbone over a batch; an image whose features are not finite has failed."""
+    paths = [item.ref.path for item in batch.loaded]
+    failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
+    if batch.pixels is None:
+        return FeatureBatch(paths, torch.empty(0, extractor.width), [], failed)
+
+    features = extractor(batch.pixels)
+    if features.is_floating_point():
+        judged = features
+        reason = "the backbone gives NaN or infinite features for it"
+    else:  # whole numbers hide what was wrong
+        judged = batch.pixels.flatten(1)
+        reason = "it holds NaN or infinite values"
+
+    finite = torch.isfinite(judged).all(1)
+    positions = batch.decoded
+    if not finite.all():
+        flags = finite.tolist()
+        failed |= {i: reason for i, good in zip(batch.decoded, flags, strict=True) if not good}
+        positions = [i for i, good in zip(batch.decoded, flags, strict=True) if good]
+        features = features[finite.to(features.device)]
+    return FeatureBatch(paths, features, positions, failed)
+
+
 @dataclass
 class Extraction:
-    """What came of a set of images: paths and digests of the good ones, path and reason of the others."""
+    """What came of a set of images.
+
+    Attributes
+    ----------
+    paths, digests : lists
+        Of the images that could be read, in their order.
+    unreadable : list of (path, reason)
+    computed : int
+        How many went through the backbone just now.
+    """
 
     paths: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    computed: int = 0  # how many went through the backbone just now
-
-
-def featurise(batch: Batch, extractor: Extractor) -> tuple[dict[int, np.ndarray], dict[int, str]]:
-    """Run the backbone over a batch: vectors and failures, both by position in ``batch.loaded``."""
-    failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
-    if batch.pixels is None:
-        return {}, failed
-    rows = extractor(batch.pixels).cpu()
-    judged, reason = rows, "the backbone gives NaN or infinite features for it"
-    if not rows.is_floating_point():  # whole numbers hide what was wrong
-        judged, reason = batch.pixels.flatten(1), "it holds NaN or infinite values"
-    finite, vectors = torch.isfinite(judged).all(1), rows.numpy()
-    failed |= {i: reason for k, i in enumerate(batch.decoded) if not finite[k]}
-    return {i: vectors[k] for k, i in enumerate(batch.decoded) if finite[k]}, failed
+    computed: int = 0
 
 
 def extract(
@@ -67,30 +126,38 @@ def extract(
 ) -> Extraction:
     """Features of all images, each content computed once, kept in ``store`` as they come.
 
-    Whatever ends the run (Ctrl-C, a full disk), the vectors written so far stay in the store.
+    Whatever ends the run (Ctrl-C, a full disk), the features computed so far stay in the store.
 
     Parameters
     ----------
-    batches : batches in which images already in ``store`` need not be decoded
-    total : number of images if known, for ``progress``
+    batches : iterable of Batch
+        Images whose digest is in ``store`` need not be decoded.
+    extractor : Extractor
+    store : FeatureStore
+    total : int, default 0
+        Number of images if known, for ``progress``.
+    progress : callable (stage, done, total), optional
     """
-    found = Extraction()
+    extraction = Extraction()
     done = 0
     try:
         for batch in batches:
-            vectors, failed = featurise(batch, extractor)
+            featurised = featurise(batch, extractor)
+            vectors = dict(zip(featurised.positions, featurised.features.cpu().numpy(), strict=True))
+
             for i, item in enumerate(batch.loaded):
-                if i in failed:
-                    found.unreadable.append((item.ref.path, failed[i]))
+                if i in featurised.failed:
+                    extraction.unreadable.append((item.ref.path, featurised.failed[i]))
                     continue
                 if i in vectors:
                     store.add(item.digest, vectors[i])
-                found.paths.append(item.ref.path)
-                found.digests.append(item.digest)
-            found.computed += len(vectors)
+                extraction.paths.append(item.ref.path)
+                extraction.digests.append(item.digest)
+
+            extraction.computed += len(vectors)
             done += len(batch.loaded)
             if progress:
                 progress("features", done, max(total, done))
     finally:
         store.flush()
-    return found
+    return extraction

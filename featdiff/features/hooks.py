@@ -1,4 +1,4 @@
-"""Pooled features from a module's own forward pass, by hooks that are there only while it runs."""
+"""Reads layers of a network in its own forward pass, through hooks that are in place only while it runs."""
 
 from __future__ import annotations
 
@@ -14,150 +14,201 @@ from einops import reduce
 from torch import Tensor, nn
 
 from ..exceptions import UsageError
-
-#: ``<layer>:std`` is the spatial deviation of a layer's channels.
-SPREAD = ":std"
+from .layout import Key, Kind
 
 
 @dataclass(frozen=True)
-class Tap:
-    """What is read at ``module``: what it gives, or (``incoming``) what it is given.
+class Hook:
+    """What is read at one module of a network.
 
-    The mean over space is kept under ``mean``, the deviation under ``spread``, if these have a name. The first ``skip``
-    tokens (class tokens) are left out.
+    Parameters
+    ----------
+    module : str
+        Name of the module, as in ``named_modules``.
+    layer : str
+        Name under which its features are kept.
+    pooled : Kind or None
+        Kind of the features that are its output's mean over space; None: the mean is not wanted.
+    spatial_std : bool, default False
+        Whether the standard deviation over space is kept, too.
+    input : bool, default False
+        Read the module's input in place of its output.
+    skip : int, default 0
+        Leave out so many tokens at the beginning (class tokens).
     """
 
     module: str
-    mean: str = ""
-    spread: str = ""
-    incoming: bool = False
+    layer: str
+    pooled: Kind | None = Kind.MEAN
+    spatial_std: bool = False
+    input: bool = False
     skip: int = 0
 
 
-class Taps:
-    """Reads layers of a module while it runs, with any number of threads at once.
+class Hooks:
+    """Reads layers of a network while it runs, in any number of threads at once.
 
-    Hooks are in place only while :meth:`recording`, once for all threads, and each thread sees what it ran itself.
+    Hooks are installed once for all threads, and each thread sees only its own passes.
+
+    Parameters
+    ----------
+    model : nn.Module
+    hooks : sequence of Hook
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[Tap]) -> None:
-        self.model, self.taps = model, list(taps)
+    def __init__(self, model: nn.Module, hooks: Sequence[Hook]) -> None:
+        self.model = model
+        self.hooks = list(hooks)
         self._prepare()
 
     def _prepare(self) -> None:
-        # the same functions at every pass: torch.compile would work anew for others
-        self._readers = [functools.partial(self._read, tap) for tap in self.taps]
+        # the same functions at every pass: torch.compile would compile again for others
+        self._readers = [functools.partial(self._read, hook) for hook in self.hooks]
         self._handles: list[Any] = []
         self._running = 0
         self._lock = threading.Lock()
-        self._here = threading.local()
+        self._thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "taps": self.taps}  # locks can be neither copied nor pickled
+        return {"model": self.model, "hooks": self.hooks}  # locks can be neither copied nor pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepare()
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Collect pooled layers (B, C) by name from the passes that this thread makes meanwhile.
+    def recording(self) -> Iterator[dict[Key, Tensor]]:
+        """Collect pooled layers (B, C) from the passes that this thread makes meanwhile.
 
         Raises
         ------
         UsageError
-            A layer is gone, or, at the end, was not reached.
+            A layer does not exist any more, or, at the end, was not reached.
         """
-        outer, found = getattr(self._here, "found", None), dict[str, Tensor]()
+        outer = getattr(self._thread, "features", None)
+        features: dict[Key, Tensor] = {}
+        self._install()
+        self._thread.features = features
+
+        try:
+            yield features
+        finally:
+            self._thread.features = outer
+            self._remove()
+
+        for hook in self.hooks:
+            if hook.pooled and (hook.layer, hook.pooled) not in features:
+                raise UsageError(f"layer {hook.layer!r} was not reached in the forward pass")
+
+    def _install(self) -> None:
         with self._lock:
             if not self._running:
-                modules = [self._module(tap) for tap in self.taps]
+                modules = [self._module(hook) for hook in self.hooks]
                 pairs = zip(modules, self._readers, strict=True)
                 self._handles = [module.register_forward_hook(reader) for module, reader in pairs]
             self._running += 1
-        self._here.found = found
-        try:
-            yield found
-        finally:
-            self._here.found = outer
-            with self._lock:
-                self._running -= 1
-                if not self._running:
-                    for handle in self._handles:
-                        handle.remove()
-        for tap in self.taps:
-            if tap.mean and tap.mean not in found:
-                raise UsageError(f"layer {tap.mean!r} was not reached in the forward pass")
 
-    def _module(self, tap: Tap) -> nn.Module:
+    def _remove(self) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running:
+                return
+            for handle in self._handles:
+                handle.remove()
+
+    def _module(self, hook: Hook) -> nn.Module:
         try:
-            return self.model.get_submodule(tap.module)
+            return self.model.get_submodule(hook.module)
         except AttributeError:
-            raise UsageError(f"the network has no layer {tap.module!r} any more") from None
+            raise UsageError(f"the network has no layer {hook.module!r} any more") from None
 
-    def _read(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found = getattr(self._here, "found", None)
-        if found is None:  # another thread's pass through the same module
+    def _read(self, hook: Hook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        features: dict[Key, Tensor] | None = getattr(self._thread, "features", None)
+        if features is None:  # another thread's pass through the same module
             return
+
         with torch.no_grad():
-            first = first_tensor(args if tap.incoming else output)
-            features = channels_first(first, module, self.model)
-            if tap.skip:
-                features = features[:, tap.skip :]
+            activation = channels_first(first_tensor(args if hook.input else output), module, self.model)
+            if hook.skip:
+                activation = activation[:, hook.skip :]
+
             # pooled at once: the next module may work in place
-            if tap.mean:
-                found[tap.mean] = pool(features, tap.mean).clone()
-            if tap.spread:
-                found |= spread(features, tap.spread.removesuffix(SPREAD))
+            if hook.pooled:
+                features[hook.layer, hook.pooled] = pool(activation, hook.layer).clone()
+            if hook.spatial_std and (std := spatial_std(activation)) is not None:
+                features[hook.layer, Kind.SPATIAL_STD] = std
 
 
 def first_tensor(output: Any) -> Any:
-    """What a module gives; of several things, the first."""
+    """A module's output; of a tuple or list, the first item."""
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
 @torch.no_grad()
-def find_module(model: nn.Module, run: Callable[[], object], fits: Callable[[nn.Module, Any], bool]) -> str:
-    """Name of the last module in a pass ``run`` for which ``fits(module, output)``; empty if there is none."""
-    found = ""
+def find_module(model: nn.Module, run: Callable[[], object], matches: Callable[[nn.Module, Any], bool]) -> str:
+    """Name of the last module in a pass ``run()`` for which ``matches(module, output)``; empty if there is none."""
+    name_of_match = ""
 
     def look(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        nonlocal found
-        if fits(module, first_tensor(output)):
-            found = name
+        nonlocal name_of_match
+        if matches(module, first_tensor(output)):
+            name_of_match = name
 
-    handles = [m.register_forward_hook(functools.partial(look, n)) for n, m in model.named_modules() if n]
+    named = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(functools.partial(look, name)) for name, module in named]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return name_of_match
 
 
 def channels_first(output: Tensor, module: nn.Module, model: nn.Module) -> Tensor:
-    """Maps (B, H, W, C) -> (B, C, H, W), where module or model say that theirs are; others as they are."""
-    # linear layers and layer norms work on the last axis, so a map that leaves them has its channels there
+    """Maps (B, H, W, C) -> (B, C, H, W), where the module or the model declares that layout; others as they are."""
+    # linear layers and layer norms work on the last axis, so the channels of their maps are there
     formats = (getattr(module, "output_fmt", None), getattr(model, "output_fmt", None))
-    nhwc = type(module) in (nn.Linear, nn.LayerNorm) or "NHWC" in formats
-    return output.movedim(-1, 1) if nhwc and isinstance(output, Tensor) and output.dim() == 4 else output
+    channels_last = type(module) in (nn.Linear, nn.LayerNorm) or "NHWC" in formats
+    is_map = isinstance(output, Tensor) and output.dim() == 4
+    return output.movedim(-1, 1) if channels_last and is_map else output
 
 
-def pool(features: Tensor, name: str = "") -> Tensor:
-    """Global average: (B, C, H, W) maps or (B, N, C) tokens -> (B, C); vectors stay as they are."""
+def pool(features: Tensor, layer: str = "") -> Tensor:
+    """Global average over space.
+
+    Parameters
+    ----------
+    features : Tensor of shape (B, C, H, W), (B, N, C) or (B, C)
+        A map, tokens, or vectors, which stay as they are.
+    layer : str, optional
+        What it is called in an error.
+
+    Returns
+    -------
+    Tensor of shape (B, C)
+
+    Raises
+    ------
+    UsageError
+        Anything else.
+    """
     if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
         what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise UsageError(f"layer {name!r} gives {what}; featdiff needs (B, C, H, W), (B, N, C) or (B, C)")
+        raise UsageError(f"layer {layer!r} gives {what}; featdiff needs (B, C, H, W), (B, N, C) or (B, C)")
     if features.dim() == 4:
         return reduce(features, "b c h w -> b c", "mean")
-    return reduce(features, "b n c -> b c", "mean") if features.dim() == 3 else features
+    if features.dim() == 3:
+        return reduce(features, "b n c -> b c", "mean")
+    return features
 
 
-def spread(features: Tensor, name: str) -> dict[str, Tensor]:
-    """Deviations over space: (B, C, H, W) or (B, N, C) -> {"<name>:std": (B, C)}; nothing for vectors."""
+def spatial_std(features: Tensor) -> Tensor | None:
+    """Standard deviation of each channel over space: (B, C, H, W) or (B, N, C) -> (B, C); None for vectors (B, C)."""
     if features.dim() == 2:
-        return {}
-    places = (2, 3) if features.dim() == 4 else (1,)
+        return None
+    axes = (2, 3) if features.dim() == 4 else (1,)
+
     # as std(correction=0), which torch computes 15 times more slowly on a CPU
-    centred = features.float() - features.float().mean(places, keepdim=True)
-    return {name + SPREAD: centred.square().mean(places).sqrt()}
+    values = features.float()
+    centred = values - values.mean(axes, keepdim=True)
+    return centred.square().mean(axes).sqrt()

@@ -145,6 +145,11 @@ class FeatureLayout:
         return [part for part in self.parts if part.kind is Kind.MEAN]
 
     @property
+    def layers(self) -> list[Part]:
+        """The stages and the pre-logits: what layers of a network give, without spatial deviations and logits."""
+        return [part for part in self.parts if part.kind in (Kind.MEAN, Kind.PRE_LOGITS)]
+
+    @property
     def last_stage(self) -> Part:
         """The mean of the deepest stage."""
         return self.stages[-1]

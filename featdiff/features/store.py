@@ -13,18 +13,15 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..exceptions import FeatdiffError
-from ..files.atomic import _full, write_atomically
-
-if TYPE_CHECKING:
-    pass
-
+from ..files.atomic import write_atomically
+from ..files.cache import cache_errors
 
 _SHARD_BYTES = 4 << 20
 _MAPPED_BYTES = 1 << 19
@@ -51,10 +48,8 @@ class FeatureStore:
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._shards: list[np.ndarray] = []  # memory maps (n, width)
         self._where: dict[bytes, tuple[int, int]] = {}
-        try:
+        with cache_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _full(self.folder, error) from None
         for file in sorted(self.folder.glob(f"*{_DIGESTS}")):
             self._open(file)
 
@@ -85,7 +80,8 @@ class FeatureStore:
             for suffix, array in ((_VECTORS, vectors), (_DIGESTS, digests)):
                 stream = io.BytesIO()
                 np.save(stream, array, allow_pickle=False)
-                write_atomically(files[suffix], stream.getvalue())
+                with cache_errors(self.folder):
+                    write_atomically(files[suffix], stream.getvalue())
         except BaseException:  # Ctrl-C, too
             _remove(files[_VECTORS])
             raise
@@ -148,39 +144,77 @@ def _allow_more_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+class Features:
+    """Rows of features (N, D) that need not be in memory.
+
+    A subclass says how many there are (``len``) and reads some of them (``features[indices]``).
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        """Some rows (n, D), on the CPU; ``features[:]`` reads all."""
+        raise NotImplementedError
+
+    def chunks(self, size: int = 1024) -> Iterator[Tensor]:
+        """All rows in order, (<= size, D) at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def select(self, indices: np.ndarray) -> Features:
+        """These rows alone, in this order; nothing is read yet."""
+        return _Selected(self, indices)
+
+
+class _Selected(Features):
+    def __init__(self, features: Features, indices: np.ndarray) -> None:
+        self._features = features
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        return self._features[self._indices[indices]]
+
+
 @dataclass
-class FeatureTable:
-    """(N, D) features that stay on disk; ``table[rows]`` reads just those rows."""
+class FeatureTable(Features):
+    """Features that stay on disk.
+
+    Parameters
+    ----------
+    shards : list of ndarrays of shape (n, width)
+        Memory maps.
+    where : ndarray of shape (N, 2)
+        Shard and row of each of the N vectors.
+    width : int
+    dtype : NumPy type
+    """
 
     shards: list[np.ndarray]
-    where: np.ndarray  # (N, 2) shard and row
+    where: np.ndarray
     width: int
     dtype: np.dtype[np.number] = np.dtype(np.float32)
 
     def __len__(self) -> int:
         return len(self.where)
 
-    def __getitem__(self, rows: np.ndarray) -> Tensor:
-        """Rows (n,) of integers -> (n, D) on the CPU."""
-        where = self.where[rows]
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        """Some rows (n, D), on the CPU; ``table[:]`` reads all."""
+        where = self.where[indices]
         out = np.empty((len(where), self.width), dtype=self.dtype)
         for shard in np.unique(where[:, 0]):
-            mine = where[:, 0] == shard
-            out[mine] = self.shards[shard][where[mine, 1]]
+            here = where[:, 0] == shard
+            out[here] = self.shards[shard][where[here, 1]]
         return torch.from_numpy(out)
 
-    def chunks(self, size: int = 1024) -> Iterator[Tensor]:
-        """All rows in order, (<= size, D) at a time."""
-        for start in range(0, len(self), size):
-            yield self[np.arange(start, min(start + size, len(self)))]
+    def select(self, indices: np.ndarray) -> FeatureTable:
+        """These rows alone, in this order; nothing is read yet."""
+        return FeatureTable(self.shards, self.where[indices], self.width, self.dtype)
 
 
 def _remove(file: Path) -> None:
     with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
-
-
-class Table(Protocol):
-    """Rows of features (N, D) by their numbers: a :class:`featdiff.features.store.FeatureTable`, or a tensor."""
-
-    def __getitem__(self, rows: np.ndarray) -> Tensor: ...

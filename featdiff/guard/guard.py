@@ -19,10 +19,10 @@ from ..data.splits import Split
 from ..detectors import Detector
 from ..exceptions import NotFittedError, UsageError
 from ..features.layers import Layers, resolve_layers, stage_names
+from ..features.layout import Key
 from ..features.networks import device_of, logits_of
-from ..files.model_folder import load_config, locate
+from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
-from ..verdicts.calibration import check_fpr, flagged, tensor_p_values
 from .recording import _precisions, _Recording, _run, _unwrapped
 
 #: The class that an abstaining guard predicts for flagged images.
@@ -97,30 +97,27 @@ class Guard(nn.Module):
             )
         self.classifier, self.abstain = classifier, abstain
         network = _unwrapped(classifier)
-        self._fpr = fpr if fpr is not None else detector.fpr if detector else 0.05
         if detector is None:
             self._arguments = {"layers": "auto" if layers is None else layers, **arguments}
+            if fpr is not None:
+                self._arguments["fpr"] = fpr
             names = [name for name, _ in network.named_modules() if name]
             resolve_layers(self._arguments["layers"], stage_names(network), names, has_classifier=True)
             self.detector = self._new_detector()
         else:
             self.detector = detector.on(network)
-        self.fpr = self._fpr
+            if fpr is not None:
+                self.fpr = fpr
         self._prepare()
 
     @property
     def fpr(self) -> float:
         """False-alarm rate; can be set anew (``UsageError`` if the calibration images cannot support it)."""
-        return self._fpr
+        return self.detector.fpr
 
     @fpr.setter
     def fpr(self, rate: float) -> None:
-        check_fpr(rate, len(self.detector.calibration_) if self._is_fitted else None)
-        self._fpr = self.detector.fpr = self.detector.arguments["fpr"] = rate  # so that it is saved, too
-
-    @property
-    def _is_fitted(self) -> bool:
-        return hasattr(self.detector, "calibration_")
+        self.detector.fpr = rate
 
     def _prepare(self) -> None:
         # a code object of its own: torch.compile keeps what it made of a function with its code, and would take what it
@@ -139,7 +136,7 @@ class Guard(nn.Module):
         self._prepare()
 
     def _new_detector(self) -> Detector:
-        options = {"device": str(device_of(self.classifier)), "fpr": self.fpr, **self._arguments}
+        options = {"device": str(device_of(self.classifier)), **self._arguments}
         return Detector(_unwrapped(self.classifier), **options)
 
     # ---- fit ----
@@ -175,6 +172,7 @@ class Guard(nn.Module):
         if not hasattr(self, "_arguments"):
             raise UsageError("this guard was given a fitted detector: make a Guard without one to fit it anew")
         detector = self._new_detector()
+        detector.fpr = self.fpr
         if isinstance(loader, Tensor) and is_batch(loader):
             loader = loader.split(64)
         if isinstance(loader, list | tuple) and loader and is_batch(loader[0]):
@@ -231,7 +229,7 @@ class Guard(nn.Module):
     def _images_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The images among the arguments, after a look at them and at the classifier."""
         images = args[0] if args else kwargs.get("pixel_values")
-        if not self._is_fitted:
+        if not self.detector.is_fitted:
             raise NotFittedError(
                 "this guard is not fitted: call fit(loader), or Guard.from_pretrained(folder, classifier)"
             )
@@ -250,12 +248,12 @@ class Guard(nn.Module):
         return _Recording(self.detector.extractor_, images, self.classifier)
 
     @torch.compiler.disable
-    def _rows(self, found: dict[str, Tensor], output: Any, count: int) -> tuple[Tensor, Tensor]:
+    def _rows(self, features: dict[Key, Tensor], output: Any, count: int) -> tuple[Tensor, Tensor]:
         """Logits, and a row of features for each image."""
         logits = logits_of(output)
         if logits.dim() != 2 or len(logits) != count:
             raise UsageError(f"the classifier gives logits of shape {tuple(logits.shape)} for {count} images")
-        return logits, self.detector.extractor_.in_passing(found, output, count)
+        return logits, self.detector.extractor_.in_passing(features, output, count)
 
     @torch.compiler.disable
     def _on_replicas(
@@ -274,12 +272,8 @@ class Guard(nn.Module):
         with self._moving:
             if detector.heads_.mean.device != rows.device:
                 detector.heads_.to(rows.device)
-        heads, layers = detector.heads_(rows, (detector.head,))
-        # copies are ordinary tensors where the caller's are, not those of the inference mode that the heads work in
-        score, layers = heads[detector.head].clone(), layers.clone()
-        calibration = torch.as_tensor(detector.calibration_, dtype=score.dtype, device=score.device)
-        p_value = tensor_p_values(score, calibration)
-        is_ood = flagged(p_value, self.fpr)
+        score, layers = detector.heads_(rows)
+        p_value, is_ood = detector.calibration_.flags(score, self.fpr)
         predicted = logits.detach().argmax(1)
         if self.abstain:
             predicted = predicted.masked_fill(is_ood, ABSTAINED)
@@ -293,8 +287,8 @@ class Guard(nn.Module):
         where = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         if not torch.isfinite(images[bad[0]]).all():
             raise UsageError(f"images with NaN or infinite pixels in the batch, rows {where}: leave them out")
-        columns = self.detector.extractor_.columns
-        layer = next(name for name, part in columns.items() if not finite[bad[0], part].all())
+        column = int((~finite[bad[0]]).nonzero()[0])
+        layer = self.detector.extractor_.layout.named(column).name
         hint = "; float16 ends at 65,504: use bfloat16" if torch.float16 in _precisions(self.classifier) else ""
         raise UsageError(f"layer {layer!r} gives NaN or infinite values for rows {where} of the batch{hint}")
 
@@ -330,9 +324,11 @@ class Guard(nn.Module):
         network = _unwrapped(classifier)
         options: dict[str, Any] = {"device": str(device_of(network)), **runtime}
         folder = locate(name, local_files_only)
-        if load_config(folder).get("backbone", {}).get("source") == "module":
+        config, tensors = load(folder)
+        if config.get("backbone", {}).get("source") == "module":
             options["backbone"] = network  # else the backbone has a name: Detector.on compares it
-        return cls(classifier, Detector.from_pretrained(folder, **options), fpr=fpr, abstain=abstain)
+        detector = Detector.from_loaded(folder, config, tensors, **options)
+        return cls(classifier, detector, fpr=fpr, abstain=abstain)
 
 
 class _Tapped(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..exceptions import UsageError, first_line
 from ..features.extractor import FeatureExtractor
+from ..features.layout import Key
 
 
 def _run(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -23,7 +24,7 @@ class _Recording:
         self._classifier = classifier
 
     @torch.compiler.disable
-    def __enter__(self) -> dict[str, Tensor]:
+    def __enter__(self) -> dict[Key, Tensor]:
         return self._context.__enter__()
 
     @torch.compiler.disable

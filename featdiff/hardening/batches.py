@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.splits import evenly
-from ..features.store import Table
+from ..features.store import Features
 from ..outliers.boundary import Beyond, boundary_points, default_k, draw
 from ..outliers.space import Space
 from .objective import Lesson, Objective
@@ -39,13 +39,13 @@ class Curriculum:
     device : torch.device
     """
 
-    views: Sequence[Table]
+    views: Sequence[Features]
     shaped: Callable[[Tensor], Tensor]
     labels: np.ndarray
     training: np.ndarray
     device: torch.device
     teacher: Teacher | None = None
-    taught: Sequence[Table] = ()
+    taught: Sequence[Features] = ()
     outliers: Sequence[Tensor] = ()
     _beside: Tensor | None = field(default=None, init=False)
 
@@ -92,7 +92,7 @@ class Curriculum:
             made.append(draw(rounds, count, np.random.SeedSequence([seed, int(label)]))[0])
         self._beside = torch.cat(made) if made else None
 
-    def _seen(self, views: Sequence[Table], rows: np.ndarray, view: np.ndarray) -> Tensor:
+    def _seen(self, views: Sequence[Features], rows: np.ndarray, view: np.ndarray) -> Tensor:
         parts = [
             (mine, views[number][rows[mine]]) for number in np.unique(view) for mine in [np.flatnonzero(view == number)]
         ]

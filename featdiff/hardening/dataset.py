@@ -13,9 +13,9 @@ from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, Split, evenly, spli
 from ..detectors.checks import check_share
 from ..exceptions import UsageError
 from ..features.extraction import Extraction
-from ..features.store import FeatureStore, FeatureTable, Table
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..runtime.progress import Progress
-from ..verdicts.calibration import check_fpr
+from ..verdicts.calibration import check_fpr, check_supported
 from .frozen import Trunk
 from .reading import Glance, Pictures, Reader, derive
 from .students import Classifier
@@ -38,7 +38,7 @@ class Material:
     digests: list[bytes]
     labels: np.ndarray
     rows: Split
-    views: list[Table]
+    views: list[Features]
     taught: list[FeatureTable]
     unreadable: list[tuple[str, str]]
 
@@ -115,7 +115,7 @@ class Preparation:
         return self.calibration or min(0.2, max(0.1, 2 / (self.fpr * images)))
 
     def _check_count(self, images: int) -> None:
-        check_fpr(self.fpr, round(min(MOST_CALIBRATION, images * self._calibration(images))))
+        check_supported(self.fpr, round(min(MOST_CALIBRATION, images * self._calibration(images))))
         training = images - round(images * self.held_back(images))
         if training < self.batch_size:
             raise UsageError(
@@ -139,7 +139,7 @@ class Preparation:
     def _split(self, digests: list[bytes], labels: np.ndarray, classes: Sequence[str]) -> Split:
         # by content: who begins with this student, or is taught by it, is calibrated on what it did not learn from
         rows = split_by_content(digests, self._calibration(len(digests)), self.validation)
-        check_fpr(self.fpr, len(rows.calibration))
+        check_supported(self.fpr, len(rows.calibration))
         for label, name in enumerate(classes):
             if not (labels[rows.training] == label).any():
                 raise UsageError(f"class {name!r} has no image left to train on: add images of it, or leave it out")
@@ -152,7 +152,7 @@ class Preparation:
         kept: FeatureStore,
         classifier: Classifier,
         trunk: Trunk | None,
-    ) -> list[Table]:
+    ) -> list[Features]:
         """What the student takes of each view; the first has been seen, and is ``kept``, where layers are frozen."""
         if trunk is None:
             return [Pictures(refs, View(view, classifier.transform), self.reader) for view in range(self.views)]

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from ..diffusion.reconstruction import reconstruct
 from ..diffusion.schedules import draw_noise
 from ..exceptions import UsageError
-from ..features.layout import PRE_LOGITS
 from ..scores.neighbors import make_index
 from .boundary import KEEP, kth_distances
 from .space import Space
 
 if TYPE_CHECKING:
-    from ..scores.fused import FusedHeads
+    from ..scores.fused import Heads
 
 #: How far, in times of what is left unexplained. Started from held-out CIFAR-10 images, a detector of the default
 #: settings flags 13, 33, 67, 94 and 100 % at strengths of 0.1, 0.25, 0.5, 1 and 2: here differences show best.
@@ -42,7 +41,7 @@ class Explained:
 
     Parameters
     ----------
-    heads : FusedHeads
+    heads : Heads
         Of a fitted detector.
     space : Space
     rows : (N, D)
@@ -64,7 +63,7 @@ class Explained:
 
     def __init__(
         self,
-        heads: FusedHeads,
+        heads: Heads,
         space: Space,
         rows: Tensor,
         points: Tensor,
@@ -75,9 +74,9 @@ class Explained:
     ) -> None:
         check_strength(strength)
         self.space, self.k, self.strength, self.keep = space, k, strength, keep
-        self._diffusion, self._stages = heads.diffusion, [name for name in heads.layers if name != PRE_LOGITS]
+        self._diffusion, self._stages = heads.diffusion, heads.layout.stage_names
         self._own, self._vectors = rows[points][:, : space.width], space.join(rows)
-        self._x = heads.stages(self._own).to(rows)
+        self._x = heads.diffusion.stages(self._own).to(rows)
         self._unit, self._near = {}, {}
         for name, part in space.columns.items():
             if name not in self._stages:

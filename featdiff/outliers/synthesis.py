@@ -19,7 +19,6 @@ from ..features.layout import LOGITS, PRE_LOGITS
 from ..features.store import FeatureTable
 from ..runtime.progress import Progress
 from ..scores.neighbors import check_backend, make_index
-from ..verdicts.calibration import flagged, p_values
 from .boundary import CANDIDATES, Beyond, boundary_points, check_classes, check_neighbours, check_noise, default_k, draw
 from .denoised import STRENGTH, Explained, check_strength
 from .outlier_file import Outliers
@@ -94,7 +93,7 @@ def with_classes(images: object, labelled: bool | None) -> tuple[object, dict[st
 
 
 def synthesise(
-    detector: BaseDetector,
+    detector: BaseDetector[Any],
     images: object,
     n: int,
     method: str = "diffusion",
@@ -182,7 +181,7 @@ def synthesise(
     return _measured(fitted, space, table, known, own, outliers, backend)
 
 
-def self_check(detector: BaseDetector, n: int = 500, seed: int = 0) -> float:
+def self_check(detector: BaseDetector[Any], n: int = 500, seed: int = 0) -> float:
     """Share of near synthetic outliers that a detector flags at its own ``fpr``; about ``fpr`` would be hopeless.
 
     Outliers of the method ``diffusion`` start from held-out in-domain images, which are in no bank and trained nothing.
@@ -301,4 +300,5 @@ def _measured(
 
 def _flagged(detector: Detector, rows: Tensor) -> float:
     scores = np.concatenate([detector.score_features(part) for part in rows.split(detector.rows_at_once)])
-    return float(flagged(p_values(scores, detector.calibration_), detector.fpr).mean())
+    _, is_ood = detector.calibration_.flags(scores, detector.fpr)
+    return float(is_ood.mean())

@@ -163,4 +163,4 @@ class FeatureCosine(Distance):
         x = F.interpolate(x.expand(-1, 3, -1, -1), size=self.size, mode="bicubic", antialias=True)
         pixels = (x.clamp(-1, 1) + 1) / 2
         rows: Tensor = extractor((pixels - self.mean.to(x)) / self.std.to(x))
-        return rows[:, extractor.columns[extractor.layers[-1]]]
+        return rows[:, extractor.layout.layers[-1].columns]

@@ -1,129 +1,174 @@
-"""The fitted middle of the pipeline: features -> noise -> denoise -> residual -> fuse, as one module."""
+"""Features -> the detector's score: diffusion, neighbours and whatever else is wanted, standardised and joined."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..features.hooks import SPREAD
-from ..features.layout import LOGITS, PRE_LOGITS
-from .diffusion import DIFFUSION, DiffusionHeads, full_precision
-from .fusion import Fusion
-from .logits import LogitHeads
-from .nearest import Banks
+from ..diffusion.training import TrainingState
+from ..features.layout import FeatureLayout
+from .diffusion import DIFFUSION, Diffusion, full_precision
+from .fusion import log, statistics, weighted_sum
+from .registry import Context, Features, Score
 
-#: Scores that can be asked for.
-HEADS = ("fused", *DIFFUSION)
+#: The score that joins all others.
+FUSED = "fused"
+# Set once, on sets far from and near to CIFAR-10 (tests/benchmarks/RESULTS.md): a balance of the two, for all data.
 _DIFFUSION_WEIGHT = 0.75
 
 
-class FusedHeads(nn.Module):
-    """Diffusion and neighbours in one score; its state dict is what a saved detector holds.
+class Heads(nn.Module):
+    """All scores of a detector; its state dict is what a saved detector holds.
 
-    ``diffusion`` reconstructs the stages, ``banks`` look up neighbours of deep features, ``logits`` asks a classifier's
-    own logits, where that is wanted. Each of the heads ``layerwise``, ``knn_<space>`` ... and ``energy`` ... becomes a
-    z-score (of a distance: of its logarithm) among held-out in-domain images (``mean`` and ``deviation`` (heads,)), and
-    ``fusion`` joins them.
+    The diffusion score and each member become z-scores among held-out in-domain images (of a distance: its logarithm),
+    and ``fused`` is their weighted sum. Whichever score is the detector's own is shifted and scaled to mean 0 and
+    standard deviation 1 over the images that calibrate it, and so is the score of each layer.
 
     Parameters
     ----------
-    columns : mapping of names to slices
-        Where the vectors lie: :attr:`featdiff.features.extractor.FeatureExtractor.columns`.
-    neighbors : int
-        Neighbours that count; 0 does without them.
-    bank_rows : int
-        Vectors in each bank.
-    fusion, backend : str
-        See :class:`featdiff.scores.fusion.Fusion` and :func:`featdiff.scores.neighbors.make_index`.
-    logit_heads : some of :data:`featdiff.scores.logits.LOGIT_HEADS`
-    diffusion : further arguments of :class:`DiffusionHeads`
+    diffusion : Diffusion
+    members : sequence of Score
+        What ``fused`` joins besides the diffusion score.
+    head : str, default "fused"
+        Which score is the detector's own: ``fused``, a diffusion score, or a member's name.
+
+    Attributes
+    ----------
+    layers : list of str
+        Layers that have a score of their own.
+    mean, deviation : Tensors of shape (1 + members,)
+        Of the scores that are joined, over held-out images.
+    location, scale : Tensors of shape (1 + layers,)
+        Of the detector's own score and of the layers' scores, over calibration images.
     """
 
+    weights: Tensor
     mean: Tensor
     deviation: Tensor
+    location: Tensor
+    scale: Tensor
 
-    def __init__(
-        self,
-        columns: Mapping[str, slice],
-        *,
-        neighbors: int,
-        bank_rows: int,
-        fusion: str,
-        backend: str,
-        logit_heads: Sequence[str] = (),
-        **diffusion: Any,
-    ) -> None:
+    def __init__(self, diffusion: Diffusion, members: Sequence[Score] = (), head: str = FUSED) -> None:
         super().__init__()
-        layers = [name for name in columns if not name.endswith(SPREAD) and name != LOGITS]
-        stages = [name for name in layers if name != PRE_LOGITS]
-        self.diffusion = DiffusionHeads([columns[name].stop - columns[name].start for name in stages], **diffusion)
-        self._stage_columns = [i for name in stages for i in range(columns[name].start, columns[name].stop)]
-        self.banks = Banks(columns, bank_rows, neighbors, backend) if neighbors else None
-        self.layers = [*stages, *(name for name in layers if self.banks and name == PRE_LOGITS)]
-        self.logits = LogitHeads(logit_heads, columns) if logit_heads else None
-        self.names = ["layerwise", *(self.banks.names if self.banks else []), *logit_heads]
-        weights = [_DIFFUSION_WEIGHT, *(1.0 for _ in self.names[1:])]
-        self.fusion = Fusion(len(self.names), fusion, weights)
-        self.register_buffer("mean", torch.zeros(len(self.names)))
-        self.register_buffer("deviation", torch.ones(len(self.names)))
+        self.head = head
+        self.diffusion = diffusion
+        self.members = nn.ModuleList(members)
+        self._scores: list[Score] = list(members)
+        self._diffusion_scores = {name: kind(diffusion) for name, kind in DIFFUSION.items()}
+        self._of_layer = [score for score in members if score.layer]
+        self.layers = [*self.layout.stage_names, *(str(score.layer) for score in self._of_layer)]
+
+        joined = 1 + len(members)
+        weights = torch.ones(joined)
+        weights[0] = _DIFFUSION_WEIGHT
+        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("mean", torch.zeros(joined))
+        self.register_buffer("deviation", torch.ones(joined))
+        self.register_buffer("location", torch.zeros(1 + len(self.layers)))
+        self.register_buffer("scale", torch.ones(1 + len(self.layers)))
         self.requires_grad_(False).eval()
 
-    def stages(self, features: Tensor) -> Tensor:
-        """Rows of an extractor (B, D) -> what the denoiser works on: block-normalised stages (B, sum of widths)."""
-        return self.diffusion.normalised(self.pooled(features))
+    @property
+    def layout(self) -> FeatureLayout:
+        """What a row of features holds."""
+        return self.diffusion.layout
 
-    def pooled(self, features: Tensor) -> Tensor:
-        """Rows of an extractor (B, D) -> the stages as they are: what ``diffusion`` takes."""
-        return features[:, self._stage_columns]
+    @property
+    def scores(self) -> dict[str, Score]:
+        """The scores that are computed one by one, by name: those of diffusion, and the members."""
+        return {**self._diffusion_scores, **{score.name: score for score in self._scores}}
 
-    def fill_banks(self, features: Tensor) -> None:
-        """Give the banks their in-domain features (bank_rows, D); nothing to do without neighbours."""
-        if self.banks is not None:
-            self.banks.fit(features)
+    # ---- fit ----
+
+    def fit(self, features: Features, context: Context) -> TrainingState:
+        """Train the denoisers, fit the members, and set the statistics of both.
+
+        Parameters
+        ----------
+        features : Features
+            In-domain rows that members may keep: some of those that train.
+        context : Context
+
+        Returns
+        -------
+        TrainingState
+            What came of training.
+        """
+        state = self.diffusion.fit(context)
+        for score in self._scores:
+            score.fit(features, context)
+        self.fit_statistics(context.validation[:])
+        return state
 
     @torch.inference_mode()
     def fit_statistics(self, features: Tensor) -> None:
-        """Set all means and deviations from held-out in-domain features (N, D)."""
+        """Set ``mean`` and ``deviation`` from held-out in-domain features (N, D)."""
         with full_precision(self.mean):
-            self.diffusion.fit_statistics(self.pooled(features))
-            raw = torch.cat([self._raw(rows, ("layerwise",))[0] for rows in features.split(1024)])
-            self.mean.copy_(raw.mean(0))
-            self.deviation.copy_(raw.std(0, correction=0).clamp_min(0.05))
-            self.fusion.fit(self._z(raw))
+            raw = torch.cat([self._raw(part)[0] for part in features.split(1024)])
+            mean, deviation = statistics(raw)
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
 
     @torch.inference_mode()
-    def forward(self, features: Tensor, names: Sequence[str] = HEADS) -> tuple[dict[str, Tensor], Tensor]:
-        """Rows of an extractor (B, D) -> ({name: (B,)}, layer scores (B, L)); higher = more OOD.
+    def fit_scale(self, scores: Tensor) -> None:
+        """Set ``location`` and ``scale`` from :meth:`unscaled` scores of the images that calibrate (N, 1 + layers)."""
+        std = scores.std(0, correction=0)
+        self.location.copy_(scores.mean(0))
+        self.scale.copy_(torch.where(std > 0, std, 1.0))
 
-        ``fused`` joins the heads; asked for, it brings each ``knn_<space>`` along: the geometric mean of distances, and
-        the heads that look at logits.
-        The score of layer ``pre_logits`` is its neighbours', in standard deviations of its logarithm.
+    # ---- score ----
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of features -> the detector's own score and that of each layer.
+
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+
+        Returns
+        -------
+        ood_score : Tensor of shape (B,)
+        layer_scores : Tensor of shape (B, L)
+            Both higher = more OOD, about 0 +- 1 for in-domain images.
         """
+        scaled = self.rescaled(self.unscaled(features))
+        return scaled[:, 0], scaled[:, 1:]
+
+    def rescaled(self, scores: Tensor) -> Tensor:
+        """:meth:`unscaled` scores (B, 1 + L) -> shifted and scaled."""
+        return (scores - self.location) / self.scale
+
+    @torch.inference_mode()
+    def unscaled(self, features: Tensor) -> Tensor:
+        """Rows of features (B, D) -> the detector's own score, then that of each layer, as they come (B, 1 + L)."""
+        features = features.to(self.mean.device)
         with full_precision(self.mean):
-            raw, out, layers = self._raw(features, (*names, "layerwise"))
-            z = self._z(raw)
-            if "layerwise" not in names:
-                del out["layerwise"]
-            if "fused" in names:
-                out = {"fused": self.fusion(z)} | out
-                apart = {name: raw[:, i] for i, name in enumerate(self.names) if i}
-                out |= {name: score.exp() if name.startswith("knn_") else score for name, score in apart.items()}
-            if PRE_LOGITS in self.layers:
-                layers = torch.cat([layers, z[:, [self.names.index(f"knn_{PRE_LOGITS}")]]], dim=1)
-        return out, layers
+            if self.head in DIFFUSION and not self._scores:
+                layers = self.diffusion.layer_scores(features)
+                own = self.diffusion.join(layers) if self.head == "layerwise" else self.scores[self.head](features)
+                return torch.cat([own[:, None], layers], dim=1)
 
-    def _raw(self, features: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """What is standardised, (B, heads): the diffusion score, logarithms of distances, and scores of logits."""
-        out, layers = self.diffusion(self.pooled(features), names)
-        raw = out["layerwise"][:, None]
-        if self.banks is not None:
-            raw = torch.cat([raw, self.banks(features).log()], dim=1)
-        if self.logits is not None:
-            raw = torch.cat([raw, self.logits(features.to(raw.device))], dim=1)
-        return raw, out, layers
+            raw, layers = self._raw(features)
+            z = (raw - self.mean) / self.deviation
+            own = weighted_sum(z, self.weights) if self.head == FUSED else self.scores[self.head](features)
+            further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
+            return torch.cat([own[:, None], layers, *further], dim=1)
 
-    def _z(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.deviation
+    @torch.inference_mode()
+    def all_scores(self, features: Tensor) -> dict[str, Tensor]:
+        """Rows of features (B, D) -> each of :attr:`scores` (B,) by name."""
+        features = features.to(self.mean.device)
+        with full_precision(self.mean):
+            return {name: score(features) for name, score in self.scores.items()}
+
+    def _raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What is standardised (B, 1 + members), and the scores of the stages (B, stages)."""
+        features = features.to(self.mean.device)
+        layers = self.diffusion.layer_scores(features)
+        columns = [self.diffusion.join(layers)]
+        for score in self._scores:
+            value = score(features)
+            columns.append(log(value) if score.log_scale else value)
+        return torch.stack(columns, dim=1), layers

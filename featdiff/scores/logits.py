@@ -1,85 +1,135 @@
-"""What a classifier's own logits say about being out-of-distribution, for fusion with the other heads."""
+"""What a classifier's own logits say about being out-of-distribution."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..exceptions import UsageError
-from ..features.layout import LOGITS, PRE_LOGITS
-
-#: energy: Liu et al., NeurIPS 2020; msp: Hendrycks & Gimpel, ICLR 2017; vim: Wang et al., CVPR 2022.
-LOGIT_HEADS = ("energy", "msp", "vim")
+from ..features.layout import FeatureLayout, Part
+from .registry import Context, Features, Score, register
 
 
-class LogitHeads(nn.Module):
-    """Scores from logits (and, for ViM, pre-logits), higher = more OOD.
-
-    ``energy``: -logsumexp of the logits. ``msp``: the logarithm of 1 - the largest probability. ``vim``: the norm of
-    what of the pre-logits lies outside the principal subspace of in-domain ones, brought to the scale of logits, minus
-    their logsumexp. ``origin`` (d,), ``basis`` (d, d), of which the principal directions are zero, and ``scale`` () are
-    ViM's.
-
-    Parameters
-    ----------
-    names : some of ``LOGIT_HEADS``
-    columns : mapping of names to slices
-        Where ``logits`` and ``pre_logits`` lie in a row of features.
+class LogitScore(Score):
+    """A score of rows that hold a classifier's logits.
 
     Raises
     ------
     UsageError
-        ViM without ``pre_logits``, or MSP with a single logit.
+        The rows do not.
+    """
+
+    reads_logits = True
+
+    def __init__(self, layout: FeatureLayout) -> None:
+        super().__init__(layout)
+        if layout.logits is None:
+            raise UsageError(
+                f"the score {self.name!r} needs logits: give a classifier (a module) as backbone, or use featdiff.Guard"
+            )
+        self._logits: Part = layout.logits
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Rows of features (B, D) -> logits (B, classes)."""
+        return features[:, self._logits.columns]
+
+
+@register("energy", head=True)
+class Energy(LogitScore):
+    """-logsumexp of the logits (Liu et al., NeurIPS 2020)."""
+
+    @torch.inference_mode()
+    def forward(self, features: Tensor) -> Tensor:
+        """Rows of features (B, D) -> (B,), higher = more OOD."""
+        return -self.logits(features).logsumexp(1)
+
+
+@register("msp", head=True)
+class MaximumSoftmax(LogitScore):
+    """Logarithm of 1 - the largest class probability (Hendrycks & Gimpel, ICLR 2017), <= 0.
+
+    Raises
+    ------
+    UsageError
+        A single logit.
+    """
+
+    def __init__(self, layout: FeatureLayout) -> None:
+        super().__init__(layout)
+        if self._logits.width < 2:
+            raise UsageError("msp compares probabilities of classes, and this classifier gives a single logit")
+
+    @torch.inference_mode()
+    def forward(self, features: Tensor) -> Tensor:
+        """Rows of features (B, D) -> (B,), higher = more OOD."""
+        logits = self.logits(features)
+        # of all but the largest, so that nothing is lost where it is almost 1
+        others = logits.topk(logits.shape[1], dim=1).values[:, 1:]
+        return others.logsumexp(1) - logits.logsumexp(1)
+
+
+@register("vim", head=True)
+class VirtualLogit(LogitScore):
+    """ViM (Wang et al., CVPR 2022): what of the pre-logits lies outside their principal subspace, beside the logits.
+
+    The norm of that residual, brought to the scale of logits, minus the logsumexp of the logits.
+
+    Attributes
+    ----------
+    origin : Tensor of shape (d,)
+    basis : Tensor of shape (d, d)
+        The principal directions are zero.
+    scale : Tensor of shape ()
+
+    Raises
+    ------
+    UsageError
+        The rows hold no pre-logits.
     """
 
     origin: Tensor
     basis: Tensor
     scale: Tensor
 
-    def __init__(self, names: Sequence[str], columns: Mapping[str, slice]) -> None:
-        super().__init__()
-        self.names = tuple(names)
-        self._columns = {name: columns[name] for name in (LOGITS, PRE_LOGITS) if name in columns}
-        if "msp" in names and columns[LOGITS].stop - columns[LOGITS].start < 2:
-            raise UsageError("msp compares probabilities of classes, and this classifier gives a single logit")
-        if "vim" in names:
-            if PRE_LOGITS not in columns:
-                raise UsageError(f"vim looks at the layer {PRE_LOGITS}: name it among the layers")
-            width = columns[PRE_LOGITS].stop - columns[PRE_LOGITS].start
-            self.register_buffer("origin", torch.zeros(width))
-            self.register_buffer("basis", torch.eye(width))
-            self.register_buffer("scale", torch.ones(()))
+    def __init__(self, layout: FeatureLayout) -> None:
+        super().__init__(layout)
+        if layout.pre_logits is None:
+            raise UsageError("vim looks at the layer pre_logits: name it among the layers")
+        self._pre_logits: Part = layout.pre_logits
+        self.register_buffer("origin", torch.zeros(self._pre_logits.width))
+        self.register_buffer("basis", torch.eye(self._pre_logits.width))
+        self.register_buffer("scale", torch.ones(()))
 
     @torch.inference_mode()
-    def fit_vim(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> LogitHeads:
-        """Fit ViM on in-domain rows (N, D), for a classifier of these weights (classes, d) and biases (classes,)."""
-        weight = weight.detach().flatten(1).double()
+    def fit(self, features: Features, context: Context | None = None) -> Self:
+        """Fit on in-domain features (N, D), for the context's classifier."""
+        if context is None or context.classifier is None:
+            raise UsageError("vim needs the linear layer that gives the logits")
+        weight = context.classifier.weight.detach().flatten(1).double()
+        bias = context.classifier.bias
         if bias is not None:
             self.origin.copy_(-(torch.linalg.pinv(weight) @ bias.detach().double()))
-        logits, pre_logits = (features.to(self.origin)[:, self._columns[name]] for name in (LOGITS, PRE_LOGITS))
-        shifted = (pre_logits - self.origin).double()
+
+        rows = features[:].to(self.origin)
+        shifted = (rows[:, self._pre_logits.columns] - self.origin).double()
         _, directions = torch.linalg.eigh(shifted.T @ shifted / len(shifted))  # ascending
         width = len(directions)
-        principal = 1000 if width > 1500 else 512 if width >= 768 else width // 2  # as the paper has it
+        principal = 1000 if width > 1500 else 512 if width >= 768 else width // 2  # as in the paper
         directions[:, width - principal :] = 0
         self.basis.copy_(directions)
-        residual = ((pre_logits - self.origin) @ self.basis).norm(dim=1)
+
+        residual = self._residual(rows)
         tiny = torch.finfo(residual.dtype).tiny
-        self.scale.copy_(logits.amax(1).mean().clamp_min(tiny) / residual.mean().clamp_min(tiny))
+        largest = self.logits(rows).amax(1)
+        self.scale.copy_(largest.mean().clamp_min(tiny) / residual.mean().clamp_min(tiny))
         return self
 
+    @torch.inference_mode()
     def forward(self, features: Tensor) -> Tensor:
-        """Rows (B, D) -> (B, heads), in the order of ``names``."""
-        logits = features[:, self._columns[LOGITS]]
-        energy = -logits.logsumexp(1)
-        scores = {"energy": energy}
-        if "msp" in self.names:
-            # of all but the largest, so that nothing is lost where it is almost 1
-            others = logits.topk(logits.shape[1], dim=1).values[:, 1:]
-            scores["msp"] = others.logsumexp(1) + energy
-        if "vim" in self.names:
-            residual = ((features[:, self._columns[PRE_LOGITS]] - self.origin) @ self.basis).norm(dim=1)
-            scores["vim"] = self.scale * residual + energy
-        return torch.stack([scores[name] for name in self.names], dim=1)
+        """Rows of features (B, D) -> (B,), higher = more OOD."""
+        return self.scale * self._residual(features) - self.logits(features).logsumexp(1)
+
+    def _residual(self, features: Tensor) -> Tensor:
+        return ((features[:, self._pre_logits.columns] - self.origin) @ self.basis).norm(dim=1)

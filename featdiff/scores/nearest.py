@@ -1,122 +1,106 @@
-"""Banks of in-domain vectors in which neighbours are looked up, one for each space that deep features offer."""
+"""Distances to the nearest in-domain vectors, one score for each space that deep features offer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features.hooks import SPREAD
-from ..features.layout import LOGITS, PRE_LOGITS, block_normalise
+from ..features.layout import PRE_LOGITS, FeatureLayout, Kind, Part, block_normalise
 from .neighbors import CodedIndex, Index, make_index
+from .registry import Context, Features, Options, Score, register
 
 
-class Banks(nn.Module):
-    """Distances to the nearest in-domain vectors, in up to three spaces.
+class NearestNeighbors(Score):
+    """Geometric mean of the distances to the ``neighbors`` nearest in-domain vectors, in one space.
 
-    The last stage: mean and spatial deviation of its channels, each block-normalised. ``pre_logits``:
-    the square root of their means, and of their deviations, each of length 1 (their lengths and sparsity tell most,
-    so nothing is subtracted). Vectors are kept as 8-bit numbers with a scale each.
+    The mean over the first neighbours says more than the k-th alone (Sun et al., ICML 2022): it looks at the density
+    near the image at several scales. Vectors are kept as 8-bit numbers with a scale each.
 
     Parameters
     ----------
-    columns : mapping of names to slices
-        Where an extractor's vectors lie: :attr:`featdiff.features.extractor.FeatureExtractor.columns`.
-    rows : int
-        Vectors in each bank.
-    k : int
-        Neighbours that count.
-    backend : str
-        See :func:`featdiff.scores.neighbors.make_index`.
+    layout : FeatureLayout
+    parts : sequence of Part
+        What a vector is made of. Stages and their spatial standard deviations are block-normalised. Of pre-logits and
+        theirs the square root is taken and brought to length 1 (their lengths and sparsity tell most, so nothing is
+        subtracted).
+    options : Options
+        ``rows`` vectors are kept.
+
+    Attributes
+    ----------
+    vectors : Tensor of shape (rows, width), int8
+    scales : Tensor of shape (rows, 1)
     """
 
-    scales_0: Tensor
+    log_scale = True
+    vectors: Tensor
+    scales: Tensor
 
-    def __init__(self, columns: Mapping[str, slice], rows: int, k: int, backend: str = "auto") -> None:
-        super().__init__()
-        self.k, self.backend = min(k, rows), backend
-        self.spaces = _spaces(columns)
-        self._columns = dict(columns)
-        self._indices: list[Index] = []
-        for i, parts in enumerate(self.spaces.values()):
-            width = sum(_width(columns[part]) for part in parts)
-            self.register_buffer(f"vectors_{i}", torch.zeros(rows, width, dtype=torch.int8))
-            self.register_buffer(f"scales_{i}", torch.ones(rows, 1))
-
-    @property
-    def names(self) -> list[str]:
-        """``knn_<space>`` for each space."""
-        return [f"knn_{space}" for space in self.spaces]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banks:
-        if isinstance(self._indices, list):  # those lie where the vectors lay
-            self._indices = []
-        return super()._apply(fn, recurse)
+    def __init__(self, layout: FeatureLayout, parts: Sequence[Part], options: Options) -> None:
+        super().__init__(layout)
+        self.name = f"knn_{parts[0].name}"
+        self.parts = tuple(parts)
+        self.layer = PRE_LOGITS if parts[0].kind is Kind.PRE_LOGITS else None
+        self.k = min(options.neighbors, options.rows)
+        self.backend = options.backend
+        # in a tuple, so that a FAISS index is not taken for a submodule
+        self._index: tuple[Index, ...] = ()
+        width = sum(part.width for part in parts)
+        self.register_buffer("vectors", torch.zeros(options.rows, width, dtype=torch.int8))
+        self.register_buffer("scales", torch.ones(options.rows, 1))
 
     @torch.inference_mode()
-    def fit(self, features: Tensor) -> Banks:
-        """Fill the banks with in-domain features (rows, D)."""
-        for i, space in enumerate(self.spaces):
-            vectors = self._view(features.to(self.scales_0.device), space)
-            scales = vectors.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-            getattr(self, f"vectors_{i}").copy_((vectors / scales).round())
-            getattr(self, f"scales_{i}").copy_(scales)
-        self._indices = []
+    def fit(self, features: Features, context: Context | None = None) -> Self:
+        """Keep in-domain features (rows, D)."""
+        vectors = self.view(features[:].to(self.scales.device))
+        scales = vectors.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.vectors.copy_((vectors / scales).round())
+        self.scales.copy_(scales)
+        self._index = ()
         return self
 
     @torch.inference_mode()
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, D) -> (B, spaces): geometric mean of the distances to the ``k`` nearest, higher = more OOD.
+        """Rows of features (B, D) -> (B,), > 0, higher = more OOD."""
+        index = self._index  # kept by this name: another thread may move the vectors
+        if not index:  # built when first needed: a loaded score may lie on another device
+            index = self._index = (make_index(self.vectors.float() * self.scales, self.backend),)
+        distances = index[0].search(self.view(features.to(self.scales.device)), self.k)[0]
+        smallest = torch.finfo(torch.float32).eps  # a copy of an image that is kept has distance 0
+        return distances.clamp_min(smallest).log().mean(1).exp()
 
-        The mean over the first neighbours says more than the k-th alone (Sun et al., ICML 2022): it looks at the
-        density near the image at several scales.
-        """
-        return torch.stack([self.distances(features, space) for space in self.spaces], dim=1)
-
-    @torch.inference_mode()
-    def distances(self, features: Tensor, space: str) -> Tensor:
-        """The same in one space alone: (B, D) -> (B,)."""
-        indices = self._indices  # kept by this name: another thread may move the banks
-        if not indices:  # built when first needed: a loaded bank may lie on another device
-            indices = self._indices = [make_index(self._bank(i), self.backend) for i in range(len(self.spaces))]
-        index = indices[list(self.spaces).index(space)]
-        found = index.search(self._view(features.to(self.scales_0.device), space), self.k)[0]
-        tiny = torch.finfo(torch.float32).eps  # a copy of a bank's image has distance 0
-        return found.clamp_min(tiny).log().mean(1).exp()
+    def view(self, features: Tensor) -> Tensor:
+        """Rows of features (B, D) -> vectors in which neighbours are searched (B, width)."""
+        vectors = self.layout.take(features, self.parts)
+        if self.parts[0].layer == PRE_LOGITS:
+            return F.normalize(vectors.sign() * vectors.abs().sqrt(), dim=1)
+        return block_normalise(vectors, [part.width for part in self.parts])
 
     def search_coded(self) -> None:
-        """From now on search by tensor operations alone, exactly, whatever ``backend`` says; for an export."""
-        found = [CodedIndex(*self._coded(i)) for i in range(len(self.spaces))]
-        self._indices = cast(list[Index], nn.ModuleList(found))
+        """From now on search by tensor operations alone, exactly, whatever the backend; for an export."""
+        index = CodedIndex(self.vectors, self.scales)
+        self.index = index  # a submodule, so that its tensors are found
+        self._index = (cast(Index, index),)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not isinstance(getattr(self, "index", None), nn.Module):
+            self._index = ()  # it lies where the vectors lay
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_indices": []}  # a copy builds its own: FAISS' are not ours to copy
-
-    def _coded(self, i: int) -> tuple[Tensor, Tensor]:
-        """The 8-bit vectors (rows, width) of a space, and their scales (rows, 1)."""
-        return getattr(self, f"vectors_{i}"), getattr(self, f"scales_{i}")
-
-    def _bank(self, i: int) -> Tensor:
-        vectors, scales = self._coded(i)
-        return vectors.float() * scales
-
-    def _view(self, features: Tensor, space: str) -> Tensor:
-        parts = [features[:, self._columns[part]] for part in self.spaces[space]]
-        if space.removesuffix(SPREAD) == PRE_LOGITS:
-            return F.normalize(torch.cat([part.sign() * part.abs().sqrt() for part in parts], 1), dim=1)
-        return block_normalise(torch.cat(parts, 1), [part.shape[1] for part in parts])
+        return self.__dict__ | {"_index": ()}  # a copy builds its own: FAISS' are not ours to copy
 
 
-def _spaces(columns: Mapping[str, slice]) -> dict[str, Sequence[str]]:
-    """Name of each space -> the columns it is made of."""
-    stages = [name for name in columns if name.removesuffix(SPREAD) not in (PRE_LOGITS, LOGITS)]
-    last = [name for name in stages if not name.endswith(SPREAD)][-1]
-    spaces: dict[str, Sequence[str]] = {last: [name for name in (last, last + SPREAD) if name in columns]}
-    return spaces | {name: [name] for name in (PRE_LOGITS, PRE_LOGITS + SPREAD) if name in columns}
-
-
-def _width(columns: slice) -> int:
-    return int(columns.stop - columns.start)
+@register("neighbors", head=True)
+def neighbors(layout: FeatureLayout, options: Options) -> list[Score]:
+    """In the last stage, in the pre-logits, and in the spatial standard deviations of these, where there are such."""
+    last = [layout.last_stage, layout.spatial_std(layout.last_stage)]
+    spaces = [[part for part in last if part is not None]]
+    if layout.pre_logits is not None:
+        std = layout.spatial_std(layout.pre_logits)
+        spaces += [[part] for part in (layout.pre_logits, std) if part is not None]
+    return [NearestNeighbors(layout, parts, options) for parts in spaces]

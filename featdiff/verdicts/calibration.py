@@ -1,9 +1,10 @@
-"""Held-out in-domain scores -> conformal p-values and thresholds. Knows no images."""
+"""Held-out in-domain scores -> conformal p-values, flags and thresholds. Knows no images."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,60 +12,151 @@ from torch import Tensor
 
 from ..exceptions import UsageError
 
-# k / (n + 1) and the same rate written as a decimal may differ in the last bits
+# k / (n + 1) and the same rate written as a decimal may differ in the last bits.
 _SLACK = 1e-9
 # The same where p-values are float32; two of them are never so close, for n is at most 10,000.
 _ROUNDING = 1e-7
+
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
-def p_values(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
-    """Split-conformal p-values: (1 + #{calibration >= score}) / (n + 1), in (0, 1]; small = out-of-distribution.
-
-    If an image comes from the distribution of the calibration images, P(p <= a) <= a for every a (Vovk et al. 2005;
-    Bates et al. 2023, arXiv 2104.08279). The guarantee is on average over calibration sets.
-
-    Parameters
-    ----------
-    scores : (B,), higher = more OOD. NaN gives NaN.
-    calibration : (n,) sorted ascending, scores of in-domain images that took no part in training.
-    """
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(calibration) + 1))
+def check_fpr(fpr: object) -> float:
+    """A false-alarm rate (``UsageError`` unless it lies between 0 and 1)."""
+    if not isinstance(fpr, int | float | np.floating) or not 0 < fpr < 1:
+        raise UsageError(f"fpr, the false-alarm rate, must lie between 0 and 1, not {fpr}", argument="fpr")
+    return float(fpr)
 
 
-def tensor_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
-    """The same on tensors of any device: (B,), (n,) float32 -> (B,) float32. Can be traced for export."""
-    at_least = (calibration >= scores[:, None]).sum(1)
-    return torch.where(scores.isnan(), scores, (1 + at_least) / (len(calibration) + 1))
-
-
-def flagged(p: Array, fpr: float) -> Array:
-    """p-values (B,) -> (B,) bool, ``p <= fpr``; NaN is not flagged."""
-    return p <= fpr + _ROUNDING
-
-
-def check_fpr(fpr: float, n: int | None = None) -> None:
-    """Refuse a false-alarm rate that ``n`` calibration scores cannot support (less than 1 / (n + 1)).
+def check_supported(fpr: float, n: int) -> None:
+    """Refuse a false-alarm rate that ``n`` held-out scores cannot support: one below 1 / (n + 1).
 
     Raises
     ------
     UsageError
-        Naming the number of calibration images that would do.
+        Naming the number of held-out images that would do.
     """
-    if not isinstance(fpr, int | float | np.floating) or not 0 < fpr < 1:
-        raise UsageError(f"the false-alarm rate (--fpr) must lie between 0 and 1, not {fpr}")
-    if n is not None and (fpr + _SLACK) * (n + 1) < 1:
-        needed = math.ceil(1 / (fpr + _SLACK)) - 1
-        raise UsageError(
-            f"--fpr {fpr:g} needs at least {needed} held-out images for calibration, and there are {n}: "
-            f"train on more images, or ask for --fpr {math.ceil(1000 / (n + 1)) / 1000:g} or more"
-        )
+    check_fpr(fpr)
+    if (fpr + _SLACK) * (n + 1) >= 1:
+        return
+    needed = math.ceil(1 / (fpr + _SLACK)) - 1
+    raise UsageError(
+        f"fpr {fpr:g} needs at least {needed} held-out images for calibration, and there are {n}: "
+        f"train on more images, or ask for fpr {math.ceil(1000 / (n + 1)) / 1000:g} or more",
+        argument="fpr",
+    )
 
 
-def threshold(calibration: np.ndarray, fpr: float) -> float:
-    """The largest score that is not flagged at this rate: ``score > threshold`` is the same as ``p <= fpr``."""
-    check_fpr(fpr, len(calibration))
-    n = len(calibration)
-    allowed = int(flagged(np.arange(1, n + 1) / (n + 1), fpr).sum()) - 1  # calibration scores that may lie at or above
-    return float(calibration[n - 1 - allowed])
+class Calibration:
+    """Scores of in-domain images that took no part in training: what a new score is compared with.
+
+    Split-conformal: if an image comes from the distribution of the held-out images, P(p <= a) <= a for every a (Vovk et
+    al. 2005; Bates et al. 2023, arXiv 2104.08279). The guarantee is on average over held-out sets.
+
+    Parameters
+    ----------
+    scores : array of shape (n,)
+        Higher = more OOD, in any order; at least one, all finite.
+
+    Attributes
+    ----------
+    scores : ndarray of shape (n,)
+        Sorted ascending, float64, read-only.
+
+    Raises
+    ------
+    UsageError
+        No score, or one that is not finite.
+
+    Examples
+    --------
+    >>> calibration = Calibration([0.1, 0.2, 0.3, 0.4])
+    >>> calibration.p_values(np.array([0.0, 0.25, 9.0]))
+    array([1. , 0.6, 0.2])
+    >>> calibration.threshold(fpr=0.4)
+    0.3
+    """
+
+    def __init__(self, scores: np.ndarray | Sequence[float]) -> None:
+        self.scores = np.sort(np.asarray(scores, dtype=np.float64))
+        if self.scores.ndim != 1 or not len(self.scores) or not np.isfinite(self.scores).all():
+            raise UsageError("calibration needs a list of at least one score, all finite")
+        self.scores.flags.writeable = False
+        self._tensors: dict[Any, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        return f"Calibration(n={len(self)}, smallest_fpr={self.smallest_fpr:.2g})"
+
+    def __deepcopy__(self, memo: object) -> Calibration:
+        return self  # nothing about it changes
+
+    @property
+    def smallest_fpr(self) -> float:
+        """The smallest false-alarm rate that so many held-out images support, 1 / (n + 1)."""
+        return 1 / (len(self) + 1)
+
+    def check(self, fpr: float) -> None:
+        """Refuse a false-alarm rate below :attr:`smallest_fpr`; see :func:`check_supported`."""
+        check_supported(fpr, len(self))
+
+    def p_values(self, scores: Array) -> Array:
+        """Conformal p-values: (1 + #{held-out scores >= score}) / (n + 1).
+
+        Parameters
+        ----------
+        scores : ndarray or Tensor of shape (B,)
+            Higher = more OOD. NaN gives NaN. A tensor may be on any device, and the computation can be traced.
+
+        Returns
+        -------
+        ndarray or Tensor of shape (B,)
+            In (0, 1]; small = out-of-distribution.
+        """
+        n = len(self)
+        if isinstance(scores, Tensor):
+            at_least = (self._like(scores) >= scores[:, None]).sum(1)
+            return torch.where(scores.isnan(), scores, (1 + at_least) / (n + 1))
+        at_least = n - np.searchsorted(self.scores, scores, side="left")
+        return np.where(np.isnan(scores), np.nan, (1 + at_least) / (n + 1))
+
+    def flags(self, scores: Array, fpr: float) -> tuple[Array, Array]:
+        """Scores -> p-values and verdicts.
+
+        Parameters
+        ----------
+        scores : ndarray or Tensor of shape (B,)
+        fpr : float
+            False-alarm rate, not below :attr:`smallest_fpr`.
+
+        Returns
+        -------
+        p_value, is_ood : ndarrays or Tensors of shape (B,)
+            ``is_ood`` where ``p_value <= fpr``; NaN is not flagged.
+        """
+        p_value = self.p_values(scores)
+        is_ood: Any = p_value <= fpr + _ROUNDING
+        return p_value, is_ood
+
+    def threshold(self, fpr: float) -> float:
+        """The largest score that is not flagged at this rate: ``score > threshold`` is the same as ``p <= fpr``.
+
+        Raises
+        ------
+        UsageError
+            A rate that so few held-out images cannot support.
+        """
+        self.check(fpr)
+        n = len(self)
+        ranks = np.arange(1, n + 1) / (n + 1)  # p-values of a score that 0, 1 ... held-out ones reach
+        reached = int((ranks <= fpr + _ROUNDING).sum()) - 1
+        return float(self.scores[n - 1 - reached])
+
+    def _like(self, scores: Tensor) -> Tensor:
+        """The held-out scores (n,) where ``scores`` are, in their precision."""
+        place = (scores.device, scores.dtype)
+        if place not in self._tensors:
+            with torch.inference_mode(False):  # it outlives this call
+                self._tensors[place] = torch.tensor(self.scores, dtype=scores.dtype, device=scores.device)
+        return self._tensors[place]

@@ -1,0 +1,314 @@
+"""Settings of detectors: frozen dataclasses that are checked when they are made.
+
+A constructor's arguments, a config file and ``config.json`` are these and nothing else. Each class holds a detector's
+own settings and, from :class:`Runtime`, how it runs, which is not part of a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ..data.decoding import MAX_PIXELS, Transform
+from ..diffusion.training import Recipe
+from ..exceptions import UsageError, did_you_mean
+from ..features.layers import Layers
+from ..features.weights import DEFAULT_BACKBONE
+from ..files.cache import default_cache
+from ..runtime.devices import resolve_device
+from ..scores.diffusion import DIFFUSION
+from ..scores.distances import DISTANCES
+from ..scores.fused import FUSED
+from ..scores.neighbors import check_backend, check_coreset
+from ..scores.registry import check_registered, heads, need_logits
+from ..verdicts.calibration import check_fpr
+from .checks import (
+    check_bool,
+    check_choice,
+    check_names,
+    check_neighbors,
+    check_path,
+    check_share,
+    check_text,
+    check_times,
+    check_whole,
+    is_list,
+    is_number,
+    is_whole,
+    make_recipe,
+)
+
+#: Precisions that ``accelerate`` offers for training.
+PRECISIONS = ("no", "bf16")
+#: Ten minutes on two CPU cores at 32 px.
+SMALL_RECIPE = Recipe(
+    epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a detector runs; it is not saved, and may differ wherever a model is loaded.
+
+    Parameters
+    ----------
+    device : str, default "auto"
+        ``auto`` (CUDA, then MPS, then the CPU), ``cpu``, ``cuda``, ``cuda:1`` ...
+    image_batch : int, default 32
+        Images per backbone pass.
+    workers : int, optional
+        Decoding threads; default: one per core, at most 16.
+    max_pixels : int, default 89478485
+        The largest picture that is opened.
+    cache : path, optional
+        Folder of the feature store; default ``$FEATDIFF_CACHE`` or featdiff's folder in the user's cache.
+
+    Raises
+    ------
+    UsageError
+        A value outside its range.
+    """
+
+    device: str = "auto"
+    image_batch: int = 32
+    workers: int | None = None
+    max_pixels: int = MAX_PIXELS
+    cache: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("image_batch", self.image_batch)
+        check_whole("max_pixels", self.max_pixels)
+        if self.workers is not None:
+            check_whole("workers", self.workers)
+        check_path("cache", self.cache)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where features are kept."""
+        return Path(self.cache) if self.cache else default_cache()
+
+    @property
+    def place(self) -> torch.device:
+        """The device that ``device`` means here (``UsageError`` if there is none)."""
+        return resolve_device(self.device)
+
+
+#: Names of the settings that say how a detector runs.
+RUNTIME = tuple(item.name for item in fields(Runtime))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Runtime):
+    """What detectors of all modes have in common.
+
+    Parameters
+    ----------
+    recipe : Recipe or mapping of its fields, optional
+        How networks are trained.
+    calibration, validation : float, default 0.2 and 0.05
+        Shares of the images held out for p-values, and for early stopping and standardising.
+    fpr : float, default 0.05
+        False-alarm rate: this share of in-domain images is flagged. Can be changed when scoring.
+    seed : int, default 0
+        Decides the split, the initial weights, the order of training and the stored noise.
+    """
+
+    recipe: Recipe | Mapping[str, Any] | None = None
+    calibration: float = 0.2
+    validation: float = 0.05
+    fpr: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "recipe", make_recipe(self.recipe))
+        check_share("calibration", self.calibration)
+        check_share("validation", self.validation)
+        check_fpr(self.fpr)
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be a whole number of 0 or more, not {self.seed!r}", argument="seed")
+
+    def with_(self, **changes: Any) -> Self:
+        """The same settings with some changed, checked again."""
+        return replace(self, **changes)
+
+    def saved(self) -> dict[str, Any]:
+        """What ``config.json`` says of them: all but how it runs."""
+        values = {name: getattr(self, name) for name in self.names() if name not in RUNTIME}
+        values["recipe"] = asdict(make_recipe(self.recipe))
+        if values.get("weights") is not None:
+            values["weights"] = str(Path(values["weights"]).absolute())
+        return values
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of all settings."""
+        return [item.name for item in fields(cls)]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Settings from a table of them.
+
+        Raises
+        ------
+        UsageError
+            An unknown name (its nearest neighbours are named, after ``where``), or a value outside its range.
+        """
+        check_names(values, cls.names(), where)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings(Settings):
+    """Settings of :class:`featdiff.Detector`, which documents them."""
+
+    backbone: str | nn.Module = field(default=DEFAULT_BACKBONE, kw_only=False)
+    weights: str | os.PathLike[str] | None = None
+    pretrained: bool = True
+    model_args: Mapping[str, Any] | None = None
+    transform: Mapping[str, Any] | Transform | None = None
+    input_size: Sequence[int] | None = None
+    layers: Layers = "auto"
+    joint: bool = False
+    hidden_ratio: float = 2.0
+    hidden_max: int = 320
+    blocks: int = 3
+    timesteps: int = 100
+    start_times: Sequence[int] = (70, 95)
+    draws: int = 2
+    stride: int | None = None
+    head: str = FUSED
+    neighbors: int = 5
+    bank_size: int = 10_000
+    coreset: str = "random"
+    backend: str = "auto"
+    extra_heads: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_max", "blocks", "timesteps", "draws", "bank_size"):
+            check_whole(name, getattr(self, name))
+        if self.stride is not None:
+            check_whole("stride", self.stride)
+        if not is_number(self.hidden_ratio) or self.hidden_ratio <= 0:
+            raise UsageError(f"hidden_ratio must be a number above 0, not {self.hidden_ratio!r}", "hidden_ratio")
+        if not isinstance(self.backbone, str | nn.Module):
+            raise UsageError(f"backbone must be a name or a module, not {self.backbone!r}", argument="backbone")
+        check_bool("joint", self.joint)
+        check_bool("pretrained", self.pretrained)
+        check_path("weights", self.weights)
+        check_times("start_times", self.start_times, self.timesteps - 1)
+        check_neighbors(self.neighbors, self.bank_size)
+        check_coreset(self.coreset)
+        check_backend(self.backend)
+        self._check_heads()
+        self._check_input_size()
+
+    def _check_heads(self) -> None:
+        if self.head not in (FUSED, *DIFFUSION):
+            check_choice("head", self.head, [FUSED, *DIFFUSION, *heads()])
+        names = self.extra_heads
+        if not is_list(names) or len(set(names)) < len(names):
+            raise UsageError(f"extra_heads must be a list of different names, not {names!r}", argument="extra_heads")
+        check_registered([str(name) for name in names], among=heads)
+        if need_logits(names) and not isinstance(self.backbone, nn.Module):
+            raise UsageError(
+                f"{', '.join(names)} need logits: give a classifier (a module) as backbone, or use featdiff.Guard",
+                argument="extra_heads",
+            )
+        if names and self.head != FUSED:
+            raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
+
+    def _check_input_size(self) -> None:
+        size = self.input_size
+        if size is None:
+            return
+        if not is_list(size) or len(size) != 3 or not all(is_whole(n) and n > 0 for n in size):
+            raise UsageError(
+                f"input_size must be three whole numbers (channels, height, width), not {size!r}", "input_size"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSettings(Settings):
+    """Settings of :class:`featdiff.PixelDetector`, which documents them."""
+
+    image_batch: int = 8
+    size: int | None = None
+    channels: int | None = None
+    width: int = 16
+    multipliers: Sequence[int] = (1, 2, 4)
+    blocks: int = 1
+    attention: Sequence[int] = (8,)
+    dropout: float = 0.0
+    timesteps: int = 1000
+    flip: bool = False
+    pretrained: str | None = None
+    mask: str = "checkerboard_alt"
+    mask_blocks: int = 8
+    mask_patch: int = 4
+    mask_ratio: float = 0.5
+    repetitions: int = 4
+    sampler: str = "ddpm"
+    steps: int = 20
+    resamplings: int = 1
+    distances: Sequence[str] = ("lpips", "mse", "ssim")
+    aggregate: str = "median"
+    trunk: str = "squeeze"
+    weights: str | os.PathLike[str] | None = None
+    backbone: str = DEFAULT_BACKBONE
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.recipe is None:
+            object.__setattr__(self, "recipe", SMALL_RECIPE)
+        super().__post_init__()
+        for name in ("width", "blocks", "timesteps", "mask_blocks", "mask_patch"):
+            check_whole(name, getattr(self, name))
+        for name in ("repetitions", "steps", "resamplings"):
+            check_whole(name, getattr(self, name))
+        for name in ("size", "channels"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        for name in ("mask", "sampler", "aggregate", "trunk", "backbone"):
+            check_text(name, getattr(self, name))
+        if self.pretrained is not None:
+            check_text("pretrained", self.pretrained)
+        check_path("weights", self.weights)
+        check_bool("flip", self.flip)
+        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        self._check_network()
+        self._check_distances()
+
+    def _check_network(self) -> None:
+        for name in ("multipliers", "attention"):
+            values = getattr(self, name)
+            if not is_list(values) or not all(is_whole(v) and v > 0 for v in values):
+                raise UsageError(f"{name} must be whole numbers above 0, not {values!r}", argument=name)
+        if not self.multipliers:
+            raise UsageError("multipliers must name at least one level", argument="multipliers")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout is a share between 0 and 1, not {self.dropout!r}", argument="dropout")
+        if not is_number(self.mask_ratio):
+            raise UsageError(f"mask_ratio must be a number, not {self.mask_ratio!r}", argument="mask_ratio")
+
+    def _check_distances(self) -> None:
+        names = self.distances
+        if not is_list(names) or not names or len(set(names)) < len(names):
+            raise UsageError(f"distances must be a list of different names, not {names!r}", argument="distances")
+        for name in names:
+            if not isinstance(name, str):
+                raise UsageError(f"distances must be a list of different names, not {names!r}", argument="distances")
+            if name not in DISTANCES:
+                hint = did_you_mean(name, list(DISTANCES))
+                raise UsageError(f"unknown distance {name!r}{hint}; known: {', '.join(DISTANCES)}", "distances")
+
+
+#: Settings by mode, as saved models and config files name it.
+SETTINGS: dict[str, type[FeatureSettings] | type[PixelSettings]] = {"feature": FeatureSettings, "pixel": PixelSettings}
