@@ -65,9 +65,8 @@ def test_the_answer_on_the_front_page_is_what_featdiff_says(newcomer: Path) -> N
 
 
 def _path(line: str) -> str:
-    """What stands behind the numbers of a line: the path, and a reason if there is one."""
-    (start,) = [i for i, word in enumerate(line.split()) if word.startswith("images/")]
-    return " ".join(line.split()[start:])
+    (path,) = [word for word in line.split() if word.startswith("images/")]
+    return path
 
 
 def _numbers(line: str) -> tuple[str, float, float]:
