@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.splits import evenly
+from ..features.layout import FeatureLayout
 from ..features.store import Table
 from ..outliers.boundary import Beyond, boundary_points, default_k, draw
 from ..outliers.space import Space
@@ -85,7 +86,7 @@ class Curriculum:
             if len(rows) < FEWEST:
                 continue
             features = torch.cat([objective.answer(x)[0] for x, _ in self.held_out(rows)]).float()
-            space = Space({"features": slice(0, features.shape[1])}, features)
+            space = Space(FeatureLayout.of_stages({"features": features.shape[1]}), features)
             k = default_k(len(rows))
             points = torch.from_numpy(boundary_points(space.join(features), np.zeros(len(rows)), k))
             rounds = Beyond(space, features, points.to(features.device), k)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..data.labels import list_labelled
 from ..data.splits import Split
 from ..exceptions import ModelError, UsageError, first_line, some_of
-from ..features.layout import PRE_LOGITS
 from ..features.networks import fingerprint
 from ..files.atomic import write_whole
 from ..files.cache import default_cache
@@ -323,7 +322,8 @@ def _as_they_are(rows: Tensor) -> Tensor:
 
 def _kinds(outliers: Outliers) -> tuple[Tensor, ...]:
     """What the bound looks at: pre-logits of outliers where there are such, else whole rows; and latents."""
-    vectors = outliers.vectors[:, outliers.columns.get(PRE_LOGITS, slice(None))]
+    pre_logits = outliers.layout.pre_logits
+    vectors = outliers.vectors if pre_logits is None else outliers.vectors[:, pre_logits.columns]
     return (vectors,) if outliers.latents is None else (vectors, pooled(outliers.latents))
 
 

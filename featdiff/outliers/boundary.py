@@ -165,7 +165,7 @@ class Beyond:
         self.candidates, self.keep = candidates, keep
         self._sigma = sigma
         self._vectors = space.join(rows)
-        self._unit = self._vectors * len(space.columns) ** 0.5
+        self._unit = self._vectors * len(space.parts) ** 0.5
 
     @torch.inference_mode()
     def __call__(self, seed: int) -> Tensor:
@@ -177,7 +177,7 @@ class Beyond:
 
     def _around(self, points: Tensor, noise: Tensor) -> Tensor:
         sigmas, lengths, own, drawn = [], [], [], []
-        for unit, e in zip(self.space.blocks(self._unit), self.space.blocks(noise), strict=True):
+        for unit, e in zip(self.space.split(self._unit), self.space.split(noise), strict=True):
             b = unit[points]
             sigma = self._deviation(b, unit)[:, None]
             squares = b.square().sum(1, keepdim=True) + 2 * sigma * (b @ e.T) + sigma.square() * e.square().sum(1)
@@ -189,7 +189,7 @@ class Beyond:
         products = torch.einsum("pcb,bpn->pcn", share, torch.stack(own))
         products += torch.einsum("pcb,bcn->pcn", share * sigma, torch.stack(drawn))
         # candidates have length 1: what is left of their squared distances orders them alike
-        distances = self._vectors.square().sum(1) - 2 * products / len(self.space.columns)
+        distances = self._vectors.square().sum(1) - 2 * products / len(self.space.parts)
         best = distances.kthvalue(self.k, dim=2).values.topk(self.keep, dim=1).indices
         spread = sigma.repeat_interleave(torch.tensor(self.space.widths, device=sigma.device), dim=2)
         found = self._unit[points][:, None] + spread * noise[best]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..diffusion.reconstruction import reconstruct
 from ..diffusion.schedules import draw_noise
 from ..exceptions import UsageError
-from ..features.layout import PRE_LOGITS
+from ..features.layout import Kind, Part
 from ..scores.neighbors import make_index
 from .boundary import KEEP, kth_distances
 from .space import Space
@@ -75,14 +75,16 @@ class Explained:
     ) -> None:
         check_strength(strength)
         self.space, self.k, self.strength, self.keep = space, k, strength, keep
-        self._diffusion, self._stages = heads.diffusion, [name for name in heads.layers if name != PRE_LOGITS]
+        self._diffusion = heads.diffusion
         self._own, self._vectors = rows[points][:, : space.width], space.join(rows)
         self._x = heads.stages(self._own).to(rows)
-        self._unit, self._near = {}, {}
-        for name, part in space.columns.items():
-            if name not in self._stages:
-                unit = F.normalize(rows[:, part], dim=1)
-                self._unit[name], self._near[name] = unit[points], unit[_nearest(unit, points, backend)]
+        self._unit: dict[Part, Tensor] = {}
+        self._near: dict[Part, Tensor] = {}
+        for part in space.parts:
+            if part.kind is not Kind.MEAN:
+                unit = F.normalize(rows[:, part.columns], dim=1)
+                self._unit[part] = unit[points]
+                self._near[part] = unit[_nearest(unit, points, backend)]
 
     @torch.inference_mode()
     def __call__(self, seed: int) -> Tensor:
@@ -98,16 +100,15 @@ class Explained:
         """(P, len(START_TIMES) * ESTIMATES, ``space.width``) rows; a point's do not depend on the other points."""
         made = self._own[:, None].repeat(1, len(START_TIMES) * ESTIMATES, 1)
         pushed = self._pushed_stages(seed).split(list(self._diffusion.widths), dim=2)
-        for name, layer in zip(self._stages, pushed, strict=True):
-            part = self.space.columns[name]
-            own = self._own[:, None, part]
+        for part, layer in zip(self.space.layout.stages, pushed, strict=True):
+            own = self._own[:, None, part.columns]
             layer = layer * own.std(2, correction=0, keepdim=True) + own.mean(2, keepdim=True)
-            made[:, :, part] = self.space.possible(name, layer)
+            made[:, :, part.columns] = self.space.clamp(part, layer)
         chosen = self._shares(seed).to(made)
-        for name, unit in self._unit.items():
-            x_hat = torch.einsum("cm,pmw->pcw", chosen, self._near[name])
-            part = self.space.columns[name]
-            made[:, :, part] = self.space.restore_block(name, self._push(unit, x_hat), self._own[:, None, part])
+        for part, unit in self._unit.items():
+            x_hat = torch.einsum("cm,pmw->pcw", chosen, self._near[part])
+            own = self._own[:, None, part.columns]
+            made[:, :, part.columns] = self.space.restore_part(part, self._push(unit, x_hat), own)
         return made
 
     def _push(self, x: Tensor, x_hat: Tensor) -> Tensor:

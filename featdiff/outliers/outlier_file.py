@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ModelError
+from ..exceptions import ModelError, UsageError
+from ..features.layout import FeatureLayout
 from ..files.atomic import write_whole
 
 #: Raised when the layout of the file changes; a newer one is refused.
@@ -32,8 +33,8 @@ class Outliers:
     labels : (n,) int64
         Position in ``classes`` of the class that each lies beyond.
     classes : list of str
-    columns : dict of slices
-        Where each layer's vector lies in a row: :attr:`featdiff.features.extractor.FeatureExtractor.columns`.
+    layout : FeatureLayout
+        Which columns of ``vectors`` belong to which layer; ``columns`` in the file.
     method : str
         How they were made.
     fingerprint : str
@@ -47,7 +48,7 @@ class Outliers:
     vectors: Tensor
     labels: Tensor
     classes: list[str]
-    columns: dict[str, slice]
+    layout: FeatureLayout
     method: str
     fingerprint: str
     layers: list[str]
@@ -66,9 +67,18 @@ class Outliers:
         """
         from safetensors.torch import save
 
-        known: dict[str, Any] = {name: getattr(self, name) for name in _KINDS}
-        known["columns"] = {name: [part.start, part.stop] for name, part in self.columns.items()}
-        metadata = {"format": _FORMAT, "format_version": str(FORMAT_VERSION), "outliers": json.dumps(known)}
+        description = {
+            "method": self.method,
+            "fingerprint": self.fingerprint,
+            "classes": self.classes,
+            "layers": self.layers,
+            "columns": self.layout.to_json(),
+        }
+        metadata = {
+            "format": _FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "outliers": json.dumps(description),
+        }
         tensors = {"vectors": self.vectors, "labels": self.labels}
         if self.latents is not None:
             tensors["latents"] = self.latents
@@ -99,10 +109,10 @@ def load_outliers(file: str | os.PathLike[str]) -> Outliers:
         reason = error.strerror or f"no such file; make one with: featdiff outliers IMAGES -o {file}"
         raise ModelError(f"the outliers {file} cannot be read: {reason}") from None
     _check_format(metadata, Path(file))
-    known = _known(metadata, Path(file))
-    columns = known.pop("columns")
-    _check(tensors, columns, known["classes"], Path(file))
-    return Outliers(columns=columns, **tensors, **known)
+    description = _description(metadata, Path(file))
+    layout = _layout(description.pop("columns"), Path(file))
+    _check_tensors(tensors, layout.width, len(description["classes"]), Path(file))
+    return Outliers(layout=layout, **tensors, **description)
 
 
 def _check_format(metadata: dict[str, str], file: Path) -> None:
@@ -114,39 +124,48 @@ def _check_format(metadata: dict[str, str], file: Path) -> None:
         )
 
 
-def _known(metadata: dict[str, str], file: Path) -> dict[str, Any]:
-    """The metadata of this format, with slices for columns."""
+def _description(metadata: dict[str, str], file: Path) -> dict[str, Any]:
+    """The metadata of this format, by the names in ``_KINDS``."""
     try:
-        known = json.loads(metadata.get("outliers", ""))
+        description = json.loads(metadata.get("outliers", ""))
     except ValueError:
-        known = None
-    if not isinstance(known, dict) or set(known) != set(_KINDS):
+        description = None
+    if not isinstance(description, dict) or set(description) != set(_KINDS):
         raise _damaged(file, "its metadata are not those it was saved with")
+
     for name, kind in _KINDS.items():
-        if not isinstance(known[name], kind) or (kind is list and not all(isinstance(n, str) for n in known[name])):
+        value: Any = description[name]
+        names_in_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not isinstance(value, kind) or (kind is list and not names_in_list):
             raise _damaged(file, f"{name} is not what it should be")
-    start = 0
-    for name, ends in known["columns"].items():  # one behind the other, without gaps
+    return description
+
+
+def _layout(columns: dict[str, Any], file: Path) -> FeatureLayout:
+    for name, ends in columns.items():
         if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, int) for end in ends):
             raise _damaged(file, f"the columns of {name} are not what they should be")
-        if ends[0] != start or ends[1] <= start:
-            raise _damaged(file, f"the columns of {name} do not follow those before")
-        start = ends[1]
-    known["columns"] = {name: slice(*ends) for name, ends in known["columns"].items()}
-    return known
+    try:
+        layout = FeatureLayout.from_json(columns)
+    except UsageError as error:
+        raise _damaged(file, str(error)) from None
+    if not layout.parts:
+        raise _damaged(file, "it names no columns")
+    return layout
 
 
-def _check(tensors: dict[str, Tensor], columns: dict[str, slice], classes: list[str], file: Path) -> None:
-    vectors, labels, latents = (tensors.get(name) for name in ("vectors", "labels", "latents"))
+def _check_tensors(tensors: dict[str, Tensor], width: int, classes: int, file: Path) -> None:
+    vectors = tensors.get("vectors")
+    labels = tensors.get("labels")
+    latents = tensors.get("latents")
     if vectors is None or labels is None or set(tensors) - {"vectors", "labels", "latents"}:
         raise _damaged(file, f"it holds {', '.join(sorted(tensors)) or 'nothing'}, not vectors and labels")
-    width = max((part.stop for part in columns.values()), default=0)
     if vectors.dtype != torch.float32 or vectors.dim() != 2 or vectors.shape[1] != width:
         raise _damaged(file, f"its vectors are not of shape (n, {width})")
     if labels.dtype != torch.int64 or labels.shape != vectors.shape[:1]:
         raise _damaged(file, "not one label for each vector")
-    if bool((labels < 0).any()) or bool((labels >= len(classes)).any()):
-        raise _damaged(file, f"labels must lie in 0 .. {len(classes) - 1}")
+    if bool((labels < 0).any()) or bool((labels >= classes).any()):
+        raise _damaged(file, f"labels must lie in 0 .. {classes - 1}")
     if latents is not None and (latents.dtype != torch.float32 or latents.shape[:1] != vectors.shape[:1]):
         raise _damaged(file, "not one latent for each vector")
     for name, values in tensors.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..diffusion.schedules import plain_config
 from ..exceptions import UsageError, WeightsError
-from ..features.layout import PRE_LOGITS
+from ..features.layout import FeatureLayout, Part
 from ..features.networks import fingerprint
 from ..features.store import FeatureStore
 from ..runtime.devices import resolve_device
@@ -310,16 +310,18 @@ def with_latents(
         There are no pre-logits among their columns, of another width, or a class name that is not in the prompt.
     """
     words = [outliers.classes[label] for label in outliers.labels]
-    vectors = outliers.vectors[:, pre_logits_in(outliers.columns)]
+    vectors = outliers.vectors[:, pre_logits_in(outliers.layout).columns]
     latents = stable.latents(stable.scale(vectors, words), words, seed, progress, kept)
     return replace(outliers, latents=latents, method="stable-diffusion")
 
 
-def pre_logits_in(columns: Mapping[str, slice]) -> slice:
-    """Where the pre-logits lie in a row (``UsageError`` if they do not)."""
-    if PRE_LOGITS not in columns:
-        raise UsageError(f"there are no {PRE_LOGITS} among the layers {', '.join(columns)}: name them when you train")
-    return columns[PRE_LOGITS]
+def pre_logits_in(layout: FeatureLayout) -> Part:
+    """The pre-logits of a feature layout (``UsageError`` if it has none)."""
+    part = layout.pre_logits
+    if part is None:
+        names = ", ".join(part.name for part in layout.parts)
+        raise UsageError(f"there are no pre_logits among the layers {names}: name them when you train")
+    return part
 
 
 def pooled(latents: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from ..data.labels import list_labelled
 from ..detectors import BaseDetector, Detector
 from ..exceptions import FeatdiffError, UnlabelledError, UsageError, did_you_mean
-from ..features.layout import LOGITS, PRE_LOGITS
 from ..features.store import FeatureTable
 from ..runtime.progress import Progress
 from ..scores.neighbors import check_backend, make_index
@@ -62,7 +61,7 @@ class Synthesis:
         """
         from sklearn.decomposition import PCA
 
-        space = Space(self.outliers.columns, self.in_domain)
+        space = Space(self.outliers.layout, self.in_domain)
         sets = {"in-domain": self.in_domain, "boundary": self.boundary, "outliers": self.outliers.vectors}
         joined = {name: space.join(_some(rows, most)).numpy() for name, rows in sets.items()}
         plane = PCA(2, random_state=0).fit(joined["in-domain"])
@@ -160,7 +159,7 @@ def synthesise(
     members = _members(table, np.array([label_of.get(path, 0) for path in paths]), len(classes), seed)
     check_classes(np.array([len(rows) for rows in members]), k, classes)
     known = _choice(np.sort(np.concatenate(members)), _MOST_IN_DOMAIN, seed)
-    space = Space(fitted.extractor_.columns, table[known])
+    space = Space(fitted.extractor_.layout, table[known])
     make: Callable[..., Any] = partial(Beyond, sigma=sigma, candidates=candidates)
     if method == "diffusion":
         make = partial(Explained, fitted.heads_, strength=strength, backend=backend)
@@ -218,7 +217,7 @@ def self_check(detector: BaseDetector, n: int = 500, seed: int = 0) -> float:
     chosen = _choice(np.arange(len(digests)), _MOST_MEASURED, seed)
     rows = fitted.feature_store().table(digests)[chosen].to(fitted.device)
     points = torch.from_numpy(_choice(np.arange(len(rows)), n, seed)).to(rows.device)
-    space = Space(fitted.extractor_.columns, rows)
+    space = Space(fitted.extractor_.layout, rows)
     rounds = Explained(fitted.heads_, space, rows, points, default_k(len(rows)), keep=1)
     found, _ = draw(rounds, n, np.random.SeedSequence(seed))
     return _flagged(fitted, _finite(_complete(fitted, found)))
@@ -251,7 +250,7 @@ def _outliers(detector: Detector, vectors: Tensor, labels: np.ndarray, classes: 
         vectors=_finite(vectors),
         labels=torch.from_numpy(labels),
         classes=classes,
-        columns=extractor.columns,
+        layout=extractor.layout,
         method=method,
         fingerprint=extractor.backbone.fingerprint,
         layers=list(extractor.layers),
@@ -261,14 +260,14 @@ def _outliers(detector: Detector, vectors: Tensor, labels: np.ndarray, classes: 
 @torch.inference_mode()
 def _complete(detector: Detector, rows: Tensor) -> Tensor:
     """Rows with the logits that the classifier gives for their pre-logits, where a guard looks at logits."""
-    columns = detector.extractor_.columns
-    if LOGITS not in columns:
+    layout = detector.extractor_.layout
+    if layout.logits is None:
         return rows
-    if PRE_LOGITS not in columns:
-        raise UsageError(f"this guard looks at logits: for outliers, {PRE_LOGITS} must be among its layers, too")
+    if layout.pre_logits is None:
+        raise UsageError("this guard looks at logits: for outliers, pre_logits must be among its layers, too")
     last = detector.extractor_.last_linear()
     weight, bias = last.weight.flatten(1).to(rows), None if last.bias is None else last.bias.to(rows)
-    return torch.cat([rows, F.linear(rows[:, columns[PRE_LOGITS]], weight, bias)], dim=1)
+    return torch.cat([rows, F.linear(rows[:, layout.pre_logits.columns], weight, bias)], dim=1)
 
 
 def _finite(vectors: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from featdiff.data.batches import load
 from featdiff.data.labels import list_labelled
 from featdiff.exceptions import FeatdiffError, UsageError, WeightsError
 from featdiff.features.backbones import load_backbone
+from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Kind
 from featdiff.features.networks import fingerprint
 from featdiff.hardening import dataset as material
 from featdiff.hardening import training as learning
@@ -77,9 +78,9 @@ def saved(plain: Hardened, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outliers(width: int = 96, latents: Tensor | None = None) -> Outliers:
     vectors = torch.randn(40, 8 + width, generator=torch.Generator().manual_seed(0))
-    columns = {"layer4": slice(0, 8), "pre_logits": slice(8, 8 + width)}
+    layout = FeatureLayout.of({("layer4", Kind.MEAN): 8, (PRE_LOGITS, Kind.PRE_LOGITS): width})
     labels = torch.arange(40) % 2
-    return Outliers(vectors, labels, ["china", "flower"], columns, "boundary", "0" * 64, ["layer4"], latents)
+    return Outliers(vectors, labels, ["china", "flower"], layout, "boundary", "0" * 64, ["layer4"], latents)
 
 
 # ---- the loop, on vectors ----
@@ -407,8 +408,10 @@ def test_outliers_of_a_guard_have_the_logits_of_their_pre_logits(plain: Hardened
     for method in ("diffusion", "boundary"):
         made = synthesise(detector, classes, 20, method).outliers
         last = plain.classifier.model.get_classifier()  # type: ignore[operator]
-        wanted = last(made.vectors[:, made.columns["pre_logits"]])
-        assert torch.allclose(made.vectors[:, made.columns["logits"]], wanted, atol=1e-4)
+        pre_logits, logits = made.layout.pre_logits, made.layout.logits
+        assert pre_logits is not None and logits is not None
+        wanted = last(made.vectors[:, pre_logits.columns])
+        assert torch.allclose(made.vectors[:, logits.columns], wanted, atol=1e-4)
     assert 0 <= self_check(detector) <= 1
 
 

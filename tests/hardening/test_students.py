@@ -163,8 +163,10 @@ def test_pooled_features_of_a_folder_are_those_of_its_classifier(saved: Path) ->
         features = model.forward_features(pixels)
         pooled = model.forward_head(features, pre_logits=True)
     rows = extractor(pixels)
-    assert torch.allclose(rows[:, extractor.columns["pre_logits"]], pooled, atol=1e-6)
-    assert torch.allclose(rows[:, extractor.columns["layer4"]], features.mean((2, 3)), atol=1e-6)
+    layout = extractor.layout
+    assert layout.pre_logits is not None and layout.last_stage.layer == "layer4"
+    assert torch.allclose(rows[:, layout.pre_logits.columns], pooled, atol=1e-6)
+    assert torch.allclose(rows[:, layout.last_stage.columns], features.mean((2, 3)), atol=1e-6)
     assert extractor.backbone.fingerprint == fingerprint(_headless(model))
 
 

@@ -19,6 +19,7 @@ from stable_pipelines import NOISE, SIDE, write_pipeline
 from torch import Tensor
 
 from featdiff.exceptions import UsageError, WeightsError
+from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Key, Kind
 from featdiff.outliers.outlier_file import Outliers
 from featdiff.outliers.stable_diffusion import StableDiffusion, pooled, with_latents
 
@@ -590,10 +591,10 @@ def test_networks_of_other_kinds(tmp_path: Path, network: dict[str, Any], why: s
 # ---- joined with outliers ----
 
 
-def beyond(width: int, name: str = "pre_logits") -> Outliers:
+def beyond(width: int, second: Key = (PRE_LOGITS, Kind.PRE_LOGITS)) -> Outliers:
     vectors = torch.randn(3, 4 + width, generator=torch.Generator().manual_seed(0))
-    columns = {"stage": slice(0, 4), name: slice(4, 4 + width)}
-    return Outliers(vectors, torch.tensor([0, 1, 0]), ["cat", "dog"], columns, "boundary", "0" * 64, ["stage"])
+    layout = FeatureLayout.of({("stage", Kind.MEAN): 4, second: width})
+    return Outliers(vectors, torch.tensor([0, 1, 0]), ["cat", "dog"], layout, "boundary", "0" * 64, ["stage"])
 
 
 def test_outliers_are_asked_for_by_their_pre_logits_at_the_length_of_their_class(small: StableDiffusion) -> None:
@@ -632,7 +633,7 @@ def test_latents_that_are_kept_are_not_made_again(
 KEY = """
 import sys
 from pathlib import Path
-from featdiff.outliers.stable import StableDiffusion
+from featdiff.outliers.stable_diffusion import StableDiffusion
 print(StableDiffusion(sys.argv[1], steps=5).store(Path(sys.argv[2])).folder.name)
 """
 
@@ -671,6 +672,6 @@ def test_configs_have_latents_of_their_own(
 
 def test_outliers_without_pre_logits_or_of_another_width(small: StableDiffusion) -> None:
     with pytest.raises(UsageError, match="no pre_logits among the layers stage, other"):
-        with_latents(beyond(small.width, "other"), small)
+        with_latents(beyond(small.width, ("other", Kind.MEAN)), small)
     with pytest.raises(UsageError, match="have 12 numbers and the text encoder of .* takes 32"):
         with_latents(beyond(12), small)
