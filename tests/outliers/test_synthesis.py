@@ -20,8 +20,14 @@ from featdiff import Detector, FeatureDiffusion, PixelDetector
 from featdiff.exceptions import ModelError, NotFittedError, UsageError
 from featdiff.features.layout import FeatureLayout, Kind
 from featdiff.outliers import synthesis
-from featdiff.outliers.boundary import Beyond, boundary_points, default_k, draw, own_kth_distances
-from featdiff.outliers.denoised import Explained
+from featdiff.outliers.boundary import (
+    BoundaryNoise,
+    boundary_points,
+    default_k,
+    draw_outliers,
+    leave_one_out_distances,
+)
+from featdiff.outliers.denoised import DenoisedDirections
 from featdiff.outliers.outlier_file import Outliers, load_outliers
 from featdiff.outliers.space import Space
 from featdiff.outliers.synthesis import Synthesis, self_check, synthesise
@@ -107,7 +113,7 @@ def test_boundary_rows_are_those_of_a_brute_force_search() -> None:
         for i in mine:
             others = [float((joined[i] - joined[j]).norm()) for j in mine if j != i]
             far[int(i)] = sorted(others)[6]
-        assert np.allclose(own_kth_distances(joined[torch.from_numpy(mine)], 7), list(far.values()), atol=1e-5)
+        assert np.allclose(leave_one_out_distances(joined[torch.from_numpy(mine)], 7), list(far.values()), atol=1e-5)
         chosen = [far[int(i)] for i in points[6 * label : 6 * label + 6]]  # two rows may be each other's neighbours
         assert np.allclose(chosen, sorted(far.values(), reverse=True)[:6], atol=1e-5)
 
@@ -136,7 +142,7 @@ def test_noise_is_measured_as_if_each_candidate_were_built(sigma: float | None) 
         FeatureLayout.of_stages({"a": 16}), torch.cat([rows, -rows])
     )  # one block, in which nothing is cut off
     points = torch.tensor([3, 17, 21])
-    found = Beyond(space, rows, points, k, sigma, candidates=9, keep=2)(5)
+    found = BoundaryNoise(space, rows, points, k, sigma, candidates=9, keep=2)(5)
     noise = torch.randn(9, 16, generator=torch.Generator().manual_seed(5))
     unit = rows / rows.norm(dim=1, keepdim=True)
     for i, point in enumerate(points):
@@ -155,18 +161,20 @@ def test_noise_is_as_long_as_the_way_to_a_neighbour(rows: Tensor, tiny_detector:
     space = Space(FeatureLayout.of_stages({"layer4": part.shape[1]}), part)
     joined = space.join(part)
     points = torch.arange(10)
-    outliers = Beyond(space, part, points, 9, candidates=64, keep=64)(0)
-    length = own_kth_distances(joined, 9)[points]
+    outliers = BoundaryNoise(space, part, points, 9, candidates=64, keep=64)(0)
+    length = leave_one_out_distances(joined, 9)[points]
     cosine = torch.nn.functional.cosine_similarity(outliers, part[points][:, None], dim=2).mean(1)
     assert torch.allclose(cosine, 1 / (1 + length.square()).sqrt(), atol=0.03)
 
 
-@pytest.mark.parametrize("kind", [Beyond, Explained])
+@pytest.mark.parametrize("kind", [BoundaryNoise, DenoisedDirections])
 def test_outliers_of_a_row_do_not_depend_on_the_other_rows(
     kind: Any, rows: Tensor, tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = Space(tiny_detector.extractor_.layout, rows)
-    make: Callable[..., Any] = Beyond if kind is Beyond else lambda *a: Explained(tiny_detector.heads_, *a)
+    make: Callable[..., Any] = (
+        BoundaryNoise if kind is BoundaryNoise else lambda *a: DenoisedDirections(tiny_detector.heads_, *a)
+    )
     together = make(space, rows, torch.tensor([4, 9, 30]), 8)(3)
     alone = make(space, rows, torch.tensor([30]), 8)(3)
     assert torch.allclose(together[2], alone[0], atol=1e-4)
@@ -181,7 +189,7 @@ def test_rounds_go_on_with_fresh_noise_until_there_are_enough() -> None:
         seeds.append(seed)
         return torch.arange(6.0).reshape(3, 2, 1) + 100 * len(seeds)
 
-    vectors, starts = draw(rounds, 8, np.random.SeedSequence(0))
+    vectors, starts = draw_outliers(rounds, 8, np.random.SeedSequence(0))
     assert vectors.flatten().tolist() == [100, 102, 104, 101, 103, 105, 200, 202]
     assert starts.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert len(set(seeds)) == 2
@@ -194,7 +202,9 @@ def test_a_push_is_the_strength_times_what_is_not_explained(rows: Tensor, tiny_d
     """In the layers: measured along x - x_hat, the step is as long as asked for; a tiny one gives the row itself."""
     heads, space = tiny_detector.heads_, Space(tiny_detector.extractor_.layout, torch.cat([rows, -rows]))
     points = torch.arange(6)
-    tiny, small, large = (Explained(heads, space, rows, points, 8, s).candidates(1) for s in (1e-6, 0.01, 0.02))
+    tiny, small, large = (
+        DenoisedDirections(heads, space, rows, points, 8, s).candidates(1) for s in (1e-6, 0.01, 0.02)
+    )
     assert torch.allclose(tiny, rows[points][:, None].expand_as(tiny), atol=1e-3)
     step, twice = (small - tiny).flatten(0, 1), (large - tiny).flatten(0, 1)
     assert (step.norm(dim=1) > 1e-3).all()
@@ -207,7 +217,7 @@ def test_layers_keep_their_mean_and_deviation_and_other_blocks_their_length(
     layout = tiny_detector.extractor_.layout
     space = Space(layout, torch.cat([rows, -rows]))  # as if either sign were possible
     points = torch.tensor([1, 5])
-    made = Explained(tiny_detector.heads_, space, rows, points, 8).candidates(2)
+    made = DenoisedDirections(tiny_detector.heads_, space, rows, points, 8).candidates(2)
     for part in layout.parts:
         block, own = made[:, :, part.columns], rows[points][:, None, part.columns].expand(-1, made.shape[1], -1)
         if part.name in ("layer1", "layer2", "layer4"):
@@ -221,7 +231,9 @@ def test_layers_keep_their_mean_and_deviation_and_other_blocks_their_length(
 def test_a_denoiser_explains_the_outlier_worse_than_its_row(rows: Tensor, tiny_detector: Detector) -> None:
     heads = tiny_detector.heads_
     points = torch.arange(40)
-    outliers = Explained(heads, Space(tiny_detector.extractor_.layout, rows), rows, points, 8, 1.0, keep=1)(0)[:, 0]
+    outliers = DenoisedDirections(heads, Space(tiny_detector.extractor_.layout, rows), rows, points, 8, 1.0, keep=1)(0)[
+        :, 0
+    ]
     before, after = (heads.diffusion.errors(heads.stages(part)).mean((1, 2)) for part in (rows[points], outliers))
     assert (after > before).float().mean() > 0.95
 
@@ -390,13 +402,13 @@ def test_self_check_flags_more_than_in_domain_images(tiny_detector: Detector) ->
 
 def test_self_check_starts_at_held_out_images(tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    make = synthesis.Explained
+    make = synthesis.DenoisedDirections
 
     def watched(heads: Any, space: Any, rows: Tensor, points: Tensor, *rest: Any, **more: Any) -> Any:
         seen.append(rows[points])
         return make(heads, space, rows, points, *rest, **more)
 
-    monkeypatch.setattr(synthesis, "Explained", watched)
+    monkeypatch.setattr(synthesis, "DenoisedDirections", watched)
     self_check(tiny_detector, 200)
     kept = tiny_detector.feature_store().table(tiny_detector.calibration_digests_)
     scores = np.sort(tiny_detector.score_features(kept[np.arange(len(kept))]))
