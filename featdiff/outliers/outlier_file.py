@@ -1,4 +1,7 @@
-"""Outliers <-> one safetensors file whose metadata say what they are. No pickle; strict; atomic."""
+"""Outliers, and the file they are saved in.
+
+One safetensors file, whose metadata describe the outliers. No pickle; read strictly; written atomically.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from ..exceptions import ModelError, UsageError
 from ..features.layout import FeatureLayout
 from ..files.atomic import write_whole
 
-#: Raised when the layout of the file changes; a newer one is refused.
+#: Raised when the format of the file changes; a newer one is refused.
 FORMAT_VERSION = 1
 _FORMAT = "featdiff outliers"
-# What the metadata must say besides the format.
+# Metadata besides the format, and their types.
 _KINDS: dict[str, type] = {"method": str, "fingerprint": str, "classes": list, "layers": list, "columns": dict}
 
 
@@ -28,10 +31,10 @@ class Outliers:
 
     Parameters
     ----------
-    vectors : (n, D) float32
-        Rows such as the detector's extractor gives, so that ``detector.score_features`` takes them.
-    labels : (n,) int64
-        Position in ``classes`` of the class that each lies beyond.
+    vectors : Tensor of float32, shape (n, D)
+        Features as the detector's extractor returns them, so that ``detector.score_features`` accepts them.
+    labels : Tensor of int64, shape (n,)
+        The class beyond whose boundary each lies, as an index into ``classes``.
     classes : list of str
     layout : FeatureLayout
         Which columns of ``vectors`` belong to which layer; ``columns`` in the file.
@@ -41,8 +44,16 @@ class Outliers:
         SHA-256 of the weights of the backbone whose features these are.
     layers : list of str
         Layers of the backbone.
-    latents : (n, ...) float32, optional
-        Where an image generator was involved: what it can decode to pictures.
+    latents : Tensor of float32, shape (n, ...), optional
+        What an image generator made from them and can decode to images.
+
+    Examples
+    --------
+    >>> layout = FeatureLayout.of_stages({"layer1": 3})
+    >>> labels = torch.tensor([0, 1])
+    >>> outliers = Outliers(torch.zeros(2, 3), labels, ["cat", "dog"], layout, "boundary", "ab", ["layer1"])
+    >>> len(outliers)
+    2
     """
 
     vectors: Tensor
@@ -58,12 +69,16 @@ class Outliers:
         return len(self.vectors)
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all.
+        """Write one safetensors file, completely or not at all.
+
+        Parameters
+        ----------
+        file : path
 
         Raises
         ------
         ModelError
-            The disk is full or the place cannot be written; an older file stays whole.
+            The disk is full or the folder cannot be written; an older file stays as it was.
         """
         from safetensors.torch import save
 
@@ -90,12 +105,20 @@ class Outliers:
 
 
 def load_outliers(file: str | os.PathLike[str]) -> Outliers:
-    """Read what :meth:`Outliers.save` wrote, and check that it is whole.
+    """Read what :meth:`Outliers.save` wrote, and check it.
+
+    Parameters
+    ----------
+    file : path
+
+    Returns
+    -------
+    Outliers
 
     Raises
     ------
     ModelError
-        No such file, not one of ours, a newer or a damaged one, or NaN in it.
+        No such file, no outliers of featdiff, a newer format, a damaged file, or NaN in it.
     """
     from safetensors import SafetensorError, safe_open
 

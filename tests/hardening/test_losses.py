@@ -153,8 +153,14 @@ def test_losses_are_weighted_and_named() -> None:
     objective, given = Objective(Answering(), 5, recipe, 9, (6, 4)), make_batch()
     losses = objective(given)
     assert [*losses] == [
-        *("labels", "distillation", "feature_distillation", "micl", "micl_likelihood"),
-        *("micl_2", "micl_2_likelihood", "energy"),
+        "labels",
+        "distillation",
+        "feature_distillation",
+        "micl",
+        "micl_likelihood",
+        "micl_2",
+        "micl_2_likelihood",
+        "energy",
     ]
     features, logits = objective.answer(given.x)
     assert given.teacher_logits is not None and given.student_outliers is not None

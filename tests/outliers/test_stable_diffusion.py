@@ -164,7 +164,7 @@ def test_the_network_is_told_the_hidden_states_and_those_of_the_empty_prompt(sta
     with torch.no_grad():
         wanted, empty = pipe.text_encoder(ids).last_hidden_state
         usual = plain(Path(stable.name)).text_encoder(ids).last_hidden_state[0]
-    place = stable.places("cat")
+    place = stable.token_positions("cat")
     for states in told:
         assert states.shape == (2, 77, stable.width)
         torch.testing.assert_close(states[0], empty)
@@ -238,7 +238,7 @@ def test_the_places_hold_the_word(
     small: StableDiffusion, word: str, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "prompt", prompt)
-    place, tokens = small.places(word), small._pipe.tokenizer
+    place, tokens = small.token_positions(word), small._pipe.tokenizer
     ids = tokens(prompt.replace("{}", word)).input_ids
     together = "".join(tokens.convert_ids_to_tokens(ids[place])).replace("</w>", "")
     assert together == word.lower().replace(" ", "")
@@ -431,7 +431,7 @@ def refused(folder: str | Path, why: str) -> None:
         StableDiffusion(folder)
     line = str(caught.value)
     assert line.startswith(str(folder)) and "\n" not in line
-    assert all(way in line for way in ("give a folder", "stable-diffusion-v1-5/", "--method diffusion"))
+    assert all(way in line for way in ("give a folder", "stable-diffusion-v1-5/", "the method diffusion"))
 
 
 @pytest.fixture
@@ -573,7 +573,7 @@ def test_settings_that_cannot_be_used(copied: Path, file: str, changes: dict[str
     ("network", "why"),
     [
         ({"in_channels": 9}, "its unet makes 4 channels from 9"),
-        ({"num_class_embeds": 3}, "its unet wants to be told more than a text"),
+        ({"num_class_embeds": 3}, "its unet is conditioned on more than a text"),
     ],
     ids=["inpainting", "classes"],
 )
@@ -624,8 +624,8 @@ def test_latents_that_are_kept_are_not_made_again(
     assert made == [1] and told == [("latents", 3, 3)]
     assert torch.equal(kept, small.latents(given, words, 4))
     made.clear()
-    small.latents(given, words, 5, kept=small.store(tmp_path))
-    small.latents(given, ["dog", "dog", "cat"], 4, kept=small.store(tmp_path))
+    small.latents(given, words, 5, store=small.store(tmp_path))
+    small.latents(given, ["dog", "dog", "cat"], 4, store=small.store(tmp_path))
     assert made == [1] * (3 + 1)
     assert len(small.store(tmp_path)) == 7
 
