@@ -134,8 +134,10 @@ def load_hardened(folder: str | os.PathLike[str], **runtime: Any) -> tuple[Class
     guard : Guard
     """
     classifier = load_classifier(Path(folder) / STUDENT)
+
     device = resolve_device(runtime.pop("device", "auto"))
     classifier.model.to(device)
+
     options = {"transform": classifier.transform, "device": str(device), **runtime}
     return classifier, Guard.from_pretrained(Path(folder) / GUARD, classifier.model, **options)
 

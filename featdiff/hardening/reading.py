@@ -81,6 +81,7 @@ class Reader:
         """
         augment = View(view, extractor.transform)
         store = self.store(extractor, view, dtype)
+
         loaded = iter_loaded(refs, augment, self.workers, self.max_pixels, store, ahead=2 * self.image_batch)
         batches = iter_batches(loaded, self.image_batch)
         return extract(batches, extractor, store, len(refs), progress), store
@@ -105,6 +106,7 @@ class Reader:
         if extraction.unreadable:
             path, reason = extraction.unreadable[0]
             raise FeatdiffError(f"{path} was readable a moment ago: {reason}")
+
         if any(digest not in store for digest in digests):
             raise FeatdiffError("some images have changed since the start: start again")
         return store.table(digests)
@@ -188,4 +190,5 @@ class DecodedImages:
             if item.pixels is None:
                 raise FeatdiffError(f"{item.ref.path} was readable a moment ago: {item.reason}")
             pixels.append(item.pixels)
+
         return torch.stack(pixels)

@@ -108,13 +108,13 @@ class HardenRecipe:
         )
 
 
-def check_losses(recipe: HardenRecipe, given: Collection[str], teacher: bool, outliers: bool) -> None:
+def check_losses(recipe: HardenRecipe, chosen: Collection[str], teacher: bool, outliers: bool) -> None:
     """Check that every loss has what it needs, and that every setting has an effect.
 
     Parameters
     ----------
     recipe : HardenRecipe
-    given : collection of str
+    chosen : collection of str
         Names of the recipe's fields that the user set.
     teacher, outliers : bool
         Whether there are such.
@@ -123,20 +123,20 @@ def check_losses(recipe: HardenRecipe, given: Collection[str], teacher: bool, ou
     ------
     UsageError
     """
-    wanted = [name for name in given if getattr(recipe, name)]
+    enabled = [name for name in chosen if getattr(recipe, name)]
     for name in ("distillation", "feature_distillation", "temperature"):
-        if name in wanted and not teacher:
+        if name in enabled and not teacher:
             raise UsageError(f"{name} needs a teacher", argument="teacher")
     if teacher and not (recipe.distillation or recipe.feature_distillation):
         raise UsageError(
             "with distillation and feature_distillation of 0 the teacher has no effect: drop it", argument="teacher"
         )
 
-    if "micl" in wanted and not outliers:
+    if "micl" in enabled and not outliers:
         raise UsageError("micl needs outliers: make some with featdiff outliers", argument="outliers")
     if outliers and not recipe.micl:
         raise UsageError("outliers are used by micl alone, and its weight is 0: drop one of them", argument="outliers")
 
     for name, loss in (("margin", "energy"), ("temperature", "distillation")):
-        if name in given and not getattr(recipe, loss):
+        if name in chosen and not getattr(recipe, loss):
             raise UsageError(f"{name} belongs to {loss}, whose weight is 0", argument=name)

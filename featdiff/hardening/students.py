@@ -138,6 +138,7 @@ def load_classifier(folder: str | os.PathLike[str]) -> Classifier:
     folder = Path(folder)
     config = _read_config(folder)
     classes = _class_names(config, folder)
+
     try:
         backbone = load_backbone(f"local-dir:{folder}", model_args={"num_classes": len(classes)})
     except UsageError as error:  # the folder is wrong, not the request
@@ -194,6 +195,7 @@ def load_student(
                 "start from a backbone by name",
                 argument="student",
             )
+
     check_head(student)
     student.model.to(device)
     return student
@@ -294,6 +296,7 @@ def check_head(classifier: Classifier) -> None:
         raise UsageError(f"{classifier.name} ends in {type(head).__name__}, not in one linear layer: take another one")
     probe = torch.randn(1, *classifier.data_config["input_size"], generator=torch.Generator().manual_seed(0))
     probe = probe.to(head.weight.device)
+
     with evaluating(model):
         logits = model(probe)
         head_alone = head(model.forward_head(model.forward_features(probe), pre_logits=True))

@@ -97,6 +97,7 @@ class Outliers:
         tensors = {"vectors": self.vectors, "labels": self.labels}
         if self.latents is not None:
             tensors["latents"] = self.latents
+
         data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
         try:
             write_whole(Path(file), data)
@@ -131,6 +132,7 @@ def load_outliers(file: str | os.PathLike[str]) -> Outliers:
     except OSError as error:
         reason = error.strerror or f"no such file; make one with: featdiff outliers IMAGES -o {file}"
         raise ModelError(f"the outliers {file} cannot be read: {reason}") from None
+
     _check_format(metadata, Path(file))
     description = _description(metadata, Path(file))
     layout = _layout(description.pop("columns"), Path(file))
@@ -183,6 +185,7 @@ def _check_tensors(tensors: dict[str, Tensor], width: int, classes: int, file: P
     latents = tensors.get("latents")
     if vectors is None or labels is None or set(tensors) - {"vectors", "labels", "latents"}:
         raise _damaged(file, f"it holds {', '.join(sorted(tensors)) or 'nothing'}, not vectors and labels")
+
     if vectors.dtype != torch.float32 or vectors.dim() != 2 or vectors.shape[1] != width:
         raise _damaged(file, f"its vectors are not of shape (n, {width})")
     if labels.dtype != torch.int64 or labels.shape != vectors.shape[:1]:
@@ -191,6 +194,7 @@ def _check_tensors(tensors: dict[str, Tensor], width: int, classes: int, file: P
         raise _damaged(file, f"labels must lie in 0 .. {classes - 1}")
     if latents is not None and (latents.dtype != torch.float32 or latents.shape[:1] != vectors.shape[:1]):
         raise _damaged(file, "not one latent for each vector")
+
     for name, values in tensors.items():
         if not torch.isfinite(values).all():
             raise _damaged(file, f"{name} hold NaN or infinite values")

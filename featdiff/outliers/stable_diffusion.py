@@ -15,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..features.networks import fingerprint
 from ..features.store import FeatureStore
 from ..runtime.devices import resolve_device
 from ..runtime.progress import Progress
+from .class_words import check_prompt, filled, replaced_tokens, token_positions, word_ids
 from .outlier_file import Outliers
 from .stable_loading import load, quiet
 
@@ -100,12 +100,14 @@ class StableDiffusion:
         self._pipe.set_progress_bar_config(disable=True)
         with quiet():
             self._pipe.to(target, torch.float16 if target.type == "cuda" else torch.float32)
+
         noise_steps = self._pipe.scheduler.config.num_train_timesteps
         if steps >= noise_steps:
             raise UsageError(
                 f"{self.name} was trained on {noise_steps} steps of noise: ask for fewer than that, not {steps}",
                 argument="steps",
             )
+
         self.width: int = self._token_embedding.embedding_dim
         self.at_once = 1 if target.type == "cpu" else _GPU_BATCH
 
@@ -131,7 +133,7 @@ class StableDiffusion:
         UsageError
             An empty word.
         """
-        self._word_ids(word)
+        word_ids(self._pipe.tokenizer, word)
         return float(self._encode([word])[0].float().mean(0).norm())
 
     def scale(self, vectors: Tensor, words: Sequence[str]) -> Tensor:
@@ -157,6 +159,7 @@ class StableDiffusion:
         lengths = vectors.norm(dim=1, keepdim=True)
         if not lengths.all():
             raise UsageError(f"outlier vector {int(lengths.argmin())} is 0 and has no direction: leave it out")
+
         anchors = {word: self.anchor(word) for word in set(words)}
         return vectors / lengths * torch.tensor([[anchors[word]] for word in words])
 
@@ -215,8 +218,8 @@ class StableDiffusion:
         if seed < 0:
             raise UsageError(f"a seed is a whole number from 0 on, not {seed}", argument="seed")
         vectors = self._checked(vectors, words)
-        positions = [self.token_positions(word) for word in words]
-        prompts = [self._filled_prompt(word) for word in words]
+        positions = [token_positions(self._pipe.tokenizer, self.prompt, word) for word in words]
+        prompts = [filled(self.prompt, word) for word in words]
         digests = [self._digest(vector, prompts[i], positions[i], seed, i) for i, vector in enumerate(vectors)]
 
         stored = [i for i, digest in enumerate(digests) if store is not None and digest in store]
@@ -229,7 +232,7 @@ class StableDiffusion:
         try:
             for start in range(0, len(missing), self.at_once):
                 batch = missing[start : start + self.at_once]
-                with _replaced_tokens(self._token_embedding, vectors[batch], [positions[i] for i in batch]):
+                with replaced_tokens(self._token_embedding, vectors[batch], [positions[i] for i in batch]):
                     encoded = self._encode([prompts[i] for i in batch])
                 latents[batch] = self._denoise(encoded, [_generator(seed, i) for i in batch])
                 if store is not None:
@@ -253,50 +256,10 @@ class StableDiffusion:
         request = repr([ids, positions.start, positions.stop, seed, index])
         return hashlib.blake2b(vector.numpy().tobytes() + request.encode(), digest_size=16).digest()
 
-    def token_positions(self, word: str) -> slice:
-        """Positions of the class word's tokens in the filled prompt; position 0 is the start token.
-
-        Parameters
-        ----------
-        word : str
-
-        Returns
-        -------
-        slice
-
-        Raises
-        ------
-        UsageError
-            The word is empty, merges with its surroundings, or lies beyond the last token that the text encoder reads.
-        """
-        tokenizer = self._pipe.tokenizer
-        text = self._filled_prompt(word)
-        word_ids = self._word_ids(word)
-        ids_before = tokenizer(self.prompt.partition("{}")[0], add_special_tokens=False).input_ids
-
-        positions = slice(1 + len(ids_before), 1 + len(ids_before) + len(word_ids))
-        prompt_ids = tokenizer(text, truncation=True).input_ids[1:-1]
-        if prompt_ids[: positions.stop - 1] != [*ids_before, *word_ids]:
-            raise UsageError(
-                f"{word!r} is not in the prompt {text!r} as tokens of its own, within the first "
-                f"{tokenizer.model_max_length}: shorten it, or put spaces around the {{}} of the prompt",
-                argument="prompt",
-            )
-        return positions
-
-    def _filled_prompt(self, word: str) -> str:
-        return self.prompt.replace("{}", word)
-
-    def _word_ids(self, word: str) -> list[int]:
-        ids: list[int] = self._pipe.tokenizer(word, add_special_tokens=False).input_ids
-        if not ids:
-            raise UsageError(f"the class word {word!r} is empty: each vector needs the name of its class")
-        return ids
-
     def check_words(self, words: Sequence[str]) -> None:
-        """Refuse class words that :meth:`token_positions` does not find (``UsageError``)."""
+        """Refuse class words that are not in the prompt as tokens of their own (``UsageError``)."""
         for word in words:
-            self.token_positions(word)
+            token_positions(self._pipe.tokenizer, self.prompt, word)
 
     def check_width(self, width: int) -> None:
         """Refuse vectors that have not the width of a token embedding (``UsageError``)."""
@@ -315,8 +278,10 @@ class StableDiffusion:
         if vectors.ndim != 2 or not len(vectors):
             raise UsageError(f"the outlier vectors must be a table (n, {self.width}), not {tuple(vectors.shape)}")
         self.check_width(vectors.shape[1])
+
         if len(words) != len(vectors):
             raise UsageError(f"{len(vectors)} outlier vectors and {len(words)} class words: give one word for each")
+
         finite = vectors.isfinite().all(1)
         if not finite.all():
             raise UsageError(f"outlier vector {int(finite.int().argmin())} holds NaN or infinite values: leave it out")
@@ -341,6 +306,7 @@ class StableDiffusion:
                 output_type="latent",
                 return_dict=False,
             )[0]
+
         if not latents.isfinite().all():
             raise WeightsError(f"{self.name} gives latents that are not finite on {latents.device}: try the device cpu")
         return latents.float().cpu()
@@ -427,23 +393,6 @@ def _generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
-@contextmanager
-def _replaced_tokens(embedding: nn.Embedding, vectors: Tensor, positions: list[slice]) -> Iterator[None]:
-    """Within the block, the embedding of text i has vector i at its positions."""
-
-    def replace_tokens(_: nn.Module, __: object, embedded: Tensor) -> Tensor:
-        embedded = embedded.clone()
-        for text, vector, text_positions in zip(embedded, vectors.to(embedded), positions, strict=True):
-            text[text_positions] = vector
-        return embedded
-
-    handle = embedding.register_forward_hook(replace_tokens)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _check_arguments(steps: int, guidance: float, size: int | None, prompt: str) -> None:
     if steps < 1:
         raise UsageError(f"steps must be a whole number from 1 on, not {steps}", argument="steps")
@@ -451,5 +400,4 @@ def _check_arguments(steps: int, guidance: float, size: int | None, prompt: str)
         raise UsageError(f"guidance must be a number from 1 (none) on, not {guidance}", argument="guidance")
     if size is not None and (size < _LATENT_PIXELS or size % _LATENT_PIXELS):
         raise UsageError(f"size must be a multiple of {_LATENT_PIXELS} pixels, not {size}", argument="size")
-    if prompt.count("{}") != 1:
-        raise UsageError(f"the prompt {prompt!r} must hold {{}} once, where the class word goes", argument="prompt")
+    check_prompt(prompt)

@@ -362,13 +362,13 @@ def test_frozen_layers_run_in_eval_mode_and_give_every_module_its_own_mode_back(
 @pytest.mark.parametrize("layer", ["blocks.2", "patch_embed"])
 def test_vit_cannot_be_cut(layer: str) -> None:
     classifier = tiny("test_vit")
-    with pytest.raises(UsageError, match=f"test_vit.* cannot be cut at '{layer}'.* --train-from ''"):
+    with pytest.raises(UsageError, match=f"test_vit.* cannot be cut at '{layer}'.* train_from=''"):
         split_at(classifier, layer)
     assert all(parameter.requires_grad for parameter in classifier.model.parameters())
 
 
 def test_network_that_cannot_be_cut_anywhere_is_named() -> None:
-    with pytest.raises(UsageError, match=r"no stage of test_vit\S* can be cut off: .* --train-from ''"):
+    with pytest.raises(UsageError, match=r"no stage of test_vit\S* can be cut off: .* train_from=''"):
         default_cut(tiny("test_vit"))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from featdiff.exceptions import UsageError, WeightsError
 from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Key, Kind
+from featdiff.outliers.class_words import token_positions
 from featdiff.outliers.outlier_file import Outliers
 from featdiff.outliers.stable_diffusion import StableDiffusion, pooled, with_latents
 
@@ -164,7 +165,7 @@ def test_the_network_is_told_the_hidden_states_and_those_of_the_empty_prompt(sta
     with torch.no_grad():
         wanted, empty = pipe.text_encoder(ids).last_hidden_state
         usual = plain(Path(stable.name)).text_encoder(ids).last_hidden_state[0]
-    place = stable.token_positions("cat")
+    place = token_positions(stable._pipe.tokenizer, stable.prompt, "cat")
     for states in told:
         assert states.shape == (2, 77, stable.width)
         torch.testing.assert_close(states[0], empty)
@@ -238,7 +239,8 @@ def test_the_places_hold_the_word(
     small: StableDiffusion, word: str, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "prompt", prompt)
-    place, tokens = small.token_positions(word), small._pipe.tokenizer
+    tokens = small._pipe.tokenizer
+    place = token_positions(tokens, prompt, word)
     ids = tokens(prompt.replace("{}", word)).input_ids
     together = "".join(tokens.convert_ids_to_tokens(ids[place])).replace("</w>", "")
     assert together == word.lower().replace(" ", "")
