@@ -40,6 +40,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "masks": set(),
         "pretrained": set(),
         "training": {"schedules"},
+        "fit": {"training"},
         "reconstruction": {"schedules"},
     },
     "scores": {
