@@ -166,6 +166,42 @@ def test_rate_can_be_changed_when_scoring(fitted: Detector, fresh: list[str]) ->
     np.testing.assert_array_equal(fitted.score(fresh).is_ood, fitted.score(fresh, fpr=0.2).is_ood)
 
 
+def test_scores_of_the_calibration_images_have_mean_0_and_std_1(
+    tiny_detector: Detector, sample_folders: dict[str, Path]
+) -> None:
+    """So has the score of each layer; fresh in-domain images are about there."""
+    scores = tiny_detector.calibration_.scores
+    assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
+    held_out = tiny_detector.feature_store().table(tiny_detector.calibration_digests_)[:]
+    own, layers = tiny_detector.layer_scores(held_out)
+    np.testing.assert_allclose(np.sort(own), scores, atol=1e-4)
+    np.testing.assert_allclose(layers.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(layers.std(0), 1, atol=1e-3)
+
+    fresh = tiny_detector.score(sample_folders["test"])
+    for values in (fresh.ood_score, *fresh.layers.values()):
+        assert abs(values.mean()) < 0.5
+        assert 0.5 < values.std() < 2
+
+
+def test_rescaling_changes_no_p_value(tiny_detector: Detector, sample_folders: dict[str, Path]) -> None:
+    def unscaled(features: Tensor) -> np.ndarray:
+        return tiny_detector.heads_.unscaled(features)[:, 0].numpy()
+
+    held_out = tiny_detector.feature_store().table(tiny_detector.calibration_digests_)[:]
+    _, fresh = tiny_detector.features(sample_folders["test"])
+    calibration = Calibration(unscaled(held_out))
+    p_values = calibration.p_values(unscaled(fresh[:]))
+    np.testing.assert_allclose(tiny_detector.score(sample_folders["test"]).p_value, p_values, rtol=1e-6)
+
+
+def test_repr_is_one_line(fitted: Detector) -> None:
+    assert repr(Detector(fpr=0.2)) == "Detector(not fitted, fpr=0.2)"
+    images = "fitted on 40 images, 8 for calibration"
+    assert repr(fitted) == f"Detector({fitted.name}, {images}, fpr=0.2, device={fitted.device})"
+    assert fitted.name == "test_resnet.r160_in1k"
+
+
 def test_columns_and_rows(fitted: Detector, fresh: list[str], tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     scores = fitted.score([fresh[0], tmp_path / "bad.png", fresh[1]])
@@ -521,6 +557,40 @@ def test_every_head_can_be_the_score(
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["neighbors", "mahalanobis", "mahalanobis_all", "pca"])
+def test_every_registered_head_can_be_the_score(
+    small: dict[str, Any], files: list[str], fresh: list[str], tmp_path: Path, head: str
+) -> None:
+    """``neighbors`` is a name for several scores, one for each space: their weighted sum."""
+    layers = "layer1,layer2,pre_logits" if head == "neighbors" else small["layers"]
+    detector = Detector(**{**small, "layers": layers}, head=head).fit(files)
+    detector.save_pretrained(tmp_path / "model")
+    scores = Detector.from_pretrained(tmp_path / "model").score(fresh).ood_score
+    np.testing.assert_array_equal(scores, detector.score(fresh).ood_score)
+    assert len(set(scores)) == 20 and np.isfinite(scores).all()
+
+    features = detector.features(fresh)[1][:]
+    own = detector.heads_.unscaled(features)[:, 0]
+    members = [score(features) for score in detector.heads_.members]
+    if head == "neighbors":
+        assert len(members) == 3
+        mean, std = detector.heads_.mean[1:], detector.heads_.deviation[1:]
+        members = [((torch.stack(members, 1).log() - mean) / std).sum(1) / 3**0.5]
+    np.testing.assert_allclose(own, members[0], rtol=1e-4, atol=1e-5)
+
+
+def test_further_heads_join_the_fused_score(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
+    detector = Detector(**small, extra_heads=["pca", "neighbors"]).fit(files)
+    assert [score.name for score in detector.heads_.members] == ["knn_layer2", "pca"]  # each once
+    features = detector.features(fresh)[1][:]
+    z = [detector.all_heads(features)[name] for name in ("layerwise", "knn_layer2", "pca")]
+    logs = np.stack([z[0], np.log(z[1]), np.log(z[2])], 1)
+    z_scores = (logs - detector.heads_.mean.numpy()) / detector.heads_.deviation.numpy()
+    weights = np.array([0.75, 1, 1])
+    expected = z_scores @ weights / np.linalg.norm(weights)
+    np.testing.assert_allclose(detector.heads_.unscaled(features)[:, 0], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_mse_head_is_the_mean_squared_error_of_the_averaged_reconstruction(
     small: dict[str, Any], files: list[str], fresh: list[str]
 ) -> None:
@@ -605,6 +675,20 @@ def test_own_module_without_a_transform_takes_ready_tensors_only(files: list[str
     )
     with pytest.raises(UsageError, match="transform="):
         Detector(tiny_net(), **arguments).fit(files)
+
+
+def test_fit_changes_no_setting(files: list[str], tmp_path: Path) -> None:
+    """The size of a loader's images belongs to the fit: another loader may have another size."""
+    detector = Detector(tiny_net(), **{**MODULE, "transform": None})
+    before, values = detector.settings, vars(detector.settings).copy()
+    for side in (32, 48, 32):
+        batches = torch.stack([to_tensor(picture.resize((side, side))) for picture in pictures(files)]).split(16)
+        detector.fit(iter(batches))
+        assert detector.settings is before and vars(before) == values
+        assert tuple(detector.extractor_.backbone.data_config["input_size"]) == (3, side, side)
+        assert detector.score(iter(batches[:1])).status == ["ok"] * 16
+        detector.save_pretrained(tmp_path / "model")
+        assert load(tmp_path / "model")[0]["settings"]["input_size"] == [3, side, side]
 
 
 def test_own_module_can_be_trained_on_afterwards(files: list[str], fresh: list[str]) -> None:
