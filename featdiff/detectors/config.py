@@ -208,17 +208,23 @@ class FeatureSettings(Settings):
         self._check_heads()
         self._check_input_size()
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether its scores need a classifier's logits."""
+        return need_logits([self.head, *self.extra_heads])
+
     def _check_heads(self) -> None:
         if self.head not in (FUSED, *DIFFUSION):
-            check_choice("head", self.head, [FUSED, *DIFFUSION, *heads()])
+            check_choice("head", self.head, [FUSED, *DIFFUSION, *_extra_heads()])
         names = self.extra_heads
         if not is_list(names) or len(set(names)) < len(names):
             raise UsageError(f"extra_heads must be a list of different names, not {names!r}", argument="extra_heads")
-        check_registered([str(name) for name in names], among=heads)
-        if need_logits(names) and not isinstance(self.backbone, nn.Module):
+        check_registered([str(name) for name in names], among=_extra_heads)
+        if self.reads_logits and not isinstance(self.backbone, nn.Module):
             raise UsageError(
-                f"{', '.join(names)} need logits: give a classifier (a module) as backbone, or use featdiff.Guard",
-                argument="extra_heads",
+                f"{', '.join(names or [self.head])} need logits: give a classifier (a module) as backbone, or use "
+                "featdiff.Guard",
+                argument="extra_heads" if names else "head",
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
@@ -357,6 +363,11 @@ def check_names(names: Sequence[str] | Mapping[str, Any], known: list[str], wher
         if name not in known:
             place = f"{where}: " if where else ""
             raise UsageError(f"{place}unknown argument {name!r}{did_you_mean(name, known)}", argument=name)
+
+
+def _extra_heads() -> list[str]:
+    """What ``extra_heads`` may name: every head but neighbours, of which ``neighbors`` says how many."""
+    return [name for name in heads() if name != "neighbors"]
 
 
 def _check_path(name: str, value: object) -> None:

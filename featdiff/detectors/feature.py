@@ -24,7 +24,7 @@ from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
 from ..scores.diffusion import DIFFUSION, Diffusion
 from ..scores.fused import FUSED, Heads
-from ..scores.registry import Context, Options, Score, make_scores, need_logits
+from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
 from .base import BaseDetector
 from .config import FeatureSettings, make_recipe, takes
@@ -219,9 +219,8 @@ class Detector(BaseDetector[FeatureSettings]):
         settings = self.settings
         transform: Any = settings.transform
         if isinstance(settings.backbone, nn.Module):
-            logits = need_logits(settings.extra_heads)
             return FeatureExtractor(
-                settings.backbone, settings.layers, self.device, True, transform, input_size, logits
+                settings.backbone, settings.layers, self.device, True, transform, input_size, settings.reads_logits
             )
         backbone = load_backbone(
             settings.backbone, settings.weights, settings.pretrained, settings.model_args, transform
@@ -230,7 +229,7 @@ class Detector(BaseDetector[FeatureSettings]):
 
     def _classifier(self) -> nn.Linear | nn.Conv2d | None:
         """The layer that gives the logits, where scores need these and there is one."""
-        if not need_logits(self.settings.extra_heads):
+        if not self.settings.reads_logits:
             return None
         try:
             return self.extractor_.last_linear()

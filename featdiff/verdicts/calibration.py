@@ -77,9 +77,10 @@ class Calibration:
     """
 
     def __init__(self, scores: np.ndarray | Sequence[float]) -> None:
-        self.scores = np.sort(np.asarray(scores, dtype=np.float64))
-        if self.scores.ndim != 1 or not len(self.scores) or not np.isfinite(self.scores).all():
+        values = np.asarray(scores, dtype=np.float64)
+        if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise UsageError("calibration needs a list of at least one score, all finite")
+        self.scores = np.sort(values)
         self.scores.flags.writeable = False
         self._tensors: dict[Any, Tensor] = {}
 
