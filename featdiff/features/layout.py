@@ -106,8 +106,11 @@ class FeatureLayout:
             raise UsageError("a row of features needs at least one part")
         start = 0
         for part in self.parts:
-            if part.start != start or part.stop <= start:
-                raise UsageError(f"the columns of {part.name!r} ({part.start}:{part.stop}) do not begin at {start}")
+            columns = f"the columns of {part.name!r} ({part.start}:{part.stop})"
+            if part.start != start:
+                raise UsageError(f"{columns} do not begin at {start}")
+            if part.stop <= start:
+                raise UsageError(f"{columns} hold nothing")
             start = part.stop
 
     @classmethod

@@ -118,7 +118,8 @@ class Calibration:
         n = len(self)
         if isinstance(scores, Tensor):
             at_least = (self._like(scores) >= scores[:, None]).sum(1)
-            return torch.where(scores.isnan(), scores, (1 + at_least) / (n + 1))
+            precise = torch.promote_types(scores.dtype, torch.float32)
+            return torch.where(scores.isnan(), scores, (1 + at_least).to(precise) / (n + 1))
         at_least = n - np.searchsorted(self.scores, scores, side="left")
         return np.where(np.isnan(scores), np.nan, (1 + at_least) / (n + 1))
 
