@@ -266,7 +266,8 @@ def test_grids(result: dict[str, Any]) -> None:
     m = result["tasks"][0]["pairs"][0]["heads"]["baseline_knn"]
     low, high = m["auroc_ci"]
     assert (
-        lines["baseline_knn"][0] == f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}"
+        lines["baseline_knn"][0]
+        == f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}"
     )
     assert lines["baseline_knn"][1] == f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}"
     assert not any(name.startswith("layer_") or name.startswith("baseline_mahalanobis_layer") for name in lines)
@@ -313,7 +314,13 @@ def bench(featdiff_cli: Cli, suite_file: Path, data: Path, seeded_backbone: Path
 def test_command_prints_tables_and_writes_files(bench: Cli, tmp_path: Path) -> None:
     table = bench()
     assert table.exit_code == 0, table.output
-    for words in ("far, matched", "baseline_mahalanobis_all", "other_mfsim", "published: a paper's", "left out: absent"):
+    for words in (
+        "far, matched",
+        "baseline_mahalanobis_all",
+        "other_mfsim",
+        "published: a paper's",
+        "left out: absent",
+    ):
         assert words in " ".join(table.stdout.split())
     assert "trained in" in table.stderr
     done = bench("-o", tmp_path / "x.csv", "-q")

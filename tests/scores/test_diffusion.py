@@ -311,7 +311,9 @@ def test_dead_layers_give_finite_scores() -> None:
 def test_no_rows_give_no_scores() -> None:
     model = make()
     assert model.layer_scores(features(0)).shape == (0, 3)
-    assert {name: tuple(values.shape) for name, values in all_scores(model, features(0)).items()} == dict.fromkeys(DIFFUSION, (0,))
+    assert {name: tuple(values.shape) for name, values in all_scores(model, features(0)).items()} == dict.fromkeys(
+        DIFFUSION, (0,)
+    )
 
 
 # ---- state ----

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 import torch
-from helpers import FEATDIFF, fails
+from helpers import FEATDIFF
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
