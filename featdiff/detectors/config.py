@@ -225,10 +225,10 @@ class FeatureSettings(Settings):
 
     def _check_heads(self) -> None:
         if self.head not in (FUSED, *DIFFUSION):
-            check_choice("head", self.head, [FUSED, *DIFFUSION, *heads()])
+            check_choice("head", self.head, [FUSED, *DIFFUSION, *_extra_heads()])
         names = self.extra_heads
         check_different_names("extra_heads", names)
-        check_registered(names, among=heads, argument="extra_heads")
+        check_registered(names, among=_extra_heads, argument="extra_heads")
         if self.needs_logits and not isinstance(self.backbone, nn.Module):
             raise UsageError(
                 f"{', '.join(names) or self.head} need logits: give a classifier (a module) as backbone, or use "
@@ -326,3 +326,8 @@ class PixelSettings(Settings):
 
 #: Settings by mode, as saved models and config files name it.
 SETTINGS: dict[str, type[FeatureSettings] | type[PixelSettings]] = {"feature": FeatureSettings, "pixel": PixelSettings}
+
+
+def _extra_heads() -> list[str]:
+    """What ``extra_heads`` may name: every head but neighbours, of which ``neighbors`` says how many."""
+    return [name for name in heads() if name != "neighbors"]
