@@ -229,7 +229,7 @@ def test_torchvision_classes(fashion: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"name": "FashionMNIST", "train": False}, "let it be fetched with --download"),
+        ({"name": "FashionMNIST", "train": False}, "let it be downloaded with download=True"),
         ({"name": "FashonMNIST"}, "no data set 'FashonMNIST'; did you mean FashionMNIST"),
         ({"train": True}, "no data set ''"),
         ({"name": "FashionMNIST", "wrong": 1}, "wrong"),
