@@ -23,12 +23,12 @@ def network(seed: int = 0, hidden: int = 16) -> LFDN:
         return LFDN(width=WIDTH, hidden=hidden, blocks=1, time_width=8)
 
 
-def data(rows: int = 96, seed: int = 0) -> Tensor:
-    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+def data(count: int = 96, seed: int = 0) -> Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def reader(x: Tensor) -> Callable[[np.ndarray], Tensor]:
-    return lambda rows: x[torch.from_numpy(rows)]
+    return lambda indices: x[torch.from_numpy(indices)]
 
 
 def run(

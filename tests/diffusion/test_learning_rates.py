@@ -17,16 +17,16 @@ from featdiff.diffusion.training import Recipe, start, train
 
 
 @cache
-def rates(schedule: str, rows: int = 96) -> tuple[list[float], list[float]]:
+def rates(schedule: str, count: int = 96) -> tuple[list[float], list[float]]:
     """(rates that the optimiser really used, rates in the records)."""
     recipe = Recipe(**{**SHORT, "epochs": 10}, learning_rate=2e-3, lr_schedule=schedule, patience=100)
-    state, x, used = start(network(), recipe, rows), data(rows), []
+    state, x, used = start(network(), recipe, count), data(count), []
 
-    def read(numbers: np.ndarray) -> Tensor:
+    def read(indices: np.ndarray) -> Tensor:
         used.append(state.optimizer.param_groups[0]["lr"])
-        return x[torch.from_numpy(numbers)]
+        return x[torch.from_numpy(indices)]
 
-    steps = list(train(state, read, rows, data(32), make_scheduler(), recipe, 0))
+    steps = list(train(state, read, count, data(32), make_scheduler(), recipe, 0))
     return used, [step.lr for step in steps]
 
 

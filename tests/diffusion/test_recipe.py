@@ -12,7 +12,7 @@ from featdiff.exceptions import UsageError
 
 
 @pytest.mark.parametrize(
-    ("settings", "rows", "expected"),
+    ("settings", "count", "expected"),
     [
         ({"epochs": 3, "batch_size": 10, "min_steps": 1}, 100, (3, 10)),
         ({"epochs": 3, "batch_size": 10, "min_steps": 1}, 109, (3, 10)),  # the rest sits out an epoch
@@ -27,23 +27,23 @@ from featdiff.exceptions import UsageError
         ({}, 6000, (30, 23)),
     ],
 )
-def test_plan(settings: dict[str, Any], rows: int, expected: tuple[int, int]) -> None:
-    assert Recipe(**settings).plan(rows) == expected
+def test_plan(settings: dict[str, Any], count: int, expected: tuple[int, int]) -> None:
+    assert Recipe(**settings).plan(count) == expected
 
 
 @pytest.mark.parametrize(
-    ("rows", "max_steps"), [(100, 15), (100, 3), (100, 1), (10_000_000, 20_000), (1_281_167, 20_000)]
+    ("count", "max_steps"), [(100, 15), (100, 3), (100, 1), (10_000_000, 20_000), (1_281_167, 20_000)]
 )
-def test_plan_never_exceeds_max_steps(rows: int, max_steps: int) -> None:
-    epochs, per_epoch = Recipe(max_steps=max_steps, batch_size=10 if rows == 100 else 256).plan(rows)
+def test_plan_never_exceeds_max_steps(count: int, max_steps: int) -> None:
+    epochs, per_epoch = Recipe(max_steps=max_steps, batch_size=10 if count == 100 else 256).plan(count)
     assert epochs >= 1
     assert per_epoch >= 1
     assert epochs * per_epoch <= max_steps
 
 
-@pytest.mark.parametrize("rows", [1, 2, 9, 10, 11, 99, 5000])
-def test_plan_reaches_min_steps(rows: int) -> None:
-    epochs, per_epoch = Recipe(epochs=1, batch_size=10, min_steps=77).plan(rows)
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 99, 5000])
+def test_plan_reaches_min_steps(count: int) -> None:
+    epochs, per_epoch = Recipe(epochs=1, batch_size=10, min_steps=77).plan(count)
     assert 77 <= epochs * per_epoch < 77 + per_epoch or epochs == 1
 
 

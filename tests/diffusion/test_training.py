@@ -39,34 +39,34 @@ def test_first_loss_is_the_mean_square_of_the_batch() -> None:
 
 
 def test_nothing_happens_before_the_first_record_is_asked_for() -> None:
-    recipe, denoiser, read = Recipe(**SHORT), network(), []
+    recipe, denoiser, batches = Recipe(**SHORT), network(), []
     before = copy.deepcopy(denoiser.state_dict())
     state = start(denoiser, recipe, 96)
 
-    def rows(numbers: np.ndarray) -> Tensor:
-        read.append(numbers)
-        return data()[torch.from_numpy(numbers)]
+    def read(indices: np.ndarray) -> Tensor:
+        batches.append(indices)
+        return data()[torch.from_numpy(indices)]
 
-    steps = train(state, rows, 96, data(32), make_scheduler(), recipe, 0)
-    assert not read
+    steps = train(state, read, 96, data(32), make_scheduler(), recipe, 0)
+    assert not batches
     assert same(before, denoiser.state_dict())
     next(steps)
-    assert len(read) == 1
+    assert len(batches) == 1
     assert not same(before, denoiser.state_dict())
 
 
 def test_rows_are_read_in_rising_order_each_once_an_epoch_in_changing_batches() -> None:
-    recipe, read = Recipe(**SHORT), []
+    recipe, batches = Recipe(**SHORT), []
     state, x = start(network(), recipe, 70), data(70)
 
-    def rows(numbers: np.ndarray) -> Tensor:
-        read.append(numbers.tolist())
-        return x[torch.from_numpy(numbers)]
+    def read(indices: np.ndarray) -> Tensor:
+        batches.append(indices.tolist())
+        return x[torch.from_numpy(indices)]
 
-    for _ in train(state, rows, 70, data(32), make_scheduler(), recipe, 0):
+    for _ in train(state, read, 70, data(32), make_scheduler(), recipe, 0):
         pass
-    assert all(numbers == sorted(numbers) and len(numbers) == 16 for numbers in read)
-    epochs = [sum(read[i : i + 4], []) for i in range(0, 16, 4)]
+    assert all(indices == sorted(indices) and len(indices) == 16 for indices in batches)
+    epochs = [sum(batches[i : i + 4], []) for i in range(0, 16, 4)]
     assert all(len(set(epoch)) == 64 and set(epoch) <= set(range(70)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert set().union(*epochs) == set(range(70))
@@ -196,12 +196,12 @@ def test_a_loss_that_is_no_number_ends_training_and_names_the_step(value: float)
     state = start(network(), recipe, 96)
     seen = []
 
-    def rows(numbers: np.ndarray) -> Tensor:
-        seen.append(numbers)
-        return x[torch.from_numpy(numbers)] * (value if len(seen) == 8 else 1)
+    def read(indices: np.ndarray) -> Tensor:
+        seen.append(indices)
+        return x[torch.from_numpy(indices)] * (value if len(seen) == 8 else 1)
 
     with pytest.raises(FeatdiffError, match=r"diverged at step 8 \(loss (nan|inf)\)"):
-        list(train(state, rows, 96, data(32), make_scheduler(), recipe, 0))
+        list(train(state, read, 96, data(32), make_scheduler(), recipe, 0))
 
 
 def test_diverging_rate_is_named() -> None:
@@ -336,9 +336,9 @@ def test_validation_noise_follows_from_the_seed() -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("rows", [3, 20, 100, 250])
-def test_validation_times_are_spread_over_the_whole_schedule(rows: int) -> None:
-    """Also with fewer held-out rows than times: else only the easy, early times decide when to stop."""
+@pytest.mark.parametrize("count", [3, 20, 100, 250])
+def test_validation_times_are_spread_over_the_whole_schedule(count: int) -> None:
+    """Also with fewer held-out count than times: else only the easy, early times decide when to stop."""
     asked: list[Tensor] = []
 
     class Recorder(nn.Module):
@@ -346,12 +346,12 @@ def test_validation_times_are_spread_over_the_whole_schedule(rows: int) -> None:
             asked.append(t)
             return x_t
 
-    validation_loss(Recorder(), data(rows), make_scheduler(), seed=0)
+    validation_loss(Recorder(), data(count), make_scheduler(), seed=0)
     t = asked[0].float()
     assert t.min() >= 0
     assert t.max() <= 99
     assert t.mean().item() == pytest.approx(49.5, abs=20)
-    assert len(t.unique()) == min(rows, 100)
+    assert len(t.unique()) == min(count, 100)
 
 
 def test_a_schedule_of_noise_is_trained_to_predict_noise() -> None:
