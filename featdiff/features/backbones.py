@@ -236,7 +236,7 @@ def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
 
     tag = _resolved_tag(name)
     if ":" not in name and not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
-        raise WeightsError(f"timm has no pretrained weights for {name}: pass a file of your own as the argument weights")
+        raise WeightsError(f"timm has no pretrained weights for {name}: pass a file as the argument weights")
 
     with_classifier = {key: value for key, value in args.items() if key != "num_classes"}
     try:
