@@ -1,4 +1,4 @@
-"""Two score arrays -> AUROC, AUPR, FPR@95TPR with intervals. Higher score = more OOD. Knows nothing else."""
+"""Scores of in-domain and of OOD images -> AUROC, AUPR and FPR@95TPR, with an interval. Higher score = more OOD."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from ..exceptions import UsageError
 
 @dataclass(frozen=True)
 class Metrics:
-    """Separation of in-domain and OOD scores.
+    """How well scores separate in-domain from OOD images.
 
-    auroc : P(OOD score > ID score) + half the ties, 0..1, higher is better.
-    aupr_in, aupr_out : average precision with ID, or OOD, as the positive class.
-    fpr95 : share of OOD images accepted at the threshold that accepts 95 % of ID images, lower is better.
-    auroc_ci : 95 % bootstrap interval of ``auroc``.
+    Parameters
+    ----------
+    auroc : float
+        P(OOD score > ID score) + half the ties, 0 to 1, higher is better.
+    aupr_in : float
+        Average precision with ID as the positive class, 0 to 1, higher is better.
+    aupr_out : float
+        Average precision with OOD as the positive class, 0 to 1, higher is better.
+    fpr95 : float
+        Share of OOD images accepted at the threshold that accepts 95 % of the ID images, 0 to 1, lower is better.
+    auroc_ci : (float, float)
+        95 % bootstrap interval of ``auroc``.
     """
 
     auroc: float
@@ -31,62 +39,139 @@ class Metrics:
 
 
 def evaluate(id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 1000, seed: int = 0) -> Metrics:
-    """All metrics of two score arrays (n_id,), (n_ood,).
+    """All metrics of two arrays of scores.
+
+    Parameters
+    ----------
+    id_scores : ndarray of shape (n_id,)
+        Scores of in-domain images.
+    ood_scores : ndarray of shape (n_ood,)
+        Scores of OOD images.
+    resamples : int, default 1000
+        Bootstrap resamples for the interval.
+    seed : int, default 0
+        Decides the resamples.
+
+    Returns
+    -------
+    Metrics
 
     Raises
     ------
     UsageError
         An array is empty, or holds NaN or infinite values.
+
+    Examples
+    --------
+    >>> metrics = evaluate(np.array([0.0, 1.0, 2.0, 3.0]), np.array([2.5, 4.0]))
+    >>> metrics.auroc, metrics.fpr95
+    (0.875, 0.5)
     """
     from sklearn.metrics import average_precision_score
 
     for name, scores in (("ID", id_scores), ("OOD", ood_scores)):
-        if len(scores) == 0 or not np.isfinite(scores).all():
-            raise UsageError(f"the {name} scores are {'empty' if len(scores) == 0 else 'not all numbers'}")
-    scores = np.concatenate([id_scores, ood_scores])
+        if len(scores) == 0:
+            raise UsageError(f"the {name} scores are empty")
+        if not np.isfinite(scores).all():
+            raise UsageError(f"the {name} scores are not all numbers")
+
+    all_scores = np.concatenate([id_scores, ood_scores])
     is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
     return Metrics(
         auroc=auroc(id_scores, ood_scores),
-        aupr_in=float(average_precision_score(1 - is_ood, -scores)),
-        aupr_out=float(average_precision_score(is_ood, scores)),
+        aupr_in=float(average_precision_score(1 - is_ood, -all_scores)),
+        aupr_out=float(average_precision_score(is_ood, all_scores)),
         fpr95=fpr_at_tpr(id_scores, ood_scores),
         auroc_ci=bootstrap_auroc(id_scores, ood_scores, resamples, seed),
     )
 
 
 def auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Area under the ROC curve, 0..1."""
+    """Area under the ROC curve.
+
+    Parameters
+    ----------
+    id_scores : ndarray of shape (n_id,)
+        Scores of in-domain images.
+    ood_scores : ndarray of shape (n_ood,)
+        Scores of OOD images.
+
+    Returns
+    -------
+    float
+        0 to 1, higher is better.
+    """
     from sklearn.metrics import roc_auc_score
 
-    labels = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
-    return float(roc_auc_score(labels, np.concatenate([id_scores, ood_scores])))
+    is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
+    return float(roc_auc_score(is_ood, np.concatenate([id_scores, ood_scores])))
 
 
 def fpr_at_tpr(id_scores: np.ndarray, ood_scores: np.ndarray, tpr: float = 0.95) -> float:
-    """Share of OOD scores at or below the smallest threshold that keeps ``tpr`` of the ID scores (ID is positive)."""
-    kept = np.sort(id_scores)[int(np.ceil(tpr * len(id_scores) - 1e-9)) - 1]
-    return float(np.mean(ood_scores <= kept))
+    """Share of OOD images that are accepted when a given share of the ID images is. ID is the positive class.
+
+    Parameters
+    ----------
+    id_scores : ndarray of shape (n_id,)
+        Scores of in-domain images.
+    ood_scores : ndarray of shape (n_ood,)
+        Scores of OOD images.
+    tpr : float, default 0.95
+        Share of the ID images that are accepted, above 0, at most 1.
+
+    Returns
+    -------
+    float
+        0 to 1, lower is better. The threshold is the smallest that accepts enough ID images; scores equal to it are
+        accepted.
+    """
+    # the small number keeps rounding errors of tpr * n from moving the threshold by one image
+    accepted = int(np.ceil(tpr * len(id_scores) - 1e-9))
+    threshold = np.sort(id_scores)[accepted - 1]
+    return float(np.mean(ood_scores <= threshold))
 
 
 def bootstrap_auroc(
     id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the AUROC, resampling ID and OOD images separately.
+    """Percentile interval of the AUROC; ID and OOD images are resampled separately.
 
-    Scores are sorted once; each resample is a vector of counts, so the AUROC is a weighted sum over ranks.
+    Scores are sorted once. A resample then is a vector of counts, and its AUROC a weighted sum over ranks.
+
+    Parameters
+    ----------
+    id_scores : ndarray of shape (n_id,)
+        Scores of in-domain images.
+    ood_scores : ndarray of shape (n_ood,)
+        Scores of OOD images.
+    resamples : int, default 1000
+        Number of resamples.
+    seed : int, default 0
+        Decides the resamples.
+    level : float, default 0.95
+        Share of the resamples inside the interval, above 0 and below 1.
+
+    Returns
+    -------
+    (float, float)
+        Lower and upper end.
     """
     rng = np.random.default_rng(seed)
-    values, place = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
-    id_place, ood_place = place[: len(id_scores)], place[len(id_scores) :]
+    values, ranks = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
+    id_ranks = ranks[: len(id_scores)]
+    ood_ranks = ranks[len(id_scores) :]
+
     areas = np.empty(resamples)
     for i in range(resamples):
-        id_count = _resampled_counts(rng, id_place, len(values))
-        ood_count = _resampled_counts(rng, ood_place, len(values))
-        below = np.cumsum(id_count) - id_count / 2  # ties count half
-        areas[i] = below @ ood_count / (len(id_scores) * len(ood_scores))
+        id_counts = _resampled_counts(rng, id_ranks, len(values))
+        ood_counts = _resampled_counts(rng, ood_ranks, len(values))
+        id_below = np.cumsum(id_counts) - id_counts / 2  # ties count half
+        areas[i] = id_below @ ood_counts / (len(id_scores) * len(ood_scores))
+
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _resampled_counts(rng: np.random.Generator, place: np.ndarray, length: int) -> np.ndarray:
-    return np.bincount(rng.choice(place, len(place)), minlength=length)
+def _resampled_counts(rng: np.random.Generator, ranks: np.ndarray, length: int) -> np.ndarray:
+    """How often each rank occurs in a resample."""
+    return np.bincount(rng.choice(ranks, len(ranks)), minlength=length)

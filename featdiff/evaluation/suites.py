@@ -1,8 +1,8 @@
-"""A suite file and a data folder -> what to train on, what to test on, and what others have published.
+"""A suite file and a data folder -> the sets of images of a benchmark, and published numbers to compare with.
 
 A suite is TOML. ``[sources.NAME]`` says where images are, ``[[tasks]]`` which of them are in-domain and which are not,
-``[detectors.NAME]`` which detectors stand beside the default one, ``[students.NAME]`` which classifiers are trained
-(:mod:`featdiff.evaluation.students`), ``[[published]]`` what papers report.
+``[detectors.NAME]`` which detectors are compared with the default one, ``[students.NAME]`` which classifiers are
+trained (:mod:`featdiff.evaluation.students`), ``[[published]]`` what papers report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..exceptions import UsageError, did_you_mean
 from ..files.toml import check_keys, read_toml
 from .protocols import PROTOCOLS
 
-#: In ``ood``: every folder and zip archive below the data folder that is neither ``train`` nor ``test``.
+#: In ``ood``: all folders and zip archives of the data folder, except ``train`` and ``test``.
 EVERYTHING_ELSE = "*"
 
 
@@ -33,15 +33,27 @@ class NotThere(UsageError):
 class Source:
     """Where the images of a set are.
 
+    With ``skip`` and ``limit``, one set can serve for both training and testing: its images are shuffled, in the same
+    order every time.
+
     Parameters
     ----------
-    path : paths below the data folder; the first that exists is taken
-    imglist, root : an OpenOOD list (``path label`` on each line), and the folder its paths count from
-    torchvision : ``name`` of a class of ``torchvision.datasets`` and its keyword arguments
-    sklearn : name of a set of pictures that scikit-learn brings: digits
-    classes : keep only these class folders, or these classes of a torchvision data set
-    skip, limit : leave out so many images, and take at most so many of the rest, in an order that is shuffled the same
-        way every time: with them, one set can serve for training and testing. 0: all.
+    path : tuple of str, optional
+        Paths below the data folder. The first one that exists is used.
+    imglist : str, optional
+        An OpenOOD list (``path label`` on each line).
+    root : str, optional
+        Folder that the paths of ``imglist`` start from.
+    torchvision : mapping, optional
+        ``name`` of a class of ``torchvision.datasets``, and its keyword arguments.
+    sklearn : str, optional
+        Name of a set of pictures that comes with scikit-learn: ``digits``.
+    classes : tuple of str, optional
+        Use only these class folders, or these classes of a torchvision data set.
+    skip : int, default 0
+        Number of images to leave out.
+    limit : int, default 0
+        Largest number of images to take of the rest; 0: all.
     """
 
     path: tuple[str, ...] = ()
@@ -56,7 +68,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """Train on ``train``, test on ``test`` against each of ``ood`` (names of sources)."""
+    """One experiment of a suite. Sets are names of sources.
+
+    Parameters
+    ----------
+    name : str
+        Name of the task.
+    train : str
+        In-domain images to train on.
+    test : str
+        In-domain images to test on.
+    ood : tuple of str
+        OOD sets, each tested against ``test``; ``*`` stands for all other folders.
+    protocols : tuple of str, default ("matched",)
+        Names of protocols, see :mod:`featdiff.evaluation.protocols`.
+    """
 
     name: str
     train: str
@@ -67,7 +93,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Published:
-    """A number from the literature, in percent, for one set or (``ood`` empty) for the mean of a task's sets."""
+    """A number from the literature.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    task : str
+        Name of the task that it belongs to.
+    auroc : float
+        AUROC in percent.
+    source : str
+        Where it was published.
+    protocol : str, default "as-published"
+        Its protocol.
+    ood : str, optional
+        The OOD set. Default: the mean over the sets of the task.
+    fpr95 : float, optional
+        FPR@95TPR in percent.
+    """
 
     method: str
     task: str
@@ -80,7 +124,23 @@ class Published:
 
 @dataclass(frozen=True)
 class Suite:
-    """What a benchmark runs."""
+    """A benchmark.
+
+    Parameters
+    ----------
+    title : str
+        Title of its tables.
+    sources : mapping
+        Sets of images by name.
+    tasks : tuple of Task
+        Experiments.
+    detectors : mapping, optional
+        Constructor arguments of detectors by name.
+    published : tuple of Published, optional
+        Numbers from the literature.
+    students : mapping, optional
+        Arguments of trained classifiers by name.
+    """
 
     title: str
     sources: Mapping[str, Source]
@@ -93,6 +153,15 @@ class Suite:
 def load_suite(file: Path) -> Suite:
     """Read a suite.
 
+    Parameters
+    ----------
+    file : Path
+        A TOML file.
+
+    Returns
+    -------
+    Suite
+
     Raises
     ------
     UsageError
@@ -100,85 +169,101 @@ def load_suite(file: Path) -> Suite:
     """
     content = read_toml(file)
     check_keys(content, [*inspect.signature(Suite).parameters], str(file))
-    sources = {name: _make(Source, part, f"{file}: sources.{name}") for name, part in _table(content, "sources", file)}
-    tasks = [_make(Task, part, f"{file}: tasks") for part in _list(content, "tasks", file)]
-    published = [_make(Published, part, f"{file}: published") for part in _list(content, "published", file)]
+
+    sources = {}
+    for name, table in _tables(content, "sources", file).items():
+        sources[name] = _make(Source, table, f"{file}: sources.{name}")
+        if sources[name].imglist and sources[name].classes:
+            raise UsageError(f"{file}: sources.{name}: classes cannot be chosen from an imglist")
+
+    tasks = [_make(Task, table, f"{file}: tasks") for table in _list(content, "tasks", file)]
     if not tasks:
         raise UsageError(f"{file}: a suite needs at least one task, [[tasks]]")
-    for name, source in sources.items():
-        if source.imglist and source.classes:
-            raise UsageError(f"{file}: sources.{name}: classes cannot be chosen from an imglist")
     for task in tasks:
         _check_task(task, list(sources), file)
+
+    published = [_make(Published, table, f"{file}: published") for table in _list(content, "published", file)]
+    tasks_by_name = {task.name: task for task in tasks}
     for number in published:
-        _check_published(number, {task.name: task for task in tasks}, file)
+        _check_published(number, tasks_by_name, file)
+
     return Suite(
-        content.get("title", file.stem),
-        sources,
-        tuple(tasks),
-        dict(_table(content, "detectors", file)),
-        tuple(published),
-        dict(_table(content, "students", file)),
+        title=content.get("title", file.stem),
+        sources=sources,
+        tasks=tuple(tasks),
+        detectors=_tables(content, "detectors", file),
+        published=tuple(published),
+        students=_tables(content, "students", file),
     )
 
 
-def _table(content: dict[str, Any], name: str, file: Path) -> list[tuple[str, Any]]:
-    found = content.get(name, {})
-    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+def _tables(content: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
+    """The tables ``[name.NAME]`` by their names."""
+    tables = content.get(name, {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise UsageError(f"{file}: {name} must be tables, [{name}.NAME]")
-    return list(found.items())
+    return dict(tables)
 
 
 def _list(content: dict[str, Any], name: str, file: Path) -> list[Any]:
-    found = content.get(name, [])
-    if not isinstance(found, list):
+    """The tables ``[[name]]`` in order."""
+    tables = content.get(name, [])
+    if not isinstance(tables, list):
         raise UsageError(f"{file}: {name} must be a list of tables, [[{name}]]")
-    return found
+    return tables
 
 
-def _make(kind: Callable[..., Any], content: Any, where: str) -> Any:
+def _make(kind: Callable[..., Any], table: Any, where: str) -> Any:
     """A dataclass from its TOML table."""
     fields = inspect.signature(kind).parameters
-    if not isinstance(content, dict):
+    if not isinstance(table, dict):
         raise UsageError(f"{where}: must be a table")
-    check_keys(content, list(fields), where)
+    check_keys(table, list(fields), where)
     for name, parameter in fields.items():
-        if parameter.default is inspect.Parameter.empty and name not in content:
+        if parameter.default is inspect.Parameter.empty and name not in table:
             raise UsageError(f"{where}: lacks {name}")
-    return kind(**{name: _checked(value, str(fields[name].annotation), name, where) for name, value in content.items()})
+
+    values = {}
+    for name, value in table.items():
+        values[name] = _checked(value, str(fields[name].annotation), name, where)
+    return kind(**values)
 
 
 def _checked(value: Any, annotation: str, name: str, where: str) -> Any:
-    """A value of the annotated kind; a single text may stand for a list of one."""
+    """A value of the annotated type; a single text may stand for a list of one."""
     if annotation.startswith("tuple"):
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(part, str) for part in values):
             raise UsageError(f"{where}: {name} must be text or a list of texts, not {value!r}")
         return tuple(values)
-    kinds: dict[str, tuple[Any, str]] = {
+
+    types: dict[str, tuple[Any, str]] = {
         "str": (str, "text"),
         "Mapping": (dict, "a table"),
         "int": (int, "a whole number"),
     }
-    kind, what = kinds.get(annotation.partition("[")[0], ((int, float), "a number"))
-    if not isinstance(value, kind) or (annotation == "int" and (value is True or value is False or value < 0)):
-        raise UsageError(f"{where}: {name} must be {what}, not {value!r}")
+    expected, description = types.get(annotation.partition("[")[0], ((int, float), "a number"))
+    is_valid = isinstance(value, expected)
+    if annotation == "int" and is_valid:
+        is_valid = not isinstance(value, bool) and value >= 0
+    if not is_valid:
+        raise UsageError(f"{where}: {name} must be {description}, not {value!r}")
     return value
 
 
 def _check_task(task: Task, sources: list[str], file: Path) -> None:
-    for name in (task.train, task.test, *(name for name in task.ood if name != EVERYTHING_ELSE)):
+    ood = [name for name in task.ood if name != EVERYTHING_ELSE]
+    for name in (task.train, task.test, *ood):
         if name not in sources:
-            raise UsageError(
-                f"{file}: task {task.name!r} names an unknown source {name!r}{did_you_mean(name, sources)}"
-            )
+            hint = did_you_mean(name, sources)
+            raise UsageError(f"{file}: task {task.name!r} names an unknown source {name!r}{hint}")
     for protocol in task.protocols:
         if protocol not in PROTOCOLS:
             raise UsageError(f"{file}: unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
 
 
 def _check_published(number: Published, tasks: Mapping[str, Task], file: Path) -> None:
-    """A number that belongs to no table would silently never show."""
+    """Refuse a number that belongs to no table: it would never be shown."""
     task = tasks.get(number.task)
     if task is None or number.protocol not in task.protocols or number.ood not in ("", *task.ood):
         where = f"task {number.task!r}, ood {number.ood!r}, protocol {number.protocol!r}"
@@ -190,25 +275,33 @@ def find_images(source: Source, data: Path, download: bool = False) -> list[Imag
 
     Parameters
     ----------
-    data : folder that paths and downloads count from
-    download : bool
-        Whether torchvision may fetch what is not there.
+    source : Source
+        Where they are.
+    data : Path
+        Folder that paths and downloads start from.
+    download : bool, default False
+        Whether torchvision may download what is missing.
+
+    Returns
+    -------
+    list of ImageRef
 
     Raises
     ------
     NotThere
-        They are not there, and how they could be had.
+        The images are missing; the message says where they should be.
     UsageError
-        The source makes no sense: a class or data set that does not exist.
+        A class or data set that does not exist.
     """
-    found = _all_images(source, data, download)
+    images = _all_images(source, data, download)
     if not source.skip and not source.limit:
-        return found
-    order = np.random.default_rng(0).permutation(len(found))[source.skip :]
+        return images
+
+    order = np.random.default_rng(0).permutation(len(images))[source.skip :]
     chosen = np.sort(order[: source.limit] if source.limit else order)
     if not len(chosen):
-        raise NotThere(f"there are {len(found):,} images, and {source.skip:,} are left out")
-    return [found[i] for i in chosen]
+        raise NotThere(f"there are {len(images):,} images, and {source.skip:,} are left out")
+    return [images[i] for i in chosen]
 
 
 def _all_images(source: Source, data: Path, download: bool) -> list[ImageRef]:
@@ -221,23 +314,44 @@ def _all_images(source: Source, data: Path, download: bool) -> list[ImageRef]:
         return _from_torchvision(source, data, download)
     if source.sklearn:
         return _from_sklearn(source.sklearn)
-    wanted = " or ".join([*source.path, *([source.imglist] if source.imglist else [])])
-    raise NotThere(f"not below {data}: {wanted or 'no place is named'}")
+
+    places = [*source.path]
+    if source.imglist:
+        places.append(source.imglist)
+    raise NotThere(f"not below {data}: {' or '.join(places) or 'no place is named'}")
 
 
 def everything_else(data: Path) -> dict[str, Source]:
-    """Folders and zip archives of the data folder, but for ``train`` and ``test``, by name."""
-    found: dict[str, Source] = {}
+    """The folders and zip archives of a data folder, except ``train`` and ``test``.
+
+    Parameters
+    ----------
+    data : Path
+        The data folder.
+
+    Returns
+    -------
+    dict
+        Sources by the name of the folder, or of the archive without ``.zip``.
+    """
+    sources: dict[str, Source] = {}
     for entry in sorted(data.iterdir()):
-        zipped = entry.is_file() and entry.name.lower().endswith(ZIP_SUFFIXES)
-        name = entry.name[: -len(".zip")] if zipped else entry.name
-        if (zipped or entry.is_dir()) and not entry.name.startswith(".") and name not in ("train", "test"):
-            found[entry.name if name in found else name] = Source(path=(entry.name,))
-    return found
+        is_zip = entry.is_file() and entry.name.lower().endswith(ZIP_SUFFIXES)
+        if entry.name.startswith(".") or not (is_zip or entry.is_dir()):
+            continue
+
+        name = entry.name[: -len(".zip")] if is_zip else entry.name
+        if name in ("train", "test"):
+            continue
+        if name in sources:  # a folder and an archive of one name: the archive is listed with its ending
+            name = entry.name
+        sources[name] = Source(path=(entry.name,))
+    return sources
 
 
 def _from_path(path: Path, classes: tuple[str, ...]) -> list[ImageRef]:
-    if classes:  # a class without images is a mistake that must not pass
+    if classes:
+        # a class without images is a mistake in the suite, not a missing set: the error is passed on
         return [ref for name in classes for ref in list_images(str(path / name))]
     try:
         return list_images(str(path))
@@ -246,7 +360,9 @@ def _from_path(path: Path, classes: tuple[str, ...]) -> list[ImageRef]:
 
 
 def _from_imglist(file: Path, root: Path) -> list[ImageRef]:
-    names = [line.rpartition(" ")[0] or line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The files of an OpenOOD list: a path, which may contain spaces, and a label on each line."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.rpartition(" ")[0] or line for line in lines]
     if not any((root / name).exists() for name in names):
         raise NotThere(f"none of the {len(names):,} files of {file} is below {root}")
     return [FileRef(printable(root / name), str(root / name)) for name in names]
@@ -254,7 +370,7 @@ def _from_imglist(file: Path, root: Path) -> list[ImageRef]:
 
 def _from_sklearn(name: str) -> list[ImageRef]:
     if name != "digits":
-        raise UsageError(f"scikit-learn brings no set of pictures {name!r}; known: digits")
+        raise UsageError(f"scikit-learn has no set of pictures {name!r}; known: digits")
     from sklearn.datasets import load_digits
 
     grey = (load_digits().images * (255 / 16)).round().astype(np.uint8)
@@ -263,12 +379,23 @@ def _from_sklearn(name: str) -> list[ImageRef]:
 
 @dataclass(frozen=True)
 class DatasetRef(ImageRef):
-    """One picture of a torchvision data set, read when it is needed."""
+    """One picture of a torchvision data set, read when it is needed.
+
+    Parameters
+    ----------
+    path : str
+        Its name in reports: ``NAME[INDEX]``.
+    dataset : torchvision data set
+        The set that it belongs to.
+    index : int
+        Its index there.
+    """
 
     dataset: Any
     index: int
 
     def read(self) -> Image.Image:
+        """The decoded picture."""
         picture: Image.Image = self.dataset[self.index][0]
         return picture
 
@@ -280,31 +407,34 @@ def _from_torchvision(source: Source, data: Path, download: bool) -> list[ImageR
     name = str(options.pop("name", ""))
     if name not in datasets.__all__:
         raise UsageError(f"torchvision has no data set {name!r}{did_you_mean(name, list(datasets.__all__))}")
-    kind = getattr(datasets, name)
-    if "download" in inspect.signature(kind).parameters:
+    dataset_class = getattr(datasets, name)
+    if "download" in inspect.signature(dataset_class).parameters:
         options["download"] = download
+
     try:
-        dataset = kind(str(data), **options)
+        dataset = dataset_class(str(data), **options)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        hint = "" if download else ", or let it be fetched with --download"
         reason = " ".join(str(error).split())
+        hint = "" if download else ", or let it be downloaded with download=True"
         raise NotThere(f"torchvision's {name} is not below {data} ({reason}): put it there{hint}") from None
-    wanted = _labels(dataset, name, source.classes)
-    return [DatasetRef(f"{name}[{i}]", dataset, i) for i in range(len(dataset)) if wanted is None or wanted(i)]
+
+    indices = _of_classes(dataset, name, source.classes) if source.classes else range(len(dataset))
+    return [DatasetRef(f"{name}[{i}]", dataset, i) for i in indices]
 
 
-def _labels(dataset: Any, name: str, classes: tuple[str, ...]) -> Callable[[int], bool] | None:
-    """Which pictures are of these classes; None: all are wanted."""
-    if not classes:
-        return None
-    known = getattr(dataset, "classes", [])
-    targets: Any = next(
-        (getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), []
-    )
+def _of_classes(dataset: Any, name: str, classes: tuple[str, ...]) -> list[int]:
+    """Indices of the pictures of these classes."""
+    targets: Any = []
+    for attribute in ("targets", "labels", "_labels"):  # torchvision has no common name for them
+        if hasattr(dataset, attribute):
+            targets = getattr(dataset, attribute)
+            break
     if len(targets) != len(dataset):
         raise UsageError(f"torchvision's {name} does not tell the classes of its pictures")
+
+    known = list(getattr(dataset, "classes", []))
     for label in classes:
         if label not in known:
-            raise UsageError(f"torchvision's {name} has no class {label!r}{did_you_mean(label, list(known))}")
+            raise UsageError(f"torchvision's {name} has no class {label!r}{did_you_mean(label, known)}")
     numbers = {known.index(label) for label in classes}
-    return lambda i: int(targets[i]) in numbers
+    return [i for i, target in enumerate(targets) if int(target) in numbers]

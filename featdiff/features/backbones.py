@@ -1,6 +1,7 @@
-"""A backbone by name, with weights from the embedded package, the hub, a file or a folder. Knows no detector.
+"""The name of a backbone -> a frozen timm network with its weights and its preprocessing.
 
-Weights are always loaded strictly, and every backbone has a fingerprint: the SHA-256 of its weights.
+Weights come from the embedded package, the hub, a file or a folder. They are always loaded strictly, and every backbone
+has a fingerprint: the SHA-256 of its weights.
 """
 
 from __future__ import annotations
@@ -18,16 +19,27 @@ from torch import nn
 from ..data.decoding import Transform
 from ..exceptions import UsageError, WeightsError, did_you_mean, first_line
 from .networks import fingerprint
-from .weights import _EMBEDDED_TAG, DEFAULT_BACKBONE, _is_embedded, _is_finite, _load_embedded, load_weights
+from .weights import DEFAULT_BACKBONE, EMBEDDED_TAG, is_embedded, is_finite, load_embedded, load_weights
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen network in eval mode, and what is needed to use it the same way again.
+    """A frozen network in eval mode, with all that is needed to use it the same way again.
 
-    ``tag`` is the resolved name (``resnet50.a1_in1k``), ``source`` where the weights came from, ``fingerprint``
-    the SHA-256 of the weights in hex, ``data_config`` the resolved preprocessing, ``transform`` the same as a
-    function from an RGB picture to a (3, H, W) tensor.
+    Parameters
+    ----------
+    model : nn.Module
+        The network, without its classifier.
+    tag : str
+        The name with its tag (``resnet50.a1_in1k``).
+    source : str
+        Where the weights came from: ``embedded``, ``hub``, ``local folder``, ``file NAME`` or ``random``.
+    fingerprint : str
+        SHA-256 of the weights, in hex.
+    data_config : dict
+        The preprocessing, as timm describes it.
+    transform : callable
+        The preprocessing: RGB picture -> Tensor of shape (3, H, W).
     """
 
     model: nn.Module
@@ -49,24 +61,34 @@ def load_backbone(
 
     Parameters
     ----------
-    name : str
+    name : str, default "tf_efficientnet_lite0"
         A timm name with or without tag (``resnet50``, ``resnet50.tv_in1k``), ``hf-hub:org/name`` or
         ``local-dir:PATH``.
     weights : path, optional
         A safetensors file or a state dict to load instead of downloading (read without unpickling objects).
-    pretrained : bool
-        False gives random weights: for tests only, scores mean nothing.
+    pretrained : bool, default True
+        False gives random weights, always the same ones. For tests only: scores mean nothing.
     model_args : mapping, optional
-        Further keywords of ``timm.create_model``, for example ``{"pad_type": "same"}``.
+        Further arguments of ``timm.create_model``, for example ``{"pad_type": "same"}``.
     transform : mapping, optional
-        Overrides of the model's own preprocessing; keys as in ``TRANSFORM_KEYS``.
+        Settings that replace those of the model's own preprocessing; keys as in ``TRANSFORM_KEYS``.
+
+    Returns
+    -------
+    Backbone
 
     Raises
     ------
     UsageError
-        The name or an override is unknown.
+        The name, an argument or a setting is unknown or wrong.
     WeightsError
-        The weights cannot be had or do not fit.
+        The weights cannot be found or do not fit.
+
+    Examples
+    --------
+    >>> backbone = load_backbone("test_resnet", pretrained=False)
+    >>> backbone.tag, backbone.source
+    ('test_resnet.r160_in1k', 'random')
     """
     from timm.data import create_transform, resolve_model_data_config
 
@@ -74,97 +96,152 @@ def load_backbone(
     overrides = _check_transform(transform or {})
     args = {"num_classes": 0, **(model_args or {})}
     if ":" not in name:
-        with torch.device("meta"):  # wrong arguments show before anything is downloaded
+        with torch.device("meta"):  # wrong arguments are found before anything is downloaded
             _create(name, args)
-    if weights is not None:
-        model = _create(name, args)
-        load_weights(model, weights)
-        source = f"file {Path(weights).name}"
-    elif pretrained and _is_embedded(name):
-        model = _create(name, args)
-        _load_embedded(model)
-        source = "embedded"
-    elif pretrained and name.startswith("local-dir:"):
-        file = _weights_in(Path(name.partition(":")[2]))
-        model = _create(name, args)
-        load_weights(model, file)
-        source = "local folder"
-    elif pretrained:
-        model = _create_pretrained(name, args)
-        source = "hub"
-    else:
-        model = _create(name, args)
-        source = "random"
+
+    model, source = _load_model(name, args, weights, pretrained)
     model.eval().requires_grad_(False)
     config = resolve_model_data_config(model) | overrides
     return Backbone(
-        model, _resolved_tag(name), source, fingerprint(model), config, create_transform(**config, is_training=False)
+        model=model,
+        tag=_resolved_tag(name),
+        source=source,
+        fingerprint=fingerprint(model),
+        data_config=config,
+        transform=create_transform(**config, is_training=False),
     )
 
 
+def _load_model(
+    name: str, args: dict[str, Any], weights: str | os.PathLike[str] | None, pretrained: bool
+) -> tuple[nn.Module, str]:
+    """The network, and where its weights came from."""
+    if weights is not None:
+        model = _create(name, args)
+        load_weights(model, weights)
+        return model, f"file {Path(weights).name}"
+
+    if not pretrained:
+        return _create(name, args), "random"
+
+    if is_embedded(name):
+        model = _create(name, args)
+        load_embedded(model)
+        return model, "embedded"
+
+    if name.startswith("local-dir:"):
+        file = _weights_in(Path(name.partition(":")[2]))
+        model = _create(name, args)
+        load_weights(model, file)
+        return model, "local folder"
+
+    return _create_pretrained(name, args), "hub"
+
+
 def list_backbones(pattern: str = "") -> list[tuple[str, str]]:
-    """(name with tag, ``embedded`` or ``hub``) of every timm model with pretrained weights, filtered by a pattern."""
+    """All timm models with pretrained weights.
+
+    Parameters
+    ----------
+    pattern : str, default ""
+        Part of the names to list, or a pattern with ``*``. Default: all.
+
+    Returns
+    -------
+    list of (str, str)
+        Name with tag, and where its weights come from: ``embedded`` or ``hub``.
+
+    Examples
+    --------
+    >>> list_backbones("tf_efficientnet_lite0")
+    [('tf_efficientnet_lite0.in1k', 'embedded')]
+    """
     import timm
 
-    pattern = pattern if not pattern or "*" in pattern else f"*{pattern}*"
-    return [
-        (name, "embedded" if name == _EMBEDDED_TAG else "hub") for name in timm.list_models(pattern, pretrained=True)
-    ]
+    if pattern and "*" not in pattern:
+        pattern = f"*{pattern}*"
+    names = timm.list_models(pattern, pretrained=True)
+    return [(name, "embedded" if name == EMBEDDED_TAG else "hub") for name in names]
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that timm does not know, and a local folder that is not there (``UsageError``)."""
+    """Raise ``UsageError`` if timm does not know a name, or there is no such local folder.
+
+    Parameters
+    ----------
+    name : str
+        As :func:`load_backbone` takes it.
+
+    Raises
+    ------
+    UsageError
+        The name is unknown; similar names are suggested.
+    """
     import timm
 
     if ":" in name:
-        scheme, _, rest = name.partition(":")
-        if scheme not in ("local-dir", "hf-hub", "hf_hub"):
-            raise UsageError(f"unknown backbone {name!r}: before the colon stands local-dir or hf-hub")
-        if not rest:
-            raise UsageError(f"{name!r} needs a {'folder' if scheme == 'local-dir' else 'repository'} after the colon")
-        if scheme == "local-dir" and not Path(rest).is_dir():
-            raise UsageError(f"no folder at {rest}")
+        _check_location(name)
         return
+
     base, dot, tag = name.partition(".")
     if not timm.is_model(base):
-        raise UsageError(
-            f"unknown backbone {base!r}{did_you_mean(base, timm.list_models())} (featdiff backbones lists all)"
-        )
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+        hint = did_you_mean(base, timm.list_models())
+        raise UsageError(f"unknown backbone {base!r}{hint} (featdiff backbones lists all)", argument="backbone")
+    tags = [full_name.partition(".")[2] for full_name in timm.list_pretrained(f"{base}.*")]
     if dot and tag not in tags:
-        raise UsageError(f"{base} has no weights tagged {tag!r}; it has {', '.join(tags) or 'none'}")
+        known = ", ".join(tags) or "none"
+        raise UsageError(f"{base} has no weights tagged {tag!r}; it has {known}", argument="backbone")
+
+
+def _check_location(name: str) -> None:
+    """Check a name that says where the model is: ``hf-hub:org/name`` or ``local-dir:PATH``."""
+    scheme, _, location = name.partition(":")
+    if scheme not in ("local-dir", "hf-hub", "hf_hub"):
+        raise UsageError(
+            f"unknown backbone {name!r}: local-dir or hf-hub must stand before the colon", argument="backbone"
+        )
+    if not location:
+        kind = "folder" if scheme == "local-dir" else "repository"
+        raise UsageError(f"{name!r} needs a {kind} after the colon", argument="backbone")
+    if scheme == "local-dir" and not Path(location).is_dir():
+        raise UsageError(f"no folder at {location}", argument="backbone")
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:
+    """A network with random weights, always the same ones; the global random state is left alone."""
     import timm
 
     try:
-        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone, and so is ours by it
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             return timm.create_model(name, pretrained=False, **args)
-    except Exception as error:  # architectures fail in many ways on arguments they do not know
-        raise UsageError(f"{name} cannot be built with these arguments: {first_line(error)}") from None
+    except Exception as error:  # networks raise errors of many kinds for arguments that they do not know
+        raise UsageError(
+            f"{name} cannot be built with these arguments: {first_line(error)}", argument="model_args"
+        ) from None
 
 
 def _weights_in(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise WeightsError(f"no config.json in {folder}: it is not a timm model folder")
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
-    if not files:
-        raise WeightsError(f"no model.safetensors or pytorch_model.bin in {folder}")
-    return files[0]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"no model.safetensors or pytorch_model.bin in {folder}")
 
 
 def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
-    """A model with weights from the hub. timm loads strictly only while the classifier is left on."""
+    """A network with weights from the hub, built with its classifier: without it, timm does not load strictly."""
     import timm
 
     tag = _resolved_tag(name)
     if ":" not in name and not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
-        raise WeightsError(f"timm has no pretrained weights for {name}: give your own with --weights FILE")
+        raise WeightsError(f"timm has no pretrained weights for {name}: pass a file as the argument weights")
+
+    with_classifier = {key: value for key, value in args.items() if key != "num_classes"}
     try:
         with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(name, pretrained=True, **{k: v for k, v in args.items() if k != "num_classes"})
+            model = timm.create_model(name, pretrained=True, **with_classifier)
         if model.num_classes:
             model.reset_classifier(0)
     except RuntimeError as error:
@@ -172,20 +249,24 @@ def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
     except Exception as error:
         raise WeightsError(
             f"no weights for {tag}: {_reason(error)}. Three ways out: connect to the hub once (they are cached after), "
-            f"--weights FILE with a local copy, or the embedded default --backbone {DEFAULT_BACKBONE}"
+            f"give a local copy as weights=..., or use the embedded default backbone={DEFAULT_BACKBONE}"
         ) from None
-    if broken := [key for key, value in model.state_dict().items() if not _is_finite(value)]:
+
+    broken = [key for key, value in model.state_dict().items() if not is_finite(value)]
+    if broken:
         raise WeightsError(f"the weights for {tag} hold NaN or infinite values (first in {broken[0]})")
     return model
 
 
 def _resolved_tag(name: str) -> str:
+    """The name with the tag of its weights."""
     import timm
 
     if ":" in name:
         return name
     config = timm.get_pretrained_cfg(name)
-    return ".".join(filter(None, (name.partition(".")[0], config.tag if config else None)))
+    base = name.partition(".")[0]
+    return f"{base}.{config.tag}" if config and config.tag else base
 
 
 def _reason(error: Exception) -> str:
@@ -197,33 +278,56 @@ def _reason(error: Exception) -> str:
 
 
 def _check_transform(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Known keys with values that make sense (``UsageError`` names the first that does not)."""
-    checked = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
-    for key, value in checked.items():
+    """The settings, lists as tuples; ``UsageError`` names the first one that is unknown or wrong."""
+    checked = {}
+    for key, value in overrides.items():
         if key not in _TRANSFORM_CHECKS:
             hint = did_you_mean(key, list(TRANSFORM_KEYS))
-            raise UsageError(f"unknown transform setting {key!r}{hint}; known: {', '.join(TRANSFORM_KEYS)}")
-        fits, wanted = _TRANSFORM_CHECKS[key]
-        if not fits(value):
-            raise UsageError(f"transform setting {key} must be {wanted}, not {value!r}")
+            known = ", ".join(TRANSFORM_KEYS)
+            raise UsageError(f"unknown transform setting {key!r}{hint}; known: {known}", argument="transform")
+
+        checked[key] = tuple(value) if isinstance(value, list) else value
+        is_valid, description = _TRANSFORM_CHECKS[key]
+        if not is_valid(checked[key]):
+            raise UsageError(
+                f"transform setting {key} must be {description}, not {checked[key]!r}", argument="transform"
+            )
     return checked
 
 
-def _three(value: Any, fits: Callable[[Any], bool]) -> bool:
-    numbers = isinstance(value, tuple) and all(isinstance(number, int | float) for number in value)
-    return numbers and len(value) == 3 and all(fits(number) for number in value)
+def _are_three(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    """Whether a value is a tuple of three valid numbers."""
+    if not isinstance(value, tuple) or len(value) != 3:
+        return False
+    return all(isinstance(number, int | float) and is_valid(number) for number in value)
+
+
+def _is_input_size(value: Any) -> bool:
+    return _are_three(value, lambda n: isinstance(n, int) and n > 0) and value[0] == 3
+
+
+def _is_mean(value: Any) -> bool:
+    return _are_three(value, math.isfinite)
+
+
+def _is_std(value: Any) -> bool:
+    return _are_three(value, lambda n: math.isfinite(n) and n > 0)
+
+
+def _is_crop_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value <= 4
 
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _CROP_MODES = ("center", "squash", "border")
-# Keys of timm's data config that a user may override: (what fits, in words).
+# Keys of timm's data config that a user may override: whether a value is valid, and what is, in words.
 _TRANSFORM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "input_size": (lambda v: _three(v, lambda n: isinstance(n, int) and n > 0) and v[0] == 3, "3, height, width"),
-    "interpolation": (lambda v: v in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
-    "mean": (lambda v: _three(v, math.isfinite), "three numbers"),
-    "std": (lambda v: _three(v, lambda n: math.isfinite(n) and n > 0), "three numbers above 0"),
-    "crop_pct": (lambda v: isinstance(v, int | float) and 0 < v <= 4, "a number above 0"),
-    "crop_mode": (lambda v: v in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
+    "input_size": (_is_input_size, "3, height, width"),
+    "interpolation": (lambda value: value in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
+    "mean": (_is_mean, "three numbers"),
+    "std": (_is_std, "three numbers above 0"),
+    "crop_pct": (_is_crop_share, "a number above 0"),
+    "crop_mode": (lambda value: value in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
 }
-#: What of a backbone's preprocessing may be overridden.
+#: Settings of a backbone's preprocessing that may be replaced.
 TRANSFORM_KEYS = tuple(_TRANSFORM_CHECKS)

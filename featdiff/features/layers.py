@@ -1,4 +1,4 @@
-"""Layer names and indices -> the layers of a network."""
+"""``auto``, names or indices of layers -> the names of a network's layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..exceptions import UsageError, did_you_mean
 from .layout import PRE_LOGITS
 
-#: ``layers="auto"`` takes every stage of a CNN or Swin, and this many evenly spaced blocks of a plain ViT.
+#: ``layers="auto"`` takes all stages of a CNN or Swin, and this many evenly spaced blocks of a plain ViT.
 AUTO_LAYERS = 5
 Layers = str | Sequence[str | int]
 
@@ -18,44 +18,81 @@ Layers = str | Sequence[str | int]
 def resolve_layers(
     layers: Layers, stages: Sequence[str], modules: Sequence[str], has_classifier: bool = False
 ) -> tuple[str, ...]:
-    """``auto``, names or indices -> layer names, in network order as given; ``auto`` ends with ``pre_logits``.
+    """The names of the layers that are meant, in the given order.
+
+    Parameters
+    ----------
+    layers : str or sequence of str or int
+        ``auto``, or names and indices of layers: a sequence, or one text with commas.
+    stages : sequence of str
+        Names of the network's stages, which indices count.
+    modules : sequence of str
+        Names of all modules of the network.
+    has_classifier : bool, default False
+        Whether the pre-logits are a layer as well; ``auto`` then ends with ``pre_logits``.
+
+    Returns
+    -------
+    tuple of str
 
     Raises
     ------
     UsageError
-        A layer that does not exist (near names are offered), or ``auto`` for a module without stages.
+        A layer that does not exist (similar names are suggested), no layer or one twice, ``auto`` for a module without
+        stages, or ``pre_logits`` alone.
+
+    Examples
+    --------
+    >>> resolve_layers("auto", ["layer1", "layer2"], [])
+    ('layer1', 'layer2')
+    >>> resolve_layers([0, -1], ["layer1", "layer2", "layer3"], [])
+    ('layer1', 'layer3')
     """
     if isinstance(layers, str):
         layers = [part.strip() for part in layers.split(",") if part.strip()]
     if not isinstance(layers, Iterable):
-        raise UsageError(f"layers are 'auto', names or indices, not {layers!r}")
+        raise UsageError(f"layers are 'auto', names or indices, not {layers!r}", argument="layers")
     if list(layers) == ["auto"]:
-        if not stages:
-            raise UsageError("layers='auto' needs a timm model; name the layers of your module")
-        count = len(stages)
-        if count > AUTO_LAYERS + 1:
-            stages = [stages[round((i + 1) * count / AUTO_LAYERS) - 1] for i in range(AUTO_LAYERS)]
-        return tuple(dict.fromkeys([*stages, PRE_LOGITS] if has_classifier else stages))
+        return _auto_layers(stages, has_classifier)
+
     if has_classifier and PRE_LOGITS not in modules:
         modules = [*modules, PRE_LOGITS]
     names = tuple(_layer_name(layer, stages, modules) for layer in layers)
     if not names or len(set(names)) < len(names):
-        raise UsageError("name at least one layer, and each layer once")
+        raise UsageError("name at least one layer, and each layer once", argument="layers")
     if has_classifier and names == (PRE_LOGITS,):
-        raise UsageError(f"name another layer beside {PRE_LOGITS!r}: it is used for neighbours, not for diffusion")
+        raise UsageError(
+            f"name another layer beside {PRE_LOGITS!r}: it is used for neighbours, not for diffusion",
+            argument="layers",
+        )
     return names
 
 
+def _auto_layers(stages: Sequence[str], has_classifier: bool) -> tuple[str, ...]:
+    """All stages, or evenly spaced ones if there are many; then the pre-logits."""
+    if not stages:
+        raise UsageError("layers='auto' needs a timm model; name the layers of your module", argument="layers")
+
+    count = len(stages)
+    if count > AUTO_LAYERS + 1:
+        stages = [stages[round((i + 1) * count / AUTO_LAYERS) - 1] for i in range(AUTO_LAYERS)]
+    names = [*stages, PRE_LOGITS] if has_classifier else stages
+    return tuple(dict.fromkeys(names))
+
+
 def _layer_name(layer: object, stages: Sequence[str], modules: Sequence[str]) -> str:
+    """The name of one layer, given by name or index."""
     if isinstance(layer, str) and (layer in stages or layer in modules):
         return str(layer)
+
     index = _as_index(layer)
     if index is None:
         known = list(dict.fromkeys([*stages, *modules]))
-        hint = did_you_mean(str(layer), known)
-        raise UsageError(f"unknown layer {layer!r}{hint or '; known: ' + ', '.join(stages or known[:20])}")
+        hint = did_you_mean(str(layer), known) or f"; known: {', '.join(stages or known[:20])}"
+        raise UsageError(f"unknown layer {layer!r}{hint}", argument="layers")
     if not -len(stages) <= index < len(stages):
-        raise UsageError(f"no layer {index}: this backbone has {len(stages)} ({', '.join(stages) or 'name them'})")
+        names = ", ".join(stages) or "name them"
+        raise UsageError(f"no layer {index}: this backbone has {len(stages)} ({names})", argument="layers")
     return stages[index]
 
 
@@ -67,7 +104,7 @@ def _as_index(layer: object) -> int | None:
 
 
 def stage_names(model: nn.Module) -> list[str]:
-    """Names of a timm model's stages; of any other module, none."""
+    """Names of a timm model's stages; an empty list for any other module."""
     if not hasattr(model, "forward_intermediates"):
         return []
     return [info["module"] for info in model.feature_info]  # type: ignore[union-attr]

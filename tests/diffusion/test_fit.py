@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_training import SHORT, data, network, same
 from torch import Tensor
 
 from featdiff.diffusion.fit import fit_denoiser
@@ -18,36 +19,21 @@ from featdiff.diffusion.schedules import make_scheduler
 from featdiff.diffusion.training import Recipe, Step, TrainingState, start, train
 from featdiff.runtime import checkpoints
 
-WIDTH = 4
 COUNT = 96
-RECIPE = Recipe(epochs=4, batch_size=16, min_steps=1)  # 6 steps an epoch
+RECIPE = Recipe(**SHORT)  # 6 steps an epoch
 
 
 class Stopped(Exception):
     """Stands for a user who ends the run."""
 
 
-def network(seed: int = 0) -> LFDN:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LFDN(width=WIDTH, hidden=16, blocks=1, time_width=8)
-
-
-def samples(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
 def read(indices: np.ndarray) -> Tensor:
-    return samples(COUNT)[torch.from_numpy(indices)]
+    return data(COUNT)[torch.from_numpy(indices)]
 
 
 def fit(denoiser: LFDN, **options: Any) -> TrainingState:
-    arguments = {"read": read, "validation": samples(32, seed=9), "seed": 0} | options
+    arguments = {"read": read, "validation": data(32, seed=9), "seed": 0} | options
     return fit_denoiser(denoiser, make_scheduler(), count=COUNT, recipe=RECIPE, **arguments)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def stop_after(number: int) -> Callable[[Step, TrainingState], None]:
@@ -60,7 +46,7 @@ def stop_after(number: int) -> Callable[[Step, TrainingState], None]:
 
 def test_it_is_the_training_loop_to_its_end() -> None:
     expected = start(network(), RECIPE, COUNT)
-    for _ in train(expected, read, COUNT, samples(32, seed=9), make_scheduler(), RECIPE, 0):
+    for _ in train(expected, read, COUNT, data(32, seed=9), make_scheduler(), RECIPE, 0):
         pass
 
     denoiser = network()

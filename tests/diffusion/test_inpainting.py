@@ -48,25 +48,25 @@ def x() -> Tensor:
     return torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def known(kind: str = "checkerboard", blocks: int = 4) -> Tensor:
+def board(kind: str = "checkerboard", blocks: int = 4) -> Tensor:
     return make_masks(kind, SIZE, 1, blocks=blocks)[:, None]
 
 
 def run(network: nn.Module, x: Tensor, kind: str = "ddim", steps: int = 5, **options: Any) -> Tensor:
     sampler = make_sampler(kind, make_pixel_scheduler(), steps)
-    options = {"known": known(), "contents": CONTENTS[: len(x)], "resamplings": 1, "seed": 0} | options
+    options = {"mask": board(), "contents": CONTENTS[: len(x)], "resamplings": 1, "seed": 0} | options
     sources = noise_sources(options["contents"], 1, options["seed"])
     with torch.inference_mode():
-        return inpaint(network, sampler, x, options["known"], sources, options["resamplings"])
+        return inpaint(network, sampler, x, options["mask"], sources, options["resamplings"])
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_known_pixels_come_back_exactly_and_others_do_not(network: nn.Module, x: Tensor, kind: str) -> None:
-    found = run(network, x, kind)
-    mask = known().expand_as(x)
-    assert torch.equal(found[mask], x[mask])
-    assert (found[~mask] != x[~mask]).all()
-    assert torch.isfinite(found).all()
+    actual = run(network, x, kind)
+    mask = board().expand_as(x)
+    assert torch.equal(actual[mask], x[mask])
+    assert (actual[~mask] != x[~mask]).all()
+    assert torch.isfinite(actual).all()
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -98,7 +98,7 @@ def test_content_repetition_and_seed_decide_the_noise(network: nn.Module, x: Ten
 @torch.inference_mode()
 def test_with_nothing_known_it_is_the_sampling_loop_of_diffusers(network: nn.Module, x: Tensor) -> None:
     nothing = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
-    found = run(network, x[:1], "ddpm", steps=10, known=nothing)
+    actual = run(network, x[:1], "ddpm", steps=10, mask=nothing)
 
     (source,) = noise_sources(CONTENTS[:1], 1, 0)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
@@ -107,16 +107,16 @@ def test_with_nothing_known_it_is_the_sampling_loop_of_diffusers(network: nn.Mod
     for t in scheduler.timesteps:
         torch.randn(x[:1].shape, generator=source)  # the noise of the known pixels, of which there are none
         image = scheduler.step(network(image, t.expand(1)), t, image, generator=source).prev_sample
-    torch.testing.assert_close(found, image, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, image, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_the_ideal_denoiser_of_flat_images_fills_in_what_is_around(kind: str) -> None:
     """Half of the pixels say what the others are; a good inpainting comes near it from any noise."""
     values = torch.tensor([-0.7, 0.0, 0.6]).reshape(3, 1, 1, 1)
-    found = run(FlatImages(), values.expand(3, 3, SIZE, SIZE), kind, steps=50)
-    unknown = ~known().expand_as(found)
-    filled = torch.stack([found[i][unknown[i]].mean() for i in range(3)])
+    actual = run(FlatImages(), values.expand(3, 3, SIZE, SIZE), kind, steps=50)
+    unknown = ~board().expand_as(actual)
+    filled = torch.stack([actual[i][unknown[i]].mean() for i in range(3)])
     torch.testing.assert_close(filled, values.flatten(), rtol=0, atol=0.15)
 
 
@@ -130,8 +130,8 @@ def test_resampling_makes_known_and_unknown_agree_better() -> None:
 
     def gap(resamplings: int) -> float:
         x = values.expand(9, 3, SIZE, SIZE)
-        found = run(FlatImages(), x, "ddpm", steps=50, known=mask, resamplings=resamplings, contents=contents)
-        return float((found - x)[~mask.expand_as(found)].square().mean())
+        actual = run(FlatImages(), x, "ddpm", steps=50, mask=mask, resamplings=resamplings, contents=contents)
+        return float((actual - x)[~mask.expand_as(actual)].square().mean())
 
     assert gap(5) < 0.5 * gap(1)
 
@@ -139,7 +139,7 @@ def test_resampling_makes_known_and_unknown_agree_better() -> None:
 def test_a_finished_run_leaves_the_sampler_fit_for_the_next(network: nn.Module, x: Tensor) -> None:
     sampler = make_sampler("dpm++", make_pixel_scheduler(), 5)
     with torch.inference_mode():
-        first, second = (inpaint(network, sampler, x, known(), noise_sources(CONTENTS, 1, 0)) for _ in range(2))
+        first, second = (inpaint(network, sampler, x, board(), noise_sources(CONTENTS, 1, 0)) for _ in range(2))
     assert torch.equal(first, second)
 
 

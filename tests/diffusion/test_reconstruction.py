@@ -42,12 +42,12 @@ def x() -> Tensor:
 @torch.no_grad()
 def test_one_step_is_the_denoiser_on_the_noised_input(x: Tensor, start: int) -> None:
     network, scheduler, noise = random_network(6), make_scheduler(), draw_noise(3, 6, seed=2)
-    found = reconstruct(network, scheduler, x, noise, start)
-    assert found.shape == (5, 3, 6)
+    actual = reconstruct(network, scheduler, x, noise, start)
+    assert actual.shape == (5, 3, 6)
     t = torch.full((5,), start)
     for k in range(3):
         expected = network(add_noise(scheduler, x, noise[k].expand(5, -1), t), t)
-        torch.testing.assert_close(found[:, k], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[:, k], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [0, 3, 40])
@@ -62,8 +62,8 @@ def test_stride_one_equals_the_ddim_loop_of_diffusers(x: Tensor, start: int) -> 
     x_t = reference.add_noise(x, noise.expand(5, -1), torch.full((5,), start))
     for t in reference.timesteps[reference.timesteps <= start]:
         x_t = reference.step(network(x_t, t.expand(5)), int(t), x_t, eta=0.0).prev_sample
-    found = reconstruct(network, make_scheduler(), x, noise, start, stride=1)
-    torch.testing.assert_close(found[:, 0], x_t, rtol=1e-4, atol=1e-4)
+    actual = reconstruct(network, make_scheduler(), x, noise, start, stride=1)
+    torch.testing.assert_close(actual[:, 0], x_t, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 7, 10, 13, 15, 30, 40, 60, 90, 95, 96, 100, 101, 500])
@@ -80,8 +80,8 @@ def test_every_stride_follows_equations_2_and_3(x: Tensor, stride: int) -> None:
         eps = (z - np.sqrt(alpha_bar[t]) * x0_hat) / np.sqrt(1 - alpha_bar[t])
         t -= stride
         z = np.sqrt(alpha_bar[t]) * x0_hat + np.sqrt(1 - alpha_bar[t]) * eps
-    found = reconstruct(network, make_scheduler(), x, noise, start, stride)[:, 0]
-    np.testing.assert_allclose(found.numpy(), x0_hat, rtol=2e-4, atol=2e-4)
+    actual = reconstruct(network, make_scheduler(), x, noise, start, stride)[:, 0]
+    np.testing.assert_allclose(actual.numpy(), x0_hat, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("stride", [None, 1, 5, 20])
@@ -93,8 +93,8 @@ def test_last_step_returns_the_networks_estimate(stride: int | None) -> None:
         def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
             return torch.full_like(x_t, 7.0)
 
-    found = reconstruct(Constant(), make_scheduler(), x, noise, 20, stride)
-    assert torch.equal(found, torch.full((2, 2, 4), 7.0))
+    actual = reconstruct(Constant(), make_scheduler(), x, noise, 20, stride)
+    assert torch.equal(actual, torch.full((2, 2, 4), 7.0))
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_order_of_calls_and_strides_does_not_matter(x: Tensor) -> None:
 
 
 def test_no_rows_give_no_reconstructions() -> None:
-    found = reconstruct(random_network(6), make_scheduler(), torch.empty(0, 6), draw_noise(2, 6, seed=2), 20)
-    assert found.shape == (0, 2, 6)
+    actual = reconstruct(random_network(6), make_scheduler(), torch.empty(0, 6), draw_noise(2, 6, seed=2), 20)
+    assert actual.shape == (0, 2, 6)
 
 
 @pytest.mark.parametrize("stride", [None, 5])
@@ -181,5 +181,5 @@ def test_ideal_denoiser_has_the_bayes_error_on_average() -> None:
     noise = noise / noise.square().mean(0).sqrt()
     x_hat = reconstruct(IdealGaussian(variance), make_scheduler(), x, noise, start)
     a = make_scheduler().alphas_cumprod[start]
-    found = (x[:, None] - x_hat).square().mean((0, 1))
-    torch.testing.assert_close(found, variance * (1 - a) / (a * variance + 1 - a), rtol=0.01, atol=0)
+    actual = (x[:, None] - x_hat).square().mean((0, 1))
+    torch.testing.assert_close(actual, variance * (1 - a) / (a * variance + 1 - a), rtol=0.01, atol=0)

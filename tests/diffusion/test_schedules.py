@@ -1,4 +1,4 @@
-"""The schedule against its closed form and diffusers' DDPM; the stored draws."""
+"""The schedule against its closed form and diffusers' DDPM; the noise samples."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_alpha_bar_of_the_paper(t: int, expected: float) -> None:
 
 @pytest.mark.parametrize("timesteps", [1, 2, 100, 1000])
 def test_alpha_bars_follow_the_closed_form(timesteps: int) -> None:
-    found = make_scheduler(timesteps).alphas_cumprod.numpy()
-    np.testing.assert_allclose(found, closed_form_alpha_bars(timesteps), rtol=2e-5)
+    actual = make_scheduler(timesteps).alphas_cumprod.numpy()
+    np.testing.assert_allclose(actual, closed_form_alpha_bars(timesteps), rtol=2e-5)
 
 
 def test_schedule_predicts_the_sample_and_clips_nothing() -> None:
@@ -43,9 +43,9 @@ def test_add_noise_is_the_closed_formula() -> None:
     x, noise = torch.randn(100, 7, generator=source) * 30, torch.randn(100, 7, generator=source)
     alpha_bar = closed_form_alpha_bars()[:, None]
     expected = np.sqrt(alpha_bar) * x.double().numpy() + np.sqrt(1 - alpha_bar) * noise.double().numpy()
-    found = add_noise(make_scheduler(), x, noise, torch.arange(100))
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+    actual = add_noise(make_scheduler(), x, noise, torch.arange(100))
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_add_noise_equals_the_ddpm_scheduler_of_diffusers() -> None:
@@ -67,32 +67,32 @@ def test_add_noise_is_bit_by_bit_that_of_the_schedule(shape: tuple[int, ...], no
 
 def test_add_noise_leaves_its_arguments_alone() -> None:
     x, noise, scheduler = torch.ones(2, 3), torch.full((2, 3), 2.0), make_scheduler()
-    kept = scheduler.alphas_cumprod
+    before = scheduler.alphas_cumprod
     add_noise(scheduler, x, noise, torch.tensor([5, 90]))
-    assert scheduler.alphas_cumprod is kept
+    assert scheduler.alphas_cumprod is before
     assert torch.equal(x, torch.ones(2, 3))
     assert torch.equal(noise, torch.full((2, 3), 2.0))
 
 
-@pytest.mark.parametrize("draws", [1, 2, 3, 4, 7])
-def test_draws_come_in_pairs_of_opposite_sign(draws: int) -> None:
-    noise = draw_noise(draws, 11, seed=0)
-    assert noise.shape == (draws, 11)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_noise_samples_come_in_pairs_of_opposite_sign(count: int) -> None:
+    noise = draw_noise(count, 11, seed=0)
+    assert noise.shape == (count, 11)
     assert noise.dtype == torch.float32
-    pairs = draws // 2
+    pairs = count // 2
     assert torch.equal(noise[0 : 2 * pairs : 2], -noise[1 : 2 * pairs : 2])
     distinct = noise[::2]
     assert len(torch.unique(distinct, dim=0)) == len(distinct)
 
 
-def test_draws_are_standard_normal() -> None:
+def test_noise_samples_are_standard_normal() -> None:
     noise = draw_noise(2, 20_000, seed=5)[0]
     assert noise.mean().item() == pytest.approx(0, abs=0.03)
     assert noise.std().item() == pytest.approx(1, abs=0.03)
     assert (noise.abs() < 1).float().mean().item() == pytest.approx(0.6827, abs=0.015)
 
 
-def test_draws_follow_from_the_seed_alone() -> None:
+def test_noise_samples_follow_from_the_seed_alone() -> None:
     first = draw_noise(4, 6, seed=1)
     torch.randn(10)
     assert torch.equal(draw_noise(4, 6, seed=1), first)

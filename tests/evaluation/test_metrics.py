@@ -39,17 +39,17 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(ties: bool) -> None:
 def test_aupr_equals_scikit_learn_for_either_class(ties: bool) -> None:
     home, away = make(ties)
     is_ood, scores = labelled(home, away)
-    found = evaluate(home, away, resamples=2)
-    assert found.aupr_out == pytest.approx(average_precision_score(is_ood, scores), abs=1e-12)
-    assert found.aupr_in == pytest.approx(average_precision_score(1 - is_ood, -scores), abs=1e-12)
-    assert found.aupr_in != pytest.approx(found.aupr_out, abs=0.01)
+    metrics = evaluate(home, away, resamples=2)
+    assert metrics.aupr_out == pytest.approx(average_precision_score(is_ood, scores), abs=1e-12)
+    assert metrics.aupr_in == pytest.approx(average_precision_score(1 - is_ood, -scores), abs=1e-12)
+    assert metrics.aupr_in != pytest.approx(metrics.aupr_out, abs=0.01)
 
 
 def test_aupr_by_hand() -> None:
     """OOD scores 4 and 2 among 3 and 1: precision 1/1 at the first, 2/3 at the second."""
-    found = evaluate(np.array([1.0, 3.0]), np.array([2.0, 4.0]), resamples=2)
-    assert found.aupr_out == pytest.approx((1 + 2 / 3) / 2)
-    assert found.aupr_in == pytest.approx((1 + 2 / 3) / 2)
+    metrics = evaluate(np.array([1.0, 3.0]), np.array([2.0, 4.0]), resamples=2)
+    assert metrics.aupr_out == pytest.approx((1 + 2 / 3) / 2)
+    assert metrics.aupr_in == pytest.approx((1 + 2 / 3) / 2)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -80,11 +80,11 @@ def test_perfect_and_reversed_separation() -> None:
 
 
 def test_scores_that_are_all_the_same_say_nothing() -> None:
-    found = evaluate(np.ones(10), np.ones(30))
-    assert found.auroc == 0.5
-    assert found.auroc_ci == (0.5, 0.5)
-    assert found.fpr95 == 1
-    assert (found.aupr_in, found.aupr_out) == (0.25, 0.75)
+    metrics = evaluate(np.ones(10), np.ones(30))
+    assert metrics.auroc == 0.5
+    assert metrics.auroc_ci == (0.5, 0.5)
+    assert metrics.fpr95 == 1
+    assert (metrics.aupr_in, metrics.aupr_out) == (0.25, 0.75)
 
 
 def test_metrics_depend_on_the_order_of_scores_only() -> None:
@@ -107,11 +107,11 @@ def test_metrics_do_not_depend_on_the_order_of_images() -> None:
 
 def test_interval_is_reproducible_and_holds_the_estimate() -> None:
     home, away = make(ties=False)
-    found = evaluate(home, away)
-    assert evaluate(home, away) == found
-    assert evaluate(home, away, seed=1).auroc_ci != found.auroc_ci
-    assert found.auroc_ci[0] < found.auroc < found.auroc_ci[1]
-    assert evaluate(home, away, seed=1).auroc_ci == pytest.approx(found.auroc_ci, abs=0.02)
+    metrics = evaluate(home, away)
+    assert evaluate(home, away) == metrics
+    assert evaluate(home, away, seed=1).auroc_ci != metrics.auroc_ci
+    assert metrics.auroc_ci[0] < metrics.auroc < metrics.auroc_ci[1]
+    assert evaluate(home, away, seed=1).auroc_ci == pytest.approx(metrics.auroc_ci, abs=0.02)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -127,8 +127,8 @@ def test_interval_level() -> None:
     home, away = make(ties=False)
     narrow, wide = (bootstrap_auroc(home, away, level=level) for level in (0.5, 0.99))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
-    spread = narrow[1] - narrow[0], wide[1] - wide[0]
-    assert spread[1] / spread[0] == pytest.approx(2.576 / 0.674, rel=0.2)  # as of a normal distribution
+    widths = narrow[1] - narrow[0], wide[1] - wide[0]
+    assert widths[1] / widths[0] == pytest.approx(2.576 / 0.674, rel=0.2)  # as of a normal distribution
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -172,8 +172,8 @@ def test_scores_that_make_no_sense_are_refused(home: list[float], away: list[flo
 
 
 def test_one_image_on_each_side_is_enough() -> None:
-    found = evaluate(np.array([0.0]), np.array([1.0]))
-    assert (found.auroc, found.fpr95, found.auroc_ci) == (1, 0, (1, 1))
+    metrics = evaluate(np.array([0.0]), np.array([1.0]))
+    assert (metrics.auroc, metrics.fpr95, metrics.auroc_ci) == (1, 0, (1, 1))
 
 
 def test_single_precision_scores_work() -> None:
@@ -183,8 +183,8 @@ def test_single_precision_scores_work() -> None:
 
 
 def test_json_form() -> None:
-    found = evaluate(*make(ties=True))
-    text = json.loads(json.dumps(found.to_dict()))
+    metrics = evaluate(*make(ties=True))
+    text = json.loads(json.dumps(metrics.to_dict()))
     assert list(text) == ["auroc", "aupr_in", "aupr_out", "fpr95", "auroc_ci"]
-    assert text["auroc"] == found.auroc
-    assert text["auroc_ci"] == list(found.auroc_ci)
+    assert text["auroc"] == metrics.auroc
+    assert text["auroc_ci"] == list(metrics.auroc_ci)

@@ -122,8 +122,8 @@ def test_missing_suite_is_named(tmp_path: Path) -> None:
 
 def test_first_path_that_exists_is_taken(tmp_path: Path) -> None:
     picture(tmp_path / "second" / "x.png")
-    found = find_images(Source(path=("first.zip/x", "first", "second")), tmp_path)
-    assert [ref.path for ref in found] == [str(tmp_path / "second" / "x.png")]
+    images = find_images(Source(path=("first.zip/x", "first", "second")), tmp_path)
+    assert [ref.path for ref in images] == [str(tmp_path / "second" / "x.png")]
 
 
 def test_one_set_serves_for_training_and_testing(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_one_set_serves_for_training_and_testing(tmp_path: Path) -> None:
 
 
 def test_digits_of_scikit_learn(tmp_path: Path) -> None:
-    found = find_images(Source(sklearn="digits"), tmp_path)
-    assert len(found) == 1797
-    first = np.asarray(found[0].read().convert("L"))
+    images = find_images(Source(sklearn="digits"), tmp_path)
+    assert len(images) == 1797
+    first = np.asarray(images[0].read().convert("L"))
     assert (first.shape, first.max(), first[0, 0]) == ((8, 8), 239, 0)
     with pytest.raises(UsageError, match="known: digits"):
         find_images(Source(sklearn="faces"), tmp_path)
@@ -154,8 +154,8 @@ def test_class_folders_inside_an_archive(tmp_path: Path) -> None:
         for name in ("cat", "dog", "frog"):
             picture(tmp_path / f"{name}.png")
             archive.write(tmp_path / f"{name}.png", f"train/{name}/1.png")
-    found = find_images(Source(path=("set.zip/train",), classes=("cat", "frog")), tmp_path)
-    assert [ref.path.partition("train/")[2] for ref in found] == ["cat/1.png", "frog/1.png"]
+    images = find_images(Source(path=("set.zip/train",), classes=("cat", "frog")), tmp_path)
+    assert [ref.path.partition("train/")[2] for ref in images] == ["cat/1.png", "frog/1.png"]
 
 
 def test_class_without_images_is_refused(tmp_path: Path) -> None:
@@ -189,11 +189,11 @@ def test_openood_lists(tmp_path: Path) -> None:
     """Paths count from the root; a name may hold spaces; a file that is missing becomes a row later."""
     picture(tmp_path / "images_classic" / "cifar10" / "a b.png")
     (tmp_path / "list.txt").write_text("cifar10/a b.png 3\n\ncifar10/gone.png -1\n")
-    found = find_images(Source(imglist="list.txt", root="images_classic"), tmp_path)
-    assert [ref.path.rpartition("/")[2] for ref in found] == ["a b.png", "gone.png"]
-    assert found[0].read()
+    images = find_images(Source(imglist="list.txt", root="images_classic"), tmp_path)
+    assert [ref.path.rpartition("/")[2] for ref in images] == ["a b.png", "gone.png"]
+    assert images[0].read()
     with pytest.raises(OSError, match="gone"):
-        found[1].read()
+        images[1].read()
 
 
 @pytest.fixture
@@ -213,10 +213,10 @@ def fashion(tmp_path: Path) -> Path:
 
 
 def test_torchvision_pictures_are_read_when_needed(fashion: Path) -> None:
-    found = find_images(Source(torchvision={"name": "FashionMNIST", "train": False}), fashion)
-    assert [ref.path for ref in found] == [f"FashionMNIST[{i}]" for i in range(10)]
-    assert [np.asarray(ref.read()).max() for ref in found] == list(range(10))
-    assert len(list_images(found)) == 10
+    images = find_images(Source(torchvision={"name": "FashionMNIST", "train": False}), fashion)
+    assert [ref.path for ref in images] == [f"FashionMNIST[{i}]" for i in range(10)]
+    assert [np.asarray(ref.read()).max() for ref in images] == list(range(10))
+    assert len(list_images(images)) == 10
 
 
 def test_torchvision_classes(fashion: Path) -> None:
@@ -229,7 +229,7 @@ def test_torchvision_classes(fashion: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"name": "FashionMNIST", "train": False}, "let it be fetched with --download"),
+        ({"name": "FashionMNIST", "train": False}, "let it be downloaded with download=True"),
         ({"name": "FashonMNIST"}, "no data set 'FashonMNIST'; did you mean FashionMNIST"),
         ({"train": True}, "no data set ''"),
         ({"name": "FashionMNIST", "wrong": 1}, "wrong"),

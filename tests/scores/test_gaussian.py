@@ -30,20 +30,20 @@ def of(vectors: np.ndarray) -> Moments:
 @pytest.mark.parametrize("sizes", [[500], [1, 499], [7, 0, 200, 1, 1, 91, 200], [1] * 500])
 def test_chunks_of_any_size_give_the_moments_of_the_whole(sizes: list[int], offset: float) -> None:
     vectors = correlated(500, 6) + offset
-    found = moments(torch.from_numpy(vectors).split(sizes), 6)
-    assert found.n == 500
-    np.testing.assert_allclose(found.mean.numpy(), vectors.mean(0), rtol=1e-14 if offset else 1e-12, atol=1e-12)
+    actual = moments(torch.from_numpy(vectors).split(sizes), 6)
+    assert actual.n == 500
+    np.testing.assert_allclose(actual.mean.numpy(), vectors.mean(0), rtol=1e-14 if offset else 1e-12, atol=1e-12)
     expected = np.cov(vectors - offset, rowvar=False, ddof=0)
-    np.testing.assert_allclose(found.covariance.numpy(), expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(actual.covariance.numpy(), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_single_precision_is_summed_in_double() -> None:
     vectors = (correlated(3000, 4) + 1e4).astype(np.float32)
-    found = moments(torch.from_numpy(vectors).split(17), 4)
-    assert found.mean.dtype == found.covariance.dtype == torch.float64
-    np.testing.assert_allclose(found.mean.numpy(), vectors.astype(float).mean(0), rtol=1e-13)
+    actual = moments(torch.from_numpy(vectors).split(17), 4)
+    assert actual.mean.dtype == actual.covariance.dtype == torch.float64
+    np.testing.assert_allclose(actual.mean.numpy(), vectors.astype(float).mean(0), rtol=1e-13)
     expected = np.cov(vectors.astype(float), rowvar=False, ddof=0)
-    np.testing.assert_allclose(found.covariance.numpy(), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(actual.covariance.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_moments_leave_the_chunks_alone() -> None:
@@ -61,15 +61,15 @@ def test_chunks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_are_refused_and_not_added(value: float) -> None:
-    found = of(correlated(20, 3))
-    mean, covariance = found.mean.clone(), found.covariance
+    actual = of(correlated(20, 3))
+    mean, covariance = actual.mean.clone(), actual.covariance
     bad = torch.zeros(4, 3)
     bad[2, 1] = value
     with pytest.raises(UsageError, match="NaN or infinite"):
-        found.update(bad)
-    assert found.n == 20
-    assert torch.equal(found.mean, mean)
-    assert torch.equal(found.covariance, covariance)
+        actual.update(bad)
+    assert actual.n == 20
+    assert torch.equal(actual.mean, mean)
+    assert torch.equal(actual.covariance, covariance)
 
 
 @pytest.mark.parametrize("head", [Mahalanobis, PrincipalResidual])
@@ -85,16 +85,16 @@ def test_no_vectors_are_refused(head: type[Mahalanobis] | type[PrincipalResidual
 @pytest.mark.parametrize(("n", "width"), [(2, 5), (10, 40), (40, 40), (200, 8), (5000, 3), (50, 1)])
 def test_shrinkage_is_that_of_scikit_learn(n: int, width: int) -> None:
     vectors = correlated(n, width)
-    found = of(vectors)
+    actual = of(vectors)
     expected = OAS().fit(vectors).covariance_
-    np.testing.assert_allclose(shrunk(found.covariance, n).numpy(), expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(shrunk(actual.covariance, n).numpy(), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_shrinkage_keeps_the_trace_and_makes_few_vectors_invertible() -> None:
-    found = of(correlated(6, 30))
-    covariance = shrunk(found.covariance, found.n)
-    assert covariance.trace().item() == pytest.approx(found.covariance.trace().item(), rel=1e-12)
-    assert torch.linalg.eigvalsh(found.covariance)[0].item() == pytest.approx(0, abs=1e-9)
+    actual = of(correlated(6, 30))
+    covariance = shrunk(actual.covariance, actual.n)
+    assert covariance.trace().item() == pytest.approx(actual.covariance.trace().item(), rel=1e-12)
+    assert torch.linalg.eigvalsh(actual.covariance)[0].item() == pytest.approx(0, abs=1e-9)
     assert torch.linalg.eigvalsh(covariance)[0] > 0
 
 
@@ -103,9 +103,9 @@ def test_shrinkage_goes_no_further_than_the_identity(n: int, width: int) -> None
     """White vectors, where the formula itself asks for more than all."""
     vectors = np.random.default_rng(3).normal(size=(n, width))
     vectors = np.concatenate([vectors, -vectors])
-    found = shrunk(of(vectors).covariance, len(vectors) // 20 + 1)
-    assert torch.count_nonzero(found - found.diag().diag()) == 0
-    np.testing.assert_allclose(found.diag().numpy(), vectors.var(0).mean(), rtol=1e-12)
+    actual = shrunk(of(vectors).covariance, len(vectors) // 20 + 1)
+    assert torch.count_nonzero(actual - actual.diag().diag()) == 0
+    np.testing.assert_allclose(actual.diag().numpy(), vectors.var(0).mean(), rtol=1e-12)
 
 
 def test_a_multiple_of_the_identity_stays_as_it_is() -> None:
@@ -131,9 +131,9 @@ def test_distance_is_that_of_scikit_learn(n: int, width: int) -> None:
 
 def test_distance_in_single_precision() -> None:
     vectors, fresh = correlated(400, 8), correlated(60, 8, seed=1)
-    found = Mahalanobis(8).fit(of(vectors))(torch.from_numpy(fresh).float())
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), OAS().fit(vectors).mahalanobis(fresh), rtol=1e-3)
+    actual = Mahalanobis(8).fit(of(vectors))(torch.from_numpy(fresh).float())
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.numpy(), OAS().fit(vectors).mahalanobis(fresh), rtol=1e-3)
 
 
 def test_of_many_vectors_shrinkage_leaves_the_plain_distance() -> None:
@@ -147,8 +147,8 @@ def test_distance_by_hand() -> None:
     """Uncorrelated: the sum of squared z-scores, up to the shrinkage of 100 000 vectors."""
     vectors = np.random.default_rng(0).normal(size=(100_000, 2)) * [1, 10] + [3, -4]
     head = Mahalanobis(2).fit(of(vectors))
-    found = head(torch.tensor([[3.0, -4.0], [5.0, -4.0], [3.0, 26.0], [5.0, 26.0]]))
-    np.testing.assert_allclose(found.numpy(), [0, 4, 9, 13], rtol=0.02, atol=1e-3)
+    actual = head(torch.tensor([[3.0, -4.0], [5.0, -4.0], [3.0, 26.0], [5.0, 26.0]]))
+    np.testing.assert_allclose(actual.numpy(), [0, 4, 9, 13], rtol=0.02, atol=1e-3)
 
 
 def test_in_domain_distances_follow_chi_square() -> None:
@@ -189,8 +189,8 @@ def residual_by_scikit_learn(vectors: np.ndarray, fresh: np.ndarray, share: floa
 def test_residual_is_that_of_scikit_learn(n: int, width: int, share: float) -> None:
     vectors, fresh = correlated(n, width), correlated(40, width, seed=1)
     head = PrincipalResidual(width, share).double().fit(of(vectors))
-    expected, kept = residual_by_scikit_learn(vectors, fresh, share)
-    assert (head.basis.norm(dim=0) < 1e-9).sum() == kept
+    expected, components = residual_by_scikit_learn(vectors, fresh, share)
+    assert (head.basis.norm(dim=0) < 1e-9).sum() == components
     np.testing.assert_allclose(head(torch.from_numpy(fresh)).numpy(), expected, rtol=1e-8)
 
 

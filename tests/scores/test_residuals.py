@@ -86,9 +86,9 @@ def test_likelihood_regret_falls_for_what_training_learned(pair: tuple[Tensor, T
 def test_leading_dimensions_are_kept(distance: Callable[..., Tensor], pair: tuple[Tensor, Tensor]) -> None:
     x, x_hat = pair
     flat = distance(x, x_hat, WIDTHS)
-    found = distance(x.reshape(2, 4, 10), x_hat.reshape(2, 4, 10), WIDTHS)
-    assert found.shape == (2, 4, 3)
-    torch.testing.assert_close(found.reshape(8, 3), flat)
+    actual = distance(x.reshape(2, 4, 10), x_hat.reshape(2, 4, 10), WIDTHS)
+    assert actual.shape == (2, 4, 3)
+    torch.testing.assert_close(actual.reshape(8, 3), flat)
     assert distance(x[:0], x_hat[:0], WIDTHS).shape == (0, 3)
 
 
