@@ -17,9 +17,11 @@ def command(pattern: str) -> int:
     """
     from featdiff.features.backbones import list_backbones
 
-    found = list_backbones(pattern)
-    for name, source in found:
-        click.echo(f"{name:<60} {source}")
-    if not found:
+    backbones = list_backbones(pattern)
+    if not backbones:
         click.echo(f"no backbone fits {pattern!r}", err=True)
-    return 0 if found else EXIT_FAILED
+        return EXIT_FAILED
+
+    for name, source in backbones:
+        click.echo(f"{name:<60} {source}")
+    return 0

@@ -29,32 +29,39 @@ def command() -> int:
     problems = []
     for line, problem in _checks():
         click.echo(line)
-        problems += [problem] if problem else []
+        if problem:
+            problems.append(problem)
+
+    if not problems:
+        click.echo("all well")
+        return 0
+
     for problem in problems:
         click.echo(f"PROBLEM: {problem}")
-    click.echo("all well" if not problems else f"{len(problems)} problem(s)")
-    return EXIT_FAILED if problems else 0
+    click.echo(f"{len(problems)} problem(s)")
+    return EXIT_FAILED
 
 
 def _checks() -> Iterator[tuple[str, str]]:
-    """(what was found, what is wrong with it or nothing)."""
-    yield f"python         {platform.python_version()} on {platform.platform()}", ""
+    """A line for each check, and what is wrong, empty if nothing is."""
+    yield _line("python", f"{platform.python_version()} on {platform.platform()}"), ""
     for name in _PACKAGES:
-        found = _version(name)
-        yield f"{name:<14} {found or 'missing'}", "" if found else f"pip install {name}"
-    yield _device(), ""
+        installed = _version(name)
+        yield _line(name, installed or "missing"), "" if installed else f"pip install {name}"
+
+    yield _line("device", _device()), ""
     yield _faiss()
     for extra, names in _EXTRAS.items():
-        parts = {name: _version(name) for name in names}
-        whole = ", ".join(f"{name} {number}" for name, number in parts.items())
-        yield f"{extra:<14} {whole if all(parts.values()) else f'not installed (pip install featdiff[{extra}])'}", ""
+        yield _line(extra, _extra(extra, names)), ""
+
     yield _embedded()
     yield _cache()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    yield (
-        f"{'hub':<14} {'offline (HF_HUB_OFFLINE): cached weights and files only' if offline else 'online'}",
-        "",
-    )
+    yield _line("hub", "offline (HF_HUB_OFFLINE): cached weights and files only" if offline else "online"), ""
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<14} {text}"
 
 
 def _version(name: str) -> str:
@@ -64,24 +71,39 @@ def _version(name: str) -> str:
         return ""
 
 
+def _extra(extra: str, names: list[str]) -> str:
+    """The packages of an optional part, or how to install them."""
+    versions = {name: _version(name) for name in names}
+    if not all(versions.values()):
+        return f"not installed (pip install featdiff[{extra}])"
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
 def _device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"{'device':<14} cuda: {torch.cuda.get_device_name()}"
-    return f"{'device':<14} {'mps' if torch.backends.mps.is_available() else f'cpu, {torch.get_num_threads()} threads'}"
+        return f"cuda: {torch.cuda.get_device_name()}"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _faiss() -> tuple[str, str]:
-    wheels = [name for name in ("faiss-cpu", "faiss-gpu") if _version(name)]
-    both = "faiss-cpu and faiss-gpu overwrite each other: pip uninstall -y faiss-cpu faiss-gpu, then install one"
+    from featdiff.exceptions import first_line
+
     try:
         import faiss
+    except ModuleNotFoundError:
+        return _line("faiss", "not installed (optional)"), ""
     except Exception as error:  # faiss-gpu raises RuntimeError where CUDA is missing
-        missing = isinstance(error, ModuleNotFoundError)
-        text = "not installed (optional)" if missing else f"cannot be loaded: {str(error).splitlines()[0]}"
-        return f"{'faiss':<14} {text}", "" if missing else "faiss is installed but cannot be loaded"
-    return f"{'faiss':<14} {faiss.__version__} ({', '.join(wheels)})", both if len(wheels) > 1 else ""
+        return _line("faiss", f"cannot be loaded: {first_line(error)}"), "faiss is installed but cannot be loaded"
+
+    wheels = [name for name in ("faiss-cpu", "faiss-gpu") if _version(name)]
+    problem = ""
+    if len(wheels) > 1:
+        problem = "faiss-cpu and faiss-gpu overwrite each other: pip uninstall -y faiss-cpu faiss-gpu, then install one"
+    return _line("faiss", f"{faiss.__version__} ({', '.join(wheels)})"), problem
 
 
 def _embedded() -> tuple[str, str]:
@@ -90,10 +112,10 @@ def _embedded() -> tuple[str, str]:
     from featdiff.features.weights import DEFAULT_BACKBONE
 
     try:
-        found = load_backbone()
+        backbone = load_backbone()
     except FeatdiffError as error:
-        return f"{'weights':<14} embedded: broken", str(error)
-    return f"{'weights':<14} embedded {DEFAULT_BACKBONE}, SHA-256 {found.fingerprint[:16]}", ""
+        return _line("weights", "embedded: broken"), str(error)
+    return _line("weights", f"embedded {DEFAULT_BACKBONE}, SHA-256 {backbone.fingerprint[:16]}"), ""
 
 
 def _cache() -> tuple[str, str]:
@@ -101,10 +123,9 @@ def _cache() -> tuple[str, str]:
 
     folder = default_cache()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    line = _line("cache", f"{folder} ({size:,.1f} MB; may be deleted at any time)")
+
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    line = f"{'cache':<14} {folder} ({size:,.1f} MB; may be deleted at any time)"
-    return (
-        line,
-        "" if writable else f"the cache {folder} cannot be written: set FEATDIFF_CACHE to a folder of yours",
-    )
+    if parent.is_dir() and os.access(parent, os.W_OK):
+        return line, ""
+    return line, f"the cache {folder} cannot be written: set FEATDIFF_CACHE to a folder of yours"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .main import EXIT_UNREADABLE
 from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
+
+if TYPE_CHECKING:
+    from featdiff import Detector, Guard, PixelDetector
+    from featdiff.export.verify import Agreement
 
 FOLDER = "featdiff-export"
 
@@ -37,9 +41,9 @@ FOLDER = "featdiff-export"
 def command(model: str, output: Path, formats: str, images: tuple[str, ...], quiet: bool, **options: Any) -> int:
     """Write a saved model and its backbone as one file each for ONNX Runtime and for torch.export.
 
-    Both take preprocessed images, pixels (B, 3, H, W), and give ood_score (B,) and p_value (B,) for any B. Threshold,
-    preprocessing and more stand in their metadata. Files are made on the CPU. Of a hardened student they give the
-    logits, too.
+    Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,) and p_value (B,) for any B. Threshold,
+    preprocessing and more are in their metadata. Files are made on the CPU. Those of a hardened student also return
+    its logits.
 
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/
@@ -56,33 +60,47 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
         need("onnxruntime")
     options["device"] = options["device"] or "cpu"
     loaded = load_model(model, options)
-    detector, exported = check_exportable(loaded.detector), loaded.guard or loaded.detector
+    detector = check_exportable(loaded.detector)
+    exported: Detector | PixelDetector | Guard = loaded.guard or loaded.detector
     refs = list_images(list(images)) if images else []
+
     say(f"exporting {detector.name}, which takes about a minute", quiet)
     files = export(exported, output, wanted, loaded.classes)
     for file in files.values():
         say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)
-    known = facts(exported)
-    shape = ", ".join(map(str, known["input_size"]))
-    gives = "ood_score (B,), p_value (B,)" + (f", logits (B, {len(loaded.classes)})" if loaded.guard else "")
-    say(f"pixels (B, {shape}) -> {gives}", quiet)
-    rate = f"fpr {known['fpr']:g}, {known['calibration_images']:,} calibration images"
-    say(f"OOD where ood_score > {known['threshold']:.6g} ({rate})", quiet)
+    _summary(facts(exported), loaded.classes if loaded.guard else (), quiet)
     if not images:
         return 0
+
     unreadable: dict[str, str] = {}
     with Bars(quiet) as bars:
-        found = verify(exported, list(files.values()), refs, bars, unreadable)
-    for agreement in found:
+        agreements = verify(exported, list(files.values()), refs, bars, unreadable)
+    for agreement in agreements:
         say(_line(agreement), quiet)
     list_unreadable(list(unreadable.items()), quiet)
-    if problems := [agreement.problem for agreement in found if agreement.problem]:
+
+    problems = [agreement.problem for agreement in agreements if agreement.problem]
+    if problems:
         raise ModelError("; ".join(problems))
     return EXIT_UNREADABLE if unreadable else 0
 
 
-def _line(found: Any) -> str:
-    ratio = found.speed / found.torch_speed
-    speed = f"{found.speed:,.0f} images/s, torch {found.torch_speed:,.0f} ({ratio:.2f} x)"
-    verdicts = f"{found.verdicts:,} other verdicts" if found.verdicts else "same verdicts"
-    return f"{found.file.name}: {found.images:,} images, scores within {found.difference:.1e}, {verdicts}; {speed}"
+def _summary(facts: dict[str, Any], classes: tuple[str, ...], quiet: bool) -> None:
+    """Inputs, outputs and threshold of the files."""
+    outputs = "ood_score (B,), p_value (B,)"
+    if classes:
+        outputs += f", logits (B, {len(classes)})"
+    size = ", ".join(map(str, facts["input_size"]))
+    say(f"pixels (B, {size}) -> {outputs}", quiet)
+
+    rate = f"fpr {facts['fpr']:g}, {facts['calibration_images']:,} calibration images"
+    say(f"OOD where ood_score > {facts['threshold']:.6g} ({rate})", quiet)
+
+
+def _line(agreement: Agreement) -> str:
+    """How a file compares with torch, in one line."""
+    ratio = agreement.speed / agreement.torch_speed
+    speed = f"{agreement.speed:,.0f} images/s, torch {agreement.torch_speed:,.0f} ({ratio:.2f} x)"
+    verdicts = f"{agreement.verdicts:,} other verdicts" if agreement.verdicts else "same verdicts"
+    scores = f"{agreement.images:,} images, scores within {agreement.difference:.1e}"
+    return f"{agreement.file.name}: {scores}, {verdicts}; {speed}"

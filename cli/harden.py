@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 # option -> field of the recipe
 _RECIPE = {
-    **{"kd": "distillation", "temperature": "temperature", "feature_kd": "feature_distillation", "micl": "micl"},
-    **{"energy": "energy", "margin": "margin", "epochs": "epochs", "train_batch": "batch_size"},
-    **{"learning_rate": "learning_rate", "patience": "patience"},
+    "kd": "distillation",
+    "temperature": "temperature",
+    "feature_kd": "feature_distillation",
+    "micl": "micl",
+    "energy": "energy",
+    "margin": "margin",
+    "epochs": "epochs",
+    "train_batch": "batch_size",
+    "learning_rate": "learning_rate",
+    "patience": "patience",
 }
 
 
@@ -49,7 +56,7 @@ _RECIPE = {
 @click.option("--as-published", is_flag=True, help="What the released code of OAL does: all layers, 100 epochs.")
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--fpr", type=float, default=0.05, show_default=True, help="False-alarm rate of the guard.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides all that is random.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything that is random.")
 @click.option("--force", is_flag=True, help="Replace what is already there.")
 @runtime_options
 def command(
@@ -84,22 +91,23 @@ def command(
     keep_freed_memory()
     quiet = quiet or not is_first_process()
     check_hardened_target(output, force)
+
     recipe = HardenRecipe.as_published() if as_published else HardenRecipe()
-    given = {field: options[name] for name, field in _RECIPE.items() if options[name] is not None}
-    recipe = replace(recipe, **given)
+    settings = {field: options[name] for name, field in _RECIPE.items() if options[name] is not None}
+    recipe = replace(recipe, **settings)
     if as_published and (teacher is None or outliers is None):
         raise UsageError("--as-published needs a --teacher and --outliers FILE, which outlier-aware learning is about")
-    check_losses(recipe, given, teacher is not None, outliers is not None)
+    check_losses(recipe, settings, teacher is not None, outliers is not None)
     if as_published and train_from is None:
         train_from = ALL_LAYERS
-    found = load_outliers(outliers) if outliers else None
+
     try:
         with Bars(quiet) as bars:
             hardened = harden(
                 list(images),
                 student,
                 teacher,
-                found,
+                load_outliers(outliers) if outliers else None,
                 recipe=recipe,
                 train_from=train_from,
                 views=views,
@@ -110,6 +118,7 @@ def command(
             )
     except KeyboardInterrupt:
         raise Stopped("interrupted; features and most of the training are kept, the same command goes on") from None
+
     if is_first_process():
         hardened.save_pretrained(output)
         _summary(hardened, output, quiet)
@@ -118,15 +127,18 @@ def command(
 
 
 def _summary(hardened: Hardened, output: Path, quiet: bool) -> None:
-    facts, counts = hardened.facts, hardened.facts["images"]
+    facts = hardened.facts
+    counts = facts["images"]
     say(f"{counts['training']:,} images of {len(facts['classes'])} classes trained {hardened.classifier.name}", quiet)
     if "teacher_accuracy" in facts:
         say(
             f"the teacher {facts['teacher']} is right of {facts['teacher_accuracy']:.1%} of the images held out here",
             quiet,
         )
+
     epochs = f"{len(facts['epochs'])} epochs, {facts['seconds']:.0f} s"
     right = f"{facts['accuracy']:.1%} right of the {counts['validation']:,} held-out images that chose among epochs"
     say(f"{epochs}; {right}", quiet)
+
     check_itself(hardened.guard.detector, quiet)
     say(f"student and guard: {output}. Next: featdiff score IMAGES -m {output}", quiet)

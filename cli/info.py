@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import MODEL_FOLDER
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @click.command("info")
@@ -29,11 +32,13 @@ def command(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(config, indent=2))
         return
+
     describe = {"pixel": _pixel_facts, "vectors": _vector_facts}.get(str(config.get("mode")), _feature_facts)
     try:
         lines = _shared_facts(folder, config) | describe(config, tensors) | _training_facts(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelError(f"the model at {folder} is damaged: config.json: {type(error).__name__} {error}") from None
+
     for name, value in lines.items():
         click.echo(f"{name:<11} {value}")
 
@@ -44,23 +49,30 @@ def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return {"model": f"{folder} ({size:.1f} MB, {made})"}
 
 
-def _feature_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    backbone, images, arguments = config["backbone"], config["images"], config["settings"]
+def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    backbone = config["backbone"]
+    arguments = config["settings"]
     parameters = _parameters(tensors, "diffusion.denoiser.")
-    neighbours = arguments["head"] == "fused" and arguments["neighbors"] > 0
+
+    neighbours = "none"
+    if arguments["head"] == "fused" and arguments["neighbors"] > 0:
+        neighbours = f"{arguments['neighbors']} of {config['images']['bank']:,} in-domain images"
+
     return {
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
-        "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain images" if neighbours else "none",
+        "neighbours": neighbours,
         "score": f"{arguments['head']}, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
     }
 
 
-def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    unet, arguments = config["unet"], config["settings"]
-    size, channels = unet["sample_size"], unet["in_channels"]
+def _pixel_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    arguments = config["settings"]
+    size = config["unet"]["sample_size"]
+    channels = config["unet"]["in_channels"]
     source = arguments["pretrained"] or "trained here"
+
     return {
         "images": f"{size} x {size} pixels, {channels} channel{'s' if channels > 1 else ''}",
         "U-Net": f"{_parameters(tensors, 'denoiser.'):.2g} M parameters, {source}",
@@ -70,27 +82,32 @@ def _pixel_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, s
     }
 
 
-def _vector_facts(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    images, arguments = config["images"], config["settings"]
+def _vector_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    bank = config["images"]["bank"]
+    arguments = config["settings"]
     parameters = _parameters(tensors, "heads.diffusion.denoiser.")
+
     return {
         "vectors": f"rows of {config['width']:,} numbers",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, one per layer",
-        "neighbours": f"{arguments['neighbors']} of {images['bank']:,} in-domain rows" if images["bank"] else "none",
+        "neighbours": f"{arguments['neighbors']} of {bank:,} in-domain rows" if bank else "none",
         "score": f"fused, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
     }
 
 
 def _training_facts(config: dict[str, Any]) -> dict[str, str]:
-    images, fpr = config["images"], config["settings"]["fpr"]
-    held_out, what = images["calibration"], "rows" if config.get("mode") == "vectors" else "images"
+    images = config["images"]
+    held_out = images["calibration"]
+    fpr = config["settings"]["fpr"]
+    what = "rows" if config.get("mode") == "vectors" else "images"
+
     return {
         "trained on": f"{images['different']:,} different {what}, in {config['training_seconds']:.0f} s",
         "calibrated": f"{held_out:,} held-out {what}; fpr {fpr:g}, possible from {1 / (held_out + 1):.2g} up",
     }
 
 
-def _parameters(tensors: dict[str, Any], prefix: str) -> float:
-    """Millions of them."""
+def _parameters(tensors: dict[str, Tensor], prefix: str) -> float:
+    """How many parameters have names of this beginning, in millions."""
     return sum(value.numel() for name, value in tensors.items() if name.startswith(prefix)) / 1e6

@@ -1,4 +1,4 @@
-"""The command group: commands are imported when they are used, and every error becomes one line and an exit code."""
+"""The group of all commands: it imports a command on first use and turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,21 @@ COMMANDS = {
     "backbones": ("backbones", "List backbones with pretrained weights."),
     "doctor": ("doctor", "Check this installation."),
 }
-EXIT_FAILED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_OOD, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+# argument of the library -> parameter of a command, where the two have other names
+PARAMETERS = {
+    "batch_size": "train_batch",
+    "distillation": "kd",
+    "feature_distillation": "feature_kd",
+    "folder": "output",
+    "format": "format_",
+    "random_state": "seed",
+}
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNREADABLE = 3
+EXIT_OOD = 4
+EXIT_INTERRUPTED = 130
 
 
 class Stopped(Exception):
@@ -37,7 +51,7 @@ class Stopped(Exception):
 
 
 class Commands(click.Group):
-    """A group that loads commands on demand and turns errors into single lines."""
+    """A group that imports commands on demand and prints errors as single lines."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -64,10 +78,15 @@ class Commands(click.Group):
         return super().parse_args(ctx, args or ["--help"])  # click would raise the help as an error
 
     def invoke(self, ctx: click.Context) -> Any:
+        from featdiff.exceptions import FeatdiffError
+
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Stopped from None
+        except FeatdiffError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            return _report(error, option_of(command, error.argument))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
@@ -94,17 +113,39 @@ class Commands(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(error: Exception) -> int:
+def option_of(command: click.Command | None, argument: str) -> str:
+    """The option of a command that sets an argument of the library, like ``--fpr``; empty if there is none."""
+    names = (argument, PARAMETERS.get(argument))
+    for parameter in command.params if command else ():
+        if isinstance(parameter, click.Option) and parameter.name in names:
+            return max(parameter.opts, key=len)
+    return ""
+
+
+def _report(error: Exception, option: str = "") -> int:
+    """Print an error as one line on standard error; returns the exit code."""
     from featdiff.exceptions import FeatdiffError, UsageError
 
     if os.environ.get("FEATDIFF_DEBUG"):
         traceback.print_exc()
-    if isinstance(error, FeatdiffError | OSError):
-        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-    else:
-        hint = "(a bug: please report it; featdiff --debug shows where)"
-        click.echo(f"Error: {type(error).__name__}: {' '.join(str(error).split())} {hint}", err=True)
+    message = " ".join(str(error).split())
+
+    if isinstance(error, FeatdiffError):
+        message = _with_option(message, error.argument, option)
+    elif not isinstance(error, OSError):
+        message = f"{type(error).__name__}: {message} (a bug: please report it; featdiff --debug shows where)"
+
+    click.echo(f"Error: {message}", err=True)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def _with_option(message: str, argument: str, option: str) -> str:
+    """``fpr 0.001 needs ...`` -> ``--fpr 0.001 needs ...``; in front of any other message ``--fpr: ``."""
+    if not option:
+        return message
+    if message.startswith(f"{argument} "):
+        return option + message.removeprefix(argument)
+    return f"{option}: {message}"
 
 
 @click.group(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,12 +11,17 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import load_model, model_option, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
+if TYPE_CHECKING:
+    from featdiff import Detector
+    from featdiff.outliers.stable_diffusion import StableDiffusion
+    from featdiff.outliers.synthesis import Synthesis
+
 STABLE = "stable-diffusion"
-# option -> methods that look at it
-_MEANT_FOR = {"strength": ("diffusion",), "sigma": ("boundary", STABLE)} | {
+PIPELINE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# option -> methods that use it
+_METHODS_OF = {"strength": ("diffusion",), "sigma": ("boundary", STABLE)} | {
     name: (STABLE,) for name in ("pipeline", "steps", "size")
 }
-PIPELINE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @click.command("outliers")
@@ -45,11 +50,13 @@ PIPELINE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 @click.option("--size", type=click.IntRange(8), help="Its pictures, in pixels to a side [what it was trained for].")
 @click.option("--one-class", is_flag=True, help="Folders are not classes: take all images as one.")
 @click.option(
-    "--k", type=click.IntRange(1), help="Neighbour that tells which images are rare [60 % of its class, <= 300]."
+    "--k",
+    type=click.IntRange(1),
+    help="Which neighbour's distance tells which images are rare [60 % of its class, <= 300].",
 )
 @click.option("--strength", type=float, help="Method diffusion: how far to push [0.5].")
 @click.option("--sigma", type=float, help="Method boundary: deviation of the noise [as far as neighbour k].")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides all that is random.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything that is random.")
 @click.option(
     "--picture", type=click.Path(path_type=Path, dir_okay=False), help="File for the picture [like -o, with .png]."
 )
@@ -78,51 +85,55 @@ def command(
     Example: featdiff outliers photos/ -n 1000 -o outliers.safetensors
     """
     from featdiff.files.cache import default_cache
-    from featdiff.outliers.stable_diffusion import StableDiffusion, pre_logits_in, with_latents
-    from featdiff.outliers.synthesis import feature_detector, synthesise, with_classes
+    from featdiff.outliers.stable_diffusion import with_latents
+    from featdiff.outliers.synthesis import feature_detector, synthesise
     from featdiff.report.figures import save_projection
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     picture = picture or output.with_suffix(".png")
     _check_files(output, picture, force)
-    given = {name: options[name] for name in (*_MEANT_FOR, "k") if options[name] is not None}
-    _check_method(method, given)
-    chosen = {name: given[name] for name in ("k", "strength", "sigma") if name in given}
+    settings = {name: options[name] for name in (*_METHODS_OF, "k") if options[name] is not None}
+    _check_method(method, settings)
+    chosen = {name: settings[name] for name in ("k", "strength", "sigma") if name in settings}
+
     detector = feature_detector(load_model(model, options).detector)
     labelled = False if one_class else None
-    stable = kept = None
-    if method == STABLE:  # what it cannot take is found before the images are read
-        columns = pre_logits_in(detector.extractor_.columns)
-        _, _, classes = with_classes(list(images), labelled)
-        how = {name: given[name] for name in ("steps", "size") if name in given}
-        stable = StableDiffusion(given.get("pipeline", PIPELINE), device=options["device"] or "auto", **how)
-        stable.check_width(columns.stop - columns.start)
-        stable.check_words(classes)
-        kept = stable.store(Path(options["cache"] or default_cache()))
+    stable = latents = None
+    if method == STABLE:  # problems are found before the images are read
+        stable = _stable_diffusion(detector, images, labelled, options["device"] or "auto", settings)
+        latents = stable.store(Path(options["cache"] or default_cache()))
+
     try:
         with Bars(quiet) as bars:
-            made = "boundary" if stable else method
-            found = synthesise(
-                detector, list(images), count, made, labelled=labelled, seed=seed, progress=bars, **chosen
+            synthesis = synthesise(
+                detector,
+                list(images),
+                count,
+                "boundary" if stable else method,
+                labelled=labelled,
+                seed=seed,
+                progress=bars,
+                **chosen,
             )
-            outliers = with_latents(found.outliers, stable, seed, bars, kept) if stable else found.outliers
+            outliers = synthesis.outliers
+            if stable:
+                outliers = with_latents(outliers, stable, seed, bars, latents)
     except KeyboardInterrupt:
-        kept_too = " and latents" if stable else ""
-        raise Stopped(f"interrupted; features{kept_too} are kept, the same command goes on") from None
+        kept = "features and latents" if stable else "features"
+        raise Stopped(f"interrupted; {kept} are kept, the same command goes on") from None
+
     outliers.save(output)
-    points, share = found.projection()
-    save_projection(picture, points, share, f"{method}, {len(found.outliers):,} outliers")
-    _tell(found, detector.fpr, quiet)
-    many = len(found.outliers.classes)
-    say(f"{len(found.outliers):,} outliers of {many:,} class{'es' if many > 1 else ''}: {output}", quiet)
-    say(f"picture: {picture}", quiet)
+    points, share = synthesis.projection()
+    save_projection(picture, points, share, f"{method}, {len(outliers):,} outliers")
+
+    _summary(synthesis, detector.fpr, output, picture, quiet)
     list_unreadable(detector.unreadable_, quiet)
     return EXIT_UNREADABLE if detector.unreadable_ else 0
 
 
 def _check_files(output: Path, picture: Path, force: bool) -> None:
-    """Before the long work: whether both files may be written there."""
+    """Check before the long work that both files can be written."""
     from featdiff.exceptions import UsageError
 
     if picture.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -136,17 +147,40 @@ def _check_files(output: Path, picture: Path, force: bool) -> None:
             raise UsageError(f"{file} is already there: add --force to replace it, or choose another file")
 
 
-def _check_method(method: str, given: dict[str, Any]) -> None:
+def _check_method(method: str, settings: dict[str, Any]) -> None:
+    """Refuse settings of other methods."""
     from featdiff.exceptions import UsageError
 
-    for name, meant in _MEANT_FOR.items():
-        if name in given and method not in meant:
-            raise UsageError(f"--{name} belongs to --method {meant[0]}")
+    for name, methods in _METHODS_OF.items():
+        if name in settings and method not in methods:
+            raise UsageError(f"--{name} belongs to --method {methods[0]}")
 
 
-def _tell(found: Any, fpr: float, quiet: bool) -> None:
-    """Median distances and flagged shares, one line for each kind of rows."""
+def _stable_diffusion(
+    detector: Detector, images: tuple[str, ...], labelled: bool | None, device: str, settings: dict[str, Any]
+) -> StableDiffusion:
+    """The pipeline, once it is clear that it takes the detector's features and the names of the classes."""
+    from featdiff.outliers.stable_diffusion import StableDiffusion, pre_logits_in
+    from featdiff.outliers.synthesis import with_classes
+
+    columns = pre_logits_in(detector.extractor_.columns)
+    _, _, classes = with_classes(list(images), labelled)
+
+    sampling = {name: settings[name] for name in ("steps", "size") if name in settings}
+    stable = StableDiffusion(settings.get("pipeline", PIPELINE), device=device, **sampling)
+    stable.check_width(columns.stop - columns.start)
+    stable.check_words(classes)
+    return stable
+
+
+def _summary(synthesis: Synthesis, fpr: float, output: Path, picture: Path, quiet: bool) -> None:
+    """Median distances and flagged shares, one line for each kind of features, and where the results are."""
     say(f"{'':<11} distance  flagged at fpr {fpr:g}", quiet)
-    for name, distance in found.distances.items():
-        say(f"{name:<11} {distance:8.3f}  {found.flagged[name]:.1%}", quiet)
+    for name, distance in synthesis.distances.items():
+        say(f"{name:<11} {distance:8.3f}  {synthesis.flagged[name]:.1%}", quiet)
     say("distance: median to the nearest in-domain image", quiet)
+
+    n = len(synthesis.outliers)
+    classes = len(synthesis.outliers.classes)
+    say(f"{n:,} outliers of {classes:,} class{'es' if classes > 1 else ''}: {output}", quiet)
+    say(f"picture: {picture}", quiet)

@@ -13,9 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class Bars:
-    """One bar per stage. Call it with (stage, done, total), as detectors do.
+    """One bar per stage. Detectors call it with (stage, done, total).
 
-    ``seconds`` and ``counts`` tell afterwards how long each stage took and how far it came.
+    Parameters
+    ----------
+    quiet : bool, default False
+        Show nothing; times are measured all the same.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+        How long each stage took.
+    counts : dict of str to int
+        How many items each stage has done.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -40,6 +50,7 @@ class Bars:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self.counts[stage] = done
         self._last = now
+
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
         rate = f"{self.rate(stage):,.0f}/s"
@@ -61,7 +72,7 @@ class Bars:
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """A line for people, on standard error."""
+    """Print a line for people on standard error."""
     if not quiet:
         click.echo(text, err=True)
 
@@ -69,8 +80,10 @@ def say(text: str, quiet: bool = False) -> None:
 def list_unreadable(
     unreadable: list[tuple[str, str]], quiet: bool = False, all_in: Path | None = None, most: int = 10
 ) -> None:
-    """Name the files that were left out; where there are many, the first and the file that lists all."""
+    """Print which images were left out, and why; of many, the first ``most`` and the file that lists all."""
     for path, reason in unreadable[:most]:
         say(f"  left out: {path}: {reason}", quiet)
+
     if len(unreadable) > most:
-        say(f"  ... and {len(unreadable) - most} more{f', all listed in {all_in}' if all_in else ''}", quiet)
+        where = f", all listed in {all_in}" if all_in else ""
+        say(f"  ... and {len(unreadable) - most} more{where}", quiet)

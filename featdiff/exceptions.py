@@ -4,23 +4,37 @@ from collections.abc import Sequence
 
 
 class FeatdiffError(Exception):
-    """Something could not be done; the message is one line that says what to do next."""
-
-
-class UsageError(FeatdiffError, ValueError):
-    """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read.
+    """Something could not be done.
 
     Parameters
     ----------
     message : str
-        One line that says what to do. It names arguments of the library, never options of the command line.
-    argument : str, optional
-        The argument that is wrong, so that the command line can name its own option for it.
+        One line that says what to do next. It names arguments of the library, never options of the command line.
+    argument : str, default ""
+        The argument that is wrong, if it is a single one, so that the command line can name its own option for it.
+
+    Attributes
+    ----------
+    argument : str
+        As above; empty where no single argument is to blame.
+
+    Examples
+    --------
+    >>> from featdiff.exceptions import FeatdiffError, UsageError
+    >>> try:
+    ...     raise UsageError("seed must be a whole number of 0 or more, not -1", argument="seed")
+    ... except FeatdiffError as error:
+    ...     print(f"{error.argument}: {error}")
+    seed: seed must be a whole number of 0 or more, not -1
     """
 
     def __init__(self, message: str = "", argument: str = "") -> None:
         super().__init__(message)
         self.argument = argument
+
+
+class UsageError(FeatdiffError, ValueError):
+    """The request itself makes no sense: an unknown name, an unsupported rate, nothing to read."""
 
 
 class UnlabelledError(UsageError):
@@ -36,7 +50,7 @@ class UnreadableImage(FeatdiffError, ValueError):
 
 
 class WeightsError(FeatdiffError):
-    """The weights of a backbone could not be had, or do not fit it."""
+    """The weights of a backbone cannot be found or downloaded, or do not fit it."""
 
 
 class ModelError(FeatdiffError):
@@ -48,19 +62,36 @@ class NotFittedError(FeatdiffError, ValueError, AttributeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to one line; its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of another library's error message; the name of its type if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of some names, and where there are more than four, how many there are."""
-    return ", ".join(names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")
+    """The first four names, and how many there are if there are more.
+
+    Examples
+    --------
+    >>> some_of(["a", "b", "c", "d", "e"])
+    'a, b, c, d ... (5)'
+    """
+    more = f" ... ({len(names)})" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """A short ending for an error message: the nearest known names, or nothing."""
+    """The end of an error message that suggests similar names; empty if there are none.
+
+    Examples
+    --------
+    >>> did_you_mean("Resnet5", ["resnet50", "vit"])
+    '; did you mean resnet50?'
+    """
     from difflib import get_close_matches
 
     by_lower = {name.lower(): name for name in known}
-    close = [by_lower[name] for name in get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    close = get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)
+    if not close:
+        return ""
+
+    return f"; did you mean {' or '.join(by_lower[name] for name in close)}?"

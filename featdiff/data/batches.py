@@ -1,7 +1,8 @@
 """References -> batches of decoded, transformed images, in order and in parallel. Knows no model.
 
 Decoding runs in threads: Pillow releases the GIL while it decodes and resizes, nothing is forked or spawned,
-and the reader can itself be used inside a worker process of any kind."""
+and the reader can itself be used inside a worker process of any kind.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..exceptions import UnreadableImage, UsageError
-from .decoding import MAX_PIXELS, Transform, _one_line, decode
+from .decoding import MAX_PIXELS, Transform, decode, one_line
 from .references import HeldRef, ImageRef, MissingRef
 
 # Pillow reads the file behind an open picture on first use, which two threads must not do at once.
@@ -30,9 +31,18 @@ _PICTURES = threading.Lock()
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """One image after reading: ``pixels`` (3, H, W), or None with a ``reason``, or None because it is known.
+    """One image after reading.
 
-    ``digest`` is a 16-byte hash of the content (empty when nothing could be read).
+    Attributes
+    ----------
+    ref : ImageRef
+        Where it came from.
+    digest : bytes
+        A hash of its content, 16 bytes; empty when nothing could be read.
+    pixels : Tensor, optional
+        (3, H, W). None if the image is unreadable, or if its digest was known.
+    reason : str
+        Why it is unreadable; empty if it is not.
     """
 
     ref: ImageRef
@@ -43,7 +53,17 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class Batch:
-    """``pixels`` (B, 3, H, W) of the images ``loaded[i]`` for i in ``decoded``, in the same order."""
+    """Some images, and the pixels of those that were decoded.
+
+    Attributes
+    ----------
+    loaded : list of LoadedImage
+        All images, unreadable and known ones among them.
+    pixels : Tensor, optional
+        (B, 3, H, W), those of ``loaded[i]`` for i in ``decoded``, in this order; None if there are none.
+    decoded : list of int
+        Positions in ``loaded``.
+    """
 
     loaded: list[LoadedImage]
     pixels: Tensor | None
@@ -58,32 +78,49 @@ def load(
 ) -> LoadedImage:
     """Read, hash, decode and transform one image; a failure is a reason, never an exception.
 
-    Content whose digest is in ``known`` is not decoded.
+    Parameters
+    ----------
+    ref : ImageRef
+    transform : callable
+        PIL image -> (3, H, W).
+    max_pixels : int, default 89,478,485
+        Larger pictures are refused.
+    known : container of bytes, default ()
+        Images with these digests are not decoded.
+
+    Returns
+    -------
+    LoadedImage
     """
     digest = b""
     try:
-        content, picture = ref.read(), None
+        content = ref.read()
         if isinstance(content, Image.Image):
             with _PICTURES:
-                picture = decode(content, max_pixels)  # equal pixels, equal digest, whatever the mode
-        digest = _digest(picture or content)
-        if digest in known:
-            return LoadedImage(ref, digest)
-        return LoadedImage(ref, digest, transform(picture or decode(content, max_pixels)))
+                picture = decode(content, max_pixels)
+            digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
+            if digest in known:
+                return LoadedImage(ref, digest)
+        else:
+            digest = _digest(content)
+            if digest in known:
+                return LoadedImage(ref, digest)
+            picture = decode(content, max_pixels)
+        return LoadedImage(ref, digest, transform(picture))
+
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
     except OSError as error:
-        return LoadedImage(ref, digest, reason=(error.strerror or _one_line(error)).lower())
+        return LoadedImage(ref, digest, reason=(error.strerror or one_line(error)).lower())
     except Exception as error:  # damaged archives raise zlib and zip errors; one bad file must not end the run
-        return LoadedImage(ref, digest, reason=f"cannot be read: {_one_line(error)}")
+        return LoadedImage(ref, digest, reason=f"cannot be read: {one_line(error)}")
 
 
-def _digest(content: bytes | Image.Image) -> bytes:
+def _digest(*parts: bytes) -> bytes:
+    """A hash of content, 16 bytes, by which features are found in the cache."""
     hasher = hashlib.blake2b(digest_size=16)
-    if isinstance(content, Image.Image):
-        hasher.update(str(content.size).encode())
-        content = content.tobytes()
-    hasher.update(content)
+    for part in parts:
+        hasher.update(part)
     return hasher.digest()
 
 
@@ -95,9 +132,21 @@ def iter_loaded(
     known: Container[bytes] = (),
     ahead: int = 64,
 ) -> Iterator[LoadedImage]:
-    """Load ``refs`` on ``workers`` threads (default: one per core, at most 16), yielding in the order given.
+    """Load images on several threads; they come in the order of ``refs``.
 
-    At most ``ahead`` images are held at once.
+    Parameters
+    ----------
+    refs : sequence of ImageRef
+    transform, max_pixels, known
+        As for :func:`load`.
+    workers : int, optional
+        Threads; by default one per core, at most 16.
+    ahead : int, default 64
+        At most this many images are held at once.
+
+    Yields
+    ------
+    LoadedImage
     """
     workers = workers or min(os.cpu_count() or 1, 16)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="featdiff-decode")
@@ -108,8 +157,10 @@ def iter_loaded(
                 pending.append(pool.submit(_load_held, ref, _in_order(ref), transform, max_pixels, known))
             else:
                 pending.append(pool.submit(load, ref, transform, max_pixels, known))
+
             if len(pending) >= ahead:
                 yield pending.popleft().result()
+
         while pending:
             yield pending.popleft().result()
     finally:  # also on Ctrl-C and when the caller stops early
@@ -117,30 +168,44 @@ def iter_loaded(
 
 
 def _in_order(ref: ImageRef) -> ImageRef:
-    """Read on the calling thread, so that an archive that can only be read front to back is."""
+    """Read on the calling thread: archives that can only be read front to back are read in that order."""
     try:
         return HeldRef(ref.path, ref.read())
     except Exception as error:  # damaged archives raise nearly anything
-        return MissingRef(ref.path, f"cannot be read: {_one_line(error)}")
+        return MissingRef(ref.path, f"cannot be read: {one_line(error)}")
 
 
 def _load_held(
     ref: ImageRef, held: ImageRef, transform: Transform, max_pixels: int, known: Container[bytes]
 ) -> LoadedImage:
-    return replace(load(held, transform, max_pixels, known), ref=ref)  # the bytes are not kept
+    """Load bytes that were read already; the result refers to the original, so that the bytes can be freed."""
+    return replace(load(held, transform, max_pixels, known), ref=ref)
 
 
 def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
-    """Group loaded images so that each batch holds at most ``size`` decoded ones and 16 times as many in all."""
+    """Group loaded images into batches.
+
+    Parameters
+    ----------
+    loaded : iterator of LoadedImage
+    size : int
+        A batch has at most this many decoded images, and at most 16 times as many images in all.
+
+    Yields
+    ------
+    Batch
+    """
     group: list[LoadedImage] = []
     decoded: list[int] = []
     for item in loaded:
         if item.pixels is not None:
             decoded.append(len(group))
         group.append(item)
+
         if len(decoded) == size or len(group) == 16 * size:
             yield _batch(group, decoded)
-            group, decoded = [], []
+            group = []
+            decoded = []
     if group:
         yield _batch(group, decoded)
 
@@ -151,13 +216,13 @@ def _batch(group: list[LoadedImage], decoded: list[int]) -> Batch:
 
 
 def is_loader(source: object) -> TypeGuard[Iterable[object]]:
-    """Whether ``source`` gives ready batches (a DataLoader, a generator) rather than naming images."""
+    """Whether ``source`` yields ready batches (a DataLoader, a generator) rather than naming images."""
     named = isinstance(source, str | os.PathLike | list | tuple | np.ndarray | Tensor | Image.Image)
     return hasattr(source, "__iter__") and not named
 
 
 def is_batch(item: object) -> bool:
-    """Whether ``item`` is what a loader would give: preprocessed images, alone or with labels."""
+    """Whether ``item`` is what a loader yields: preprocessed images, alone or with labels."""
     try:
         _pixels_of(item)
     except UsageError:
@@ -166,22 +231,30 @@ def is_batch(item: object) -> bool:
 
 
 def _pixels_of(item: object) -> Tensor:
-    """The images in what a loader gives (``UsageError`` if there are none)."""
+    """The images in an item of a loader (``UsageError`` if there are none)."""
+    pixels = item
     if isinstance(item, Mapping):
-        found: object = item.get("pixel_values")  # as Hugging Face's processors call it
-    else:
-        found = item[0] if isinstance(item, tuple | list) and item else item
-    if not isinstance(found, Tensor) or found.dim() != 4 or not found.is_floating_point():
-        what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(item).__name__
-        raise UsageError(
-            f"a loader must give preprocessed (B, C, H, W) float tensors, alone, first in a tuple, or as "
-            f"'pixel_values', not {what}"
-        )
-    return found
+        pixels = item.get("pixel_values")  # as Hugging Face's processors call it
+    elif isinstance(item, tuple | list) and item:
+        pixels = item[0]
+
+    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point():
+        return pixels
+
+    actual = type(item).__name__
+    if isinstance(pixels, Tensor):
+        actual = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
+    raise UsageError(
+        "a loader must give preprocessed (B, C, H, W) float tensors, alone, first in a tuple, or as 'pixel_values', "
+        f"not {actual}"
+    )
 
 
 def peek_size(loader: Iterable[object]) -> tuple[Iterable[object], tuple[int, ...] | None]:
-    """A loader's batches, and (C, H, W) of the first; None if there is none."""
+    """A loader's batches, the first of them still included, and the size (C, H, W) of its images.
+
+    The size is None if there are no batches.
+    """
     batches = iter(loader)
     for first in batches:
         return chain([first], batches), tuple(_pixels_of(first).shape[1:])
@@ -189,10 +262,19 @@ def peek_size(loader: Iterable[object]) -> tuple[Iterable[object], tuple[int, ..
 
 
 def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) -> Iterator[Batch]:
-    """Batches that are already preprocessed: (B, C, H, W) tensors, tuples that begin with one, or mappings that have
-    one as ``pixel_values``.
+    """Batches that are preprocessed already.
 
-    Images are named ``loader[0]``, ``loader[1]`` ...; those whose digest is in ``known`` are not passed on.
+    Parameters
+    ----------
+    loader : iterable
+        Yields (B, C, H, W) float tensors, tuples that begin with one, or mappings that have one as ``pixel_values``.
+        Its images are named ``loader[0]``, ``loader[1]`` ...
+    known : container of bytes, default ()
+        Images with these digests are not passed on.
+
+    Yields
+    ------
+    Batch
 
     Raises
     ------
@@ -201,11 +283,13 @@ def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) 
     """
     count = 0
     for item in loader:
-        loaded = []
         pixels = _pixels_of(item).detach().float()
+
+        loaded = []
         for i, image in enumerate(pixels):
-            digest = hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+            digest = _digest(image.contiguous().cpu().numpy().tobytes())
             loaded.append(LoadedImage(ImageRef(f"loader[{count + i}]"), digest))
         count += len(loaded)
+
         fresh = [i for i, image in enumerate(loaded) if image.digest not in known]
         yield Batch(loaded, pixels[fresh] if fresh else None, fresh)

@@ -23,15 +23,35 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "J
 
 
 def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded bytes (or an open picture) -> an upright 8-bit RGB picture.
+    """Decode an image to an upright 8-bit RGB picture.
 
-    First frame of animations; EXIF rotation applied; transparency laid on white; 16-bit grey scaled to 8 bits;
-    32-bit floats must lie in [0, 1].
+    Of animations the first frame is taken, EXIF rotation is applied, transparency is laid on white, and 16-bit grey is
+    scaled to 8 bits.
+
+    Parameters
+    ----------
+    data : bytes or PIL image
+        The content of an image file, or an open picture. 32-bit floats must lie in [0, 1].
+    max_pixels : int, default 89,478,485
+        Larger pictures are refused before a pixel is decoded.
+
+    Returns
+    -------
+    PIL image
+        Of mode RGB.
 
     Raises
     ------
     UnreadableImage
         Not an image, damaged, or larger than ``max_pixels``. The message is the reason shown to users.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> from featdiff.data.decoding import decode
+    >>> picture = decode(Image.new("LA", (4, 2)))
+    >>> picture.mode, picture.size
+    ('RGB', (4, 2))
     """
     try:
         image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
@@ -42,14 +62,17 @@ def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
     except UnidentifiedImageError:
         raise UnreadableImage("not an image in a format that can be decoded") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter if warnings are errors
-        raise UnreadableImage(f"more than the limit of {max_pixels:,} pixels (--max-pixels)") from None
+        raise UnreadableImage(
+            f"more than the limit of {max_pixels:,} pixels (max_pixels)", argument="max_pixels"
+        ) from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UnreadableImage(f"damaged image: {_one_line(error)}") from None
+        raise UnreadableImage(f"damaged image: {one_line(error)}") from None
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise UnreadableImage("empty file (0 bytes)")
+
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's limit is global; raised only when the user asks for more
     return Image.open(io.BytesIO(data), formats=_formats())
@@ -65,7 +88,9 @@ def _formats() -> tuple[str, ...]:
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise UnreadableImage(f"{width} x {height} pixels, more than the limit of {max_pixels:,} (--max-pixels)")
+        raise UnreadableImage(
+            f"{width} x {height} pixels, more than the limit of {max_pixels:,} (max_pixels)", argument="max_pixels"
+        )
     if min(size) == 0 or max(size) > MAX_ASPECT * min(size):
         raise UnreadableImage(f"{width} x {height} pixels: too thin to be resized (limit 1:{MAX_ASPECT})")
 
@@ -76,6 +101,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_grey(image)
+
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -85,8 +111,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _deep_grey(image: Image.Image) -> Image.Image:
     """16-bit grey (Pillow modes I, I;16*) or float grey -> 8-bit grey by a fixed scale, never per image."""
     values = np.array(image, dtype=np.float32)
-    if isinstance(hidden := image.info.get("transparency"), int):
-        values[values == hidden] = 65535
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[values == transparent] = 65535  # white
+
     top = 1.0 if image.mode == "F" else 65535.0
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
         raise UnreadableImage(f"grey values outside 0..{top:g}")
@@ -96,51 +124,85 @@ def _deep_grey(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; damaged EXIF counts as none."""
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation)
-        return found if isinstance(found, int) else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if isinstance(orientation, int) else 1
     except Exception:  # cameras and editors write tags of any kind
         return 1
 
 
+# EXIF orientation -> what brings a picture upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    turn = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    if orientation not in _TURNS:
+        return image
+    return image.transpose(_TURNS[orientation])
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The whole message of an error on one line; the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def short_sides(refs: Sequence[ImageRef]) -> np.ndarray:
-    """Shorter side of each picture in pixels (N,), from its header; NaN where there is none."""
+    """The shorter side of each picture, read from its header.
+
+    Parameters
+    ----------
+    refs : sequence of ImageRef
+
+    Returns
+    -------
+    (N,) float
+        In pixels; NaN where a picture cannot be opened.
+    """
     sides = np.full(len(refs), np.nan)
     for i, ref in enumerate(refs):
         try:
             content = ref.read()
             picture = content if isinstance(content, Image.Image) else _open(content, MAX_PIXELS)
             sides[i] = min(picture.size)
-        except Exception:  # whatever is wrong with it is reported when it is scored
+        except Exception:  # the reason is reported when the image is scored
             continue
+
     return sides
 
 
 class Downscale:
-    """Shrink a picture so that its short side is at most ``size`` pixels (protocol ``matched``)."""
+    """Shrink a picture so that its short side is at most ``size`` pixels (protocol ``matched``).
+
+    Parameters
+    ----------
+    size : int
+        In pixels; smaller pictures stay as they are.
+    then : callable
+        The transform that is applied afterwards.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> from featdiff.data.decoding import Downscale
+    >>> Downscale(10, then=lambda picture: picture.size)(Image.new("RGB", (40, 20)))
+    (20, 10)
+    """
 
     def __init__(self, size: int, then: Transform) -> None:
-        self.size, self.then = size, then
+        self.size = size
+        self.then = then
 
     def __call__(self, image: Image.Image) -> Tensor:
         short = min(image.size)
         if short > self.size:
             width, height = (max(1, round(side * self.size / short)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
+
         return self.then(image)

@@ -13,13 +13,13 @@ _WANTED = "classes are the folders below a folder or an archive that is named (p
 
 
 def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str]]:
-    """Every image behind ``sources``, and its class: the first folder below the source that was named.
+    """Every image behind ``sources``, and its class: the first folder below the source.
 
     Parameters
     ----------
     sources : str, Path, ImageRef, or a list of these
-        Folders, zip or tar archives, and folders inside such (``data.zip/train``). Classes of the same name in several
-        sources are one class. The class of a reference is the folder its image lies in. An image that is named twice
+        Folders, zip or tar archives, and folders inside these (``data.zip/train``). Classes of the same name in several
+        sources are one class. The class of a reference is the folder of its image. An image that is named twice
         counts once, with its first class.
 
     Returns
@@ -34,37 +34,47 @@ def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str
     Raises
     ------
     UnlabelledError
-        An image without a folder of its own, or a source that is neither a folder nor an archive.
+        An image outside all class folders, or a source that is neither a folder nor an archive.
     UsageError
         Nothing there.
     """
-    found: dict[str, tuple[ImageRef, str]] = {}
+    refs: dict[str, ImageRef] = {}
+    class_of: dict[str, str] = {}
     for source in sources if isinstance(sources, list | tuple) else [sources]:
         base = _base(source)
         for ref in list_images(source):
             if isinstance(ref, MissingRef):
                 raise UsageError(f"{ref.path}: {ref.reason}")
-            found.setdefault(getattr(ref, "file", ref.path), (ref, _class_of(ref.path, base)))
-    if not found:
+
+            name = _class_of(ref.path, base)
+            file = getattr(ref, "file", ref.path)
+            refs.setdefault(file, ref)
+            class_of.setdefault(file, name)
+    if not refs:
         raise UsageError("no images were named")
-    classes = sorted({name for _, name in found.values()})
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[name] for _, name in found.values()], dtype=np.int64)
-    return [ref for ref, _ in found.values()], labels, classes
+
+    classes = sorted(set(class_of.values()))
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = np.array([numbers[class_of[file]] for file in refs], dtype=np.int64)
+    return list(refs.values()), labels, classes
 
 
 def _base(source: object) -> str:
-    """How the paths of all images below a source begin."""
+    """The beginning that the paths of all images below a source share."""
     if isinstance(source, ImageRef):
         return os.path.dirname(os.path.dirname(source.path))
     if not isinstance(source, str | os.PathLike):
         raise UnlabelledError(f"images given as {type(source).__name__} have no class: {_WANTED}")
+
     path = os.fspath(source)
     if os.path.isdir(path):
         return printable(path)
-    if (inside := split_archive(path)) is None:
+    inside = split_archive(path)
+    if inside is None:
         raise UnlabelledError(f"{printable(path)} is no folder and no archive: {_WANTED}")
-    return f"{printable(inside[0])}/{inside[1]}"
+
+    archive, folder = inside
+    return f"{printable(archive)}/{folder}"
 
 
 def _class_of(path: str, base: str) -> str:

@@ -1,6 +1,6 @@
-"""What the user named -> an ordered list of image references. Nothing is decoded here.
+"""Files, folders, archives, globs and arrays -> an ordered list of image references. Nothing is decoded here.
 
-A reference is small, picklable and can be read on any thread or in a spawned process.
+A reference is small and picklable, and can be read on any thread or in a spawned process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -35,13 +35,33 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image that can be read later. ``path`` is what reports print: valid Unicode, never empty.
+    """One image that can be read later.
 
     A subclass with a ``read`` of its own brings in images from anywhere.
+
+    Attributes
+    ----------
+    path : str
+        The name that reports print: valid Unicode, never empty.
+    sequential : bool
+        True if reading out of order would be very slow; then one thread reads in order.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> from featdiff.data.references import ImageRef
+    >>> @dataclass(frozen=True)
+    ... class BucketRef(ImageRef):
+    ...     key: str
+    ...
+    ...     def read(self):
+    ...         return fetch(self.key)  # the bytes of an image file
+    >>> BucketRef("s3://photos/1.jpg", key="1.jpg").path
+    's3://photos/1.jpg'
     """
 
     path: str
-    sequential: ClassVar[bool] = False  # True: reading out of order would be very slow, so one thread reads in order
+    sequential: ClassVar[bool] = False
 
     def read(self) -> bytes | Image.Image:
         """The encoded bytes, or the picture itself if it never was a file.
@@ -49,7 +69,7 @@ class ImageRef:
         Raises
         ------
         OSError, UnreadableImage
-            The bytes cannot be had.
+            The image cannot be read.
         """
         raise UnreadableImage(f"{type(self).__name__} cannot be read")
 
@@ -64,6 +84,7 @@ class FileRef(ImageRef):
         mode = os.stat(self.file).st_mode
         if not stat.S_ISREG(mode):  # a pipe or a device would block or never end
             raise UnreadableImage("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
+
         with open(self.file, "rb") as stream:
             return stream.read()
 
@@ -122,7 +143,7 @@ class HeldRef(ImageRef):
 
 @dataclass(frozen=True)
 class MissingRef(ImageRef):
-    """Something that was named but holds no image; it becomes a row of its own."""
+    """Something that was named but holds no image; it becomes a row with a reason."""
 
     reason: str
 
@@ -152,7 +173,7 @@ def _open_tar(archive: str, *version: int) -> tuple[tarfile.TarFile, dict[str, t
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path as valid Unicode; bytes that are not UTF-8 come out as ``\\xNN``."""
+    """A path as valid Unicode; bytes that are not UTF-8 become ``\\xNN``."""
     try:
         text = os.fsencode(path).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate, which no file name can hold
@@ -168,24 +189,32 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
     sources : str, Path, PIL image, array, tensor, ImageRef, or a list of these
         A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
         folder inside one (``data.zip/train``), ``-`` (paths on standard input, one a line), a PIL image,
-        an array ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)`` of uint8 or of floats in [0, 1],
-        a tensor ``(C, H, W)`` or ``(N, C, H, W)`` of the same.
-    stdin : binary stream, optional
-        Read for ``-``; default ``sys.stdin.buffer``.
+        an array (H, W), (H, W, C) or (N, H, W, C) of uint8 or of floats in [0, 1],
+        a tensor (C, H, W) or (N, C, H, W) of the same.
+    stdin : binary stream, default ``sys.stdin.buffer``
+        Read for ``-``.
 
     Returns
     -------
     list of ImageRef
-        What cannot be read is in the list too and fails when it is read.
+        Things that hold no image are listed too; reading them fails with a reason.
 
     Raises
     ------
     UsageError
         Nothing was found at all.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from featdiff.data.references import list_images
+    >>> [ref.path for ref in list_images(np.zeros((2, 8, 8, 3)))]
+    ['array[0][0]', 'array[0][1]']
     """
     items = list(sources) if isinstance(sources, list | tuple) else [sources]
     refs: list[ImageRef] = []
     streamed = False
+
     for number, item in enumerate(items):
         if isinstance(item, str) and item == "-":
             streamed = True
@@ -198,26 +227,31 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
             refs.append(item)
         else:
             refs += _from_memory(item, number)
+
     if not streamed and all(isinstance(ref, MissingRef) for ref in refs):
         first = refs[0] if refs else None
         raise UsageError(f"{first.path}: {first.reason}" if isinstance(first, MissingRef) else "no images were named")
+
     # two different files may be printed alike, and one file may be named twice
     return list({getattr(ref, "file", ref.path): ref for ref in refs}.values())
 
 
 def _from_path(path: str) -> list[ImageRef]:
     if os.path.isdir(path):
-        return sorted(_from_folder(path), key=lambda ref: ref.path) or [
-            MissingRef(printable(path), "no images in this folder")
-        ]
+        refs = sorted(_from_folder(path), key=lambda ref: ref.path)
+        return refs or [MissingRef(printable(path), "no images in this folder")]
+
     inside = split_archive(path)
     if inside:
         return _from_archive(*inside)
+
     if os.path.lexists(path):
         return [FileRef(printable(path), path)]
+
     if glob.has_magic(path):
-        found = [ref for name in sorted(glob.glob(path, recursive=True)) for ref in _from_path(name)]
-        return found or [MissingRef(printable(path), "no file matches this pattern")]
+        refs = [ref for name in sorted(glob.glob(path, recursive=True)) for ref in _from_path(name)]
+        return refs or [MissingRef(printable(path), "no file matches this pattern")]
+
     return [MissingRef(printable(path), "no such file or folder")]
 
 
@@ -231,11 +265,14 @@ def _from_folder(root: str) -> Iterator[ImageRef]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways in, always the same
+
+        # sorted, so that a folder with several names is always listed under the same one
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if _is_image(name):
                 path = os.path.join(folder, name)
                 yield FileRef(printable(path), path)
+
     for problem in problems:
         yield MissingRef(printable(problem.filename), f"folder cannot be read: {problem.strerror}")
 
@@ -261,6 +298,7 @@ def _from_archive(archive: str, prefix: str) -> list[ImageRef]:
         refs = list_members(archive, label, prefix)
     except Exception as error:  # damaged archives raise zlib, lzma, struct and many other errors
         return [MissingRef(label, f"archive cannot be read: {' '.join(str(error).split())}")]
+
     return refs or [MissingRef(f"{label}/{prefix}".rstrip("/"), "no images in this archive")]
 
 
@@ -273,7 +311,7 @@ def _wanted(member: str, prefix: str) -> bool:
 
 
 def _plain_name(member: str) -> str:
-    """Archives made of the folder ``.`` hold names that begin with ``./``."""
+    """The name of a member; in archives of the folder ``.`` names begin with ``./``."""
     return _utf8(member.removeprefix("./"))
 
 
@@ -285,15 +323,19 @@ def _zip_members(archive: str, label: str, prefix: str) -> list[ImageRef]:
 
 def _tar_members(archive: str, label: str, prefix: str) -> list[ImageRef]:
     with tarfile.open(archive) as tar:
-        members = {m.name: m for m in tar.getmembers() if not m.isdir() and _wanted(m.name, prefix)}  # the last counts
+        # of members that were written twice the last one counts
+        members = {m.name: m for m in tar.getmembers() if not m.isdir() and _wanted(m.name, prefix)}
         plain = tar.fileobj is not None and type(tar.fileobj).__module__ in ("io", "_io")
+
     refs: list[ImageRef] = []
-    for name, member in members.items():  # kept in archive order if compressed, the only order that reads fast
+    for name, member in members.items():
         path = f"{label}/{_plain_name(name)}"
-        direct = plain and member.isreg() and not member.issparse()
-        refs.append(
-            TarRef(path, archive, member.offset_data, member.size) if direct else TarMemberRef(path, archive, name)
-        )
+        if plain and member.isreg() and not member.issparse():
+            refs.append(TarRef(path, archive, member.offset_data, member.size))
+        else:
+            refs.append(TarMemberRef(path, archive, name))
+
+    # a compressed archive reads fast only in its own order
     return sorted(refs, key=lambda ref: ref.path) if plain else refs
 
 
@@ -302,31 +344,36 @@ def _utf8(name: str) -> str:
 
 
 def _from_memory(item: object, number: int) -> list[ImageRef]:
+    """A picture, an array or a tensor; of a stack of images, one reference each."""
     if isinstance(item, Image.Image):
         return [HeldRef(f"image[{number}]", item)]
-    channels_first = hasattr(item, "detach")  # a torch tensor; torch itself is not needed to tell
+
     array: Any = item
-    if channels_first:  # NumPy has no bfloat16
+    channels_first = hasattr(item, "detach")  # a torch tensor, told without importing torch
+    if channels_first:
         tensor = array.detach().cpu()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
     if not isinstance(array, np.ndarray):
         raise UsageError(f"images cannot come from a {type(item).__name__}; give paths, PIL images, arrays or tensors")
-    single = array.ndim == 2 or array.ndim == 3
-    stack: Iterable[np.ndarray] = [array] if single else array
     if array.ndim not in (2, 3, 4):
         raise UsageError(f"an image array has 2 to 4 dimensions, not {array.ndim}")
+
     label = f"array[{number}]"
-    return [_array_ref(label if single else f"{label}[{i}]", image, channels_first) for i, image in enumerate(stack)]
+    if array.ndim < 4:
+        return [_array_ref(label, array, channels_first)]
+    return [_array_ref(f"{label}[{i}]", image, channels_first) for i, image in enumerate(array)]
 
 
 def _array_ref(label: str, image: np.ndarray, channels_first: bool) -> ImageRef:
-    """uint8 as it is, floats in [0, 1] brought to uint8; anything else becomes a row with its reason."""
+    """uint8 as it is, floats in [0, 1] scaled to uint8; anything else becomes a row with a reason."""
     if channels_first and image.ndim == 3:
         image = np.moveaxis(image, 0, -1)
+
     if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
         return MissingRef(label, f"an image has 1, 3 or 4 channels, not {image.shape[2]}")
     if 0 in image.shape:
         return MissingRef(label, "an empty array")
+
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating):
             return MissingRef(label, f"pixels are uint8 or floats in [0, 1], not {image.dtype}")
@@ -335,4 +382,7 @@ def _array_ref(label: str, image: np.ndarray, channels_first: bool) -> ImageRef:
         if image.min() < 0 or image.max() > 1:
             return MissingRef(label, "float pixels must lie in [0, 1]; give a DataLoader for images already normalised")
         image = np.round(image * 255).astype(np.uint8)
-    return HeldRef(label, Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
+
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    return HeldRef(label, Image.fromarray(image))

@@ -16,34 +16,74 @@ _TEST_SHARE = 4  # every fourth tile is kept for testing
 
 
 def tiles() -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
-    """(train, test) tiles by name. Neighbouring tiles look alike, but no pixel is in both."""
+    """The in-domain tiles. Neighbouring tiles look alike, but no pixel is in two of them.
+
+    Returns
+    -------
+    train, test : dict of str to PIL image
+        390 and 130 tiles, by file name.
+
+    Examples
+    --------
+    >>> train, test = tiles()
+    >>> len(train), len(test)
+    (390, 130)
+    """
     from sklearn.datasets import load_sample_images
 
     data = load_sample_images()
     train: dict[str, Image.Image] = {}
     test: dict[str, Image.Image] = {}
     for file, photograph in zip(data.filenames, data.images, strict=True):
-        rows, columns = photograph.shape[0] // TILE, photograph.shape[1] // TILE
+        rows = photograph.shape[0] // TILE
+        columns = photograph.shape[1] // TILE
         for number in range(rows * columns):
             row, column = divmod(number, columns)
             tile = photograph[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+
             group = test if number % _TEST_SHARE == 0 else train
             group[f"{Path(file).stem}_{row:02d}_{column:02d}.png"] = Image.fromarray(tile)
     return train, test
 
 
 def digits(count: int = 200) -> dict[str, Image.Image]:
-    """Handwritten digits (8 x 8, grey) brought to the size of the tiles, by name."""
+    """Handwritten digits (8 x 8, grey), enlarged to the size of the tiles.
+
+    Parameters
+    ----------
+    count : int, default 200
+        How many; at most 1,797.
+
+    Returns
+    -------
+    dict of str to PIL image
+        By file name.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = (np.asarray(data.images[:count]) * (255 / 16)).astype(np.uint8)
-    big = [Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC) for image in images]
-    return {f"digit_{i:04d}_{label}.png": image for i, (image, label) in enumerate(zip(big, data.target, strict=False))}
+    arrays = (np.asarray(data.images[:count]) * (255 / 16)).astype(np.uint8)
+
+    images = {}
+    for i, (array, label) in enumerate(zip(arrays, data.target[:count], strict=True)):
+        name = f"digit_{i:04d}_{label}.png"
+        images[name] = Image.fromarray(array).resize((TILE, TILE), Image.Resampling.BICUBIC)
+    return images
 
 
 def write(folder: Path) -> dict[str, Path]:
-    """Write the set as PNG files; returns the folders ``train``, ``test`` and ``digits`` below ``folder`` by name."""
+    """Write the set as PNG files.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when missing.
+
+    Returns
+    -------
+    dict of str to Path
+        The folders ``train``, ``test`` and ``digits`` below ``folder``, by name.
+    """
     train, test = tiles()
     folders = {}
     for name, images in (("train", train), ("test", test), ("digits", digits())):

@@ -1,6 +1,6 @@
 """Files of vectors -> rows of float32, their names and their layers. Knows no images and no detector.
 
-A row is judged by whoever uses it: what a file lacks comes out as NaN.
+Missing numbers become NaN; callers decide what to do with such rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..exceptions import UsageError, first_line
 #: Columns of a Parquet file that name rows, the first that is there.
 NAME_COLUMNS = ("path", "id", "name")
 _REAL = "biuf"  # NumPy's kinds of real numbers
+_REAL_TENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # those of safetensors
 
 
 class Part(Protocol):
@@ -27,10 +28,22 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Arrays:
-    """Rows of one file.
+    """The vectors of one file, one a row.
 
-    file : as named. parts : for each layer, rows of numbers. widths : for each layer, how many columns. n : rows.
-    names, columns : of the rows, and of the columns of a single layer, if the file tells.
+    Attributes
+    ----------
+    file : str
+        Its name as given.
+    parts : mapping of str to Part
+        By layer, the numbers (n, d) of all rows.
+    widths : mapping of str to int
+        By layer, the number of columns.
+    n : int
+        The number of rows.
+    names : sequence of str, optional
+        Of the rows, if the file has them.
+    columns : sequence of str, optional
+        Of the columns of a single layer, if the file has them.
     """
 
     file: str
@@ -45,25 +58,30 @@ class Arrays:
 
     @property
     def width(self) -> int:
-        """Columns of all layers."""
+        """The number of columns of all layers together."""
         return sum(self.widths.values())
 
     @property
     def layers(self) -> dict[str, slice] | None:
-        """Columns of each layer, if the file tells layers apart."""
+        """Columns of each layer; None if the file has a single layer."""
         if len(self.parts) == 1:
             return None
-        ends = np.cumsum([*self.widths.values()]).tolist()
-        return {name: slice(end - width, end) for (name, width), end in zip(self.widths.items(), ends, strict=True)}
+
+        layers = {}
+        start = 0
+        for name, width in self.widths.items():
+            layers[name] = slice(start, start + width)
+            start += width
+        return layers
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop``, (m, width) float32; numbers too large for that become infinite."""
+        """Rows ``start`` to ``stop``, (m, width) float32; larger numbers than float32 can hold become infinite."""
         with np.errstate(over="ignore"):
             parts = [_float32(part[start:stop]) for part in self.parts.values()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def name(self, row: int) -> str:
-        """What to call a row: ``FILE[row]`` unless the file tells."""
+        """The name of a row: that in the file, else ``FILE[row]``."""
         return f"{self.file}[{row}]" if self.names is None else self.names[row]
 
 
@@ -72,15 +90,30 @@ def open_arrays(name: str) -> Arrays:
 
     Parameters
     ----------
-    name : path
-        ``.npy``: an array (n, d), which stays on disk. ``.safetensors``: one tensor (n, d), or several with as many
-        rows, each of them a layer. ``.parquet``: columns of numbers, or columns of lists of numbers, each of them a
-        layer; a column ``path``, ``id`` or ``name`` names the rows.
+    name : str
+        ``.npy``: an array (n, d), which stays on disk. ``.safetensors``: one tensor (n, d), or several with the same
+        number of rows, each of them a layer. ``.parquet``: columns of numbers, or columns of lists of numbers, each of
+        them a layer; a column ``path``, ``id`` or ``name`` names the rows.
+
+    Returns
+    -------
+    Arrays
 
     Raises
     ------
     UsageError
         No such file, another kind, a damaged one, no rows, numbers that are not real, or another shape.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from featdiff.data.vector_files import open_arrays
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(f"{folder}/vectors.npy", np.ones((3, 4)))
+    ...     arrays = open_arrays(f"{folder}/vectors.npy")
+    >>> len(arrays), arrays.width
+    (3, 4)
     """
     file = Path(name)
     readers: dict[str, Callable[[Path], Arrays]] = {
@@ -92,26 +125,32 @@ def open_arrays(name: str) -> Arrays:
         raise UsageError(f"{name}: vectors are read from files that end in {', '.join(readers)}")
     if not file.is_file():
         raise UsageError(f"{name}: {'not a file' if file.exists() else 'no such file'}")
-    found = readers[file.suffix.lower()](file)
-    if not len(found) or not found.width:
-        raise UsageError(f"{name} holds no {'columns' if len(found) else 'rows'}")
-    return found
+
+    arrays = readers[file.suffix.lower()](file)
+    if not len(arrays):
+        raise UsageError(f"{name} holds no rows")
+    if not arrays.width:
+        raise UsageError(f"{name} holds no columns")
+    return arrays
 
 
 def _open_npy(file: Path) -> Arrays:
     try:
         if not file.stat().st_size:
             raise UsageError(f"{file} is empty")
-        mapped: Any = "r" if _numbers_in(file) else None  # nothing cannot be mapped
+        mapped: Any = "r" if _numbers_in(file) else None  # an empty array cannot be mapped
         array = np.load(file, mmap_mode=mapped, allow_pickle=False)
     except UsageError:
         raise
     except Exception as error:  # NumPy raises nearly anything on a damaged file
         raise _damaged(file, "NumPy", error) from None
-    return _whole(file, {"0": array}, {"0": _shape(file, array.shape, array.dtype.kind in _REAL, str(array.dtype))})
+
+    shape = _shape(file, array.shape, array.dtype.kind in _REAL, str(array.dtype))
+    return _arrays(file, {"0": array}, {"0": shape})
 
 
 def _numbers_in(file: Path) -> int:
+    """How many numbers the header of a NumPy file promises."""
     with file.open("rb") as stream:
         major, _ = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -121,23 +160,21 @@ def _numbers_in(file: Path) -> int:
 def _open_safetensors(file: Path) -> Arrays:
     from safetensors import SafetensorError, safe_open
 
+    parts = {}
+    shapes = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            parts = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-            kinds = {name: part.get_dtype() for name, part in parts.items()}
-            shapes = {
-                name: _shape(file, part.get_shape(), _is_real(kinds[name]), kinds[name], f": tensor {name}")
-                for name, part in parts.items()
-            }
+            for name in sorted(opened.keys()):
+                part = opened.get_slice(name)
+                kind = part.get_dtype()
+                parts[name] = part
+                shapes[name] = _shape(file, part.get_shape(), kind in _REAL_TENSORS, kind, f": tensor {name}")
     except (SafetensorError, OSError) as error:
         raise _damaged(file, "safetensors", error) from None
+
     if not parts:
         raise UsageError(f"{file} holds no tensors")
-    return _whole(file, parts, shapes)
-
-
-def _is_real(kind: str) -> bool:
-    return kind in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+    return _arrays(file, parts, shapes)
 
 
 def _open_parquet(file: Path) -> Arrays:
@@ -146,24 +183,30 @@ def _open_parquet(file: Path) -> Arrays:
         import pyarrow.parquet
     except ImportError:
         raise UsageError("Parquet needs pyarrow: pip install 'featdiff[parquet]'") from None
+
     try:
         table = pyarrow.parquet.ParquetFile(file).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(file, "Parquet", error) from None
+
     title = next((name for name in NAME_COLUMNS if name in table.column_names), None)
-    names = None if title is None else ["" if name is None else str(name) for name in table[title].to_pylist()]
+    names = None
+    if title is not None:
+        names = ["" if name is None else str(name) for name in table[title].to_pylist()]
+
     columns = {name: table[name].combine_chunks() for name in table.column_names if name != title}
     lists = [_is_list(file, name, column.type) for name, column in columns.items()]
     if not columns:
         raise UsageError(f"{file} holds no columns of numbers")
     if any(lists) and not all(lists):
         raise UsageError(f"{file} mixes columns of numbers and columns of lists of numbers: keep one kind")
+
     if lists[0]:
         parts = {name: _stacked(column) for name, column in columns.items()}
     else:
         parts = {"0": np.column_stack([_numbers(column) for column in columns.values()])}
-    found = _whole(file, parts, {name: part.shape for name, part in parts.items()})
-    return replace(found, names=names, columns=None if lists[0] else list(columns))
+    arrays = _arrays(file, parts, {name: part.shape for name, part in parts.items()})
+    return replace(arrays, names=names, columns=None if lists[0] else list(columns))
 
 
 def _is_list(file: Path, name: str, kind: Any) -> bool:
@@ -186,25 +229,30 @@ def _numbers(column: Any) -> np.ndarray:
 
 
 def _stacked(column: Any) -> np.ndarray:
-    """An Arrow column of lists -> (n, d), d being the commonest length; NaN where a list is missing or of another."""
+    """An Arrow column of lists -> (n, d), where d is the commonest length; rows of other lists are NaN."""
     lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
-    known, counts = np.unique(lengths[lengths >= 0], return_counts=True)
-    width = int(known[counts.argmax()]) if len(known) else 0
-    out = np.full((len(column), width), np.nan, np.float32)
+    different, counts = np.unique(lengths[lengths >= 0], return_counts=True)
+    width = int(different[counts.argmax()]) if len(different) else 0
+
+    vectors = np.full((len(column), width), np.nan, np.float32)
     good = lengths == width
-    out[good] = _numbers(column.filter(good).flatten()).reshape(good.sum(), width)
-    return out
+    vectors[good] = _numbers(column.filter(good).flatten()).reshape(good.sum(), width)
+    return vectors
 
 
-def _whole(file: Path, parts: Mapping[str, Part], shapes: Mapping[str, Sequence[int]]) -> Arrays:
-    rows = {name: shape[0] for name, shape in shapes.items()}
-    if len(set(rows.values())) > 1:
-        told = ", ".join(f"{name} {n:,}" for name, n in rows.items())
-        raise UsageError(f"{file}: all layers need as many rows, and there are {told}")
-    return Arrays(str(file), parts, {name: shape[1] for name, shape in shapes.items()}, next(iter(rows.values())))
+def _arrays(file: Path, parts: Mapping[str, Part], shapes: Mapping[str, Sequence[int]]) -> Arrays:
+    """Join layers, all of which must have the same number of rows."""
+    counts = {name: shape[0] for name, shape in shapes.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+        raise UsageError(f"{file}: all layers need as many rows, and there are {listed}")
+
+    widths = {name: shape[1] for name, shape in shapes.items()}
+    return Arrays(str(file), parts, widths, next(iter(counts.values())))
 
 
 def _shape(file: Path, shape: Sequence[int], is_real: bool, kind: str, part: str = "") -> Sequence[int]:
+    """The shape (n, d) of an array; other shapes and other numbers are refused."""
     if len(shape) != 2:
         raise UsageError(f"{file}{part} has the shape {tuple(shape)}; needed are rows of vectors, (n, d)")
     if not is_real:

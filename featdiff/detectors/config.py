@@ -6,13 +6,11 @@ own settings and, from :class:`Runtime`, how it runs, which is not part of a mod
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -314,28 +312,3 @@ class PixelSettings(Settings):
 
 #: Settings by mode, as saved models and config files name it.
 SETTINGS: dict[str, type[FeatureSettings] | type[PixelSettings]] = {"feature": FeatureSettings, "pixel": PixelSettings}
-
-P = ParamSpec("P")
-D = TypeVar("D")
-SettingsT = TypeVar("SettingsT", bound=Settings)
-
-
-def takes(
-    kind: Callable[P, SettingsT],
-) -> Callable[[Callable[[D, SettingsT], None]], Callable[Concatenate[D, P], None]]:
-    """Give a constructor that takes settings the parameters of the settings, for people and type checkers alike."""
-
-    def decorate(init: Callable[[D, SettingsT], None]) -> Callable[Concatenate[D, P], None]:
-        @functools.wraps(init)
-        def wrapped(self: D, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            settings: Any = kind
-            check_names(kwargs, settings.names(), "")
-            init(self, kind(*args, **kwargs))
-
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = inspect.signature(kind)
-        parameters = [own, *signature.parameters.values()]
-        wrapped.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
-        return wrapped
-
-    return decorate

@@ -28,7 +28,8 @@ from ..scores.registry import Context, Options, Score, make_scores, need_logits
 from ..verdicts.calibration import Calibration
 from .base import BaseDetector
 from .checks import make_recipe
-from .config import FeatureSettings, takes
+from .config import FeatureSettings
+from .constructors import takes
 from .fitting import as_digests, choose_bank
 from .saved import check_fingerprint, check_layers, feature_values, load_tensors, take_digests, take_facts, widths_of
 
@@ -105,7 +106,19 @@ class Detector(BaseDetector[FeatureSettings]):
     Raises
     ------
     UsageError
-        An argument outside its range.
+        An unknown argument, or one outside its range.
+
+    Examples
+    --------
+    >>> photos = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)  # yours go here
+    >>> quick = {"epochs": 1, "min_steps": 5}
+    >>> layers = ["layer1", "layer2"]
+    >>> detector = Detector("test_resnet", pretrained=False, layers=layers, fpr=0.2, recipe=quick, device="cpu")
+    >>> detector
+    Detector(not fitted, fpr=0.2)
+    >>> scores = detector.fit(photos).score(photos[:3])
+    >>> scores.p_value.shape
+    (3,)
     """
 
     mode = "feature"

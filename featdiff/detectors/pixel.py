@@ -27,7 +27,8 @@ from ..scores.inpainting import PixelHeads
 from ..verdicts.calibration import Calibration
 from .base import BaseDetector
 from .checks import make_recipe
-from .config import PixelSettings, takes
+from .config import PixelSettings
+from .constructors import takes
 from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
 from .saved import load_tensors, pixel_values, take_facts
 from .training_log import TrainingLog

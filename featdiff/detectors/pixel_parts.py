@@ -14,6 +14,7 @@ from ..diffusion.unet import PixelDenoiser, make_unet
 from ..exceptions import UsageError
 from ..features.backbones import load_backbone
 from ..features.pixels import Pixels
+from ..runtime.randomness import seeded
 from ..scores.distances import LPIPS, MSE, SSIM, Distance, FeatureCosine
 from ..scores.inpainting import PixelHeads
 from .config import PixelSettings
@@ -37,8 +38,7 @@ def make_network(settings: PixelSettings) -> tuple[UNet2DModel, Any]:
     """
     size, channels, name = settings.size, settings.channels, settings.pretrained
     if name is None:
-        with torch.random.fork_rng(devices=[]):  # seeded initial weights; the global random state is left alone
-            torch.default_generator.manual_seed(settings.seed)
+        with seeded(settings.seed):
             shape = {key: getattr(settings, key) for key in NETWORK}
             return make_unet(size or _SIZE, channels or _CHANNELS, **shape), make_pixel_scheduler(settings.timesteps)
     unet, scheduler = load_pipeline(name)

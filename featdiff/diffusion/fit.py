@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.checkpoints import Keeper
+from ..runtime.checkpoints import Checkpointer
 from ..runtime.progress import Progress
 from .training import Recipe, Rows, TrainingState, start, train
 
@@ -29,13 +29,13 @@ def fit_denoiser(
     denoiser.requires_grad_(True)
     state = start(denoiser, recipe, n_rows)
     leads = accelerator is None or accelerator.is_main_process
-    keeper = Keeper(state, checkpoint, leads)
+    checkpointer = Checkpointer(state, checkpoint, leads)
     for step in train(state, read, n_rows, validation, scheduler, recipe, seed, augment, accelerator):
-        keeper.after_step(step.val_loss is not None)
+        checkpointer.after_step(step.val_loss is not None)
         if watch and leads:
             watch(step, state)
         if progress and leads:
             progress("training", step.step, step.steps)
-    keeper.finish()
+    checkpointer.finish()
     denoiser.requires_grad_(False)
     return state

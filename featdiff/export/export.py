@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError, did_you_mean, first_line
 from ..features.networks import evaluating, logits_of
-from ..files.atomic import write_whole
+from ..files.atomic import write_atomically
 from ..scores.diffusion import LikelihoodRegret
 from ..scores.nearest import NearestNeighbors
 from ..verdicts.calibration import Calibration
@@ -218,7 +218,7 @@ def write(
     files = {name: target / FILES[name] for name in found}
     try:
         for name, file in files.items():
-            write_whole(file, found[name])
+            write_atomically(file, found[name])
     except OSError as error:
         raise _unwritable(target, error) from None
     return files

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..exceptions import FeatdiffError
-from ..files.atomic import _full, write_atomically
+from ..files.atomic import write_atomically
+from ..files.cache import cache_errors
 
 _SHARD_BYTES = 4 << 20
 _MAPPED_BYTES = 1 << 19
@@ -47,10 +48,8 @@ class FeatureStore:
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._shards: list[np.ndarray] = []  # memory maps (n, width)
         self._where: dict[bytes, tuple[int, int]] = {}
-        try:
+        with cache_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _full(self.folder, error) from None
         for file in sorted(self.folder.glob(f"*{_DIGESTS}")):
             self._open(file)
 
@@ -81,7 +80,8 @@ class FeatureStore:
             for suffix, array in ((_VECTORS, vectors), (_DIGESTS, digests)):
                 stream = io.BytesIO()
                 np.save(stream, array, allow_pickle=False)
-                write_atomically(files[suffix], stream.getvalue())
+                with cache_errors(self.folder):
+                    write_atomically(files[suffix], stream.getvalue())
         except BaseException:  # Ctrl-C, too
             _remove(files[_VECTORS])
             raise

@@ -1,49 +1,70 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-
-from ..exceptions import FeatdiffError
 
 
 def write_atomically(file: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
+    Parameters
+    ----------
+    file : Path
+        An older file of this name is replaced; if anything fails, it stays whole.
+    data : bytes
+        All that the file shall hold.
+
     Raises
     ------
-    FeatdiffError
-        The disk is full or the place cannot be written.
+    OSError
+        The disk is full or the place cannot be written. Nothing is left behind.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from featdiff.files.atomic import write_atomically
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder) / "a.txt", b"hello")
+    ...     [file.name for file in Path(folder).iterdir()]
+    ['a.txt']
     """
+    write_together({file: data})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files: all are on disk in full, under temporary names, before the first takes its place.
+
+    Parameters
+    ----------
+    contents : mapping of Path to bytes
+        Files, in the order in which they take their places, and what each shall hold.
+
+    Raises
+    ------
+    OSError
+        As for :func:`write_atomically`.
+    """
+    temporary = {file: file.with_name(f".{uuid.uuid4().hex}.tmp") for file in contents}
     try:
-        write_whole(file, data)
-    except OSError as error:
-        raise _full(file.parent, error) from None
+        for file, data in contents.items():
+            _write_through(temporary[file], data)
+        for file in contents:
+            temporary[file].replace(file)
+    finally:  # also after Ctrl-C; nothing is left to remove if all went well
+        for leftover in temporary.values():
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
 
-def _full(folder: Path, error: OSError) -> FeatdiffError:
-    return FeatdiffError(
-        f"the feature cache {folder} cannot be written: {error.strerror}. Free space or choose another with --cache; "
-        "what was computed so far is kept"
-    )
-
-
-def _write(file: Path, data: bytes) -> None:
+def _write_through(file: Path, data: bytes) -> None:
+    """Write and wait until the data is on the disk."""
     with file.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all (``OSError``)."""
-    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        _write(temporary, data)
-        temporary.replace(file)
-    finally:  # also after Ctrl-C; there is nothing left to remove if all went well
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -20,15 +20,22 @@ def find_folder(
     refuse: Callable[[str], FeatdiffError],
     local_files_only: bool = False,
 ) -> Path:
-    """The folder itself, or the local copy of a repository, downloaded when it is not there yet.
+    """The folder itself, or the local copy of a repository on the hub, downloaded when it is not cached.
 
     Parameters
     ----------
-    files : patterns of the files that are downloaded
+    name : str or Path
+        A folder, or ``org/name``.
+    files : sequence of str
+        Patterns of the files that are downloaded.
     refuse : callable
-        A reason -> the error that is raised when there is neither.
-    local_files_only : bool
+        Makes the error to raise, from a reason, when there is neither folder nor repository.
+    local_files_only : bool, default False
         Nothing is downloaded.
+
+    Returns
+    -------
+    Path
     """
     if Path(name).is_dir():
         return Path(name)

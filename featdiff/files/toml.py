@@ -1,4 +1,4 @@
-"""TOML files as plain tables. Who reads one checks its keys, so that a misspelt setting is never silently ignored."""
+"""TOML files as plain tables. Readers check the keys, so that no misspelt setting is silently ignored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from ..exceptions import UsageError, did_you_mean
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The tables of a file.
+    """The tables of a TOML file.
+
+    Parameters
+    ----------
+    file : Path
+
+    Returns
+    -------
+    dict
 
     Raises
     ------
@@ -27,7 +35,28 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def check_keys(keys: Iterable[str], known: list[str], where: str, kind: str = "key") -> None:
-    """Refuse a key that nobody reads (``UsageError`` names it and its nearest neighbours)."""
+    """Refuse a key that nothing reads.
+
+    Parameters
+    ----------
+    keys : iterable of str
+        Those that the user wrote.
+    known : list of str
+        Those that mean something.
+    where : str
+        The file, or the table in it, for the message.
+    kind : str, default "key"
+        What such a key is called in the message.
+
+    Raises
+    ------
+    UsageError
+        Naming the first unknown key and similar known ones.
+
+    Examples
+    --------
+    >>> check_keys(["backbone"], known=["backbone", "layers"], where="my.toml")
+    """
     for key in keys:
         if key not in known:
             raise UsageError(f"{where}: unknown {kind} {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")

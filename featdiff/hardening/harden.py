@@ -21,17 +21,18 @@ from ..data.splits import Split
 from ..exceptions import ModelError, UsageError, first_line, some_of
 from ..features.layout import PRE_LOGITS
 from ..features.networks import fingerprint
-from ..files.atomic import write_whole
+from ..files.atomic import write_atomically
 from ..files.cache import default_cache
 from ..files.model_folder import check_target
 from ..guard.guard import Guard
 from ..outliers.outlier_file import Outliers
 from ..outliers.stable_diffusion import pooled
 from ..outliers.synthesis import ONE_CLASS
-from ..runtime.checkpoints import Keeper, resume
+from ..runtime.checkpoints import Checkpointer, resume
 from ..runtime.devices import resolve_device
 from ..runtime.processes import make_accelerator
 from ..runtime.progress import Progress
+from ..runtime.randomness import seeded
 from .batches import FEWEST, Curriculum
 from .dataset import Preparation
 from .frozen import Trunk, default_cut, split_at
@@ -86,7 +87,7 @@ class Hardened:
         stream = io.StringIO()
         csv.writer(stream).writerows([("path", "reason"), *self.unreadable])
         try:
-            write_whole(Path(folder) / LEFT_OUT, stream.getvalue().encode())
+            write_atomically(Path(folder) / LEFT_OUT, stream.getvalue().encode())
         except OSError as error:
             raise ModelError(f"{LEFT_OUT} could not be written to {folder}: {first_line(error)}") from None
 
@@ -331,8 +332,7 @@ def _objective(network: nn.Module, recipe: HardenRecipe, curriculum: Curriculum,
     """What the losses need besides the network, seeded."""
     student: Any = network
     widths = (curriculum.teacher.width if curriculum.teacher else 0, tuple(k.shape[1] for k in curriculum.outliers))
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return Objective(network, student.get_classifier().in_features, recipe, *widths).to(curriculum.device)
 
 
@@ -348,7 +348,7 @@ def _train(
 ) -> None:
     """Train the student, or take it from ``file``, where the run is kept at the end of epochs."""
     leads = accelerator is None or accelerator.is_main_process
-    keeper = Keeper(state, file, leads)
+    keeper = Checkpointer(state, file, leads)
     renew = (lambda epoch: curriculum.renew(state.objective, seed + epoch)) if recipe.energy else (lambda epoch: None)
     for step in learn(
         state,

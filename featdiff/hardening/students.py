@@ -21,6 +21,7 @@ from ..exceptions import ModelError, UsageError, first_line
 from ..features.backbones import Backbone, load_backbone
 from ..features.networks import evaluating
 from ..files.model_folder import CONFIG, TENSORS, check_pair, check_target, write_pair
+from ..runtime.randomness import seeded
 from .layout import STUDENT, is_hardened
 
 #: The key of ``config.json`` under which the facts of the training stand.
@@ -78,8 +79,7 @@ def new_classifier(
     given = {key: value for key, value in (model_args or {}).items() if key != "num_classes"}
     backbone = load_backbone(name, weights, pretrained, given)
     model: Any = backbone.model
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the GPUs' states as well
+    with seeded(seed):
         if hasattr(model, "reset_classifier"):
             model.reset_classifier(len(classes))
     with torch.device("meta"):

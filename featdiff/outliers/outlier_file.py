@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ModelError
-from ..files.atomic import write_whole
+from ..files.atomic import write_atomically
 
 #: Raised when the layout of the file changes; a newer one is refused.
 FORMAT_VERSION = 1
@@ -74,7 +74,7 @@ class Outliers:
             tensors["latents"] = self.latents
         data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
         try:
-            write_whole(Path(file), data)
+            write_atomically(Path(file), data)
         except OSError as error:
             raise ModelError(f"the outliers could not be written to {file}: {error.strerror or error}") from None
 

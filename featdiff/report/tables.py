@@ -18,7 +18,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of text: one line for each method, the set by set results of a task under one protocol."""
+    """A table of text: the results of a task under one protocol.
+
+    Attributes
+    ----------
+    title : str
+    header : list of str
+        Names of the columns.
+    lines : list of list of str
+        One per method, with a cell per column.
+    """
 
     title: str
     header: list[str]
@@ -26,23 +35,41 @@ class Grid:
 
 
 def long_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each task, OOD set, protocol and method, with ``COLUMNS``; published ones carry their source.
+    """One row for each task, OOD set, protocol and method.
 
-    AUROC, AUPR and FPR95 are shares, 0..1.
+    Parameters
+    ----------
+    result : mapping
+        As from :func:`featdiff.evaluation.benchmark.run_suite`.
+
+    Returns
+    -------
+    list of dict
+        With the keys ``COLUMNS``; AUROC, AUPR and FPR95 are shares, 0 .. 1. Published numbers name their source.
+        Values that a row lacks are None.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task in result["tasks"]:
         for pair in task["pairs"]:
-            shared = {"task": task["name"]} | {key: pair[key] for key in ("ood", "protocol", "n_id", "n_ood")}
-            for method, m in pair["heads"].items():
-                low, high = m["auroc_ci"]
-                measured = {key: m[key] for key in ("auroc", "fpr95", "aupr_in", "aupr_out")}
-                costs = task["methods"].get(method, {})
-                rows.append(shared | {"method": method, "auroc_low": low, "auroc_high": high} | measured | costs)
+            rows += _measured_rows(task, pair)
+
     for number in result["published"]:
-        row = {key: number[key] for key in ("task", "ood", "protocol", "method")}
-        rows.append(row | {"auroc": number["auroc"], "fpr95": number["fpr95"], "published_in": number["source"]})
+        row = {key: number[key] for key in ("task", "ood", "protocol", "method", "auroc", "fpr95")}
+        rows.append(row | {"published_in": number["source"]})
+
     return [{column: row.get(column) for column in COLUMNS} for row in rows]
+
+
+def _measured_rows(task: Mapping[str, Any], pair: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row for each method, with its costs."""
+    for method, metrics in pair["heads"].items():
+        row = {"task": task["name"], "method": method}
+        for key in ("ood", "protocol", "n_id", "n_ood"):
+            row[key] = pair[key]
+        for key in ("auroc", "fpr95", "aupr_in", "aupr_out"):
+            row[key] = metrics[key]
+        row["auroc_low"], row["auroc_high"] = metrics["auroc_ci"]
+        yield row | task["methods"].get(method, {})
 
 
 def to_csv(result: Mapping[str, Any]) -> str:
@@ -58,39 +85,59 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     """Every grid as a Markdown table."""
     parts = [f"# {result['suite']}\n\nBackbone: {result['backbone']}. {EXPLANATION}"]
     for grid in grids(result):
-        lines = [grid.header, ["---", *("---:" for _ in grid.header[1:])], *grid.lines]
-        parts.append(f"## {grid.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        rule = ["---"] + ["---:"] * (len(grid.header) - 1)
+        lines = [f"| {' | '.join(cells)} |" for cells in (grid.header, rule, *grid.lines)]
+        parts.append(f"## {grid.title}\n\n" + "\n".join(lines))
+
     parts += [f"Left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     return "\n\n".join(parts) + "\n"
 
 
-#: Columns behind the results.
+#: Columns after the results.
 COSTS = ("images/s", "x time", "train", "MB")
-#: What the cells of a grid say.
+#: What the cells of a grid mean.
 EXPLANATION = (
     "AUROC [95 % interval] / FPR95 in percent, mean: AUROC / FPR95; images/s: decoding, backbone and method; "
-    "x time: the time for an image in times of featdiff's; train: seconds of training its networks; "
+    "x time: the time for an image, as a multiple of featdiff's; train: seconds of training its networks; "
     "MB: what it needs to keep; ID accuracy of a classifier on the test images."
 )
 
 
 def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
-    """One grid for each task and protocol; scores of single layers are left to the rows."""
+    """One grid for each task and protocol, without scores of single layers; :func:`long_rows` has those.
+
+    Parameters
+    ----------
+    result : mapping
+        As from :func:`featdiff.evaluation.benchmark.run_suite`.
+
+    Yields
+    ------
+    Grid
+    """
     for task in result["tasks"]:
         for protocol in dict.fromkeys(pair["protocol"] for pair in task["pairs"]):
             pairs = [pair for pair in task["pairs"] if pair["protocol"] == protocol]
-            header = ["method", *(pair["ood"] for pair in pairs), "mean", *COSTS, "ID accuracy"]
-            if not any("accuracy" in costs for costs in task["methods"].values()):
-                header.pop()
-            methods = [name for name in pairs[0]["heads"] if name in task["methods"] and not _is_single_layer(name)]
-            default = task["methods"][methods[0]]["images_per_second"]
-            lines = [_line(name, pairs, task["methods"][name], default) for name in methods]
-            here = [n for n in result["published"] if (n["task"], n["protocol"]) == (task["name"], protocol)]
-            lines += _published_lines(here, [pair["ood"] for pair in pairs])
-            lines = [(line + [""])[: len(header)] for line in lines]  # to accuracy, where there is any
-            train, bank, test = task["n_train"], task["n_bank"], pairs[0]["n_id"]
-            images = f"{train:,} images to train, {bank:,} of them for baselines, {test:,} to test"
-            yield Grid(f"{task['name']}, {protocol} ({images})", header, lines)
+            numbers = [n for n in result["published"] if (n["task"], n["protocol"]) == (task["name"], protocol)]
+            yield _grid(task, protocol, pairs, numbers)
+
+
+def _grid(task: Mapping[str, Any], protocol: str, pairs: list[dict[str, Any]], published: list[dict[str, Any]]) -> Grid:
+    costs = task["methods"]
+    sets = [pair["ood"] for pair in pairs]
+    methods = [name for name in pairs[0]["heads"] if name in costs and not _is_single_layer(name)]
+
+    default_speed = costs[methods[0]]["images_per_second"]
+    lines = [_line(name, pairs, costs[name], default_speed) for name in methods]
+    lines += _published_lines(published, sets)
+
+    header = ["method", *sets, "mean", *COSTS]
+    if any("accuracy" in cost for cost in costs.values()):
+        header.append("ID accuracy")
+    lines = [(line + [""])[: len(header)] for line in lines]  # published lines have no accuracy
+
+    images = f"{task['n_train']:,} images to train, {task['n_bank']:,} of them for baselines"
+    return Grid(f"{task['name']}, {protocol} ({images}, {pairs[0]['n_id']:,} to test)", header, lines)
 
 
 def _is_single_layer(method: str) -> bool:
@@ -98,31 +145,35 @@ def _is_single_layer(method: str) -> bool:
 
 
 def _line(method: str, pairs: list[dict[str, Any]], costs: Mapping[str, float], default_speed: float) -> list[str]:
-    found = [pair["heads"][method] for pair in pairs]
-    cells = []
-    for m in found:
+    """The cells of a measured method."""
+    metrics = [pair["heads"][method] for pair in pairs]
+    cells = [method]
+    for m in metrics:
         low, high = m["auroc_ci"]
         cells.append(f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}")
-    means = [100 * np.mean([m[key] for m in found]) for key in ("auroc", "fpr95")]
-    speed, seconds, size = (costs[key] for key in ("images_per_second", "training_seconds", "megabytes"))
-    return [
-        method,
-        *cells,
-        f"{means[0]:.2f} / {means[1]:.2f}",
-        f"{speed:.4g}",
-        f"{default_speed / speed:.3g}",
-        f"{seconds:.1f}",
-        f"{size:.1f}",
-        f"{100 * costs['accuracy']:.1f}" if "accuracy" in costs else "",
-    ]
+
+    auroc = 100 * np.mean([m["auroc"] for m in metrics])
+    fpr95 = 100 * np.mean([m["fpr95"] for m in metrics])
+    cells.append(f"{auroc:.2f} / {fpr95:.2f}")
+
+    speed = costs["images_per_second"]
+    cells.append(f"{speed:.4g}")
+    cells.append(f"{default_speed / speed:.3g}")
+    cells.append(f"{costs['training_seconds']:.1f}")
+    cells.append(f"{costs['megabytes']:.1f}")
+    cells.append(f"{100 * costs['accuracy']:.1f}" if "accuracy" in costs else "")
+    return cells
 
 
 def _published_lines(numbers: list[dict[str, Any]], sets: list[str]) -> Iterator[list[str]]:
-    """What papers say about these sets (or, without a set, about the mean), marked as published."""
-    for method, source in dict.fromkeys((n["method"], n["source"]) for n in numbers):
-        mine = {n["ood"]: n for n in numbers if (n["method"], n["source"]) == (method, source)}
-        cells = [_number(mine.get(name)) for name in (*sets, "")]
-        if set(cells) != {""}:
+    """What papers report for these sets (or, without a set, for the mean), marked as published."""
+    by_source: dict[tuple[str, str], dict[str, Any]] = {}
+    for number in numbers:
+        by_source.setdefault((number["method"], number["source"]), {})[number["ood"]] = number
+
+    for (method, source), by_set in by_source.items():
+        cells = [_number(by_set.get(name)) for name in (*sets, "")]
+        if any(cells):
             yield [f"published: {method} ({source})", *cells, "", "", "", ""]
 
 

@@ -1,4 +1,4 @@
-"""Scores -> CSV, JSON lines, Parquet or a table, written as they come; and a picture of histograms."""
+"""Scores -> CSV, JSON lines, Parquet or a table, written as they come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMATS = ("table", "csv", "jsonl", "parquet")
 
 
 class Writer(Protocol):
-    """Takes parts of a run in order; rows of text are on disk or on screen when :meth:`write` returns."""
+    """Writes the parts of a run in order; lines of text are on disk or on screen when :meth:`write` returns."""
 
     def write(self, scores: Scores) -> None:
         """Append the rows of one part."""
@@ -24,12 +24,36 @@ class Writer(Protocol):
 
 
 def open_writer(format: str, stream: IO[bytes]) -> Writer:
-    """A writer of one of ``FORMATS`` onto a binary stream.
+    """A writer of a format onto a binary stream.
+
+    Parameters
+    ----------
+    format : {"table", "csv", "jsonl", "parquet"}
+    stream : binary stream
+        Not closed by the writer.
+
+    Returns
+    -------
+    Writer
 
     Raises
     ------
     UsageError
         An unknown format, or Parquet without pyarrow.
+
+    Examples
+    --------
+    >>> import io
+    >>> import numpy as np
+    >>> from featdiff import Scores
+    >>> from featdiff.report.writers import open_writer
+    >>> scores = Scores(["a.png"], ["ok"], [""], np.array([0.5]), np.array([0.3]), np.array([False]), {})
+    >>> stream = io.BytesIO()
+    >>> writer = open_writer("csv", stream)
+    >>> writer.write(scores)
+    >>> writer.close()
+    >>> stream.getvalue().decode().splitlines()
+    ['path,status,reason,ood_score,p_value,is_ood', 'a.png,ok,,0.5,0.3,false']
     """
     kinds: dict[str, type[Any]] = {
         "table": TableWriter,
@@ -38,21 +62,24 @@ def open_writer(format: str, stream: IO[bytes]) -> Writer:
         "parquet": ParquetWriter,
     }
     if format not in kinds:
-        raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}", argument="format")
+
     writer: Writer = kinds[format](stream)
     return writer
 
 
 class CsvWriter:
-    """Comma-separated values with a header; empty cells for what an unreadable image lacks."""
+    """Comma-separated values with a header; cells that an unreadable image lacks are empty."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._started = stream, False
+        self._stream = stream
+        self._started = False
 
     def write(self, scores: Scores) -> None:
         if not self._started:
             self._line(scores.columns)
             self._started = True
+
         for row in scores.rows():
             self._line([str(cell).lower() if isinstance(cell, bool) else cell for cell in row.values()])
         self._stream.flush()
@@ -67,7 +94,7 @@ class CsvWriter:
 
 
 class JsonlWriter:
-    """One JSON object per line; null for what an unreadable image lacks."""
+    """One JSON object per line; values that an unreadable image lacks are null."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -82,7 +109,7 @@ class JsonlWriter:
 
 
 class ParquetWriter:
-    """Apache Parquet (needs pyarrow). Unlike the others it holds back up to 10,000 rows until :meth:`close`."""
+    """Apache Parquet (needs pyarrow). Unlike the others it keeps up to 10,000 rows in memory until :meth:`close`."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         try:
@@ -90,7 +117,9 @@ class ParquetWriter:
             import pyarrow.parquet
         except ImportError:
             raise UsageError("Parquet needs pyarrow: pip install 'featdiff[parquet]'") from None
-        self._arrow, self._parquet = pyarrow, pyarrow.parquet
+
+        self._arrow = pyarrow
+        self._parquet = pyarrow.parquet
         self._stream = stream
         self._writer: Any = None
         self._rows: list[dict[str, object]] = []
@@ -111,6 +140,7 @@ class ParquetWriter:
             "is_ood": arrow.bool_(),
         }
         schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in self._columns])
+
         if self._writer is None:
             self._writer = self._parquet.ParquetWriter(self._stream, schema)
         self._writer.write_table(arrow.Table.from_pylist(self._rows, schema=schema))
@@ -126,18 +156,22 @@ class TableWriter:
     """Lines for people: verdict, p-value, score, path; the reason for unreadable images."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._started = stream, False
+        self._stream = stream
+        self._started = False
 
     def write(self, scores: Scores) -> None:
         if not self._started:
             self._stream.write(b"verdict      p-value    score  path\n")
             self._started = True
+
         for row in scores.rows():
             if row["status"] == OK:
                 verdict = "OOD" if row["is_ood"] else "-"
                 line = f"{verdict:<10} {row['p_value']:>9.4f} {row['ood_score']:>8.2f}  {row['path']}"
             else:
                 line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
+
+            # a line break or a control character in a path must not break the table
             line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
             self._stream.write(line.encode() + b"\n")
         self._stream.flush()

@@ -1,33 +1,39 @@
-"""States of a training in the cache, so that a stopped run goes on and a finished one is not repeated."""
+"""Checkpoints of a training in the cache: a stopped run continues, and a finished one is not repeated."""
 
 from __future__ import annotations
 
+import copy
+import io
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-import copy
-import io
-import time
-from pathlib import Path
-
 from ..files.atomic import write_atomically
+from ..files.cache import cache_errors
+
+#: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
+CHECKPOINT_SECONDS = 10
 
 
 class Resumable:
-    """A training that can be put down and taken up.
+    """A training that can be stopped and continued.
 
     Attributes
     ----------
-    parts : names of attributes that have a state dict of their own, or are None
-    results : names of attributes that are tensors or plain numbers, ``best``, ``seconds`` and ``done`` among them
-    best : weights of ``network``
-    seconds : spent so far, over all runs; the caller's to count
-    done : whether nothing is left to do
+    parts : tuple of str
+        Names of attributes that have a state dict of their own, or are None.
+    results : tuple of str
+        Names of attributes that are tensors or plain numbers, ``best``, ``seconds`` and ``done`` among them.
+    best : dict of str to Tensor
+        Weights of :attr:`network`.
+    seconds : float
+        Time spent so far, over all runs; counted by :class:`Checkpointer`.
+    done : bool
+        Whether nothing is left to do.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -38,16 +44,20 @@ class Resumable:
 
     @property
     def network(self) -> nn.Module:
-        """What ``best`` are weights of."""
+        """The network that ``best`` are weights of."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Fit for ``weights_only=True``; the results alone once done."""
-        plain = {name: getattr(self, name) for name in self.results}
+        """All that is needed to continue, fit for ``weights_only=True``; the results alone once done."""
+        state = {name: getattr(self, name) for name in self.results}
         if self.done:
-            return plain
-        parts = {name: getattr(self, name) for name in self.parts}
-        return plain | {name: part.state_dict() for name, part in parts.items() if part is not None}
+            return state
+
+        for name in self.parts:
+            part = getattr(self, name)
+            if part is not None:
+                state[name] = part.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
@@ -58,54 +68,55 @@ class Resumable:
                 setattr(self, name, value)
 
 
-#: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
-CHECKPOINT_SECONDS = 10
-
-
-class Keeper:
-    """Takes a run up where a file left it, counts its seconds, and keeps it there as it goes.
+class Checkpointer:
+    """Continues a run from a file, counts its seconds, and writes it to that file as it goes.
 
     Parameters
     ----------
     state : Resumable
+        Continued from the file at once, if the file is there and whole.
     file : Path, optional
-        None: nothing is kept.
-    writes : bool
-        Of several processes, one.
+        Without one nothing is read or written.
+    writes : bool, default True
+        Whether this process writes; of several, one should.
     """
 
     def __init__(self, state: Resumable, file: Path | None, writes: bool = True) -> None:
         if file:
             resume(state, file)
-        self.state, self.file = state, None if state.done or not writes else file
-        self._saved = self._last = time.monotonic()
+        self.state = state
+        self.file = file if writes and not state.done else None
+        self._written = self._last_step = time.monotonic()
         self._pause = float(CHECKPOINT_SECONDS)
 
     def after_step(self, ends_epoch: bool) -> None:
-        """Count the time; at an epoch's end write, now and then."""
+        """Count the time since the last step; at the end of an epoch, write if the last checkpoint is old enough."""
         now = time.monotonic()
-        self.state.seconds, self._last = self.state.seconds + now - self._last, now
-        if self.file and ends_epoch and now - self._saved > self._pause:
+        self.state.seconds += now - self._last_step
+        self._last_step = now
+
+        if self.file and ends_epoch and now - self._written > self._pause:
             write_checkpoint(self.state, self.file)
-            self._saved = self._last = time.monotonic()
-            self._pause = max(CHECKPOINT_SECONDS, 20 * (self._saved - now))  # large networks take long to write
+            self._written = self._last_step = time.monotonic()
+            self._pause = max(CHECKPOINT_SECONDS, 20 * (self._written - now))  # large networks take long to write
 
     def finish(self) -> None:
-        """Write what came of the run."""
+        """Write the result of the run."""
         if self.file:
             write_checkpoint(self.state, self.file)
 
 
 def resume(state: Resumable, file: Path) -> None:
-    """Continue from ``file`` if it is there and whole; a damaged one is as good as none."""
+    """Continue from ``file`` if it is there and whole; a damaged file is deleted and ignored."""
     if not file.exists():
         return
     try:
-        kept = torch.load(file, map_location="cpu", weights_only=True)
-        _check_fits(kept["best"], state.network)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        _check_fits(saved["best"], state.network)
+
         fresh = copy.deepcopy(state.state_dict())
         try:
-            state.load_state_dict(kept)
+            state.load_state_dict(saved)
         except Exception:
             state.load_state_dict(fresh)
             raise
@@ -114,14 +125,22 @@ def resume(state: Resumable, file: Path) -> None:
 
 
 def _check_fits(weights: dict[str, Tensor], network: nn.Module) -> None:
-    """Whether weights are those of a network like this one; a run without an epoch has none yet."""
-    own = {name: value.shape for name, value in network.state_dict().items()}
-    if weights and {name: value.shape for name, value in weights.items()} != own:
+    """Refuse weights of a network of other shapes; a run stopped in its first epoch has no weights yet."""
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    if weights and {name: value.shape for name, value in weights.items()} != expected:
         raise ValueError("weights of another network")
 
 
 def write_checkpoint(state: Resumable, file: Path) -> None:
-    """Keep ``state`` in ``file``, whole or not at all."""
+    """Write ``state`` to ``file``, whole or not at all.
+
+    Raises
+    ------
+    FeatdiffError
+        The disk is full or the place cannot be written.
+    """
     stream = io.BytesIO()
     torch.save(state.state_dict(), stream)
-    write_atomically(file, stream.getvalue())
+
+    with cache_errors(file.parent):
+        write_atomically(file, stream.getvalue())

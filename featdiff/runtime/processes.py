@@ -1,4 +1,4 @@
-"""Mixed precision and several processes for training, by way of ``accelerate``; without either, plain torch."""
+"""Mixed precision and several processes for training, with ``accelerate``; without either, plain torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from ..exceptions import UsageError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
-# Processes wait for the first one, which reads all images before the others do.
-_LONGEST = timedelta(days=7)
+# The others wait for the first process, which reads all images before they do.
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
-    """An accelerator if one is needed: reduced precision, or a process that ``accelerate launch`` has started.
+    """An accelerator, if one is needed: for reduced precision, or in a process started by ``accelerate launch``.
+
+    Parameters
+    ----------
+    mixed_precision : {"no", "bf16"}
+    device : torch.device
+
+    Returns
+    -------
+    accelerate.Accelerator or None
 
     Raises
     ------
@@ -37,9 +45,10 @@ def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator 
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError:
         raise UsageError("mixed precision and several GPUs need a package: pip install 'featdiff[pixel]'") from None
+
     if not launched:  # its settings belong to the whole process, and an earlier training may have had others
         AcceleratorState._reset_state(reset_partial_state=True)
-    patience = InitProcessGroupKwargs(timeout=_LONGEST)
+    patience = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
     try:
         return Accelerator(
             mixed_precision=mixed_precision,
@@ -48,23 +57,37 @@ def make_accelerator(mixed_precision: str, device: torch.device) -> Accelerator 
             kwargs_handlers=[patience] if launched else [],
         )
     except ValueError as error:
-        raise UsageError(f"mixed_precision {mixed_precision!r} cannot be had on {device}: {error}") from None
+        raise UsageError(
+            f"mixed_precision {mixed_precision!r} cannot be had on {device}: {error}", argument="mixed_precision"
+        ) from None
 
 
 class Processes:
-    """The processes that train one network: how many, which one this is, and what they agree on.
+    """The processes that train one network.
 
     Parameters
     ----------
     accelerator : accelerate.Accelerator, optional
-        Without one, this process alone.
+        Without one there is this process alone.
     epoch : int
-        Where this process goes on.
+        The epoch at which this process continues.
+
+    Attributes
+    ----------
+    number : int
+        How many processes there are.
+    rank : int
+        Which one this is, from 0.
 
     Raises
     ------
     UsageError
-        The processes would go on at different epochs.
+        The processes would continue at different epochs.
+
+    Examples
+    --------
+    >>> Processes(None, epoch=0).number
+    1
     """
 
     def __init__(self, accelerator: Accelerator | None, epoch: int) -> None:
@@ -74,30 +97,37 @@ class Processes:
         if accelerator is not None:
             epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device))
             if epochs.min() != epochs.max():
-                raise UsageError("the processes resume from different checkpoints: all hosts must share one --cache")
+                raise UsageError(
+                    "the processes resume from different checkpoints: all hosts must share one cache", argument="cache"
+                )
 
     def prepare(self, network: nn.Module, *optimizers: Any) -> list[Any]:
         """The network and its optimizers, wrapped as the accelerator needs them."""
-        parts = (network, *optimizers)
-        return [*(parts if self.accelerator is None else self.accelerator.prepare(*parts))]
+        if self.accelerator is None:
+            return [network, *optimizers]
+        return [*self.accelerator.prepare(network, *optimizers)]
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, of a scaled loss where the precision asks for that, and the mean over all processes."""
+        """Compute gradients: of a scaled loss where the precision needs that, averaged over all processes."""
         if self.accelerator is None:
             loss.backward()
         else:
             self.accelerator.backward(loss)
 
     def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> None:
-        """Cut gradients that are longer than ``norm`` in all."""
-        cut = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
-        cut(parameters, norm)
+        """Scale gradients down to a total length of at most ``norm``."""
+        if self.accelerator is None:
+            nn.utils.clip_grad_norm_(parameters, norm)
+        else:
+            self.accelerator.clip_grad_norm_(parameters, norm)
 
     def mean(self, value: Tensor) -> float:
-        """The mean over all processes, so that all see the same number."""
-        return (value if self.accelerator is None else self.accelerator.reduce(value, "mean")).item()
+        """The mean of a scalar over all processes; all get the same number."""
+        if self.accelerator is None:
+            return value.item()
+        return self.accelerator.reduce(value, "mean").item()
 
     def release(self, network: nn.Module) -> None:
-        """Give a prepared network back as it was."""
+        """Undo :meth:`prepare` on a network."""
         if self.accelerator is not None:
             self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)

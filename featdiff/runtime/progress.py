@@ -1,7 +1,8 @@
-"""How long work tells how far it is."""
+"""How long runs report their progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
+#: Called with (stage, done, total) as work goes on.
+Progress = Callable[[str, int, int], None]

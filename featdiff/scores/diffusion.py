@@ -9,12 +9,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.fit import fit_denoiser
 from ..diffusion.lfdn import LFDN, LayerwiseLFDN
 from ..diffusion.reconstruction import reconstruct
 from ..diffusion.schedules import add_noise, draw_noise, make_scheduler
 from ..diffusion.training import TrainingState
 from ..exceptions import UsageError
 from ..features.layout import FeatureLayout, block_normalise
+from ..runtime.randomness import seeded
 from .fusion import log_statistics, log_z, weighted_sum
 from .registry import Context, Features, Score
 from .residuals import likelihood_regret, mfsim, mse
@@ -86,8 +88,7 @@ class Diffusion(nn.Module):
             sizes = {"hidden_ratio": hidden_ratio, "hidden_max": hidden_max, "blocks": blocks}
             return LayerwiseLFDN(widths=list(self.widths), **sizes)
 
-        with torch.random.fork_rng(devices=[]):  # seeded initial weights; the global random state is left alone
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.denoiser = network()
             self.early = network()
 
@@ -101,8 +102,6 @@ class Diffusion(nn.Module):
 
     def fit(self, context: Context) -> TrainingState:
         """Train the denoiser, or take it from the checkpoint, and set the statistics; returns what came of training."""
-        from ..diffusion.fit import fit_denoiser
-
         training = context.training
         validation = self.stages(context.validation[:])
         with full_precision(self.noise):

@@ -57,4 +57,5 @@ def judge(
         p_value=p_value,
         is_ood=is_ood,
         layers={name: spread(values) for name, values in layers.items()},
+        fpr=fpr,
     )

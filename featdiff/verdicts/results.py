@@ -1,27 +1,105 @@
-"""The answer for a set of images: one row per image, columns that stay as they are."""
+"""The result for a set of images: one row per image, columns that stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from ..exceptions import UsageError
 
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]
+
 #: Columns of every table that featdiff writes; ``layer_<name>`` follow, one per layer.
 COLUMNS = ("path", "status", "reason", "ood_score", "p_value", "is_ood")
-OK, UNREADABLE = "ok", "unreadable"
+OK = "ok"
+UNREADABLE = "unreadable"
+#: Rows that a notebook shows.
+_MOST_SHOWN = 20
 
 
-@dataclass
+@dataclass(frozen=True)
+class Row:
+    """The result for one image.
+
+    Attributes
+    ----------
+    path : str
+        The name of the image.
+    status : {"ok", "unreadable"}
+    reason : str
+        Why the image is unreadable; empty if it is not.
+    ood_score : float
+        Higher = more OOD; NaN for an unreadable image.
+    p_value : float
+        In (0, 1], small = OOD; NaN for an unreadable image.
+    is_ood : bool
+        Whether the image was flagged.
+    layers : dict of str to float
+        The score of each layer, in in-domain standard deviations.
+    """
+
+    path: str
+    status: str
+    reason: str
+    ood_score: float
+    p_value: float
+    is_ood: bool
+    layers: dict[str, float]
+
+
+@dataclass(repr=False)
 class Scores:
-    """Scores of N images, in the order they were given.
+    """Scores of N images, in the order in which the images were given.
 
-    path : names as printed. status : ``ok`` or ``unreadable``. reason : why, for unreadable ones.
-    ood_score : (N,) float, higher = more OOD, about 0 +- 1 for in-domain images. p_value : (N,) conformal, in (0, 1].
-    is_ood : (N,) bool, p_value <= fpr. layers : for each layer (N,), in in-domain standard deviations.
-    Unreadable images have NaN scores and are not flagged.
+    Rows are read by number (``scores[3]``) or one after the other (``for row in scores``); slices, masks and arrays of
+    numbers give a part of the result.
+
+    Attributes
+    ----------
+    path : list of str
+        Names of the images.
+    status : list of str
+        ``ok`` or ``unreadable``. Unreadable images have NaN scores and are not flagged.
+    reason : list of str
+        Why an image is unreadable; empty for the others.
+    ood_score : (N,) float
+        Higher = more OOD, about 0 +- 1 for in-domain images.
+    p_value : (N,) float
+        Conformal p-values, in (0, 1]; small = OOD.
+    is_ood : (N,) bool
+        ``p_value <= fpr``.
+    layers : dict of str to (N,) float
+        The score of each layer, in in-domain standard deviations.
+    fpr : float, optional
+        The false-alarm rate behind ``is_ood``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from featdiff import Scores
+    >>> scores = Scores(
+    ...     path=["cat.png", "sign.png", "torn.png"],
+    ...     status=["ok", "ok", "unreadable"],
+    ...     reason=["", "", "empty file (0 bytes)"],
+    ...     ood_score=np.array([0.2, 7.5, np.nan]),
+    ...     p_value=np.array([0.4, 0.01, np.nan]),
+    ...     is_ood=np.array([False, True, False]),
+    ...     layers={"stage4": np.array([0.1, 6.0, np.nan])},
+    ...     fpr=0.05,
+    ... )
+    >>> scores
+    Scores(3 images: 1 OOD at fpr 0.05, 1 unreadable)
+    >>> scores[1].path, scores[1].p_value
+    ('sign.png', 0.01)
+    >>> scores[scores.is_ood].path
+    ['sign.png']
+    >>> [row.path for row in scores.sorted()]
+    ['sign.png', 'cat.png', 'torn.png']
     """
 
     path: list[str]
@@ -31,44 +109,213 @@ class Scores:
     p_value: np.ndarray
     is_ood: np.ndarray
     layers: dict[str, np.ndarray]
+    fpr: float | None = None
+
+    def __repr__(self) -> str:
+        images = f"{len(self):,} image{'' if len(self) == 1 else 's'}"
+        rate = "" if self.fpr is None else f" at fpr {self.fpr:g}"
+        unreadable = int(self._unreadable().sum())
+        others = f", {unreadable:,} unreadable" if unreadable else ""
+        return f"Scores({images}: {int(np.sum(self.is_ood)):,} OOD{rate}{others})"
+
+    def _unreadable(self) -> np.ndarray:
+        """(N,) bool."""
+        return np.array([status != OK for status in self.status], dtype=bool)
+
+    # ---- rows and parts ----
 
     def __len__(self) -> int:
         return len(self.path)
 
+    def __iter__(self) -> Iterator[Row]:
+        for i in range(len(self)):
+            yield self._row(i)
+
+    @overload
+    def __getitem__(self, index: int | np.integer) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool] | np.ndarray) -> Scores: ...
+    def __getitem__(
+        self, index: int | np.integer | slice | Sequence[int] | Sequence[bool] | np.ndarray
+    ) -> Row | Scores:
+        """One row, or a part of the result.
+
+        Parameters
+        ----------
+        index : int, slice, (N,) bool, or (n,) int
+            As for a NumPy array of one dimension.
+
+        Returns
+        -------
+        Row or Scores
+            A row for a single number, else the chosen rows in the chosen order.
+
+        Raises
+        ------
+        IndexError
+            There is no such row, or a mask has another length.
+        """
+        positions = np.arange(len(self))[index]
+        if isinstance(index, int | np.integer) and not isinstance(index, bool):
+            return self._row(int(positions))
+        if positions.ndim != 1:
+            raise IndexError(f"rows are chosen by a number, a slice, a mask or a list of numbers, not by {index!r}")
+        return self._take(positions)
+
+    def _row(self, i: int) -> Row:
+        return Row(
+            path=self.path[i],
+            status=self.status[i],
+            reason=self.reason[i],
+            ood_score=float(self.ood_score[i]),
+            p_value=float(self.p_value[i]),
+            is_ood=bool(self.is_ood[i]),
+            layers={name: float(values[i]) for name, values in self.layers.items()},
+        )
+
+    def _take(self, positions: np.ndarray) -> Scores:
+        return Scores(
+            path=[self.path[i] for i in positions],
+            status=[self.status[i] for i in positions],
+            reason=[self.reason[i] for i in positions],
+            ood_score=self.ood_score[positions],
+            p_value=self.p_value[positions],
+            is_ood=self.is_ood[positions],
+            layers={name: values[positions] for name, values in self.layers.items()},
+            fpr=self.fpr,
+        )
+
+    def sorted(self) -> Scores:
+        """The same rows, strangest first.
+
+        By p-value, small ones first; equal ones by score, high ones first; then in their present order. Unreadable
+        images come last.
+        """
+        unreadable = self._unreadable()
+        p_value = np.where(unreadable, 0, self.p_value)
+        ood_score = np.where(unreadable, 0, self.ood_score)
+        return self._take(np.lexsort((-ood_score, p_value, unreadable)))  # the last key counts first
+
+    # ---- tables ----
+
     @property
     def columns(self) -> list[str]:
-        """Column names of :meth:`rows`."""
+        """Column names of :meth:`rows` and :meth:`to_pandas`."""
         return [*COLUMNS, *(f"layer_{name}" for name in self.layers)]
 
     def rows(self) -> Iterator[dict[str, object]]:
-        """One plain dict per image; numbers that an unreadable image lacks are None."""
+        """One plain dict per image, as it is written to files.
+
+        Numbers have seven digits; those that an unreadable image lacks are None.
+        """
         for i, path in enumerate(self.path):
-            good = self.status[i] == OK
-            numbers: list[object] = [
-                _plain(self.ood_score[i]),
-                _plain(self.p_value[i]),
-                bool(self.is_ood[i]),
-                *(_plain(values[i]) for values in self.layers.values()),
-            ]
-            cells = [path, self.status[i], self.reason[i], *(numbers if good else [None] * len(numbers))]
+            cells: list[object] = [path, self.status[i], self.reason[i]]
+
+            if self.status[i] == OK:
+                cells += [_plain(self.ood_score[i]), _plain(self.p_value[i]), bool(self.is_ood[i])]
+                cells += [_plain(values[i]) for values in self.layers.values()]
+            else:
+                cells += [None] * (3 + len(self.layers))
+
             yield dict(zip(self.columns, cells, strict=True))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A data frame of one row per image.
+
+        Returns
+        -------
+        pandas.DataFrame
+            With the columns :attr:`columns`. Of unreadable images, numbers are NaN and ``is_ood`` (of the type
+            ``boolean``) is missing.
+
+        Raises
+        ------
+        UsageError
+            pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError("to_pandas needs pandas: pip install pandas") from None
+
+        unreadable = self._unreadable()
+        is_ood = pandas.array(self.is_ood.astype(bool), dtype="boolean")
+        is_ood[unreadable] = None
+
+        data = {
+            "path": self.path,
+            "status": self.status,
+            "reason": self.reason,
+            "ood_score": np.where(unreadable, np.nan, self.ood_score),
+            "p_value": np.where(unreadable, np.nan, self.p_value),
+            "is_ood": is_ood,
+        }
+        for name, values in self.layers.items():
+            data[f"layer_{name}"] = np.where(unreadable, np.nan, values)
+
+        return pandas.DataFrame(data, columns=self.columns)
+
+    def _repr_html_(self) -> str:
+        """The strangest images as a table, for notebooks."""
+        lines = [f"<p>{escape(repr(self))}</p>", "<table>"]
+        lines.append("<tr><th>verdict</th><th>p_value</th><th>ood_score</th><th>path</th></tr>")
+        lines += [_html_row(row) for row in self.sorted()[:_MOST_SHOWN]]
+        lines.append("</table>")
+
+        if len(self) > _MOST_SHOWN:
+            lines.append(f"<p>... and {len(self) - _MOST_SHOWN:,} more</p>")
+        return "\n".join(lines)
 
     @classmethod
     def concatenate(cls, parts: Iterable[Scores]) -> Scores:
-        """Parts of one run, end to end (``UsageError`` if there are none)."""
+        """Join the parts of one run, end to end.
+
+        Parameters
+        ----------
+        parts : iterable of Scores
+            All with the same layers.
+
+        Returns
+        -------
+        Scores
+            Its ``fpr`` is None if the parts differ in theirs.
+
+        Raises
+        ------
+        UsageError
+            There are no parts.
+        """
         several = list(parts)
         if not several:
             raise UsageError("there were no images to score")
 
-        def rows(name: str) -> list[str]:
-            return [value for part in several for value in getattr(part, name)]
+        def texts(name: str) -> list[str]:
+            return [text for part in several for text in getattr(part, name)]
 
-        def stack(name: str) -> np.ndarray:
+        def numbers(name: str) -> np.ndarray:
             return np.concatenate([getattr(part, name) for part in several])
 
-        layers = {name: np.concatenate([part.layers[name] for part in several]) for name in several[0].layers}
-        numbers = (stack("ood_score"), stack("p_value"), stack("is_ood"))
-        return cls(rows("path"), rows("status"), rows("reason"), *numbers, layers)
+        rates = {part.fpr for part in several}
+        return cls(
+            path=texts("path"),
+            status=texts("status"),
+            reason=texts("reason"),
+            ood_score=numbers("ood_score"),
+            p_value=numbers("p_value"),
+            is_ood=numbers("is_ood"),
+            layers={name: np.concatenate([part.layers[name] for part in several]) for name in several[0].layers},
+            fpr=rates.pop() if len(rates) == 1 else None,
+        )
+
+
+def _html_row(row: Row) -> str:
+    """A line of the table; flagged images stand out by a word and a colour."""
+    if row.status != OK:
+        cells = [row.status, "", "", f"{row.path} ({row.reason})"]
+    else:
+        cells = ["OOD" if row.is_ood else "-", f"{row.p_value:.4f}", f"{row.ood_score:.2f}", row.path]
+    style = ' style="background: #f8d7da; color: #58151c; font-weight: bold"' if row.is_ood else ""
+    return f"<tr{style}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
 def _plain(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -14,6 +15,16 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from helpers import FEATDIFF, ROOT, fails
+
+from featdiff.exceptions import (
+    FeatdiffError,
+    ModelError,
+    NotFittedError,
+    TooFewRows,
+    UnreadableImage,
+    UsageError,
+    WeightsError,
+)
 
 Cli = Callable[..., Result]
 COMMANDS = ["train", "score", "eval", "export", "outliers", "harden", "bench", "demo", "info", "backbones", "doctor"]
@@ -112,6 +123,66 @@ def test_debug_comes_from_the_environment_too(
         result = featdiff_cli("info", tmp_path)
         assert result.exit_code == 1
         assert ("Traceback" in result.stderr) is shown, value
+
+
+# ---- errors that name an option ----
+
+
+@pytest.mark.parametrize(
+    ("argument", "message", "line"),
+    [
+        ("fpr", "fpr 0.001 needs more images", "Error: --fpr 0.001 needs more images\n"),
+        ("fpr", "more images are needed", "Error: --fpr: more images are needed\n"),
+        ("image_batch", "a number above 0, not 0", "Error: --batch-size: a number above 0, not 0\n"),
+        ("max_pixels", "too large", "Error: --max-pixels: too large\n"),
+        ("format", "unknown format 'x'", "Error: --format: unknown format 'x'\n"),
+        ("folder", "out exists", "Error: --output: out exists\n"),
+        ("timesteps", "timesteps must be 1 or more", "Error: timesteps must be 1 or more\n"),
+        ("images", "there are none", "Error: there are none\n"),
+        ("", "nothing to do", "Error: nothing to do\n"),
+    ],
+)
+@pytest.mark.parametrize("kind", [UsageError, ModelError, WeightsError, UnreadableImage])
+def test_errors_name_the_option_of_the_command_that_was_run(
+    featdiff_cli: Cli,
+    few_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[FeatdiffError],
+    argument: str,
+    message: str,
+    line: str,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise kind(message, argument=argument)
+
+    monkeypatch.setattr("featdiff.detectors.load_detector", refuse)
+    result = featdiff_cli("score", few_images)
+    assert result.stderr == line
+    assert result.exit_code == (2 if kind is UsageError else 1)
+
+
+def test_no_option_is_named_that_the_command_does_not_have(featdiff_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pattern: str) -> None:
+        raise UsageError("fpr is out of range", argument="fpr")
+
+    monkeypatch.setattr("featdiff.features.backbones.list_backbones", refuse)
+    fails(featdiff_cli("backbones"), 2, "Error: fpr is out of range")
+
+
+def test_real_errors_name_options(featdiff_cli: Cli, tiny_model: Path, few_images: Path) -> None:
+    fails(
+        featdiff_cli("score", few_images, "-m", tiny_model, "--device", "abacus"),
+        2,
+        "Error: --device: no device 'abacus'",
+    )
+    fails(featdiff_cli("train", few_images, "-o", few_images), 2, "Error: --output: ", "is not a featdiff model")
+
+
+def test_an_error_keeps_its_argument_when_it_is_pickled() -> None:
+    """Errors cross from worker processes."""
+    for kind in (UsageError, ModelError, NotFittedError, TooFewRows):
+        copy = pickle.loads(pickle.dumps(kind("no", argument="fpr")))
+        assert (type(copy), str(copy), copy.argument) == (kind, "no", "fpr")
 
 
 # ---- backbones ----

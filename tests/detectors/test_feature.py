@@ -771,7 +771,7 @@ def test_damaged_checkpoint_is_as_good_as_none(
 
 def test_cache_that_cannot_be_written_is_one_line(small: dict[str, Any], files: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(FeatdiffError, match=r"cache .*file.* cannot be written.*--cache") as caught:
+    with pytest.raises(FeatdiffError, match=r"cache .*file.* cannot be written.*another cache") as caught:
         Detector(**small, cache=tmp_path / "file").fit(files)
     assert "\n" not in str(caught.value)
 

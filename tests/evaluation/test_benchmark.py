@@ -260,7 +260,7 @@ def test_csv_can_be_read_again(result: dict[str, Any]) -> None:
 
 def test_grids(result: dict[str, Any]) -> None:
     matched, published = grids(result)
-    assert matched.title == "far, matched (390 images to train, 292 of them for rivals, 24 to test)"
+    assert matched.title == "far, matched (390 images to train, 292 of them for baselines, 24 to test)"
     assert matched.header == ["method", "digits", "mean", "images/s", "x time", "train", "MB"]
     lines = {line[0]: line[1:] for line in matched.lines}
     m = result["tasks"][0]["pairs"][0]["heads"]["rival_knn"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 
-from helpers import ROOT
 from featdiff import Detector
 from featdiff.data.references import list_images
 from featdiff.evaluation.students import check_students

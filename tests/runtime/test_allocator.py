@@ -13,7 +13,7 @@ from featdiff.runtime import allocator
 #: Frees a block of 24 MiB (glibc would map and unmap it on its own) and prints how much stayed, in MiB.
 PROGRAM = """
 import ctypes, sys
-from featdiff.allocator import keep_freed_memory
+from featdiff.runtime.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory() is True
 def resident():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import ROOT
 from featdiff.exceptions import UsageError, WeightsError
 from featdiff.features.backbones import load_backbone
 from featdiff.features.extractor import FeatureExtractor

@@ -1,0 +1,72 @@
+"""Files are written whole or not at all, alone and together."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from featdiff.exceptions import FeatdiffError
+from featdiff.files.atomic import write_atomically, write_together
+from featdiff.files.cache import cache_errors
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, mounted: Callable[[Path, str], Path]) -> Path:
+    """A real file system of 256 KiB."""
+    return mounted(tmp_path / "disk", "256k")
+
+
+def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for content in (b"first", b"second, longer"):
+        write_atomically(tmp_path / "file", content)
+        assert (tmp_path / "file").read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_failed_write_leaves_the_old_file(small_disk: Path) -> None:
+    write_atomically(small_disk / "file", b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(small_disk / "file", bytes(1 << 20))
+    assert [(file.name, file.read_bytes()) for file in small_disk.iterdir()] == [("file", b"old")]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
+def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while a large file is written."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    content = bytes(64 << 20)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+            write_atomically(tmp_path / "file", content)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_written_together_all_stay_old_if_one_fails(tmp_path: Path) -> None:
+    """The second cannot be written, so the first does not take its place either."""
+    first, second = tmp_path / "first", tmp_path / "gone" / "second"
+    first.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError):
+        write_together({first: b"new", second: b"new"})
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("first", b"old")]
+
+    second.parent.mkdir()
+    write_together({first: b"new", second: b"newer"})
+    assert (first.read_bytes(), second.read_bytes()) == (b"new", b"newer")
+
+
+def test_an_error_of_the_cache_says_what_to_do_and_names_its_argument(tmp_path: Path) -> None:
+    with pytest.raises(FeatdiffError) as caught, cache_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.argument == "cache"
+    assert str(caught.value) == (
+        f"the feature cache {tmp_path} cannot be written: No space left on device. Free space or choose another cache; "
+        "what was computed so far is kept"
+    )
