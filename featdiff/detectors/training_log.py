@@ -49,7 +49,7 @@ class TrainingLog:
         self._started = False
 
     def __call__(self, step: Step, state: TrainingState) -> None:
-        """Log a step. Epochs end with a grid of samples if a minute has passed since the last one, or after the last step."""
+        """Log a step; draw a grid at the end of an epoch, if the last one is a minute old or this is the last step."""
         if not self._started:
             self._begin(step.step)
         with self.loss.open("a", newline="") as file:
