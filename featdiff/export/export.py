@@ -176,9 +176,8 @@ def need(*packages: str) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise UsageError(
-                f"{name} is not installed, and ONNX files need it: pip install 'featdiff[onnx]', or choose the format pt2"
-            ) from None
+            remedy = "pip install 'featdiff[onnx]', or choose the format pt2"
+            raise UsageError(f"{name} is not installed, and ONNX files need it: {remedy}") from None
 
 
 def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
