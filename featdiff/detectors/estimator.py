@@ -241,7 +241,8 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
 
     def p_values(self, X: object) -> np.ndarray:
         """(n, d) -> (n,) conformal p-values in (0, 1], small = OOD; see :mod:`featdiff.verdicts.calibration`."""
-        return self.calibration_.p_values(self.ood_score(X))
+        scores = self.ood_score(X)
+        return self.calibration_.p_values(scores)
 
     def decision_function(self, X: object) -> np.ndarray:
         """(n, d) -> (n,): below 0 is an outlier."""
