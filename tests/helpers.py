@@ -1,8 +1,9 @@
-"""What several test files share: checks of the command line, and the README as commands and blocks of code."""
+"""What several test files share: checks of the command line, and a folder as the pages suppose it."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -23,29 +24,6 @@ from torchvision.models import squeezenet1_1
 
 ROOT = Path(__file__).parents[1]
 FEATDIFF = shutil.which("featdiff", path=str(Path(sys.executable).parent)) or "featdiff"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-#: commands that end with another code than 0, and why
-EXPECTED = {
-    "featdiff score images/": 3,  # images/ holds a broken file
-    "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
-    "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
-    "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
-}
-#: needs weights from the hub, which tests do not have
-HUB = "featdiff train --backbone resnet50"
-#: beginnings of the commands that need no model of the default backbone
-OTHER = (
-    *("featdiff backbones", "featdiff doctor", "featdiff train photos/ --backbone test_resnet"),
-    *("featdiff train photos/ --mode pixel --pretrained", "featdiff score images/ -m ddpm-model"),
-    *("featdiff train --features", "featdiff score --features", "featdiff export"),
-)
-#: in blocks of code that need what ``featdiff harden`` leaves
-HARDENED = "hardened/student"
-#: needs what LPIPS looks through, which torchvision would download
-DOWNLOAD = "featdiff train photos/ --mode pixel -o lmd-model"
-#: commands that install or check the checkout itself; the first two are compared with .ci/run
-SETUP = ("python3 -m venv", ".venv/bin/")
 
 
 def fails(result: Result, code: int, *words: str) -> None:
@@ -60,16 +38,6 @@ def fails(result: Result, code: int, *words: str) -> None:
     assert result.stdout == ""
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
-
-
-def commands() -> list[str]:
-    """Every line of the bash blocks."""
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-
-
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line as a user would, with this environment's featdiff first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -79,14 +47,17 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def typed(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line of the README: a plain ``featdiff`` line through its entry point in this process, which need not
-    import torch anew, anything else in a shell."""
-    if not command.startswith("featdiff ") or "|" in command:
+    """Run a line of a page: a plain ``featdiff`` line, variables before it or not, through its entry point in this
+    process, which need not import torch anew; anything else in a shell."""
+    words = [] if "|" in command else shlex.split(command)
+    variables = list(itertools.takewhile(lambda word: re.match(r"[A-Z_]+=", word), words))
+    arguments = words[len(variables) :]
+    if arguments[:1] != ["featdiff"]:
         return shell(command, folder)
     (script,) = entry_points(group="console_scripts", name="featdiff")
-    arguments = shlex.split(command)
+    environment = dict(variable.split("=", 1) for variable in variables)
     with contextlib.chdir(folder):
-        done = CliRunner().invoke(script.load(), arguments[1:], prog_name="featdiff")
+        done = CliRunner().invoke(script.load(), arguments[1:], prog_name="featdiff", env=environment)
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
@@ -96,7 +67,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def newcomer_folder(folder: Path, samples: Path) -> None:
-    """Fill ``folder`` as the README supposes it, from the sample set: photos/, test/, digits/, images/."""
+    """Fill ``folder`` as the pages suppose it, from the sample set: photos/, test/, digits/, images/."""
     for name, source in (("photos", "train"), ("test", "test"), ("digits", "digits")):
         shutil.copytree(samples / source, folder / name)
     (folder / "images").mkdir()

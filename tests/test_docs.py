@@ -1,30 +1,19 @@
-"""The README is true: the commands and the code that use the default backbone, run as printed (see test_docs_other)."""
+"""The pages are true: commands and code that use the default backbone, as printed (see pages, test_docs_other)."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import (
-    DOWNLOAD,
-    EXPECTED,
-    HARDENED,
-    HUB,
-    OTHER,
-    SETUP,
-    blocks,
-    commands,
-    newcomer_folder,
-    python,
-    shell,
-    typed,
-)
+from helpers import newcomer_folder, python, shell, typed
+from pages import ANSWER, DEFAULT, EXPECTED, blocks_at, commands_at
 
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the README supposes it, made from what ``featdiff demo`` leaves."""
+    """A folder as the pages suppose it, made from what ``featdiff demo`` leaves."""
     folder = tmp_path_factory.mktemp("newcomer")
     done = shell("featdiff demo", folder)
     assert done.returncode == 0, done.stderr
@@ -47,21 +36,59 @@ def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
     assert (newcomer / "featdiff-demo" / "histograms.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_commands_of_the_readme(newcomer: Path) -> None:
-    """All of them, in the order of the page, in one folder."""
-    ran = [
-        command for command in commands() if not command.startswith((*SETUP, *OTHER)) and command not in (HUB, DOWNLOAD)
-    ]
-    assert len(ran) >= 8
-    for command in ran:
+def test_commands(newcomer: Path) -> None:
+    """All of them, in the order of the pages, in one folder."""
+    commands = commands_at(DEFAULT)
+    assert len(commands) >= 13
+    for command in commands:
         result = typed(command, newcomer)
         assert result.returncode == EXPECTED.get(command, 0), f"{command}: {result.stderr}"
         assert "Traceback" not in result.stderr
 
 
-def test_python_blocks_of_the_readme(newcomer: Path) -> None:
+def test_the_answer_on_the_front_page_is_what_featdiff_says(newcomer: Path) -> None:
+    """Verdicts to the letter, numbers but for another machine's rounding; needs the model of the commands above."""
+    (block,) = blocks_at(ANSWER, language="text")
+    assert block.page == "README.md"
+    done = typed("featdiff score images/ --format table", newcomer)
+    printed = done.stdout.splitlines()
+    header, *rows = block.text.splitlines()
+    assert header == printed[0]
+    by_path = {_path(line): line for line in printed[1:]}
+    assert len(rows) >= 5
+    for row in rows:
+        line = by_path[_path(row)]
+        verdict, p_value, score = _numbers(row)
+        assert _numbers(line)[0] == verdict, done.stdout
+        assert _numbers(line)[1] == pytest.approx(p_value, abs=0.05, nan_ok=True), done.stdout
+        assert _numbers(line)[2] == pytest.approx(score, abs=0.2, rel=0.1, nan_ok=True), done.stdout
+
+
+def _path(line: str) -> str:
+    (path,) = [word for word in line.split() if word.startswith("images/")]
+    return path
+
+
+def _numbers(line: str) -> tuple[str, float, float]:
+    verdict, *numbers = line.partition("images/")[0].split()
+    p_value, score = map(float, numbers or ("nan", "nan"))
+    return verdict, p_value, score
+
+
+def test_python_blocks(newcomer: Path) -> None:
     """Those on the models that the commands above leave."""
-    first, *others = blocks("python")
-    for block in (first, *(block for block in others if HARDENED in block)):
-        done = python(block, newcomer)
-        assert done.returncode == 0, done.stderr
+    blocks = blocks_at(DEFAULT, language="python")
+    assert len(blocks) >= 4
+    for block in blocks:
+        done = python(block.text, newcomer)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_variables_stand_in_for_options(newcomer: Path) -> None:
+    """``FEATDIFF_<COMMAND>_<OPTION>`` of the command line's page, seen in what comes of it."""
+    line = next(line for line in commands_at(DEFAULT) if line.startswith("FEATDIFF_SCORE_FPR="))
+    rate = float(line.partition("=")[2].partition(" ")[0])
+    done = typed(f"{line} --format jsonl", newcomer)
+    rows = [json.loads(row) for row in done.stdout.splitlines()]
+    assert all(row["is_ood"] == (row["p_value"] <= rate + 1e-7) for row in rows)
+    assert f"at fpr {rate:g}" in done.stderr

@@ -54,6 +54,13 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
         raise UsageError(f"unknown {name} {value!r}{hint}; known: {', '.join(known)}", argument=name)
 
 
+def check_different_names(name: str, value: object) -> None:
+    """A list of names, each of them once."""
+    is_good = is_list(value) and all(isinstance(item, str) for item in value) and len(set(value)) == len(value)
+    if not is_good:
+        raise UsageError(f"{name} must be a list of different names, not {value!r}", argument=name)
+
+
 def check_times(name: str, value: object, last: int) -> None:
     """At least one whole number in 0 .. ``last``."""
     if not is_list(value) or not value or not all(is_whole(t) and 0 <= t <= last for t in value):

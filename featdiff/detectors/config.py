@@ -25,12 +25,13 @@ from ..runtime.devices import resolve_device
 from ..scores.diffusion import DIFFUSION
 from ..scores.distances import DISTANCES
 from ..scores.fused import FUSED
-from ..scores.neighbors import check_backend, check_coreset
+from ..scores.neighbors import BACKENDS, CORESETS
 from ..scores.registry import check_registered, heads, need_logits
 from ..verdicts.calibration import check_fpr
 from .checks import (
     check_bool,
     check_choice,
+    check_different_names,
     check_names,
     check_neighbors,
     check_path,
@@ -205,25 +206,39 @@ class FeatureSettings(Settings):
         check_path("weights", self.weights)
         check_times("start_times", self.start_times, self.timesteps - 1)
         check_neighbors(self.neighbors, self.bank_size)
-        check_coreset(self.coreset)
-        check_backend(self.backend)
+        check_choice("coreset", self.coreset, CORESETS)
+        check_choice("backend", self.backend, BACKENDS)
         self._check_heads()
         self._check_input_size()
+
+    @property
+    def registered_heads(self) -> list[str]:
+        """Scores that are built by name beside those of diffusion."""
+        own = [] if self.head in (FUSED, *DIFFUSION) else [self.head]
+        neighbors = ["neighbors"] if self.head == FUSED and self.neighbors else []
+        return list(dict.fromkeys([*own, *neighbors, *self.extra_heads]))
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether one of the scores looks at a classifier's logits."""
+        return need_logits(self.registered_heads)
 
     def _check_heads(self) -> None:
         if self.head not in (FUSED, *DIFFUSION):
             check_choice("head", self.head, [FUSED, *DIFFUSION, *heads()])
         names = self.extra_heads
-        if not is_list(names) or len(set(names)) < len(names):
-            raise UsageError(f"extra_heads must be a list of different names, not {names!r}", argument="extra_heads")
-        check_registered([str(name) for name in names], among=heads)
-        if need_logits(names) and not isinstance(self.backbone, nn.Module):
+        check_different_names("extra_heads", names)
+        check_registered(names, among=heads, argument="extra_heads")
+        if self.needs_logits and not isinstance(self.backbone, nn.Module):
             raise UsageError(
-                f"{', '.join(names)} need logits: give a classifier (a module) as backbone, or use featdiff.Guard",
-                argument="extra_heads",
+                f"{', '.join(names) or self.head} need logits: give a classifier (a module) as backbone, or use "
+                "featdiff.Guard",
+                argument="extra_heads" if names else "head",
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
+        if "neighbors" in self.registered_heads and not self.neighbors:
+            raise UsageError("the head neighbors looks at no neighbours: neighbors must be 1 or more", "neighbors")
 
     def _check_input_size(self) -> None:
         size = self.input_size
@@ -300,11 +315,10 @@ class PixelSettings(Settings):
 
     def _check_distances(self) -> None:
         names = self.distances
-        if not is_list(names) or not names or len(set(names)) < len(names):
-            raise UsageError(f"distances must be a list of different names, not {names!r}", argument="distances")
+        check_different_names("distances", names)
+        if not names:
+            raise UsageError("distances must name at least one distance", argument="distances")
         for name in names:
-            if not isinstance(name, str):
-                raise UsageError(f"distances must be a list of different names, not {names!r}", argument="distances")
             if name not in DISTANCES:
                 hint = did_you_mean(name, list(DISTANCES))
                 raise UsageError(f"unknown distance {name!r}{hint}; known: {', '.join(DISTANCES)}", "distances")

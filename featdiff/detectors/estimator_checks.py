@@ -12,9 +12,9 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from ..exceptions import TooFewRows, UsageError, first_line
-from ..scores.neighbors import check_coreset
+from ..scores.neighbors import CORESETS
 from ..verdicts.calibration import check_fpr, check_supported
-from .checks import check_neighbors, check_share, check_times, check_whole, is_number
+from .checks import check_choice, check_neighbors, check_share, check_times, check_whole, is_number
 from .estimator_scores import TIMESTEPS
 
 
@@ -26,11 +26,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_fpr(settings["fpr"])
     check_times("start_times", settings["start_times"], TIMESTEPS - 1)
     check_neighbors(settings["neighbors"], settings["bank_size"])
-    check_coreset(settings["coreset"])
+    check_choice("coreset", settings["coreset"], CORESETS)
 
     share = settings["contamination"]
     if share != "auto" and (not is_number(share) or not 0 < share <= 0.5):
-        raise UsageError(f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}")
+        message = f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}"
+        raise UsageError(message, argument="contamination")
 
 
 def layers_from_json(layers: Any) -> Any:

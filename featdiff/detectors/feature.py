@@ -22,9 +22,9 @@ from ..features.networks import device_of, identity
 from ..features.store import Features, FeatureStore, FeatureTable
 from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
-from ..scores.diffusion import DIFFUSION, Diffusion
-from ..scores.fused import FUSED, Heads
-from ..scores.registry import Context, Options, Score, make_scores, need_logits
+from ..scores.diffusion import Diffusion
+from ..scores.fused import Heads
+from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
 from .base import BaseDetector
 from .checks import make_recipe
@@ -233,7 +233,7 @@ class Detector(BaseDetector[FeatureSettings]):
         settings = self.settings
         transform: Any = settings.transform
         if isinstance(settings.backbone, nn.Module):
-            logits = need_logits(settings.extra_heads)
+            logits = settings.needs_logits
             return FeatureExtractor(
                 settings.backbone, settings.layers, self.device, True, transform, input_size, logits
             )
@@ -244,7 +244,7 @@ class Detector(BaseDetector[FeatureSettings]):
 
     def _classifier(self) -> nn.Linear | nn.Conv2d | None:
         """The layer that gives the logits, where scores need these and there is one."""
-        if not need_logits(self.settings.extra_heads):
+        if not self.settings.needs_logits:
             return None
         try:
             return self.extractor_.last_linear()
@@ -259,11 +259,8 @@ class Detector(BaseDetector[FeatureSettings]):
         diffusion = Diffusion(layout, **{name: getattr(settings, name) for name in _DIFFUSION_SETTINGS})
 
         members: list[Score] = []
-        if settings.head == FUSED:
-            names = ["neighbors"] * (settings.neighbors > 0) + [*settings.extra_heads]
-            members = [score for name in names for score in make_scores(name, layout, options)]
-        elif settings.head not in DIFFUSION:
-            members = make_scores(settings.head, layout, options)
+        for name in settings.registered_heads:
+            members += make_scores(name, layout, options)
         return Heads(diffusion, members, settings.head).to(self.device)
 
     def on(self, classifier: nn.Module) -> Detector:

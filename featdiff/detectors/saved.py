@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..exceptions import ModelError, UsageError
 from ..files.model_folder import check_tensors
+from ..runtime.devices import resolve_device
 from ..verdicts.calibration import Calibration
 from .config import RUNTIME, Runtime
 
@@ -116,7 +117,8 @@ def check_runtime(runtime: Mapping[str, Any]) -> None:
             raise UsageError(f"{name!r} cannot be changed when a detector is loaded; known: {', '.join(RUNTIME)}")
 
     chosen = {name: value for name, value in runtime.items() if value is not None}
-    Runtime(**chosen)
+    settings = Runtime(**chosen)
+    resolve_device(settings.device)
 
 
 def take_facts(detector: BaseDetector[Any], config: Mapping[str, Any]) -> None:

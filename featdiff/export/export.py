@@ -177,7 +177,8 @@ def need(*packages: str) -> None:
             importlib.import_module(name)
         except ImportError:
             remedy = "pip install 'featdiff[onnx]', or choose the format pt2"
-            raise UsageError(f"{name} is not installed, and ONNX files need it: {remedy}") from None
+            message = f"{name} is not installed, and ONNX files need it: {remedy}"
+            raise UsageError(message, argument="formats") from None
 
 
 def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:

@@ -151,6 +151,14 @@ class Guard(nn.Module):
     def fpr(self, rate: float) -> None:
         self.detector.fpr = rate
 
+    def __repr__(self) -> str:
+        name = type(_unwrapped(self.classifier)).__name__
+        state = "not fitted"
+        if self.detector.is_fitted:
+            images = self.detector.n_images_
+            state = f"fitted on {images:,} images, {len(self.detector.calibration_):,} for calibration"
+        return f"Guard({name}, {state}, fpr={self.fpr:g}{', abstain=True' if self.abstain else ''})"
+
     def _prepare(self) -> None:
         """Set what cannot be pickled."""
         # torch.compile caches compiled code per code object. A copy keeps what was compiled for the bare classifier,

@@ -32,7 +32,8 @@ class Heads(nn.Module):
     members : sequence of Score
         What ``fused`` joins besides the diffusion score.
     head : str, default "fused"
-        Which score is the detector's own: ``fused``, a diffusion score, or a member's name.
+        Which score is the detector's own: ``fused``, a diffusion score, a member's name, or the name under which
+        all members were registered together.
 
     Attributes
     ----------
@@ -152,7 +153,7 @@ class Heads(nn.Module):
 
             raw, layers = self._raw(features)
             z = (raw - self.mean) / self.deviation
-            own = weighted_sum(z, self.weights) if self.head == FUSED else self.scores[self.head](features)
+            own = self._own(features, z)
             further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
             return torch.cat([own[:, None], layers, *further], dim=1)
 
@@ -162,6 +163,14 @@ class Heads(nn.Module):
         features = features.to(self.mean.device)
         with full_precision(self.mean):
             return {name: score(features) for name, score in self.scores.items()}
+
+    def _own(self, features: Tensor, z: Tensor) -> Tensor:
+        """The detector's own score (B,), from features and from all z-scores (B, 1 + members)."""
+        if self.head == FUSED:
+            return weighted_sum(z, self.weights)
+        if self.head in self.scores:
+            return self.scores[self.head](features)
+        return weighted_sum(z[:, 1:], self.weights[1:])  # one name for several members, as for ``neighbors``
 
     def _raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """What is standardised (B, 1 + members), and the scores of the stages (B, stages)."""

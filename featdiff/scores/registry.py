@@ -234,14 +234,15 @@ def need_logits(names: Sequence[str]) -> bool:
     return any(_entries[name].reads_logits for name in names)
 
 
-def check_registered(names: Sequence[str], among: Callable[[], list[str]] | None = None) -> None:
+def check_registered(names: Sequence[str], among: Callable[[], list[str]] | None = None, argument: str = "") -> None:
     """Refuse a name under which there is no score (``UsageError`` names its nearest neighbours)."""
     for name in names:
         if name in _entries and (among is None or name in among()):
             continue
         known = among() if among else list(_all())
         if name not in known:
-            raise UsageError(f"unknown score {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+            hint = did_you_mean(name, known)
+            raise UsageError(f"unknown score {name!r}{hint}; known: {', '.join(known)}", argument=argument)
 
 
 def _all() -> dict[str, Entry]:

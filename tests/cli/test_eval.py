@@ -110,22 +110,22 @@ def test_brackets_in_a_name_are_printed(evaluate: Cli, sets: dict[str, Path]) ->
     assert "[/b]" in result.stdout
 
 
-def test_rivals_are_rows_of_their_own(evaluate: Cli, sets: dict[str, Path]) -> None:
+def test_baselines_are_rows_of_their_own(evaluate: Cli, sets: dict[str, Path]) -> None:
     command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched", "--json", "-q")
-    result = evaluate(*command, "--rivals")
+    result = evaluate(*command, "--baselines")
     assert result.exit_code == 0, result.output
     heads = json.loads(result.stdout)["pairs"][0]["heads"]
-    assert [name for name in heads if name.startswith("rival_")] == [
-        *("rival_knn", "rival_mahalanobis", "rival_mahalanobis_all", "rival_pca"),
-        *("rival_mahalanobis_layer1", "rival_mahalanobis_layer2", "rival_mahalanobis_layer4"),
+    assert [name for name in heads if name.startswith("baseline_")] == [
+        *("baseline_knn", "baseline_mahalanobis", "baseline_mahalanobis_all", "baseline_pca"),
+        *("baseline_mahalanobis_layer1", "baseline_mahalanobis_layer2", "baseline_mahalanobis_layer4"),
     ]
     assert list(heads)[: len(HEADS)] == HEADS
-    assert all(heads[name]["auroc"] > 0.9 for name in ("rival_knn", "rival_mahalanobis_all"))
+    assert all(heads[name]["auroc"] > 0.9 for name in ("baseline_knn", "baseline_mahalanobis_all"))
 
 
-def test_rivals_need_the_features_of_training(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
+def test_baselines_need_the_features_of_training(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
     command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--cache", tmp_path)
-    fails(evaluate(*command, "--rivals"), 2, "292 of their 292 features", str(tmp_path), "train once more")
+    fails(evaluate(*command, "--baselines"), 2, "292 of their 292 features", str(tmp_path), "train once more")
 
 
 def test_name_may_hold_anything_but_an_equals_sign(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:

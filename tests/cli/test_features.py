@@ -171,7 +171,7 @@ def test_info(featdiff_cli: Cli, model: Path) -> None:
 def test_models_of_images_and_of_vectors_are_not_mixed_up(
     featdiff_cli: Cli, vectors: Path, model: Path, tiny_model: Path, few_images: Path
 ) -> None:
-    fails(featdiff_cli("score", few_images, "-m", model), 1, "trained on vectors", "--features FILE")
+    fails(featdiff_cli("score", few_images, "-m", model), 1, "trained on vectors", "--features: ")
     fails(featdiff_cli("eval", "--id", few_images, "--ood", f"x={few_images}", "-m", model), 1, "trained on vectors")
     fails(featdiff_cli("score", "--features", vectors / "new.npy", "-m", tiny_model), 1, "trained on images")
 

@@ -97,7 +97,9 @@ def test_eval_and_info(featdiff_cli: Cli, model: Path, photos: Path) -> None:
     assert found["model"] == "U-Net at 16 px"
     assert list(found["pairs"][0]["heads"]) == ["featdiff", "mse", "ssim"]
     assert found["pairs"][0]["heads"]["featdiff"]["auroc"] == pytest.approx(0.5)
-    fails(featdiff_cli("eval", "--id", photos, "--ood", f"a={photos}", "-m", model, "--rivals"), 2, "rivals look at")
+    fails(
+        featdiff_cli("eval", "--id", photos, "--ood", f"a={photos}", "-m", model, "--baselines"), 2, "baselines look at"
+    )
     lines = {line.split()[0]: line for line in featdiff_cli("info", model).stdout.splitlines()}
     assert "16 x 16 pixels, 3 channels" in lines["images"]
     assert "0.042 M parameters, trained here" in lines["U-Net"]

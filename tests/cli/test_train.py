@@ -72,7 +72,7 @@ def test_options_go_before_the_config(featdiff_cli: Cli, photos: Path, quick: Pa
     options = ("--layers", "layer2", "--fpr", "0.3", "--seed", "5")
     result = featdiff_cli("train", photos, "--config", quick, *options, "-o", tmp_path / "model")
     assert result.exit_code == 0, result.output
-    arguments = load(tmp_path / "model")[0]["arguments"]
+    arguments = load(tmp_path / "model")[0]["settings"]
     assert (arguments["layers"], arguments["fpr"], arguments["seed"]) == (["layer2"], 0.3, 5)
     assert arguments["blocks"] == 1
 
@@ -342,7 +342,7 @@ def test_existing_model_is_replaced_only_with_force(
     fails(featdiff_cli(*command, "--seed", "3"), 2, f"a model is already at {tmp_path / 'model'}", "--force")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert featdiff_cli(*command, "--seed", "3", "--force").exit_code == 0
-    assert load(tmp_path / "model")[0]["arguments"]["seed"] == 3
+    assert load(tmp_path / "model")[0]["settings"]["seed"] == 3
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])

@@ -23,6 +23,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from featdiff import FeatureDiffusion, load_detector
 from featdiff.data.vector_files import open_arrays
 from featdiff.exceptions import ModelError, TooFewRows, UsageError
+from featdiff.scores.diffusion import DIFFUSION
+from featdiff.verdicts.calibration import Calibration
 
 #: Enough to tell apart what is easily told apart.
 QUICK = {"epochs": 2, "min_steps": 40, "batch_size": 32}
@@ -58,8 +60,9 @@ def test_it_is_a_scikit_learn_estimator(estimator: FeatureDiffusion, check: Any)
 
 def test_it_works_with_neighbours_as_an_estimator() -> None:
     model = FeatureDiffusion(recipe=QUICK, neighbors=3, bank_size=50).fit(inside(200, 0))
-    assert model.heads_.heads.banks.scales_0.shape == (50, 1)
-    assert model.heads_.heads.names == ["layerwise", "knn_0"]
+    (bank,) = model.heads_.heads.members
+    assert bank.scales.shape == (50, 1)
+    assert list(model.heads_.heads.scores) == [*DIFFUSION, "knn_0"]
     assert np.median(model.ood_score(outside(50))) > np.quantile(model.ood_score(inside(100, 1)), 0.95)
 
 
@@ -105,6 +108,30 @@ def test_strange_rows_score_higher(fitted: FeatureDiffusion) -> None:
     assert np.array_equal(fitted.score_samples(outside(5)), -fitted.ood_score(outside(5)))
 
 
+def test_scores_of_the_calibration_rows_have_mean_0_and_std_1(fitted: FeatureDiffusion) -> None:
+    """Of each layer, too; fresh in-domain rows are about there."""
+    scores = fitted.calibration_.scores
+    assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
+    rows = inside(400, 0)  # those of fit, of which 80 calibrate
+    own = fitted.ood_score(rows)
+    held_out = rows[[int(np.argmin(abs(own - score))) for score in scores]]
+    layers = fitted.transform(held_out)
+    np.testing.assert_allclose(layers.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(layers.std(0), 1, atol=1e-3)
+
+    fresh = inside(300, 1)
+    assert abs(fitted.ood_score(fresh).mean()) < 0.5 and 0.5 < fitted.ood_score(fresh).std() < 2
+    assert (abs(fitted.transform(fresh).mean(0)) < 0.5).all()
+
+
+def test_rescaling_changes_no_p_value(fitted: FeatureDiffusion) -> None:
+    rows = np.concatenate([inside(100, 1), outside(20)])
+    heads = fitted.heads_.heads
+    location, scale = (values[0].double().item() for values in (heads.location, heads.scale))
+    unscaled = Calibration(fitted.calibration_.scores * scale + location)
+    np.testing.assert_array_equal(unscaled.p_values(fitted.ood_score(rows) * scale + location), fitted.p_values(rows))
+
+
 def test_false_alarms_on_new_rows_come_at_the_rate_asked_for() -> None:
     """Mean over ten fits; its standard deviation is about 0.01."""
     found = [
@@ -123,7 +150,7 @@ def test_predict_is_the_conformal_rule(fitted: FeatureDiffusion) -> None:
     n = len(fitted.calibration_)
     assert n == 80 and np.allclose(p * (n + 1), np.round(p * (n + 1)))
     # a tie with the threshold is not an outlier, the next larger score is
-    assert -fitted.offset_ in fitted.calibration_
+    assert -fitted.offset_ in fitted.calibration_.scores
 
 
 def test_contamination_is_a_share_of_the_training_rows() -> None:
@@ -185,7 +212,7 @@ def test_copies_count_once() -> None:
     signed[0, 0], rows[0, 0] = -0.0, 0.0
     model = FeatureDiffusion(recipe=QUICK).fit(np.concatenate([rows, signed, rows[:30]]))
     assert (model.n_rows_, model.n_duplicates_) == (120, 150)
-    assert np.array_equal(model.calibration_, FeatureDiffusion(recipe=QUICK).fit(rows).calibration_)
+    assert np.array_equal(model.calibration_.scores, FeatureDiffusion(recipe=QUICK).fit(rows).calibration_.scores)
 
 
 # ---- refusals ----
@@ -321,10 +348,10 @@ def test_damaged_models_are_refused(fitted: FeatureDiffusion, tmp_path: Path) ->
         {"width": None},
         {"offset": "low"},
         {"layers": {"low": 8, "high": 15}},
-        {"arguments": {}},
-        {"arguments": whole["arguments"] | {"wings": 2}},
-        {"arguments": whole["arguments"] | {"layers": {"low": [0, 8], "high": [8]}}},
-        {"arguments": whole["arguments"] | {"hidden_max": 32}},
+        {"settings": {}},
+        {"settings": whole["settings"] | {"wings": 2}},
+        {"settings": whole["settings"] | {"layers": {"low": [0, 8], "high": [8]}}},
+        {"settings": whole["settings"] | {"hidden_max": 32}},
         {"images": whole["images"] | {"calibration": 79}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(whole | change))
@@ -336,7 +363,7 @@ def test_models_of_images_and_of_vectors_are_not_mixed_up(
     fitted: FeatureDiffusion, tiny_model: Path, tmp_path: Path
 ) -> None:
     fitted.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="trained on vectors.*--features FILE.*FeatureDiffusion"):
+    with pytest.raises(ModelError, match="trained on vectors.*file of features.*FeatureDiffusion"):
         load_detector(tmp_path)
     with pytest.raises(ModelError, match="trained on images"):
         FeatureDiffusion.from_pretrained(tiny_model)

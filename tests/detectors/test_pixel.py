@@ -22,7 +22,6 @@ from featdiff.diffusion.unet import make_unet
 from featdiff.evaluation.protocols import evaluate_detector
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError, WeightsError
 from featdiff.report.figures import save_inpaintings
-from featdiff.verdicts.calibration import p_values
 
 RECIPE: dict[str, Any] = {"epochs": 3, "min_steps": 0, "batch_size": 16, "patience": 99, "learning_rate": 2e-3}
 #: Arguments of a detector that fits in seconds: a real U-Net of 60,000 weights at 16 px.
@@ -67,18 +66,37 @@ def pipeline(folder: Path, size: int = 16, channels: int = 3, **scheduler: Any) 
 # ---- fit and score ----
 
 
+def test_repr_is_one_line(fitted: PixelDetector) -> None:
+    assert repr(PixelDetector(fpr=0.2)) == "PixelDetector(not fitted, fpr=0.2)"
+    images = "fitted on 120 images, 36 for calibration"
+    assert repr(fitted) == f"PixelDetector(U-Net at 16 px, {images}, fpr=0.1, device={fitted.device})"
+
+
+def test_scores_of_the_calibration_images_have_mean_0_and_std_1(
+    fitted: PixelDetector, folders: dict[str, Path]
+) -> None:
+    """So has every other distance; a fresh in-domain image is about there."""
+    scores = fitted.calibration_.scores
+    assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
+    held_out = fitted.feature_store().table(fitted.calibration_digests_)[:]
+    for values in fitted.all_heads(held_out).values():
+        assert abs(values.mean()) < 1e-3 and abs(values.std() - 1) < 1e-3
+    fresh = fitted.score(folders["test"]).ood_score
+    assert abs(fresh.mean()) < 1 and 0.4 < fresh.std() < 2.5  # 30 tiles, in the order of the photograph
+
+
 def test_images_like_those_of_training_get_valid_p_values(fitted: PixelDetector, folders: dict[str, Path]) -> None:
     assert (fitted.n_images_, len(fitted.calibration_)) == (120, 36)
-    assert np.isfinite(fitted.calibration_).all() and (np.diff(fitted.calibration_) >= 0).all()
+    assert np.isfinite(fitted.calibration_.scores).all() and (np.diff(fitted.calibration_.scores) >= 0).all()
     scores = fitted.score(folders["test"])
     assert scores.status == ["ok"] * 30 and not scores.layers
-    assert np.array_equal(scores.p_value, p_values(scores.ood_score, fitted.calibration_))
+    assert np.array_equal(scores.p_value, fitted.calibration_.p_values(scores.ood_score))
     assert np.array_equal(scores.is_ood, scores.p_value <= 0.1)
     assert 0.15 < scores.p_value.mean() < 0.85
 
 
 def test_training_lowers_the_loss_and_leaves_loss_and_samples(fitted: PixelDetector) -> None:
-    with (fitted.journal_ / "loss.csv").open(newline="") as file:
+    with (fitted.training_log_ / "loss.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["loss"]) for row in rows]
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
@@ -87,7 +105,7 @@ def test_training_lowers_the_loss_and_leaves_loss_and_samples(fitted: PixelDetec
     assert min(float(row["val_loss"]) for row in rows if row["val_loss"]) == pytest.approx(
         fitted.validation_loss_, rel=1e-4
     )
-    (grid,) = fitted.journal_.glob("samples-*.png")
+    (grid,) = fitted.training_log_.glob("samples-*.png")
     assert Image.open(grid).size == (4 * 16, 4 * 16)
 
 
@@ -189,10 +207,10 @@ def test_an_interrupt_while_inpainting_does_not_inpaint_again(
 def test_a_second_fit_computes_nothing_again(
     fitted: PixelDetector, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = PixelDetector(**TINY, cache=fitted.cache)
+    again = PixelDetector(**TINY, cache=fitted.settings.cache)
     monkeypatch.setattr("featdiff.scores.inpainting.inpaint", None)  # not to be called
     again.fit(folders["train"])
-    assert np.array_equal(again.calibration_, fitted.calibration_)
+    assert np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
     assert again.training_seconds_ == fitted.training_seconds_
 
 
@@ -219,9 +237,9 @@ def test_a_killed_training_goes_on_to_the_same_loss_curve(
 
     broken.fit(folders["train"], note)
     assert steps[0] == 5
-    curve, whole = ((d.journal_ / "loss.csv").read_text() for d in (broken, fitted))
+    curve, whole = ((d.training_log_ / "loss.csv").read_text() for d in (broken, fitted))
     assert curve == whole
-    assert np.array_equal(broken.calibration_, fitted.calibration_)
+    assert np.array_equal(broken.calibration_.scores, fitted.calibration_.scores)
 
 
 def test_a_checkpoint_of_another_config_is_not_used(
@@ -229,12 +247,12 @@ def test_a_checkpoint_of_another_config_is_not_used(
 ) -> None:
     """Another network has a file of its own; the file of another network in its place is as good as none."""
     wider = PixelDetector(**TINY | {"width": 16}, cache=tmp_path).fit(folders["train"])
-    assert wider.journal_.name != fitted.journal_.name
-    taken = wider.journal_.with_name(fitted.journal_.name).with_suffix(".pt")
-    shutil.copy(wider.journal_.with_suffix(".pt"), taken)
+    assert wider.training_log_.name != fitted.training_log_.name
+    taken = wider.training_log_.with_name(fitted.training_log_.name).with_suffix(".pt")
+    shutil.copy(wider.training_log_.with_suffix(".pt"), taken)
     again = PixelDetector(**TINY, cache=tmp_path).fit(folders["train"])
-    assert np.array_equal(again.calibration_, fitted.calibration_)
-    assert wider.journal_.with_suffix(".pt").exists()
+    assert np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
+    assert wider.training_log_.with_suffix(".pt").exists()
 
 
 def test_a_diverging_loss_is_one_clear_line(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -255,7 +273,7 @@ def test_a_saved_detector_scores_the_same_without_its_sources(
     loaded = load_detector(model, cache=tmp_path)
     assert isinstance(loaded, PixelDetector)
     assert np.array_equal(loaded.score(folders["digits"]).ood_score, fitted.score(folders["digits"]).ood_score)
-    assert np.array_equal(loaded.calibration_, fitted.calibration_)
+    assert np.array_equal(loaded.calibration_.scores, fitted.calibration_.scores)
     assert loaded.config() == fitted.config()
     assert not list(tmp_path.iterdir())  # scoring keeps nothing
     assert loaded._distance_store.folder.name == fitted._distance_store.folder.name
@@ -278,10 +296,10 @@ def copied(model: Path, tmp_path: Path) -> Path:
     [
         (lambda c: c["unet"].update(block_out_channels=[16, 32]), "tensor"),
         (lambda c: c["unet"].update(sample_size=32), "tensor"),
-        (lambda c: c["arguments"].update(repetitions=3), "tensor masks"),
-        (lambda c: c["arguments"].update(distances=["mse"]), "tensor"),
-        (lambda c: c["arguments"].update(sampler="none"), "unknown sampler"),
-        (lambda c: c["arguments"].update(colour="red"), "colour"),
+        (lambda c: c["settings"].update(repetitions=3), "tensor masks"),
+        (lambda c: c["settings"].update(distances=["mse"]), "tensor"),
+        (lambda c: c["settings"].update(sampler="none"), "unknown sampler"),
+        (lambda c: c["settings"].update(colour="red"), "colour"),
         (lambda c: c.pop("unet"), "config.json lacks unet"),
         (lambda c: c.update(mode="sound"), "unknown mode 'sound'"),
         (lambda c: c["images"].update(calibration=7), "calibration"),
@@ -305,7 +323,7 @@ def test_a_pipeline_stands_in_for_training(folders: dict[str, Path], tmp_path: P
     unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
     detector = PixelDetector(**{k: v for k, v in TINY.items() if k != "size"}, pretrained=str(folder))
     detector.fit(folders["train"])
-    assert detector.training_seconds_ == 0 and not hasattr(detector, "journal_")
+    assert detector.training_seconds_ == 0 and not hasattr(detector, "training_log_")
     assert detector.extractor_.size == 16
     assert detector.heads_.scheduler.config.num_train_timesteps == 100
     for name, value in unet.state_dict().items():
@@ -460,8 +478,8 @@ def test_a_picture_shows_the_least_and_the_most_strange(fitted: PixelDetector, t
     save_inpaintings(tmp_path / "held-out.png", *fitted.inpaintings())
     assert len(fitted.examples_) == 8
     scores = fitted.score_features(fitted.examples_)
-    np.testing.assert_allclose(scores[:4], fitted.calibration_[:4], atol=1e-3)
-    np.testing.assert_allclose(scores[-4:], fitted.calibration_[-4:], atol=1e-3)
+    np.testing.assert_allclose(scores[:4], fitted.calibration_.scores[:4], atol=1e-3)
+    np.testing.assert_allclose(scores[-4:], fitted.calibration_.scores[-4:], atol=1e-3)
     drawn = np.asarray(Image.open(tmp_path / "held-out.png").convert("RGB"))
     assert drawn.shape[0] > drawn.shape[1] and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500
 
@@ -528,7 +546,7 @@ def test_half_of_the_images_are_mirrored() -> None:
         ({"mixed_precision": "int8"}, "unknown mixed_precision 'int8'"),
         ({"pretrained": True}, "pretrained must be text"),
         ({"recipe": {"epoch": 3}}, "did you mean epoch"),
-        ({"fpr": 0.001}, "--fpr 0.001 needs at least 999"),
+        ({"fpr": 0.001}, "fpr 0.001 needs at least 999"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_before_any_work(

@@ -28,9 +28,9 @@ from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, Usage
 from featdiff.export.export import FACTS, FILES, Exportable, Rows, export, facts
 from featdiff.export.verify import LIMIT, verify
 from featdiff.scores.diffusion import DIFFUSION
-from featdiff.scores.fusion import FUSIONS
+from featdiff.scores.nearest import NearestNeighbors
 from featdiff.scores.neighbors import TorchIndex
-from featdiff.verdicts.calibration import flagged, p_values, threshold
+from featdiff.verdicts.calibration import Calibration
 
 SIZE = 24
 SMALL: dict[str, Any] = {
@@ -164,15 +164,15 @@ def test_scores_p_values_and_verdicts_are_torchs(
     wanted = expected(tiny_detector, part)
     same_scores(score, wanted)
     assert p.dtype == np.float32 and p.shape == (batch,)
-    wanted_p = p_values(wanted, tiny_detector.calibration_)
+    wanted_p, is_ood = tiny_detector.calibration_.flags(wanted, tiny_detector.fpr)
     np.testing.assert_allclose(p, wanted_p, rtol=1e-6)
-    limit = threshold(tiny_detector.calibration_, tiny_detector.fpr)
-    np.testing.assert_array_equal(score > limit, flagged(wanted_p, tiny_detector.fpr))
+    limit = tiny_detector.calibration_.threshold(tiny_detector.fpr)
+    np.testing.assert_array_equal(score > limit, is_ood)
 
 
 def test_both_verdicts_occur_among_the_images(tiny_detector: Detector, pixels: Tensor) -> None:
     """Or the test above would say little."""
-    flags = flagged(p_values(expected(tiny_detector, pixels), tiny_detector.calibration_), tiny_detector.fpr)
+    _, flags = tiny_detector.calibration_.flags(expected(tiny_detector, pixels), tiny_detector.fpr)
     assert 0 < flags.sum() < len(flags)
 
 
@@ -192,9 +192,10 @@ def test_metadata_say_what_the_detector_is(tiny_detector: Detector, files: dict[
     from importlib.metadata import version
 
     found, backbone = metadata(kind, files[kind]), tiny_detector.extractor_.backbone
-    flags = flagged(p_values(tiny_detector.calibration_, tiny_detector.calibration_), 0.05)
-    np.testing.assert_array_equal(tiny_detector.calibration_ > found["threshold"], flags)
-    assert found["threshold"] in tiny_detector.calibration_
+    scores = tiny_detector.calibration_.scores
+    _, flags = tiny_detector.calibration_.flags(scores, 0.05)
+    np.testing.assert_array_equal(scores > found["threshold"], flags)
+    assert found["threshold"] in scores
     assert (found["fpr"], found["calibration_images"], found["classes"]) == (0.05, 78, [])
     assert found["input_size"] == [3, 160, 160]
     wanted = {key: backbone.data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
@@ -212,12 +213,11 @@ def test_onnx_is_one_file_with_a_bank_of_8_bit_numbers(tiny_detector: Detector, 
     assert not any(part.external_data for part in model.graph.initializer)
     assert [part.name for part in model.graph.input] == ["pixels"]
     assert [part.name for part in model.graph.output] == ["ood_score", "p_value"]
-    banks = tiny_detector.heads_.banks
-    assert banks is not None
+    banks = list(tiny_detector.heads_.members)
     codes = [numpy_helper.to_array(part) for part in model.graph.initializer if part.data_type == onnx.TensorProto.INT8]
-    assert len(codes) == len(banks.spaces) > 0
-    for i, found in enumerate(codes):
-        np.testing.assert_array_equal(found, getattr(banks, f"vectors_{i}").numpy())
+    assert len(codes) == len(banks) > 0
+    for found, bank in zip(codes, banks, strict=True):
+        np.testing.assert_array_equal(found, bank.vectors.numpy())
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -241,7 +241,7 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
     network = Net(classes=4).eval()
     network.stem.train()
     hooked = network.act.register_forward_hook(lambda *_: None)
-    guard = Guard(network, **SMALL | {"logit_heads": ("energy",)}).fit(iter([noise(60)]))
+    guard = Guard(network, **SMALL | {"extra_heads": ("energy",)}).fit(iter([noise(60)]))
     x, names = noise(5, seed=1), ["cat", "dog", "hat", "log"]
     detector = guard.detector
     before = expected(detector, x)
@@ -250,7 +250,7 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
         for part in (x, x[:1]):
             score, p, logits = run(files[kind], part)
             same_scores(score, before[: len(part)])
-            np.testing.assert_allclose(p, p_values(before[: len(part)], detector.calibration_), rtol=1e-6)
+            np.testing.assert_allclose(p, detector.calibration_.p_values(before[: len(part)]), rtol=1e-6)
             with torch.inference_mode():
                 np.testing.assert_allclose(logits, network(part).numpy(), rtol=1e-4, atol=1e-5)
         assert metadata(kind, files[kind])["classes"] == names
@@ -260,7 +260,8 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(expected(detector, x), before)
     assert [name for name, module in network.named_modules() if module.training] == ["stem"]
     assert list(network.act._forward_hooks) == [hooked.id] and not network.stem._forward_hooks
-    assert all(isinstance(index, TorchIndex) for index in detector.heads_.banks._indices)  # type: ignore[union-attr]
+    banks = [score for score in detector.heads_.members if isinstance(score, NearestNeighbors)]
+    assert banks and all(isinstance(bank._index[0], TorchIndex) for bank in banks)
     assert isinstance(detector.heads_.diffusion.early, type(detector.heads_.diffusion.denoiser))
 
 
@@ -268,21 +269,21 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
     "arguments",
     [
         *({"head": head} for head in DIFFUSION),
-        *({"fusion": fusion} for fusion in FUSIONS),
+        {"head": "fused"},
         *({"stride": 30}, {"joint": False}, {"backend": "faiss"}, {"neighbors": 0}, {"bank_size": 6}),
     ],
     ids=str,
 )
 def test_what_is_exported_scores_like_every_variant_of_the_detector(arguments: dict[str, Any]) -> None:
     detector, x = fitted(Net(), **arguments), noise(6, seed=2)
-    exportable = Exportable(Rows(detector.extractor_), detector.heads_, detector.head, detector.calibration_)
+    exportable = Exportable(Rows(detector.extractor_), detector.heads_, detector.calibration_)
     score, p = exportable(x)
     same_scores(score.numpy(), expected(detector, x))
-    np.testing.assert_allclose(p, p_values(score.double().numpy(), detector.calibration_), rtol=1e-6)
+    np.testing.assert_allclose(p, detector.calibration_.p_values(score.double().numpy()), rtol=1e-6)
 
 
 def test_a_path_of_several_steps_is_traced_for_any_number_of_images(tmp_path: Path) -> None:
-    detector = fitted(Net(), stride=40, fusion="fisher")
+    detector = fitted(Net(), stride=40)
     file = export(detector, tmp_path, ["pt2"])["pt2"]
     for batch in (1, 6):
         x = noise(batch, seed=2)
@@ -336,11 +337,12 @@ def test_verify_leaves_out_images_of_nan(tiny_detector: Detector, files: dict[st
         verify(tiny_detector, [files["onnx"]], iter([bad[3:4]]))
 
 
-def tampered(files: dict[str, Path], folder: Path, part: str, change: float) -> Path:
-    """A copy of the ONNX file in which the numbers of one tensor are larger by ``change``."""
+def tampered(files: dict[str, Path], folder: Path, part: np.ndarray, change: float) -> Path:
+    """A copy of the ONNX file in which the numbers of the tensor that holds ``part`` are larger by ``change``."""
     model = onnx.load(files["onnx"])
-    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == part)
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(change), part))
+    tensors = [(tensor, numpy_helper.to_array(tensor)) for tensor in model.graph.initializer]
+    ((tensor, values),) = [pair for pair in tensors if np.array_equal(pair[1], part.astype(np.float32))]
+    tensor.CopyFrom(numpy_helper.from_array(values + np.float32(change), tensor.name))
     onnx.save(model, folder / "model.onnx")
     return folder / "model.onnx"
 
@@ -348,7 +350,7 @@ def tampered(files: dict[str, Path], folder: Path, part: str, change: float) -> 
 def test_verify_finds_changed_weights(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path
 ) -> None:
-    file = tampered(files, tmp_path, "heads.mean", 3.0)
+    file = tampered(files, tmp_path, tiny_detector.heads_.mean.numpy(), 3.0)
     (found,) = verify(tiny_detector, [file], iter([pixels]))
     assert found.difference > 10 * LIMIT and found.verdicts == 4 and found.p_values == 0
     assert found.problem.startswith(f"{file} disagrees with torch, do not use it: of 8 images, scores differ by up to ")
@@ -360,7 +362,7 @@ def test_verify_finds_changed_weights(
 def test_verify_finds_p_values_of_other_calibration_images(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, tmp_path: Path
 ) -> None:
-    file = tampered(files, tmp_path, "calibration", 100.0)
+    file = tampered(files, tmp_path, tiny_detector.calibration_.scores, 100.0)
     (found,) = verify(tiny_detector, [file], iter([pixels]))
     assert found.difference < LIMIT and (found.verdicts, found.p_values) == (0, 8)
     assert "0 verdicts and 8 p-values are wrong" in found.problem
@@ -371,7 +373,7 @@ def test_verify_refuses_the_file_of_another_detector(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, kind: str
 ) -> None:
     other = copy.copy(tiny_detector)
-    other.calibration_ = tiny_detector.calibration_ + 1
+    other.calibration_ = Calibration(tiny_detector.calibration_.scores + 1)
     with pytest.raises(ModelError, match=r"was not exported from this detector: its threshold is [\d.]+, not [\d.]+$"):
         verify(other, [files[kind]], iter([pixels]))
 

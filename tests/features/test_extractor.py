@@ -49,9 +49,19 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     return text
 
 
+def widths(extractor: FeatureExtractor) -> tuple[int, ...]:
+    """Widths of the layers, without spatial standard deviations and logits."""
+    return tuple(part.width for part in extractor.layout.layers)
+
+
+def columns(extractor: FeatureExtractor) -> dict[str, slice]:
+    """Where each part lies in a row, by name."""
+    return {part.name: part.columns for part in extractor.layout.parts}
+
+
 def means(extractor: FeatureExtractor, pixels: Tensor) -> Tensor:
-    """The layers' part of the features, without the deviations that follow."""
-    return extractor(pixels)[:, : sum(extractor.widths)]
+    """The layers' part of the features, without the spatial standard deviations that follow."""
+    return extractor(pixels)[:, : sum(widths(extractor))]
 
 
 # ---------------------------------------- timm backbones
@@ -69,10 +79,10 @@ def test_features_are_the_means_of_timm_intermediates(name: str) -> None:
         maps = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)
         seen = found.model.forward_head(found.model.forward_features(images(name)), pre_logits=True)
     assert extractor.layers == (*(info["module"] for info in found.model.feature_info), "pre_logits")
-    assert extractor.widths == (*(info["num_chs"] for info in found.model.feature_info), seen.shape[1])
+    assert widths(extractor) == (*(info["num_chs"] for info in found.model.feature_info), seen.shape[1])
     assert features.shape == (2, extractor.width) and features.dtype == torch.float32
     expected = torch.cat([*(m.mean((2, 3)) for m in maps), seen], 1)
-    torch.testing.assert_close(features[:, : sum(extractor.widths)], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features[:, : sum(widths(extractor))], expected, rtol=1e-4, atol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3  # the images matter
 
 
@@ -86,38 +96,39 @@ def test_features_are_the_means_of_timm_intermediates(name: str) -> None:
         ("mobilenetv3_small_050", "blocks.5", False),  # a convolution after pooling: pre-logits are no map's mean
     ],
 )
-def test_deep_layers_come_with_their_spatial_deviation(name: str, stage: str, deep: bool) -> None:
+def test_deep_layers_come_with_their_spatial_std(name: str, stage: str, deep: bool) -> None:
     found = backbone(name)
     extractor = FeatureExtractor(found)
     with torch.inference_mode():
         last = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)[-1]
         final = found.model.forward_features(images(name))
-    columns = [*extractor.layers, f"{stage}:std", *(["pre_logits:std"] if deep else [])]
-    assert list(extractor.columns) == columns
-    assert [part.start for part in extractor.columns.values()][1:] == [p.stop for p in extractor.columns.values()][:-1]
+    names = [*extractor.layers, f"{stage}:std", *(["pre_logits:std"] if deep else [])]
+    where = columns(extractor)
+    assert list(where) == names
+    assert [part.start for part in where.values()][1:] == [part.stop for part in where.values()][:-1]
     features = extractor(images(name))
-    assert extractor.width == features.shape[1] == extractor.columns[columns[-1]].stop
-    spread = features[:, extractor.columns[f"{stage}:std"]]
-    torch.testing.assert_close(spread, last.std((2, 3), correction=0), rtol=1e-3, atol=1e-5)
+    assert extractor.width == features.shape[1] == where[names[-1]].stop
+    std = features[:, where[f"{stage}:std"]]
+    torch.testing.assert_close(std, last.std((2, 3), correction=0), rtol=1e-3, atol=1e-5)
     if deep:
         places = {"test_vit": (1,), SWIN: (1, 2)}.get(name, (2, 3))
-        spread = features[:, extractor.columns["pre_logits:std"]]
-        torch.testing.assert_close(spread, final.std(places, correction=0), rtol=1e-3, atol=1e-5)
+        std = features[:, where["pre_logits:std"]]
+        torch.testing.assert_close(std, final.std(places, correction=0), rtol=1e-3, atol=1e-5)
 
 
 def test_pre_logits_can_be_asked_for_or_left_out() -> None:
     pixels = images("test_resnet")
     whole = FeatureExtractor(backbone("test_resnet"))
     some = FeatureExtractor(backbone("test_resnet"), "pre_logits,layer2")
-    assert list(some.columns) == ["pre_logits", "layer2", "layer2:std", "pre_logits:std"]
+    assert list(columns(some)) == ["pre_logits", "layer2", "layer2:std", "pre_logits:std"]
     for name in ("pre_logits", "layer2", "pre_logits:std"):
-        found, expected = some(pixels)[:, some.columns[name]], whole(pixels)[:, whole.columns[name]]
+        found, expected = some(pixels)[:, columns(some)[name]], whole(pixels)[:, columns(whole)[name]]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert list(FeatureExtractor(backbone("test_resnet"), "layer2").columns) == ["layer2", "layer2:std"]
+    assert list(columns(FeatureExtractor(backbone("test_resnet"), "layer2"))) == ["layer2", "layer2:std"]
     inner = FeatureExtractor(backbone("test_resnet"), "layer2.0,pre_logits")
-    assert list(inner.columns) == ["layer2.0", "pre_logits", "layer2.0:std", "pre_logits:std"]
+    assert list(columns(inner)) == ["layer2.0", "pre_logits", "layer2.0:std", "pre_logits:std"]
     torch.testing.assert_close(
-        inner(pixels)[:, inner.columns["pre_logits"]], whole(pixels)[:, whole.columns["pre_logits"]]
+        inner(pixels)[:, columns(inner)["pre_logits"]], whole(pixels)[:, columns(whole)["pre_logits"]]
     )
     with pytest.raises(UsageError, match="another layer beside 'pre_logits'"):
         FeatureExtractor(backbone("test_resnet"), "pre_logits")
@@ -171,17 +182,17 @@ def test_auto_never_names_a_layer_twice() -> None:
 def test_layers_by_name_and_index(layers: Any, expected: tuple[str, ...]) -> None:
     extractor = FeatureExtractor(backbone("test_resnet"), layers)
     assert extractor.layers == expected
-    widths = dict(zip(RESNET_LAYERS, (32, 32, 48, 192, 96), strict=True)) | {"layer1.0.conv1": 32, "pre_logits": 96}
-    assert extractor.widths == tuple(widths[name] for name in expected)
+    by_name = dict(zip(RESNET_LAYERS, (32, 32, 48, 192, 96), strict=True)) | {"layer1.0.conv1": 32, "pre_logits": 96}
+    assert widths(extractor) == tuple(by_name[name] for name in expected)
 
 
 def test_columns_follow_the_order_asked_for() -> None:
     whole = FeatureExtractor(backbone("test_resnet"))
-    parts = means(whole, images("test_resnet")).split(whole.widths, 1)
-    columns = dict(zip(whole.layers, parts, strict=True))
+    parts = means(whole, images("test_resnet")).split(widths(whole), 1)
+    by_name = dict(zip(whole.layers, parts, strict=True))
     for layers in ("layer3,layer1", "-1,0,layer2", "layer2"):
         extractor = FeatureExtractor(backbone("test_resnet"), layers)
-        expected = torch.cat([columns[name] for name in extractor.layers], 1)
+        expected = torch.cat([by_name[name] for name in extractor.layers], 1)
         torch.testing.assert_close(means(extractor, images("test_resnet")), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -267,7 +278,7 @@ def test_a_stage_gives_the_same_beside_an_inner_layer(name: str, layer: str, inn
     alone = FeatureExtractor(backbone(name), layer)
     beside = FeatureExtractor(backbone(name), f"{layer},{inner}")
     expected = means(alone, images(name))
-    found = beside(images(name))[:, : alone.widths[0]]
+    found = beside(images(name))[:, : widths(alone)[0]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -290,7 +301,7 @@ def test_channels_last_maps_of_a_linear_layer() -> None:
     """Inside ConvNeXt, ``mlp.fc1`` gives (B, H, W, C)."""
     layer = backbone("test_convnext").model.get_submodule("stages.0.blocks.0.mlp.fc1")
     extractor = FeatureExtractor(backbone("test_convnext"), "stages.0.blocks.0.mlp.fc1")
-    assert extractor.widths == (layer.out_features,)
+    assert widths(extractor) == (layer.out_features,)
 
 
 def test_layer_that_folds_windows_into_the_batch_is_refused() -> None:
@@ -375,7 +386,7 @@ def test_a_classifier_gives_in_passing_what_its_backbone_gives(name: str) -> Non
     classifier.load_state_dict(bare.model.state_dict(), strict=False)
     size = bare.data_config["input_size"]
     named, passing = FeatureExtractor(bare), FeatureExtractor(classifier, input_size=size, logits=True)
-    assert list(passing.columns) == [*named.columns, "logits"]
+    assert list(columns(passing)) == [*columns(named), "logits"]
     expected, found = named(images(name)), passing(images(name))
     torch.testing.assert_close(found[:, : named.width], expected, rtol=1e-3, atol=1e-4)
     with torch.inference_mode():
@@ -393,7 +404,7 @@ def test_module_layers_of_every_kind() -> None:
     model = Several()
     extractor = FeatureExtractor(model, ["maps", "norm", "tokens", "last", "pair", "vector"])
     assert extractor.layers == ("maps", "norm", "tokens", "last", "pair", "vector")
-    assert extractor.widths == (4, 4, 4, 4, 4, 6)
+    assert widths(extractor) == (4, 4, 4, 4, 4, 6)
     model.eval()
     with torch.no_grad():
         first = model.maps(PIXELS)
@@ -451,7 +462,7 @@ def test_module_of_another_image_size() -> None:
     """The size of a module's images is that of its transform, not 224."""
     model = Flat(32)
     extractor = FeatureExtractor(model, "conv,fc", transform=to_tensor)
-    assert extractor.widths == (4, 7)
+    assert widths(extractor) == (4, 7)
     pixels = extractor.transform(Image.new("RGB", (50, 60), "red"))[None]
     with torch.no_grad():
         expected = torch.cat([model.conv(pixels).mean((2, 3)), model(pixels)], 1)
@@ -461,8 +472,8 @@ def test_module_of_another_image_size() -> None:
 def test_numbered_layers_of_a_sequential() -> None:
     """In a module without stages, ``"0,2"`` are names."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
-    assert FeatureExtractor(model, ["0", "2"]).widths == (4, 5)
-    assert FeatureExtractor(model, "0,2").widths == (4, 5)
+    assert widths(FeatureExtractor(model, ["0", "2"])) == (4, 5)
+    assert widths(FeatureExtractor(model, "0,2")) == (4, 5)
 
 
 def test_module_without_transform_cannot_read_pictures() -> None:
@@ -642,17 +653,17 @@ def test_pool() -> None:
 
 def test_block_normalise_is_per_sample_and_layer() -> None:
     generator = torch.Generator().manual_seed(3)
-    widths = (40, 8, 300)
-    scales = torch.repeat_interleave(torch.tensor([1.0, 50.0, 0.1]), torch.tensor(widths))
-    features = torch.randn(5, sum(widths), generator=generator) * scales + 7 * scales
-    normalised = block_normalise(features, widths)
+    sizes = (40, 8, 300)
+    scales = torch.repeat_interleave(torch.tensor([1.0, 50.0, 0.1]), torch.tensor(sizes))
+    features = torch.randn(5, sum(sizes), generator=generator) * scales + 7 * scales
+    normalised = block_normalise(features, sizes)
     assert normalised.shape == features.shape
-    for part in normalised.split(list(widths), 1):
+    for part in normalised.split(list(sizes), 1):
         torch.testing.assert_close(part.mean(1), torch.zeros(5), atol=1e-4, rtol=0)
         torch.testing.assert_close(part.var(1, correction=0), torch.ones(5), atol=1e-3, rtol=0)
     expected = (features[2, 40:48] - features[2, 40:48].mean()) / features[2, 40:48].std(correction=0)
     torch.testing.assert_close(normalised[2, 40:48], expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(block_normalise(features[2:3], widths), normalised[2:3])  # no matter the batch
+    torch.testing.assert_close(block_normalise(features[2:3], sizes), normalised[2:3])  # no matter the batch
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e4])

@@ -409,10 +409,12 @@ def test_nan_features_make_unreadable_rows(tmp_path: Path) -> None:
 def test_featurise_answers_by_position(few_images: Path, extractor: FeatureExtractor) -> None:
     (few_images / "b.png").write_bytes(b"")
     (batch,) = batches(few_images, extractor, size=10)
-    vectors, failed = featurise(batch, extractor)
-    assert sorted(vectors) == [0, 2, 3, 4, 5] and list(failed) == [1]
+    featurised = featurise(batch, extractor)
+    assert featurised.positions == [0, 2, 3, 4, 5] and list(featurised.failed) == [1]
+    assert len(featurised) == 6 and featurised.paths == [item.ref.path for item in batch.loaded]
+    assert featurised.features.shape == (5, extractor.width)
     alone = extractor(extractor.transform(Image.open(few_images / "c.png"))[None]).numpy()[0]
-    np.testing.assert_allclose(vectors[2], alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(featurised.features[1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_progress_counts_images(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, Usage
 from featdiff.files.model_folder import CONFIG, FORMAT_VERSION, TENSORS, check_target, load, locate, save
 
 Tensors = dict[str, Tensor]
+#: In-domain vectors in which neighbours are searched.
+BANK = "members.0.vectors"
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -76,12 +78,15 @@ def test_loaded_detector_gives_the_same_bits(
     assert list(before.layers) == list(after.layers) == ["layer1", "layer2", "layer4"]
     for name in before.layers:
         np.testing.assert_array_equal(before.layers[name], after.layers[name])
-    np.testing.assert_array_equal(tiny_detector.calibration_, loaded.calibration_)
+    np.testing.assert_array_equal(tiny_detector.calibration_.scores, loaded.calibration_.scores)
     features = torch.randn(4, loaded.extractor_.width, generator=torch.Generator().manual_seed(0))
     for name, values in tiny_detector.all_heads(features).items():
         np.testing.assert_array_equal(values, loaded.all_heads(features)[name])
-    facts = [(d.n_images_, d.validation_loss_, d.fpr, d.seed, d.head, d.recipe) for d in (tiny_detector, loaded)]
+    both = (tiny_detector, loaded)
+    facts = [(d.n_images_, d.validation_loss_, d.fpr, d.training_seconds_) for d in both]
+    settings = [(d.settings.seed, d.settings.head, d.settings.recipe) for d in both]
     assert facts[0] == facts[1]
+    assert settings[0] == settings[1]
 
 
 def test_saving_a_loaded_detector_writes_the_same_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -98,16 +103,18 @@ def test_config_names_format_and_backbone(tiny_detector: Detector, tiny_model: P
     assert config["format"] == "featdiff"
     assert config["format_version"] == FORMAT_VERSION
     assert config["backbone"]["fingerprint"] == tiny_detector.extractor_.backbone.fingerprint
-    assert config["layers"] == dict(zip(tiny_detector.extractor_.layers, tiny_detector.extractor_.widths, strict=True))
+    assert config["layers"] == {part.layer: part.width for part in tiny_detector.extractor_.layout.layers}
+    assert list(config["layers"]) == list(tiny_detector.extractor_.layers)
     assert config["images"] == {"different": 390, "calibration": 78, "bank": 292}
     assert len(tensors["calibration"]) == 78
 
 
 def test_runtime_arguments_are_not_part_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
-    assert not {"device", "image_batch", "workers", "max_pixels", "cache"} & set(load(tiny_model)[0]["arguments"])
+    assert not {"device", "image_batch", "workers", "max_pixels", "cache"} & set(load(tiny_model)[0]["settings"])
     loaded = Detector.from_pretrained(tiny_model, image_batch=5, workers=2, max_pixels=99, cache=tmp_path)
-    assert (loaded.image_batch, loaded.workers, loaded.max_pixels) == (5, 2, 99)
-    assert loaded.cache == tmp_path
+    settings = loaded.settings
+    assert (settings.image_batch, settings.workers, settings.max_pixels) == (5, 2, 99)
+    assert settings.cache == settings.cache_folder == tmp_path
 
 
 @pytest.mark.parametrize("setting", [{"head": "mse"}, {"draws": 4}, {"seed": 7}, {"image_bach": 4}])
@@ -158,9 +165,12 @@ def poison(name: str, value: float) -> Callable[[Tensors], object]:
         ),
         (lambda t: t.update({"diffusion.mean": t["diffusion.mean"][:1]}), "another shape for tensor diffusion.mean"),
         (lambda t: t.update({"diffusion.noise": t["diffusion.noise"].half()}), "noise"),
-        (lambda t: t.pop("banks.vectors_0"), "lacks tensor banks.vectors_0"),
-        (lambda t: t.update({"banks.vectors_0": t["banks.vectors_0"][1:]}), "another shape for tensor banks.vectors_0"),
-        (lambda t: t.update({"banks.vectors_0": t["banks.vectors_0"].float()}), "another type for tensor banks"),
+        (lambda t: t.pop("members.0.vectors"), "lacks tensor members.0.vectors"),
+        (
+            lambda t: t.update({"members.0.vectors": t["members.0.vectors"][1:]}),
+            "another shape for tensor members.0.vectors",
+        ),
+        (lambda t: t.update({"members.0.vectors": t["members.0.vectors"].float()}), "another type for tensor members"),
         (lambda t: t.pop("bank_digests"), "digests of its bank"),
         (lambda t: t.update(bank_digests=t["bank_digests"][:, 1:]), "digests of its bank"),
         (lambda t: t.update(bank_digests=t["bank_digests"][1:]), "digests of its bank"),
@@ -234,7 +244,7 @@ def test_damaged_or_foreign_config_is_refused(model: Path, data: bytes, words: s
         "images.calibration",
         "images.bank",
         "validation_loss",
-        "arguments",
+        "settings",
     ],
 )
 def test_config_that_lacks_a_key_is_damaged(model: Path, key: str) -> None:
@@ -251,13 +261,13 @@ def test_config_that_lacks_a_key_is_damaged(model: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["arguments"].update(surprise=1), "surprise"),
-        (lambda c: c["arguments"].update(draws="many"), "draws"),
-        (lambda c: c["arguments"].update(draws=1.5), "draws"),
-        (lambda c: c["arguments"].update(start_times=7), "start_times"),
-        (lambda c: c["arguments"].update(draws=3), "shape for tensor diffusion.noise"),
-        (lambda c: c["arguments"].update(layers=["layer1", "layer2"]), "layers of the backbone"),
-        (lambda c: c["arguments"].update(layers=["layer1", "layer2", "layer9"]), "layer9"),
+        (lambda c: c["settings"].update(surprise=1), "surprise"),
+        (lambda c: c["settings"].update(draws="many"), "draws"),
+        (lambda c: c["settings"].update(draws=1.5), "draws"),
+        (lambda c: c["settings"].update(start_times=7), "start_times"),
+        (lambda c: c["settings"].update(draws=3), "shape for tensor diffusion.noise"),
+        (lambda c: c["settings"].update(layers=["layer1", "layer2"]), "layers of the backbone"),
+        (lambda c: c["settings"].update(layers=["layer1", "layer2", "layer9"]), "layer9"),
         (lambda c: c["layers"].update(layer2=49), "layers of the backbone"),
         (lambda c: c.update(layers=list(c["layers"])), "damaged"),
         (lambda c: c["images"].update(calibration=77), "calibration"),
@@ -338,7 +348,7 @@ def test_tampered_fingerprint_is_refused(model: Path) -> None:
 
 
 def test_weights_that_moved_can_be_named(model: Path, seeded_backbone: Path, tmp_path: Path) -> None:
-    edit_config(model, lambda config: config["arguments"].update(weights="/gone/weights.safetensors"))
+    edit_config(model, lambda config: config["settings"].update(weights="/gone/weights.safetensors"))
     with pytest.raises(WeightsError, match="/gone/weights.safetensors"):
         Detector.from_pretrained(model)
     moved = shutil.copy(seeded_backbone, tmp_path / "moved.safetensors")
@@ -358,7 +368,7 @@ def facts(**more: object) -> dict[str, Any]:
         "layers": {"a": 3},
         "images": {"different": 9, "calibration": 2},
         "validation_loss": 0.5,
-        "arguments": {},
+        "settings": {},
         **more,
     }
 
@@ -559,7 +569,7 @@ def test_hub_name_is_loaded_from_the_local_cache(
     snapshot = fill(hub_cache, "someone/strange-things", tiny_model)
     assert locate("someone/strange-things", local_files_only) == snapshot
     loaded = Detector.from_pretrained("someone/strange-things", local_files_only=local_files_only)
-    np.testing.assert_array_equal(loaded.calibration_, tiny_detector.calibration_)
+    np.testing.assert_array_equal(loaded.calibration_.scores, tiny_detector.calibration_.scores)
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])

@@ -21,9 +21,11 @@ from torchvision.models import squeezenet1_1
 from transformers import ViTConfig, ViTForImageClassification
 
 from featdiff import Detector, Guard, Verdict
+from featdiff.diffusion.training import Recipe
 from featdiff.exceptions import ModelError, NotFittedError, UsageError
-from featdiff.scores.logits import LogitHeads
-from featdiff.verdicts.calibration import flagged, p_values
+from featdiff.features.layout import LOGITS, PRE_LOGITS, FeatureLayout, Kind
+from featdiff.scores.logits import VirtualLogit
+from featdiff.scores.registry import Context
 
 RECIPE = TINY["recipe"]
 
@@ -98,7 +100,7 @@ CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 def guard() -> Guard:
     """A fitted guard that asks logits, too; do not change it."""
     heads = ("energy", "msp", "vim")
-    return Guard(resnet(), recipe=RECIPE, logit_heads=heads, fpr=0.1).fit(loader(some_images(200, seed=1)))
+    return Guard(resnet(), recipe=RECIPE, extra_heads=heads, fpr=0.1).fit(loader(some_images(200, seed=1)))
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +153,9 @@ def test_verdict_is_that_of_the_detector_on_the_same_images(guard: Guard, images
     _, verdict = guard(images)
     scores = guard.detector.score(iter([images]))
     np.testing.assert_allclose(verdict.ood_score.numpy(), scores.ood_score, rtol=1e-5, atol=1e-5)
-    expected = p_values(verdict.ood_score.numpy(), guard.detector.calibration_)
+    expected, is_ood = guard.detector.calibration_.flags(verdict.ood_score.numpy(), guard.fpr)
     np.testing.assert_allclose(verdict.p_value.numpy(), expected, rtol=1e-6)
-    assert verdict.is_ood.tolist() == flagged(expected, guard.fpr).tolist()
+    assert verdict.is_ood.tolist() == is_ood.tolist()
     for name, values in scores.layers.items():
         np.testing.assert_allclose(verdict.layers[name].numpy(), values, rtol=1e-4, atol=1e-4)
 
@@ -223,7 +225,9 @@ def test_other_channels_and_arguments(output: str) -> None:
     guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(batches)
     for same_images in (grey, [(part, torch.zeros(len(part))) for part in grey.split(50)]):
         again = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(same_images)
-        np.testing.assert_allclose(again.detector.calibration_, guard.detector.calibration_, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            again.detector.calibration_.scores, guard.detector.calibration_.scores, rtol=1e-3, atol=1e-4
+        )
     logits, verdict = guard(grey[:3], scale=2.0)
     assert torch.equal(logits, 2 * guard(grey[:3])[0])
     assert verdict.ood_score.shape == (3,)
@@ -235,7 +239,7 @@ def test_other_channels_and_arguments(output: str) -> None:
 def test_logit_heads_are_what_their_papers_say(guard: Guard, images: Tensor) -> None:
     extractor = guard.detector.extractor_
     rows = extractor(images)
-    logits = rows[:, extractor.columns["logits"]]
+    logits = rows[:, extractor.layout.logits.columns]
     torch.testing.assert_close(logits, guard.classifier(images).detach(), rtol=1e-4, atol=1e-5)
     found = guard.detector.all_heads(rows)
     np.testing.assert_allclose(found["energy"], -torch.logsumexp(logits, 1).numpy(), rtol=1e-5)
@@ -248,31 +252,32 @@ def test_vim_equals_another_project_s() -> None:
     pre_logits = torch.randn(500, 24, generator=source) * torch.linspace(2, 0.1, 24) + 1
     last = seeded(lambda: nn.Linear(24, 5))
     rows = torch.cat([pre_logits, last(pre_logits)], 1).detach()
-    columns = {"pre_logits": slice(0, 24), "logits": slice(24, 29)}
-    ours = LogitHeads(("vim",), columns).fit_vim(rows[:400], last.weight, last.bias)
+    layout = FeatureLayout.of({(PRE_LOGITS, Kind.PRE_LOGITS): 24, (LOGITS, Kind.LOGITS): 5})
+    context = Context(rows[:400], rows[:400], Recipe(), classifier=last)
+    ours = VirtualLogit(layout).fit(rows[:400], context)
     theirs = detectors.ViM(None, 12, last.weight, last.bias).fit_features(pre_logits[:400], torch.zeros(400))
     expected = theirs.predict_features(pre_logits[400:])
-    torch.testing.assert_close(ours(rows[400:])[:, 0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(rows[400:]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logit_heads_join_the_fusion(guard: Guard, images: Tensor) -> None:
     heads = guard.detector.heads_
-    assert heads.names[-3:] == ["energy", "msp", "vim"]
+    assert list(heads.scores)[-3:] == ["energy", "msp", "vim"]
     rows = guard.detector.extractor_(images)
     changed = rows.clone()
-    changed[:, guard.detector.extractor_.columns["logits"]] *= 0.5
-    before, after = (heads(r, ("fused", "layerwise"))[0] for r in (rows, changed))
-    assert torch.equal(before["layerwise"], after["layerwise"])
-    assert (before["fused"] - after["fused"]).abs().min() > 1e-3
+    changed[:, guard.detector.extractor_.layout.logits.columns] *= 0.5
+    before, after = (heads.all_scores(features)["layerwise"] for features in (rows, changed))
+    assert torch.equal(before, after)
+    assert (heads(rows)[0] - heads(changed)[0]).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"logit_heads": ("odin",)}, "some of energy, msp, vim"),
-        ({"logit_heads": ("energy", "energy")}, "some of energy"),
-        ({"logit_heads": ("energy",), "head": "mse"}, "head='fused' only"),
-        ({"logit_heads": ("energy",), "backbone": "test_resnet"}, "give a classifier"),
+        ({"extra_heads": ("odin",)}, "unknown score 'odin'.*known: .*energy, msp, vim"),
+        ({"extra_heads": ("energy", "energy")}, "list of different names"),
+        ({"extra_heads": ("energy",), "head": "mse"}, "head='fused' only"),
+        ({"extra_heads": ("energy",), "backbone": "test_resnet"}, "give a classifier"),
         ({"input_size": (3, 8)}, "three whole numbers"),
     ],
 )
@@ -283,12 +288,12 @@ def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
 
 def test_vim_without_a_last_linear_layer() -> None:
     network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    guard = Guard(network, layers=["0", "1"], logit_heads=("vim",), recipe=RECIPE, fpr=0.1)
+    guard = Guard(network, layers=["0", "1"], extra_heads=("vim",), recipe=RECIPE, fpr=0.1)
     few = loader(some_images(60, seed=1))
     with pytest.raises(UsageError, match="vim looks at the layer pre_logits"):
         guard.fit(few)
-    fitted = Guard(network, layers=["0", "1"], logit_heads=("energy",), recipe=RECIPE, fpr=0.1).fit(few)
-    assert fitted.detector.heads_.names[-1] == "energy"
+    fitted = Guard(network, layers=["0", "1"], extra_heads=("energy",), recipe=RECIPE, fpr=0.1).fit(few)
+    assert list(fitted.detector.heads_.scores)[-1] == "energy"
 
 
 # ---------------------------------------- nothing is left behind
@@ -490,6 +495,13 @@ def test_threads(guard: Guard) -> None:
 # ---------------------------------------- copies
 
 
+def test_repr_is_one_line(guard: Guard, saved: Path) -> None:
+    assert repr(guard) == "Guard(ResNet, fitted on 200 images, 40 for calibration, fpr=0.1)"
+    assert repr(Guard(own_code(), layers=OWN_LAYERS)) == "Guard(OwnCode, not fitted, fpr=0.05)"
+    abstaining = Guard.from_pretrained(saved, nn.DataParallel(guard.classifier), fpr=0.3, abstain=True)
+    assert repr(abstaining).startswith("Guard(ResNet, fitted on 200 images, 40 for calibration, fpr=0.3, abstain=True)")
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda guard: pickle.loads(pickle.dumps(guard))])
 def test_copies(again: Callable[[Guard], Guard], guard: Guard, images: Tensor) -> None:
     twin = again(guard)
@@ -555,7 +567,7 @@ def test_layer_that_is_gone_for_a_while(saved: Path, images: Tensor) -> None:
 def test_a_single_logit_has_no_probability_to_compare() -> None:
     classifier = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(2), Mean(), nn.Linear(8, 1)))
     with pytest.raises(UsageError, match="single logit"):
-        Guard(classifier, layers=["0", "1"], logit_heads=("msp",), fpr=0.2).fit(loader(some_images(30, seed=1)))
+        Guard(classifier, layers=["0", "1"], extra_heads=("msp",), fpr=0.2).fit(loader(some_images(30, seed=1)))
 
 
 def test_layer_that_is_never_reached() -> None:
