@@ -31,9 +31,7 @@ from .progress import Bars, list_unreadable, say
     metavar="NAME|FILE",
     help="Add the pixel mode, by a preset (lmd_small) or a TOML file; it takes a thousand times as long.",
 )
-@click.option(
-    "--trunk-weights", type=click.Path(path_type=Path), help="Weights of what its distance lpips looks through."
-)
+@click.option("--trunk-weights", type=click.Path(path_type=Path), help="Weights of the network of its distance lpips.")
 @click.option("--download", is_flag=True, help="Let torchvision fetch what is not in the data folder.")
 @click.option(
     "--format",
@@ -69,19 +67,16 @@ def command(
     """
     from featdiff.evaluation.benchmark import run_suite
     from featdiff.evaluation.suites import load_suite
-    from featdiff.exceptions import UsageError, did_you_mean
-    from featdiff.report.tables import to_csv, to_markdown
+    from featdiff.exceptions import UsageError
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    known = {file.stem: file for file in sorted((preset_folder() / "suites").glob("*.toml"))}
-    if suite not in known and not Path(suite).is_file():
-        hint = did_you_mean(suite, list(known))
-        raise UsageError(f"no suite or file {suite!r}{hint}; suites: {', '.join(known)}")
+    file = _suite_file(suite)
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent} for {output.name}")
-    chosen = load_suite(known.get(suite, Path(suite)))
+    chosen = load_suite(file)
     chosen = replace(chosen, detectors=_with_lmd(chosen.detectors, lmd_config, trunk_weights))
+
     with Bars(quiet) as bars:
         result = run_suite(
             chosen,
@@ -91,38 +86,72 @@ def command(
             bars,
             lambda line: say(line, quiet),
         )
-    format_ = format_ or _guess(output)
-    write = {"json": lambda r: json.dumps(r, indent=2) + "\n", "csv": to_csv, "markdown": to_markdown}
-    if output is not None:
-        output.write_text(write["markdown" if format_ == "table" else format_](result), encoding="utf-8")
-        say(f"written: {output}", quiet)
-    elif format_ == "table":
-        print_grids(result)
-    else:
-        click.echo(write[format_](result), nl=False)
+
+    _write(result, format_ or _guess(output), output, quiet)
     list_unreadable(list(result["unreadable"].items()), quiet)
     return EXIT_UNREADABLE if result["unreadable"] else 0
 
 
-def _with_lmd(detectors: Mapping[str, Mapping[str, Any]], config: str | None, trunk: Path | None) -> dict[str, Any]:
-    """A suite's detectors, one of the pixel mode added, and the weights that such look through."""
+def _suite_file(suite: str) -> Path:
+    """The TOML file of a suite that comes with featdiff, or of the user."""
+    from featdiff.exceptions import UsageError, did_you_mean
+
+    presets = {file.stem: file for file in sorted((preset_folder() / "suites").glob("*.toml"))}
+    if suite in presets:
+        return presets[suite]
+    if not Path(suite).is_file():
+        hint = did_you_mean(suite, list(presets))
+        raise UsageError(f"no suite or file {suite!r}{hint}; suites: {', '.join(presets)}")
+    return Path(suite)
+
+
+def _with_lmd(
+    detectors: Mapping[str, Mapping[str, Any]], config: str | None, trunk_weights: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Settings of a suite's detectors, with one of the pixel mode added, and the weights of its perceptual network."""
     from featdiff.exceptions import UsageError
 
-    wanted = {name: dict(own) for name, own in detectors.items()}
+    merged = {name: dict(settings) for name, settings in detectors.items()}
     if config is not None:
         loaded = load_config(config)
         if loaded.mode != "pixel":
             raise UsageError(f"--lmd {config} is of mode {loaded.mode}: it must be of mode pixel")
-        wanted["lmd"] = {"mode": loaded.mode, **loaded.detector}
-    for own in wanted.values():
-        if trunk is not None and own.get("mode") == "pixel":
-            own["weights"] = trunk
-    return wanted
+        merged["lmd"] = {"mode": loaded.mode, **loaded.detector}
+
+    if trunk_weights is not None:
+        for settings in merged.values():
+            if settings.get("mode") == "pixel":
+                settings["weights"] = trunk_weights
+    return merged
 
 
 def _guess(output: Path | None) -> str:
+    """The format that belongs to the name of the output."""
+    if output is None:
+        return "table"
     by_suffix = {".json": "json", ".csv": "csv"}
-    return "table" if output is None else by_suffix.get(output.suffix.lower(), "markdown")
+    return by_suffix.get(output.suffix.lower(), "markdown")
+
+
+def _write(result: dict[str, Any], format_: str, output: Path | None, quiet: bool) -> None:
+    """Print the result, or write it into a file, where a table becomes Markdown."""
+    if output is None and format_ == "table":
+        print_grids(result)
+    elif output is None:
+        click.echo(_text(result, format_), nl=False)
+    else:
+        output.write_text(_text(result, format_), encoding="utf-8")
+        say(f"written: {output}", quiet)
+
+
+def _text(result: dict[str, Any], format_: str) -> str:
+    from featdiff.report.tables import to_csv, to_markdown
+
+    if format_ == "json":
+        return json.dumps(result, indent=2) + "\n"
+    if format_ == "csv":
+        return to_csv(result)
+    return to_markdown(result)
 
 
 def print_grids(result: dict[str, Any]) -> None:

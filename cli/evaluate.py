@@ -77,50 +77,62 @@ def command(
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    sets: dict[str, str] = {}
-    for name, source in map(_named, ood):
-        if name in sets:
-            raise click.UsageError(f"--ood names {name!r} twice")
-        sets[name] = source
-    unreadable: dict[str, str] = {}
+    sets = _ood_sets(ood)
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
-    results = []
-    opened = [load_model(model, options) for model in models]  # before the long work: one may not be there
-    for model, (detector, guard, classes) in zip(models, opened, strict=True):
+    loaded = [load_model(model, options) for model in models]  # before the long work: one may be missing
+
+    unreadable: dict[str, str] = {}
+    results: list[dict[str, Any]] = []
+    for detector, guard, classes in loaded:
         with Bars(quiet) as bars:
-            beside = fit_baselines(detector) if baselines else None
-            result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, beside)
+            fitted = fit_baselines(detector) if baselines else None
+            result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, fitted)
             if guard is not None:
                 result["accuracy"] = _accuracy(guard.detector, list(in_domain), classes, bars, quiet)
-        results.append({"folder": model} | result if len(models) > 1 else result)
+        results.append(result)
+
+    _print(models, results, as_json)
+    list_unreadable(list(unreadable.items()), quiet)
+    return EXIT_UNREADABLE if unreadable else 0
+
+
+def _print(models: tuple[str, ...], results: list[dict[str, Any]], as_json: bool) -> None:
+    """JSON or tables; with several models, each result names its folder."""
+    if len(models) > 1:
+        results = [{"folder": model} | result for model, result in zip(models, results, strict=True)]
+
     if as_json:
         click.echo(json.dumps(results if len(models) > 1 else results[0], indent=2))
     else:
         for result in results:
             print_table(result)
-    list_unreadable(list(unreadable.items()), quiet)
-    return EXIT_UNREADABLE if unreadable else 0
 
 
 def _accuracy(
     detector: Detector, in_domain: list[str], classes: tuple[str, ...], bars: Bars, quiet: bool
 ) -> float | None:
-    """Of a classifier on images in folders of its classes; None if they are in none."""
+    """Accuracy of a classifier on images in folders of its classes; None if there are no such folders."""
     from featdiff.evaluation.protocols import measure_accuracy
     from featdiff.exceptions import UsageError
 
     try:
         return measure_accuracy(detector, in_domain, classes, bars)
-    except UsageError as error:  # what has been measured is not lost
+    except UsageError as error:  # the other results are kept
         say(f"no accuracy: {error}", quiet)
         return None
 
 
-def _named(item: str) -> tuple[str, str]:
-    name, separator, source = item.partition("=")
-    if not separator or not name or not source:
-        raise click.UsageError(f"--ood takes NAME=IMAGES, not {item!r}")
-    return name, source
+def _ood_sets(items: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=IMAGES`` of each ``--ood`` -> images by name."""
+    sets: dict[str, str] = {}
+    for item in items:
+        name, _, source = item.partition("=")
+        if not name or not source:
+            raise click.UsageError(f"--ood takes NAME=IMAGES, not {item!r}")
+        if name in sets:
+            raise click.UsageError(f"--ood names {name!r} twice")
+        sets[name] = source
+    return sets
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -134,18 +146,27 @@ def print_table(result: dict[str, Any]) -> None:
         title = f"{result['folder']}   {title}"
     if result.get("accuracy") is not None:
         title += f"   accuracy: {100 * result['accuracy']:.1f}"
+
     table = Table(title=escape(title))
     for column in ("OOD set", "protocol", "head"):
         table.add_column(column)
     for column in ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out"):
         table.add_column(column, justify="right")
+
     for pair in result["pairs"]:
-        for i, (head, m) in enumerate(pair["heads"].items()):
-            names = (f"{pair['ood']} ({pair['n_ood']:,})", pair["protocol"]) if i == 0 else ("", "")
-            low, high = m["auroc_ci"]
-            numbers = [f"{100 * m[key]:.1f}" for key in ("fpr95", "aupr_in", "aupr_out")]
-            table.add_row(
-                *map(escape, (*names, head)), f"{100 * m['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}", *numbers
-            )
+        names = [f"{pair['ood']} ({pair['n_ood']:,})", pair["protocol"]]
+        for head, metrics in pair["heads"].items():
+            table.add_row(*map(escape, (*names, head)), *_cells(metrics))
+            names = ["", ""]  # only the first line of a pair names it
         table.add_section()
+
     Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def _cells(metrics: dict[str, Any]) -> list[str]:
+    """Metrics of a head in percent."""
+    low, high = metrics["auroc_ci"]
+    cells = [f"{100 * metrics['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}"]
+    for key in ("fpr95", "aupr_in", "aupr_out"):
+        cells.append(f"{100 * metrics[key]:.1f}")
+    return cells

@@ -1,4 +1,4 @@
-"""``--features FILE`` of ``train`` and ``score``: the same on vectors that are already there, without images."""
+"""``--features FILE`` of ``train`` and ``score``: the same on precomputed vectors, without images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ if TYPE_CHECKING:
     from featdiff import FeatureDiffusion, Scores
     from featdiff.data.vector_files import Arrays
 
-# Options that ask for something to do with images.
+# Options that make sense only for images.
 _OF_IMAGES = {
-    **{"backbone": "--backbone", "weights": "--weights", "mode": "--mode", "pretrained": "--pretrained"},
-    **{"distances": "--distances", "config": "--config", "no_pretrained": "--no-pretrained", "figure": "--figure"},
-    **{"cache": "--cache", "max_pixels": "--max-pixels", "workers": "--workers", "image_batch": "--batch-size"},
+    "backbone": "--backbone",
+    "weights": "--weights",
+    "mode": "--mode",
+    "pretrained": "--pretrained",
+    "distances": "--distances",
+    "config": "--config",
+    "no_pretrained": "--no-pretrained",
+    "figure": "--figure",
+    "cache": "--cache",
+    "max_pixels": "--max-pixels",
+    "workers": "--workers",
+    "image_batch": "--batch-size",
     "device": "--device",
 }
 _AT_ONCE = 8192
@@ -43,11 +52,16 @@ def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool
     from featdiff.exceptions import TooFewRows
 
     _refuse_images(images, options)
-    given = {"fpr": options["fpr"], "random_state": options["seed"]}
-    given = {name: value for name, value in given.items() if value is not None}
     arrays = open_arrays(file)
-    layers = _parse_layers(options["layers"]) if options["layers"] else arrays.layers
-    detector = FeatureDiffusion(layers=layers, **given)
+    arguments: dict[str, Any] = {"layers": arrays.layers}
+    if options["layers"]:
+        arguments["layers"] = _parse_layers(options["layers"])
+    if options["fpr"] is not None:
+        arguments["fpr"] = options["fpr"]
+    if options["seed"] is not None:
+        arguments["random_state"] = options["seed"]
+    detector = FeatureDiffusion(**arguments)
+
     bars = Bars(quiet)
     try:
         with bars, warnings.catch_warnings():
@@ -56,6 +70,7 @@ def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool
             detector.fit(rows, progress=bars)
     except KeyboardInterrupt:
         raise Stopped("interrupted; no model is written") from None
+
     if arrays.columns:
         detector.feature_names_in_ = np.array(arrays.columns, dtype=object)
     detector.save_pretrained(output)
@@ -82,7 +97,8 @@ def score_vectors(detector: FeatureDiffusion, arrays: Arrays, fpr: float | None,
     """The rows of a file, part by part, in their order."""
     for start in range(0, len(arrays), _AT_ONCE):
         stop = min(start + _AT_ONCE, len(arrays))
-        part = detector.verdicts(arrays.rows(start, stop), [arrays.name(i) for i in range(start, stop)], fpr)
+        names = [arrays.name(i) for i in range(start, stop)]
+        part = detector.verdicts(arrays.rows(start, stop), names, fpr)
         progress("scoring", stop, len(arrays))
         yield part
 
@@ -90,9 +106,14 @@ def score_vectors(detector: FeatureDiffusion, arrays: Arrays, fpr: float | None,
 def _refuse_images(images: Sequence[str], options: dict[str, Any]) -> None:
     from featdiff.exceptions import UsageError
 
-    given = [option for name, option in _OF_IMAGES.items() if options.get(name)]
-    if found := [*(["IMAGES"] if images else []), *given]:
-        raise UsageError(f"{', '.join(found)} cannot go with --features, which needs no images: give one or the other")
+    refused = ["IMAGES"] if images else []
+    for name, option in _OF_IMAGES.items():
+        if options.get(name):
+            refused.append(option)
+    if refused:
+        raise UsageError(
+            f"{', '.join(refused)} cannot go with --features, which needs no images: give one or the other"
+        )
 
 
 def _parse_layers(text: str) -> list[slice]:
@@ -102,29 +123,40 @@ def _parse_layers(text: str) -> list[slice]:
     layers = []
     for part in text.split(","):
         start, colon, stop = part.strip().partition(":")
-        if not colon or not all(end == "" or (end.isascii() and end.isdigit()) for end in (start, stop)):
+        ends_are_whole = _is_whole_or_empty(start) and _is_whole_or_empty(stop)
+        if not colon or not ends_are_whole:
             raise UsageError(f"--layers {text}: with --features, layers are columns, like 0:192,192:320")
         layers.append(slice(int(start) if start else None, int(stop) if stop else None))
     return layers
 
 
+def _is_whole_or_empty(text: str) -> bool:
+    return text == "" or (text.isascii() and text.isdigit())
+
+
 def _good_rows(arrays: Arrays) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Rows that are numbers throughout, and the names of the others with a reason each."""
+    """Finite rows, and the names of the others with a reason each."""
     import numpy as np
 
     from featdiff.detectors.estimator import NOT_FINITE
     from featdiff.exceptions import UsageError
 
-    starts = range(0, len(arrays), _AT_ONCE)
-    good = np.concatenate([np.isfinite(arrays.rows(i, min(i + _AT_ONCE, len(arrays)))).all(axis=1) for i in starts])
+    good = np.empty(len(arrays), dtype=bool)
+    for start in range(0, len(arrays), _AT_ONCE):
+        stop = min(start + _AT_ONCE, len(arrays))
+        good[start:stop] = np.isfinite(arrays.rows(start, stop)).all(axis=1)
     if not good.any():
         raise UsageError(f"none of the rows of {arrays.file} can be used; the first: {arrays.name(0)}: {NOT_FINITE}")
+
     rows = arrays.rows(0, len(arrays))
-    return (rows if good.all() else rows[good]), [(arrays.name(int(i)), NOT_FINITE) for i in np.flatnonzero(~good)]
+    if good.all():
+        return rows, []
+    unreadable = [(arrays.name(int(i)), NOT_FINITE) for i in np.flatnonzero(~good)]
+    return rows[good], unreadable
 
 
 def _check_same(detector: FeatureDiffusion, arrays: Arrays, model: str) -> None:
-    """Whether columns mean what they meant at training, as far as the file tells."""
+    """Refuse columns or layers other than those of training, as far as the file names them (``UsageError``)."""
     from featdiff.exceptions import UsageError
 
     if arrays.width != detector.n_features_in_:
@@ -132,13 +164,25 @@ def _check_same(detector: FeatureDiffusion, arrays: Arrays, model: str) -> None:
             f"{arrays.file} has {arrays.width:,} columns, and the model {model} was trained on "
             f"{detector.n_features_in_:,}: give vectors of the same network, or train again"
         )
-    known = [str(name) for name in getattr(detector, "feature_names_in_", ())]
-    if arrays.columns and known and list(arrays.columns) != known:
-        seen, expected = next((a, b) for a, b in zip(arrays.columns, known, strict=True) if a != b)
-        raise UsageError(f"{arrays.file} has a column {seen!r} where the model {model} was trained on {expected!r}")
+
+    trained_names = [str(name) for name in getattr(detector, "feature_names_in_", ())]
+    if arrays.columns and trained_names:
+        for name, expected in zip(arrays.columns, trained_names, strict=True):
+            if name != expected:
+                raise UsageError(
+                    f"{arrays.file} has a column {name!r} where the model {model} was trained on {expected!r}"
+                )
+
     if arrays.layers and isinstance(detector.layers, dict) and arrays.layers != detector.layers:
-        told = [", ".join(f"{n} ({s.stop - s.start})" for n, s in x.items()) for x in (arrays.layers, detector.layers)]
-        raise UsageError(f"{arrays.file} has the layers {told[0]}, and the model {model} was trained on {told[1]}")
+        raise UsageError(
+            f"{arrays.file} has the layers {_widths(arrays.layers)}, and the model {model} was trained on "
+            f"{_widths(detector.layers)}"
+        )
+
+
+def _widths(layers: dict[str, slice]) -> str:
+    """Names and widths of layers, like ``early (8), late (16)``."""
+    return ", ".join(f"{name} ({part.stop - part.start})" for name, part in layers.items())
 
 
 def _summary(
@@ -148,8 +192,9 @@ def _summary(
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {unreadable:,} unreadable" if unreadable else ""
+
     say(f"{detector.n_rows_:,} rows of {arrays.width:,} numbers{duplicates}{bad}", quiet)
     say(f"trained {bars.seconds['training']:.0f} s", quiet)
-    least = f"--fpr from {calibration.smallest_fpr:.2g} up"
-    say(f"calibrated on {len(calibration):,} held-out rows: {least}", quiet)
+    rates = f"--fpr from {calibration.smallest_fpr:.2g} up"
+    say(f"calibrated on {len(calibration):,} held-out rows: {rates}", quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score --features FILE -m {output}", quiet)

@@ -1,11 +1,8 @@
-"""A detector for vectors that are already there: a scikit-learn estimator around the heads of the feature mode."""
+"""A detector for precomputed vectors: a scikit-learn estimator around the heads of the feature mode."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,22 +11,21 @@ from typing import Any, Self
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..data.splits import split
-from ..diffusion.training import Recipe
-from ..exceptions import ModelError, TooFewRows, UsageError, first_line
+from ..data.splits import Split, split
+from ..diffusion.training import Recipe, TrainingState
+from ..exceptions import ModelError, UsageError
 from ..files.model_folder import load, locate, save
 from ..runtime.progress import Progress
 from ..scores.nearest import NearestNeighbors
-from ..scores.neighbors import CORESETS
 from ..scores.registry import Context
-from ..verdicts.calibration import Calibration, check_fpr, check_supported
+from ..verdicts.calibration import Calibration
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
-from .checks import check_choice, check_neighbors, check_share, check_times, check_whole, is_number, make_recipe
-from .estimator_scores import TIMESTEPS, PreparedRows, VectorHeads, find_columns
+from .checks import make_recipe
+from .estimator_checks import check_settings, draw_seed, layers_from_json, supported_fpr, without_copies
+from .estimator_scores import PreparedRows, VectorHeads, find_columns
 from .fitting import choose_bank
 from .saved import VECTORS, check_config, load_tensors
 
@@ -37,7 +33,7 @@ from .saved import VECTORS, check_config, load_tensors
 NOT_FINITE = "it lacks numbers, or holds NaN or infinite ones"
 # Share of the rows for early stopping and standardising.
 _VALIDATION = 0.05
-# Rows that tell the level and scale of a layer.
+# Rows from which the level and scale of a layer are estimated.
 _SCALE_ROWS = 10_000
 
 
@@ -45,38 +41,47 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
     """Feature diffusion on rows of numbers: embeddings of CLIP, DINO or anything else, as a scikit-learn estimator.
 
     The method of :class:`featdiff.Detector` without its backbone: a small denoiser for each layer (after DLSR, Yang et
-    al., NeurIPS 2024, arXiv 2411.10701), if asked for the distances to the nearest in-domain vectors of the last layer,
+    al., NeurIPS 2024, arXiv 2411.10701), optionally the distances to the nearest in-domain vectors of the last layer,
     and split-conformal p-values from rows that took no part in training.
 
     It is meant for embeddings, whose columns are of one kind: a layer is scaled as a whole, and each row is brought to
-    mean 0 and variance 1 over the columns of a layer, beside two constants that keep its level and length in sight.
-    Columns of different units need a ``StandardScaler`` before it; embeddings are better off without.
+    mean 0 and variance 1 over the columns of a layer, beside two constants that preserve its level and length.
+    Columns of different units need a ``StandardScaler`` before it; embeddings do better without one.
 
     The defaults are one choice for all data, for speed: 50,000 rows a second on two cores. They were chosen on 320
     columns of one network, 6,400 rows of CIFAR-10 or less, by mean AUROC against other sets (far) and against classes
     left out (near): 89.9 / 80.7 as they are, 89.5 / 81.4 with ``neighbors=5`` at less than half the speed. Larger
-    denoisers, other start times and more draws changed no more than another seed does, half a point.
+    denoisers, other start times and more noise samples changed no more than another seed does, half a point.
 
     Parameters
     ----------
-    layers : list of slices, or mapping of names to slices, optional
-        Which columns belong to which layer, the deepest last. Columns that no layer names are not looked at. Default:
+    layers : list of slice or dict of slice, optional
+        Which columns belong to which layer, the deepest last. Columns that no layer names are ignored. Default:
         all columns are one layer.
-    contamination : "auto", or float in (0, 0.5]
+    contamination : "auto" or float, default "auto"
         ``auto``: flag rows with ``p_value <= fpr``; of *new* rows like those of ``fit``, the share ``fpr`` is flagged.
-        A number: flag this share of the rows of ``fit`` themselves, as other outlier detectors do.
-    fpr : float in (0, 1)
-        False-alarm rate of ``auto``.
-    calibration : float in (0, 0.5)
-        Share of the rows held out for p-values; at most 10,000 are.
-    hidden_max, blocks, start_times, draws
-        The denoisers and how they are asked; see :class:`featdiff.Detector`. Times are 0 .. 99.
-    neighbors, bank_size, coreset
-        Nearest in-domain vectors that count (0: none), the most that are kept, and how these are chosen; see
-        :func:`featdiff.scores.neighbors.coreset`.
+        A number in (0, 0.5]: flag this share of the rows of ``fit`` themselves, as other outlier detectors do.
+    fpr : float, default 0.05
+        False-alarm rate of ``auto``, in (0, 1).
+    calibration : float, default 0.2
+        Share of the rows held out for p-values, in (0, 0.5); at most 10,000 rows.
+    hidden_max : int, default 128
+        Largest width of a denoiser; see :class:`featdiff.Detector`.
+    blocks : int, default 2
+        Residual blocks of a denoiser.
+    start_times : sequence of int, default (95,)
+        Times 0 .. 99 at which rows are noised and reconstructed.
+    draws : int, default 2
+        Stored noise samples for each start time.
+    neighbors : int, default 0
+        Nearest in-domain vectors that count; 0: none.
+    bank_size : int, default 500
+        In-domain vectors that are kept, at most.
+    coreset : str, default "cluster"
+        How these are chosen; see :func:`featdiff.scores.neighbors.coreset`.
     recipe : Recipe or mapping of its fields, optional
         How the denoisers are trained.
-    random_state : int, RandomState or None
+    random_state : int, RandomState or None, default 0
         Decides the split, the initial weights, the order of training and the stored noise. None: different each time.
         Neither NumPy's nor torch's global generator is touched.
 
@@ -85,17 +90,34 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
     offset_ : float
         ``decision_function`` is ``score_samples - offset_``.
     fpr_ : float
-        ``fpr``, or the smallest rate that so few rows can support.
+        ``fpr``, or the smallest rate that the held-out rows support.
     calibration_ : Calibration
         ``ood_score`` of the held-out rows.
-    layers_ : dict
+    layers_ : dict of slice
         Columns of each layer, by name.
-    n_features_in_, feature_names_in_
-        As everywhere in scikit-learn.
-    n_rows_, n_duplicates_ : int
-        Different rows, and copies that were left out: copies of one row must not sit on both sides of a split.
-    validation_loss_, training_seconds_ : float
-        What came of training, and how long it took.
+    n_features_in_ : int
+        Columns of a row.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where ``fit`` was given any.
+    n_rows_ : int
+        Different rows of ``fit``.
+    n_duplicates_ : int
+        Copies that were left out: copies of one row must not fall on both sides of a split.
+    validation_loss_ : float
+        Smallest validation loss of the denoisers.
+    training_seconds_ : float
+        Time to train them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from featdiff import FeatureDiffusion
+    >>> rows = np.random.default_rng(0).normal(size=(300, 8))
+    >>> detector = FeatureDiffusion(hidden_max=16, recipe={"epochs": 2}).fit(rows)
+    >>> detector.predict(np.full((1, 8), 50.0))
+    array([-1])
+    >>> detector.p_values(rows[:5]).shape
+    (5,)
     """
 
     #: Which mode a saved model names.
@@ -139,9 +161,16 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
 
         Parameters
         ----------
-        X : (n, d) finite numbers, at least three different rows
-        y : ignored
+        X : array of shape (n, d)
+            Finite numbers, at least three different rows.
+        y : object, optional
+            Ignored.
         progress : callable (stage, done, total), optional
+
+        Returns
+        -------
+        FeatureDiffusion
+            Itself.
 
         Raises
         ------
@@ -154,30 +183,24 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             ``fpr`` needs more held-out rows than there are: the smallest rate that they support is used.
         """
         settings = self._settings()
-        _check(settings)
+        check_settings(settings)
         recipe = make_recipe(self.recipe)
         rows = validate_data(self, X, dtype=np.float32, ensure_min_samples=3)
         columns = find_columns(self.layers, rows.shape[1])
-        seed = _draw_seed(self.random_state)
+        seed = draw_seed(self.random_state)
 
         # rows -> features
-        different = _without_copies(rows)
-        held_out = split(len(different), settings["calibration"], _VALIDATION, seed)
-        fpr = _supported(settings["fpr"], len(held_out.calibration), settings["calibration"])
-        bank_size = min(settings["bank_size"], len(held_out.training)) if settings["neighbors"] else 1
+        different = without_copies(rows)
+        parts = split(len(different), settings["calibration"], _VALIDATION, seed)
+        fpr = supported_fpr(settings["fpr"], len(parts.calibration), settings["calibration"])
+        bank_size = min(settings["bank_size"], len(parts.training)) if settings["neighbors"] else 1
         heads = _new_heads(settings, columns, bank_size, seed)
-        some = np.random.default_rng(seed).permutation(held_out.training)[:_SCALE_ROWS]
-        heads.fit_level(rows[different[np.sort(some)]])
-        features = PreparedRows(rows, different, heads)
+        sample = np.random.default_rng(seed).permutation(parts.training)[:_SCALE_ROWS]
+        heads.fit_level(rows[different[np.sort(sample)]])
 
         # features -> scores
-        method = settings["coreset"] if settings["neighbors"] else "random"
-        stages = heads.heads.diffusion.stages
-        bank = choose_bank(features, held_out.training, bank_size, method, seed, stages)
-        training = features.select(held_out.training)
-        validation = features.select(held_out.validation)
-        context = Context(training, validation, recipe, seed, progress=progress)
-        trained = heads.heads.fit(features.select(bank), context)
+        features = PreparedRows(rows, different, heads)
+        trained = _fit_heads(heads, features, parts, bank_size, settings, recipe, seed, progress)
 
         # scores -> calibration
         self.heads_ = heads
@@ -187,17 +210,24 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         self.n_duplicates_ = len(rows) - len(different)
         self.validation_loss_ = trained.best_loss
         self.training_seconds_ = trained.seconds
-        self.calibration_ = Calibration(heads.calibrate(rows[different[held_out.calibration]]))
-        if self.contamination == "auto":
-            self.offset_ = -self.calibration_.threshold(fpr)
-        else:
-            self.offset_ = float(np.percentile(-heads.score(rows)[0], 100 * settings["contamination"]))
+        self.calibration_ = Calibration(heads.calibrate(rows[different[parts.calibration]]))
+        self.offset_ = self._offset(rows)
         return self
 
+    def _offset(self, rows: np.ndarray) -> float:
+        """``score_samples`` below which a row is an outlier."""
+        if self.contamination == "auto":
+            return -self.calibration_.threshold(self.fpr_)
+        scores, _ = self.heads_.score(rows)
+        return float(np.percentile(-scores, 100 * self._settings()["contamination"]))
+
     def _settings(self) -> dict[str, Any]:
-        """Parameters as plain numbers: searches over a grid give NumPy's."""
-        parameters = self.get_params(deep=False)
-        return {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
+        """Parameters as Python numbers: a grid search may set NumPy's."""
+        settings: dict[str, Any] = self.get_params(deep=False)
+        for name, value in settings.items():
+            if isinstance(value, np.generic):
+                settings[name] = value.item()
+        return settings
 
     # ---- score ----
 
@@ -211,7 +241,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
 
     def p_values(self, X: object) -> np.ndarray:
         """(n, d) -> (n,) conformal p-values in (0, 1], small = OOD; see :mod:`featdiff.verdicts.calibration`."""
-        scores = self.ood_score(X)  # first, for it tells whether this is fitted
+        scores = self.ood_score(X)
         return self.calibration_.p_values(scores)
 
     def decision_function(self, X: object) -> np.ndarray:
@@ -232,14 +262,21 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         return np.array([f"layer_{name}" for name in self.layers_], dtype=object)
 
     def verdicts(self, X: np.ndarray, names: Sequence[str], fpr: float | None = None) -> Scores:
-        """Rows with a name each -> what ``featdiff score`` says of them, with a score for every layer.
+        """Score named rows as ``featdiff score`` does, with a score for every layer.
 
         Parameters
         ----------
-        X : (n, d) float
+        X : ndarray of shape (n, d), float
             Rows that are not finite become ``unreadable``.
+        names : sequence of str
+            A name for each row.
         fpr : float, optional
             False-alarm rate; default: the one of ``fit``.
+
+        Returns
+        -------
+        Scores
+            One row for each of ``X``, in their order.
 
         Raises
         ------
@@ -275,14 +312,12 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             The disk is full.
         """
         check_is_fitted(self)
-        settings = self._settings() | {"recipe": asdict(make_recipe(self.recipe))}
-        if isinstance(self.layers, Mapping):
-            settings["layers"] = {name: [part.start, part.stop] for name, part in self.layers_.items()}
-        elif self.layers is not None:
-            settings["layers"] = [[part.start, part.stop] for part in self.layers_.values()]
-        if not isinstance(settings["random_state"], int):
-            settings["random_state"] = None  # a generator has no words
-        config = {
+        calibration = torch.from_numpy(self.calibration_.scores.copy())
+        save(folder, self._config(), self.heads_.state_dict() | {"calibration": calibration})
+
+    def _config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        return {
             "featdiff_version": version("featdiff"),
             "mode": self.mode,
             "images": {
@@ -297,106 +332,106 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             "width": self.n_features_in_,
             "feature_names": [str(name) for name in getattr(self, "feature_names_in_", ())],
             "layers": {name: part.stop - part.start for name, part in self.layers_.items()},
-            "settings": settings,
+            "settings": self._saved_settings(),
         }
-        calibration = torch.from_numpy(self.calibration_.scores.copy())
-        save(folder, config, self.heads_.state_dict() | {"calibration": calibration})
+
+    def _saved_settings(self) -> dict[str, Any]:
+        """Parameters as JSON can hold them."""
+        settings = self._settings()
+        settings["recipe"] = asdict(make_recipe(self.recipe))
+        if isinstance(self.layers, Mapping):
+            settings["layers"] = {name: [part.start, part.stop] for name, part in self.layers_.items()}
+        elif self.layers is not None:
+            settings["layers"] = [[part.start, part.stop] for part in self.layers_.values()]
+        if not isinstance(settings["random_state"], int):
+            settings["random_state"] = None  # a generator cannot be written
+        return settings
 
     def _bank_rows(self) -> int:
-        """Rows in which neighbours are looked up."""
-        banks = [score for score in self.heads_.heads.members if isinstance(score, NearestNeighbors)]
-        return len(banks[0].vectors) if banks else 0
+        """Number of in-domain rows among which neighbours are searched."""
+        for score in self.heads_.heads.members:
+            if isinstance(score, NearestNeighbors):
+                return len(score.vectors)
+        return 0
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, local_files_only: bool = False) -> FeatureDiffusion:
-        """Load a saved estimator, strictly, from a folder or a hub repository ``org/name``.
+        """Load a saved estimator, strictly.
+
+        Parameters
+        ----------
+        name : str or path
+            Folder, or hub repository ``org/name``.
+        local_files_only : bool, default False
+            Never ask the hub.
+
+        Returns
+        -------
+        FeatureDiffusion
 
         Raises
         ------
         ModelError
-            No model, a damaged or newer one, or one that looks at images.
+            No model, a damaged or newer one, or one of images.
         """
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
         check_config(config, folder, cls.mode)
-        images, width, names = config["images"], config["width"], config["feature_names"]
+        images = config["images"]
+        width = config["width"]
+        saved_settings = config["settings"]
         try:
-            settings = config["settings"]
-            detector = cls(**settings | {"layers": _slices(settings["layers"])})
+            detector = cls(**saved_settings | {"layers": layers_from_json(saved_settings["layers"])})
             settings = detector._settings()
-            _check(settings)
+            check_settings(settings)
             columns = find_columns(detector.layers, width)
             heads = _new_heads(settings, columns, images["bank"], seed=0)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         if {name: part.stop - part.start for name, part in columns.items()} != config["layers"]:
             raise ModelError(f"the model at {folder} is damaged: its layers are not those it was saved with")
+
         detector.calibration_ = load_tensors(heads, tensors, images["calibration"], folder)
-        detector.heads_, detector.layers_ = heads, columns
-        detector.n_features_in_, detector.n_rows_ = width, images["different"]
-        if names:
-            detector.feature_names_in_ = np.array(names, dtype=object)
-        detector.fpr_, detector.offset_ = config["fpr"], config["offset"]
-        detector.validation_loss_, detector.training_seconds_ = config["validation_loss"], config["training_seconds"]
+        detector.heads_ = heads
+        detector.layers_ = columns
+        detector.n_features_in_ = width
+        detector.n_rows_ = images["different"]
+        if config["feature_names"]:
+            detector.feature_names_in_ = np.array(config["feature_names"], dtype=object)
+        detector.fpr_ = config["fpr"]
+        detector.offset_ = config["offset"]
+        detector.validation_loss_ = config["validation_loss"]
+        detector.training_seconds_ = config["training_seconds"]
         return detector
 
 
+def _fit_heads(
+    heads: VectorHeads,
+    features: PreparedRows,
+    parts: Split,
+    bank_size: int,
+    settings: Mapping[str, Any],
+    recipe: Recipe,
+    seed: int,
+    progress: Progress | None,
+) -> TrainingState:
+    """Choose the bank of in-domain rows, then train the denoisers and fit the other scores."""
+    method = settings["coreset"] if settings["neighbors"] else "random"
+    bank = choose_bank(features, parts.training, bank_size, method, seed, heads.heads.diffusion.stages)
+    training = features.select(parts.training)
+    validation = features.select(parts.validation)
+    context = Context(training, validation, recipe, seed, progress=progress)
+    return heads.heads.fit(features.select(bank), context)
+
+
 def _new_heads(settings: Mapping[str, Any], columns: Mapping[str, slice], bank_rows: int, seed: int) -> VectorHeads:
-    names = ("hidden_max", "blocks", "start_times", "draws", "neighbors")
-    chosen = {name: settings[name] for name in names}
-    return VectorHeads([*columns.values()], bank_rows=bank_rows, seed=seed, **chosen)
-
-
-def _check(settings: Mapping[str, Any]) -> None:
-    """Refuse parameters outside their range (``UsageError``); layers are left to who knows the columns."""
-    for name in ("hidden_max", "blocks", "draws", "bank_size"):
-        check_whole(name, settings[name])
-    check_share("calibration", settings["calibration"], "rows")
-    check_fpr(settings["fpr"])
-    check_times("start_times", settings["start_times"], TIMESTEPS - 1)
-    check_neighbors(settings["neighbors"], settings["bank_size"])
-    check_choice("coreset", settings["coreset"], CORESETS)
-    share = settings["contamination"]
-    if share != "auto" and (not is_number(share) or not 0 < share <= 0.5):
-        raise UsageError(
-            f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}", argument="contamination"
-        )
-
-
-def _slices(pairs: Any) -> Any:
-    """What ``config.json`` says of ``layers``, as it was given."""
-    if isinstance(pairs, Mapping):
-        return {name: slice(*pair) for name, pair in pairs.items()}
-    return pairs if pairs is None else [slice(*pair) for pair in pairs]
-
-
-def _draw_seed(random_state: object) -> int:
-    if random_state is None:  # scikit-learn would take NumPy's global generator
-        return int(np.random.default_rng().integers(2**31))
-    try:
-        return int(check_random_state(random_state).randint(2**31 - 1))
-    except ValueError as error:
-        raise UsageError(f"random_state (--seed) is no seed: {first_line(error)}") from None
-
-
-def _without_copies(rows: np.ndarray) -> np.ndarray:
-    """Numbers of the different rows: the first of each."""
-    seen: dict[bytes, int] = {}
-    for i, row in enumerate(rows):
-        seen.setdefault(hashlib.blake2b((row + 0).tobytes(), digest_size=16).digest(), i)  # -0 + 0 is 0
-    if len(seen) < 3:
-        raise UsageError(f"{len(seen)} different rows are too few: one each is needed to train, validate and calibrate")
-    return np.fromiter(seen.values(), dtype=np.int64)
-
-
-def _supported(fpr: float, held_out: int, share: float) -> float:
-    """``fpr``, or the smallest rate that so many held-out rows support."""
-    try:
-        check_supported(fpr, held_out)
-    except UsageError:
-        least = 1 / (held_out + 1)
-        needed = math.ceil((1 / fpr - 1) / share)
-        known = f"fpr {fpr:g} needs about {needed} different rows: fit on more, or ask for"
-        warnings.warn(TooFewRows(f"{known} {math.ceil(1000 * least) / 1000:g}"), stacklevel=3)
-        return least
-    return fpr
+    return VectorHeads(
+        [*columns.values()],
+        bank_rows=bank_rows,
+        neighbors=settings["neighbors"],
+        hidden_max=settings["hidden_max"],
+        blocks=settings["blocks"],
+        start_times=settings["start_times"],
+        draws=settings["draws"],
+        seed=seed,
+    )

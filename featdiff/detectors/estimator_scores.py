@@ -1,8 +1,9 @@
-"""Rows of any embedding -> what the heads of the feature mode take -> scores that do not depend on the batch."""
+"""Rows of any embedding -> features for the heads of the feature mode -> scores that do not depend on the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,33 +14,37 @@ from ..features.layout import FeatureLayout
 from ..features.store import Features
 from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
-from ..scores.registry import Options, make_scores
+from ..scores.registry import Options, Score, make_scores
 
 #: Length of the noise schedule.
 TIMESTEPS = 100
-# Rows that are scored together. Always so many, the last ones filled up with zeros: how a matrix product is rounded
-# depends on its number of rows.
+# Rows that are scored together. Smaller batches are padded with zeros, because the rounding of a matrix product depends
+# on its number of rows.
 _ROWS = 512
-# Squares of larger numbers are not finite.
+# Larger values are clipped: their squares overflow.
 _LARGEST = 1e15
 
 
 class VectorHeads(nn.Module):
-    """The heads, and the level and scale of each layer; its state dict is what a saved detector holds.
+    """The heads, and the level and scale of each layer; its state dict is the content of a saved detector.
 
-    The heads bring each row of a layer to mean 0 and variance 1 over its columns. Two constant columns, 1 and -1, stand
-    beside each layer, so that a row's own level and length, in units of the layer's, are still told by what comes out.
+    The heads bring each row of a layer to mean 0 and variance 1 over its columns. Two constant columns, 1 and -1, are
+    added to each layer, so that the level and length of a row, in units of the layer's, remain visible after that.
 
     Parameters
     ----------
-    columns : sequence of slices
-        Where the layers lie in a row.
+    columns : sequence of slice
+        Columns of each layer in a row.
     bank_rows : int
-        Rows in which neighbours are looked up.
+        In-domain rows among which neighbours are searched.
     neighbors : int
         Neighbours that count; 0: none.
-    hidden_max, blocks, start_times, draws, seed
-        See :class:`featdiff.scores.diffusion.Diffusion`.
+    hidden_max : int
+        This and the others: see :class:`featdiff.scores.diffusion.Diffusion`.
+    blocks : int
+    start_times : sequence of int
+    draws : int
+    seed : int
     """
 
     level: Tensor
@@ -59,7 +64,8 @@ class VectorHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.columns = tuple(columns)
-        layout = FeatureLayout.of_stages({str(i): part.stop - part.start + 2 for i, part in enumerate(columns)})
+        widths = {str(i): part.stop - part.start + 2 for i, part in enumerate(columns)}  # with the two constants
+        layout = FeatureLayout.of_stages(widths)
         diffusion = Diffusion(
             layout,
             joint=False,
@@ -72,19 +78,29 @@ class VectorHeads(nn.Module):
             stride=None,
             seed=seed,
         )
-        options = Options(bank_rows, neighbors, backend="torch")
-        self.heads = Heads(diffusion, make_scores("neighbors", layout, options) if neighbors else [])
+        members: list[Score] = []
+        if neighbors:
+            members = make_scores("neighbors", layout, Options(bank_rows, neighbors, backend="torch"))
+
+        self.heads = Heads(diffusion, members)
         self.register_buffer("level", torch.zeros(len(columns)))
         self.register_buffer("scale", torch.ones(len(columns)))
 
     def fit_level(self, rows: np.ndarray) -> None:
         """Set level and scale, one number each for every layer, from in-domain rows (N, d)."""
-        parts = [rows[:, part].astype(np.float64) for part in self.columns]
-        self.level.copy_(torch.tensor([part.mean() for part in parts]))
-        self.scale.copy_(torch.tensor([max(part.std(), np.finfo(np.float32).tiny) for part in parts]))
+        smallest = np.finfo(np.float32).tiny
+        levels = []
+        scales = []
+        for columns in self.columns:
+            layer = rows[:, columns].astype(np.float64)
+            levels.append(layer.mean())
+            scales.append(max(layer.std(), smallest))
+
+        self.level.copy_(torch.tensor(levels))
+        self.scale.copy_(torch.tensor(scales))
 
     def prepared(self, rows: np.ndarray) -> Tensor:
-        """Finite rows (B, d) -> (B, d + 2 for each layer), what ``heads`` take."""
+        """Finite rows (B, d) -> input of ``heads`` (B, d + 2 for each layer)."""
         constants = torch.tensor([1.0, -1.0]).expand(len(rows), 2)
         parts: list[Tensor] = []
         for columns, level, scale in zip(self.columns, self.level, self.scale, strict=True):
@@ -104,7 +120,7 @@ class VectorHeads(nn.Module):
         return scores[:, 0], scores[:, 1:]
 
     def _unscaled(self, rows: np.ndarray) -> Tensor:
-        """Rows (N, d) -> (N, 1 + L), always so many at a time."""
+        """Rows (N, d) -> scores before scaling (N, 1 + L), in batches of one size."""
         scores = torch.empty(len(rows), 1 + len(self.heads.layers))
         block = np.zeros((_ROWS, rows.shape[1]), np.float32)
         for start in range(0, len(rows), _ROWS):
@@ -115,7 +131,17 @@ class VectorHeads(nn.Module):
 
 
 class PreparedRows(Features):
-    """Rows (N, d) in memory, as what :class:`VectorHeads` takes."""
+    """Features that :class:`VectorHeads` makes of rows in memory.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (N, d)
+        Finite.
+    indices : ndarray of int
+        The rows to use.
+    heads : VectorHeads
+        With level and scale fitted.
+    """
 
     def __init__(self, rows: np.ndarray, indices: np.ndarray, heads: VectorHeads) -> None:
         self.rows = rows
@@ -135,30 +161,38 @@ def find_columns(layers: object, width: int) -> dict[str, slice]:
         return {"0": slice(0, width)}
     if not isinstance(layers, Sequence | Mapping) or isinstance(layers, str) or not layers:
         raise UsageError(f"layers must be a list of slices, or slices by name, not {layers!r}")
-    named = dict(layers) if isinstance(layers, Mapping) else {str(i): part for i, part in enumerate(layers)}
-    found: dict[str, slice] = {}
-    for name, part in named.items():
+    slices = dict(layers) if isinstance(layers, Mapping) else {str(i): part for i, part in enumerate(layers)}
+
+    columns: dict[str, slice] = {}
+    for name, part in slices.items():
         if not isinstance(name, str) or not isinstance(part, slice):
             raise UsageError(f"layers must be a list of slices, or slices by name, not {layers!r}")
-        found[name] = _whole_slice(part, name, width)
-    ordered = sorted(found.items(), key=lambda item: item[1].start)
-    for (first, a), (second, b) in zip(ordered, ordered[1:], strict=False):
+        columns[name] = _whole_slice(part, name, width)
+
+    ordered = sorted(columns.items(), key=lambda item: item[1].start)
+    for (first, a), (second, b) in pairwise(ordered):
         if b.start < a.stop:
             raise UsageError(f"layers {first!r} ({_text(a)}) and {second!r} ({_text(b)}) share columns")
-    return found
+    return columns
 
 
 def _whole_slice(part: slice, name: str, width: int) -> slice:
-    start, stop = 0 if part.start is None else part.start, width if part.stop is None else part.stop
+    """A slice of whole, present columns, with both ends (``UsageError`` if it is none)."""
+    start = 0 if part.start is None else part.start
+    stop = width if part.stop is None else part.stop
     try:
         whole = slice(int(start.__index__()), int(stop.__index__()))
     except AttributeError:
         raise UsageError(f"layer {name!r} must count columns in whole numbers, not {part!r}") from None
+
     if part.step not in (None, 1) or not 0 <= whole.start < whole.stop <= width:
         raise UsageError(f"layer {name!r} ({_text(part)}) must name one or more of the columns 0:{width}, in order")
     return whole
 
 
 def _text(part: slice) -> str:
-    step = "" if part.step is None else f":{part.step}"
-    return f"{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}{step}"
+    """``start:stop``, or ``start:stop:step``."""
+    ends = [part.start, part.stop]
+    if part.step is not None:
+        ends.append(part.step)
+    return ":".join("" if end is None else str(end) for end in ends)

@@ -40,46 +40,60 @@ _TRAINING_SETTINGS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_
 class PixelDetector(BaseDetector[PixelSettings]):
     """Lift, Map, Detect (Liu et al., ICML 2023, arXiv 2302.10326): slow and classic.
 
-    Part of an image is masked, a diffusion model trained on in-domain images fills it in, and what comes back is
-    compared with the original: strange images come back changed. Departures from the paper: the noise belongs to the
-    image and the repetition, so that a score can be had again and depends on no other image; a discrete schedule
-    (DDPM); and conformal p-values.
+    Part of an image is masked, a diffusion model trained on in-domain images fills it in, and the result is compared
+    with the original: OOD images change more. Departures from the paper: the noise depends only on the image and the
+    repetition, so that scores are reproducible and depend on no other image; a discrete schedule (DDPM); and conformal
+    p-values.
+
+    Defaults of all parameters: :class:`featdiff.detectors.config.PixelSettings`.
 
     Parameters
     ----------
-    size, channels : int, optional
-        Side of the images in pixels, and 3 or 1 channels; default: 32 and 3, or what a ``pretrained`` model takes.
+    size : int, optional
+        Side of the images in pixels; default: 32, or that of a ``pretrained`` model.
+    channels : int, optional
+        3 or 1; default: 3, or those of a ``pretrained`` model.
     width, multipliers, blocks, attention, dropout
         The U-Net, see :func:`featdiff.diffusion.unet.make_unet`.
     timesteps : int
         Length of the noise schedule.
     flip : bool
-        Train on mirror images, too.
+        Also train on mirror images.
     pretrained : str, optional
-        A diffusers unconditional pipeline (folder, or ``org/name`` on the hub) to use in place of training.
+        A diffusers unconditional pipeline (folder, or ``org/name`` on the hub) to use instead of training.
     mask, mask_blocks, mask_patch, mask_ratio
         See :func:`featdiff.diffusion.masks.make_masks`.
     repetitions : int
-        How often each image is inpainted, with other noise and another mask.
+        Inpaintings of each image, with different noise and masks.
     sampler, steps, resamplings
         See :func:`featdiff.diffusion.schedules.make_sampler` and
         :func:`featdiff.diffusion.reconstruction.inpaint`; LMD takes 1000 steps.
         Samplers with fresh noise at every step (``ddpm``) make known and unknown pixels agree better.
-    distances : sequence of names in :data:`featdiff.scores.distances.DISTANCES`
-        The first is the score, all are measured by ``eval``. ``lpips`` and ``ssim`` need images of some size.
-    aggregate : "median", "mean", "min" or "max"
-        Over repetitions.
+    distances : sequence of str
+        Names in :data:`featdiff.scores.distances.DISTANCES`. The first is the score; ``eval`` measures all of them.
+        ``lpips`` and ``ssim`` need images of a minimum size.
+    aggregate : {"median", "mean", "min", "max"}
+        How the distances of all repetitions become one.
     trunk, weights
-        What ``lpips`` looks through, see :class:`featdiff.scores.distances.LPIPS`.
+        The perceptual network of ``lpips`` and its weights, see :class:`featdiff.scores.distances.LPIPS`.
     backbone : str
-        What ``features`` looks through: a timm name.
+        The backbone of the distance ``features``: a timm name.
     recipe : Recipe or mapping of its fields
         How the U-Net is trained.
-    mixed_precision : "no" or "bf16"
+    mixed_precision : {"no", "bf16"}
         Precision of training.
     calibration, validation, fpr, seed, device, image_batch, workers, max_pixels, cache
         As for :class:`featdiff.Detector`. ``image_batch`` images go through the U-Net at once, each with all its
         repetitions.
+
+    Attributes
+    ----------
+    calibration_ : Calibration
+        ``ood_score`` of the calibration images.
+    heads_ : PixelHeads
+        The fitted score.
+    training_log_ : Path
+        Folder with the loss and samples of a training.
 
     Raises
     ------
@@ -95,11 +109,11 @@ class PixelDetector(BaseDetector[PixelSettings]):
     @takes(PixelSettings)
     def __init__(self, settings: PixelSettings) -> None:
         super().__init__(settings)
-        self.rows_at_once = 4 * settings.image_batch  # so often are distances written to disk
+        self.rows_at_once = 4 * settings.image_batch  # how often distances are written to disk
 
     @property
     def name(self) -> str:
-        """What the images are compared with."""
+        """Name of the diffusion model."""
         return str(self.settings.pretrained or f"U-Net at {self.extractor_.size} px")
 
     # ---- fit ----
@@ -107,26 +121,33 @@ class PixelDetector(BaseDetector[PixelSettings]):
     def fit(self, images: object, progress: Progress | None = None) -> Self:
         """Learn what is in-domain from ordinary images; no labels, no OOD images.
 
-        Of several processes (``accelerate launch``) all train, and the first one alone goes on: the detectors of the
-        others stay unfitted.
+        With several processes (``accelerate launch``), all train, and only the first one continues: the detectors of
+        the others stay unfitted.
 
         Parameters
         ----------
-        images : as for :func:`featdiff.data.references.list_images`
-            Or a DataLoader of (B, C, size, size) tensors in [-1, 1].
-            Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
+        images : images
+            As for :func:`featdiff.data.references.list_images`, or a DataLoader of (B, C, size, size) tensors in
+            [-1, 1]. Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content
+            count once.
         progress : callable (stage, done, total), optional
+
+        Returns
+        -------
+        PixelDetector
+            Itself.
 
         Raises
         ------
         UsageError
             No images, or too few for ``fpr``.
         WeightsError, FeatdiffError
-            A pipeline or the weights of a distance cannot be had, the cache cannot be written, or training diverged.
+            A pipeline or the weights of a distance cannot be loaded, the cache cannot be written, or training diverged.
         """
         for name in ("calibration_", "examples_", "_distance_store"):
-            vars(self).pop(name, None)  # until this fit is through, there is nothing to score with
+            vars(self).pop(name, None)  # unfitted until this fit ends
         self.prepare()
+
         # images -> pixels
         extraction, store = self._extract(images, progress)
         digests, pixels, rows = self._divide(extraction.digests, store, None)
@@ -150,12 +171,12 @@ class PixelDetector(BaseDetector[PixelSettings]):
         return self
 
     def prepare(self) -> Self:
-        """Build the network, the masks and the distances; :meth:`fit` begins with it. No image is needed.
+        """Build the network, the masks and the distances, the first step of :meth:`fit`. No image is needed.
 
         Raises
         ------
         UsageError, WeightsError
-            They do not fit each other, or cannot be had.
+            They do not fit each other, or cannot be loaded.
         """
         unet, scheduler = make_network(self.settings)
         distances = make_distances(self.settings, self.device)
@@ -164,7 +185,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
         return self
 
     def _train(self, training: FeatureTable, validation: Tensor, progress: Progress | None) -> bool:
-        """Train the network; whether this process goes on from there."""
+        """Train the network; returns whether this process continues after it."""
         accelerator = make_accelerator(self.settings.mixed_precision, self.device)
         if accelerator is not None and accelerator.num_processes > 1:
             self.device = accelerator.device
@@ -191,32 +212,35 @@ class PixelDetector(BaseDetector[PixelSettings]):
         self.training_seconds_ = trained.seconds
         return accelerator is None or accelerator.is_main_process
 
-    # ---- distances, kept on disk: they take long ----
+    # ---- distances, stored on disk because they take long ----
 
     @cached_property
     def _distance_store(self) -> FeatureStore:
+        """One folder for each model and way of scoring."""
         heads = self.heads_
-        hasher = hashlib.sha256()
         weights = [fingerprint(heads.denoiser), fingerprint(heads.distances), self._perceptual_fingerprint()]
         settings = [getattr(self.settings, name) for name in SCORING]
         facts = [weights, heads.names, settings, plain_config(heads.scheduler.config)]
+
+        hasher = hashlib.sha256()
         hasher.update(json.dumps(facts, sort_keys=True).encode())
         hasher.update(heads.masks.cpu().numpy().tobytes())
         folder = self.settings.cache_folder / "distances" / hasher.hexdigest()[:16]
         return FeatureStore(folder, len(heads.names))
 
     def _distances(self, rows: Tensor) -> Tensor:
-        """Rows (B, D) -> all distances (B, n); each content is inpainted once, over all runs."""
+        """Rows (B, D) -> all distances (B, n); equal rows are inpainted only once, even across runs."""
         store = self._distance_store
         digests = [_digest(row) for row in rows]
         batch = self.settings.image_batch
-        new = [i for i, digest in enumerate(digests) if digest not in store]
+        missing = [i for i, digest in enumerate(digests) if digest not in store]
         try:
-            for start in range(0, len(new), batch):
-                part = new[start : start + batch]
-                for i, values in zip(part, self.heads_(rows[part]).cpu().numpy(), strict=True):
+            for start in range(0, len(missing), batch):
+                indices = missing[start : start + batch]
+                distances = self.heads_(rows[indices]).cpu().numpy()
+                for i, values in zip(indices, distances, strict=True):
                     store.add(digests[i], values)
-        finally:  # Ctrl-C, too
+        finally:  # also after Ctrl-C
             store.flush()
         return store.table(digests)[:]
 
@@ -224,14 +248,19 @@ class PixelDetector(BaseDetector[PixelSettings]):
 
     @torch.inference_mode()
     def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of pixels (B, D) -> (ood_score (B,), nothing (B, 0)), higher = more OOD."""
+        """Rows of pixels (B, D) -> (ood_score (B,), no layer scores (B, 0)), higher = more OOD."""
         self.check_fitted()
-        parts = features.split(self.settings.image_batch)
-        found = torch.cat([self.heads_.scores(self.heads_(rows, self.heads_.names[:1])) for rows in parts])
-        return found[:, 0].double().cpu().numpy(), np.empty((len(found), 0))
+        own_distance = self.heads_.names[:1]
+        parts = []
+        for rows in features.split(self.settings.image_batch):
+            distances = self.heads_(rows, own_distance)
+            parts.append(self.heads_.scores(distances))
+
+        scores = torch.cat(parts)
+        return scores[:, 0].double().cpu().numpy(), np.empty((len(scores), 0))
 
     def score_features(self, features: Tensor) -> np.ndarray:
-        """Rows of pixels (B, D) -> ood_score (B,), higher = more OOD; what has been inpainted before is looked up."""
+        """Rows of pixels (B, D) -> ood_score (B,), higher = more OOD; stored distances are reused."""
         return self.heads_.scores(self._distances(features))[:, 0].double().cpu().numpy()
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
@@ -243,49 +272,62 @@ class PixelDetector(BaseDetector[PixelSettings]):
     # ---- look ----
 
     def inpaintings(self, images: object = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What inpainting does to images: what :func:`featdiff.report.figures.save_inpaintings` draws.
+        """Images, masked and inpainted, for :func:`featdiff.report.figures.save_inpaintings`.
 
         Parameters
         ----------
-        images : as for :meth:`fit`, few
-            Those that cannot be read are left out. Default: the least and the most strange images held out at fit.
+        images : images, optional
+            A few, as for :meth:`fit`; unreadable ones are left out. Default: the calibration images with the lowest and
+            highest scores.
 
         Returns
         -------
-        images, masked and inpainted images, each (N, C, H, W) in [-1, 1], and ood_scores (N,)
-            The inpainting is the repetition whose distance is nearest to the image's.
+        images : ndarray of shape (N, C, H, W)
+            In [-1, 1].
+        masked : ndarray of shape (N, C, H, W)
+            The same with grey in place of unknown pixels.
+        inpainted : ndarray of shape (N, C, H, W)
+            The repetition whose distance is nearest to the aggregated one.
+        ood_scores : ndarray of shape (N,)
 
         Raises
         ------
         NotFittedError, UsageError
-            Not fitted; loaded, so that images must be given; none of them can be read.
+            Not fitted; loaded and called without images; none of the images can be read.
         """
         self.check_fitted()
-        if images is None and not hasattr(self, "examples_"):
-            raise UsageError("this detector was loaded, and does not hold the images it was fitted with: give some")
-        if images is None:
-            rows = self.examples_
-        else:
-            decoded = [batch.pixels for batch in self.batches(images)[0] if batch.pixels is not None]
-            if not decoded:
-                raise UsageError("none of the images to inpaint could be read")
-            rows = torch.cat([self.extractor_(pixels) for pixels in decoded])
+        rows = self._example_rows() if images is None else self._read_rows(images)
         parts = [self.heads_.shown(part) for part in rows.split(self.settings.image_batch)]
         x, masked, inpainted, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
         return x, masked, inpainted, scores
 
+    def _example_rows(self) -> Tensor:
+        if not hasattr(self, "examples_"):
+            raise UsageError("this detector was loaded, and does not hold the images it was fitted with: give some")
+        return self.examples_
+
+    def _read_rows(self, images: object) -> Tensor:
+        batches, _ = self.batches(images)
+        rows = [self.extractor_(batch.pixels) for batch in batches if batch.pixels is not None]
+        if not rows:
+            raise UsageError("none of the images to inpaint could be read")
+        return torch.cat(rows)
+
     # ---- save and load ----
 
     def config(self) -> dict[str, Any]:
-        """All that ``config.json`` says besides the format."""
-        config, heads = super().config(), self.heads_
-        parts = {"unet": heads.denoiser.unet.config, "scheduler": heads.scheduler.config}
-        plain = {name: plain_config(part) for name, part in parts.items()}
-        return config | plain | {"features": self._perceptual_fingerprint()}
+        """The content of ``config.json`` besides the format."""
+        return super().config() | {
+            "unet": plain_config(self.heads_.denoiser.unet.config),
+            "scheduler": plain_config(self.heads_.scheduler.config),
+            "features": self._perceptual_fingerprint(),
+        }
 
     def _perceptual_fingerprint(self) -> str:
         """The fingerprint of the distance ``features``; its backbone is not part of the model."""
-        cosine = self.heads_.distances["features"] if "features" in self.heads_.names else None
+        if "features" not in self.heads_.names:
+            return ""
+        cosine = self.heads_.distances["features"]
         return cosine.fingerprint if isinstance(cosine, FeatureCosine) else ""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -300,10 +342,16 @@ class PixelDetector(BaseDetector[PixelSettings]):
 
         Parameters
         ----------
-        name : folder, or hub repository ``org/name``
-        local_files_only : bool
+        name : str or path
+            Folder, or hub repository ``org/name``.
+        local_files_only : bool, default False
             Never ask the hub for the detector.
-        runtime : ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``
+        **runtime
+            ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``.
+
+        Returns
+        -------
+        PixelDetector
 
         Raises
         ------
@@ -318,7 +366,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
     def from_loaded(
         cls, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], **runtime: Any
     ) -> PixelDetector:
-        """Build what was saved in ``folder`` from its config and tensors; see :meth:`from_pretrained`."""
+        """Build a saved detector from its config and tensors; see :meth:`from_pretrained`."""
         from diffusers import DDPMScheduler, UNet2DModel
 
         values = pixel_values(config, folder, runtime)
@@ -346,12 +394,14 @@ def _digest(row: Tensor) -> bytes:
 
 
 def least_and_most(scores: np.ndarray, each: int = 4) -> np.ndarray:
-    """Positions of the least and of the most strange images, ``each`` of them, by rising score; NaN are left out."""
+    """Indices of the ``each`` lowest and ``each`` highest scores, ascending by score, without NaN."""
     order = np.argsort(scores)[: np.isfinite(scores).sum()]
-    return order if len(order) <= 2 * each else np.concatenate([order[:each], order[-each:]])
+    if len(order) <= 2 * each:
+        return order
+    return np.concatenate([order[:each], order[-each:]])
 
 
 def flip_half(x: Tensor, source: torch.Generator) -> Tensor:
-    """Mirror every other image of (B, C, H, W), by chance."""
-    heads = torch.rand(len(x), 1, 1, 1, generator=source, device=x.device) < 0.5
-    return torch.where(heads, x.flip(-1), x)
+    """Mirror each image of (B, C, H, W) with probability 1/2."""
+    flipped = torch.rand(len(x), 1, 1, 1, generator=source, device=x.device) < 0.5
+    return torch.where(flipped, x.flip(-1), x)

@@ -1,4 +1,4 @@
-"""Settings of the pixel mode -> the parts its heads are made of."""
+"""Settings of the pixel mode -> the parts of its heads."""
 
 from __future__ import annotations
 
@@ -22,40 +22,46 @@ from .config import PixelSettings
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-#: Settings that are handed on to the U-Net, and to the heads.
+#: Settings of the U-Net.
 NETWORK = ("width", "multipliers", "blocks", "attention", "dropout")
+#: Settings of the heads.
 SCORING = ("sampler", "steps", "resamplings", "aggregate", "seed")
-_SIZE, _CHANNELS = 32, 3
+_SIZE = 32
+_CHANNELS = 3
 
 
 def make_network(settings: PixelSettings) -> tuple[UNet2DModel, Any]:
-    """A U-Net and its schedule: trained elsewhere (``pretrained``), or to be trained.
+    """A U-Net and its noise schedule: from a pipeline (``pretrained``), or untrained.
 
     Raises
     ------
     UsageError, WeightsError
-        It cannot be built; a pipeline cannot be had, or takes images of another size.
+        It cannot be built; a pipeline cannot be loaded, or takes images of another size.
     """
-    size, channels, name = settings.size, settings.channels, settings.pretrained
+    name = settings.pretrained
     if name is None:
+        size = settings.size or _SIZE
+        channels = settings.channels or _CHANNELS
+        shape = {key: getattr(settings, key) for key in NETWORK}
         with seeded(settings.seed):
-            shape = {key: getattr(settings, key) for key in NETWORK}
-            return make_unet(size or _SIZE, channels or _CHANNELS, **shape), make_pixel_scheduler(settings.timesteps)
+            return make_unet(size, channels, **shape), make_pixel_scheduler(settings.timesteps)
+
     unet, scheduler = load_pipeline(name)
-    found = {"size": unet.config.sample_size, "channels": unet.config.in_channels}
-    for key, have in found.items():
-        if getattr(settings, key) not in (None, have):
-            raise UsageError(f"{name} was trained with {key} {have}, not {getattr(settings, key)}")
+    trained_with = {"size": unet.config.sample_size, "channels": unet.config.in_channels}
+    for key, value in trained_with.items():
+        requested = getattr(settings, key)
+        if requested not in (None, value):
+            raise UsageError(f"{name} was trained with {key} {value}, not {requested}")
     return unet, scheduler
 
 
 def make_distances(settings: PixelSettings, device: torch.device, load: bool = True) -> dict[str, Distance]:
-    """Distances by name, in the order that was asked for; ``load=False`` leaves their weights to a saved model.
+    """Distances by name, in the order of the settings; with ``load=False``, their weights come from a model later.
 
     Raises
     ------
     UsageError, WeightsError
-        A package is missing, or weights cannot be had.
+        A package is missing, or weights cannot be loaded.
     """
 
     def features() -> Distance:
@@ -75,21 +81,24 @@ def make_distances(settings: PixelSettings, device: torch.device, load: bool = T
 def make_heads(
     settings: PixelSettings, unet: UNet2DModel, scheduler: Any, distances: dict[str, Distance], blank: bool = False
 ) -> PixelHeads:
-    """All parts as one module; ``blank`` leaves the masks to a saved model.
+    """All parts as one module; with ``blank``, the masks come from a saved model later.
 
     Raises
     ------
     UsageError
         Parts that do not fit each other or the images.
     """
-    size, repetitions = unet.config.sample_size, settings.repetitions
+    size = unet.config.sample_size
+    repetitions = settings.repetitions
     for name, distance in distances.items():
         if size < distance.smallest:
             raise UsageError(f"the distance {name} needs images of at least {distance.smallest} pixels, not {size}")
+
     masks = torch.zeros(repetitions, size, size, dtype=torch.bool)
     if not blank:
         shapes = {key: getattr(settings, f"mask_{key}") for key in ("blocks", "patch", "ratio")}
         masks = make_masks(settings.mask, size, repetitions, **shapes, seed=settings.seed)
+
     pixels = Pixels(size, unet.config.in_channels)
     scoring = {key: getattr(settings, key) for key in SCORING}
     return PixelHeads(pixels, PixelDenoiser(unet), scheduler, masks, distances, **scoring)

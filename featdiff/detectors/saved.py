@@ -1,4 +1,4 @@
-"""Saved files -> arguments and tensors of a detector, or a refusal that says what is wrong."""
+"""Saved files -> settings and tensors of a detector, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The mode of :class:`featdiff.FeatureDiffusion`, which looks at no images.
 VECTORS = "vectors"
-# What config.json must say: dotted name -> type.
+# Required entries of config.json: dotted name -> type.
 _SHARED_KINDS: dict[str, Any] = {
     "featdiff_version": str,
     "images.different": int,
@@ -55,21 +55,24 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 def saved_mode(config: dict[str, Any], folder: Path) -> str:
     """The mode of a saved detector (``ModelError`` if there is no such mode)."""
-    mode = config.get("mode", "feature")  # the first ones did not say
+    mode = config.get("mode", "feature")  # early models name no mode
     if mode not in _KINDS:
         raise ModelError(f"the model at {folder} has an unknown mode {mode!r}: pip install -U featdiff")
     return str(mode)
 
 
 def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
-    """Whether a saved config says all that is needed to build a detector of this mode again (``ModelError``)."""
-    if (found := saved_mode(config, folder)) != mode:
+    """Refuse a saved config that lacks a part of a detector of this mode, or is of another mode (``ModelError``)."""
+    saved = saved_mode(config, folder)
+    if saved != mode:
         hint = "this one was trained on images" if mode == VECTORS else "featdiff.load_detector loads either"
-        raise ModelError(f"the model at {folder} is of mode {found}, not {mode}: {hint}")
+        raise ModelError(f"the model at {folder} is of mode {saved}, not {mode}: {hint}")
+
     for path, kind in (_SHARED_KINDS | _KINDS[mode]).items():
         value: Any = config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
+
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelError(
                 f"the model at {folder} is damaged: config.json lacks {path}, or it is not what it should be"
@@ -84,12 +87,14 @@ def feature_values(
     weights: str | os.PathLike[str] | None,
     runtime: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Settings of a saved detector, with what the user gives now in place of what was saved."""
+    """Settings of a saved detector; arguments of the user replace saved ones."""
     check_runtime(runtime)
     check_config(config, folder, "feature")
+
     values = {**config["settings"], **runtime}
     if weights:
         values["weights"] = weights
+
     if config["backbone"]["source"] != "module":
         return values
     if backbone is None:
@@ -106,27 +111,30 @@ def pixel_values(config: dict[str, Any], folder: Path, runtime: Mapping[str, Any
 
 
 def check_runtime(runtime: Mapping[str, Any]) -> None:
-    """Refuse settings that may not be given when a detector is loaded, and those outside their range."""
+    """Refuse settings that cannot be changed when a detector is loaded, and those outside their range."""
     for name in runtime:
         if name not in RUNTIME:
             raise UsageError(f"{name!r} cannot be changed when a detector is loaded; known: {', '.join(RUNTIME)}")
-    settings = Runtime(**{name: value for name, value in runtime.items() if value is not None})
+
+    chosen = {name: value for name, value in runtime.items() if value is not None}
+    settings = Runtime(**chosen)
     resolve_device(settings.device)
 
 
 def take_facts(detector: BaseDetector[Any], config: Mapping[str, Any]) -> None:
-    """Give a loaded detector what its config says of the training."""
+    """Set the attributes of a loaded detector that describe its training."""
     detector.n_images_ = config["images"]["different"]
     detector.validation_loss_ = config["validation_loss"]
     detector.training_seconds_ = config["training_seconds"]
 
 
-def check_fingerprint(found: str, config: dict[str, Any]) -> None:
-    """Refuse a backbone other than the one the detector was fitted with."""
-    tag, expected = config["backbone"]["tag"], config["backbone"]["fingerprint"]
-    if found != expected:
+def check_fingerprint(fingerprint: str, config: dict[str, Any]) -> None:
+    """Refuse a backbone other than the one the detector was fitted with (``ModelError``)."""
+    tag = config["backbone"]["tag"]
+    expected = config["backbone"]["fingerprint"]
+    if fingerprint != expected:
         raise ModelError(
-            f"the backbone {tag} has other weights than this detector was fitted with (SHA-256 {found[:12]}, "
+            f"the backbone {tag} has other weights than this detector was fitted with (SHA-256 {fingerprint[:12]}, "
             f"expected {expected[:12]}): give the original weights, or train again"
         )
 
@@ -137,13 +145,13 @@ def widths_of(extractor: FeatureExtractor) -> dict[str, int]:
 
 
 def check_layers(extractor: FeatureExtractor, config: dict[str, Any], folder: Path) -> None:
-    """Refuse layers that are not those the detector was fitted with."""
+    """Refuse layers other than those the detector was fitted with (``ModelError``)."""
     if widths_of(extractor) != config["layers"]:
         raise ModelError(f"the layers of the backbone are not those the detector at {folder} was fitted with")
 
 
 def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndarray:
-    """Remove and return the digests (rows, 16) of the images in the banks."""
+    """Remove and return the digests (rows, 16) of the images in the bank."""
     digests = tensors.pop("bank_digests", None)
     if digests is None or digests.dtype != torch.uint8 or digests.shape != (rows, 16):
         raise ModelError(f"the model at {folder} is damaged: the digests of its bank are not those it was saved with")
@@ -151,10 +159,12 @@ def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndar
 
 
 def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> Calibration:
-    """Fill ``heads`` strictly; returns the calibration."""
+    """Load the tensors into ``heads``, strictly, and return the calibration."""
     scores = tensors.pop("calibration", None)
     check_tensors(tensors, heads.state_dict(), folder)
+
     if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
         raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+
     heads.load_state_dict(tensors)
     return Calibration(scores.double().numpy())

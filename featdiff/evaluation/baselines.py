@@ -1,4 +1,4 @@
-"""Classic methods fitted on a detector's own features, to be printed beside it."""
+"""Classic methods, fitted on a detector's own features for comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Baselines:
     scores : dict of Score
         By the name that tables show, ``baseline_<name>``.
     seconds : dict of float
-        What fitting each took.
+        Time to fit each of them.
     """
 
     scores: Mapping[str, Score]
@@ -33,12 +33,15 @@ class Baselines:
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> dict[str, np.ndarray]:
-        """Rows of features (B, D) -> scores (B,) by name, higher = more OOD."""
-        return {name: score(features).double().cpu().numpy() for name, score in self.scores.items()}
+        """Features (B, D) -> scores (B,) by name, float64, higher = more OOD."""
+        values = {}
+        for name, score in self.scores.items():
+            values[name] = score(features).double().cpu().numpy()
+        return values
 
 
 def fit_baselines(detector: BaseDetector[Any]) -> Baselines:
-    """Fit everything that is registered as a baseline on the training images whose features the detector keeps.
+    """Fit all registered baselines on the training images in the detector's bank.
 
     Their features are read from the detector's cache, where training left them.
 
@@ -55,7 +58,7 @@ def fit_baselines(detector: BaseDetector[Any]) -> Baselines:
     Raises
     ------
     UsageError
-        The cache does not hold the features any more, the detector does not look at features, or there are too few.
+        The cache lacks the features, the detector is of the pixel mode, or there are too few images.
     """
     detector.check_fitted()
     if not isinstance(detector, Detector):
@@ -73,7 +76,19 @@ def fit_baselines(detector: BaseDetector[Any]) -> Baselines:
 
 
 def fit_on(detector: Detector, features: Features) -> Baselines:
-    """The same on in-domain features (N, D) of this detector's extractor."""
+    """Fit all registered baselines on given features.
+
+    Parameters
+    ----------
+    detector : Detector
+        Fitted; its extractor made the features.
+    features : Features
+        In-domain features (N, D).
+
+    Returns
+    -------
+    Baselines
+    """
     options = Options(rows=len(features), backend=detector.settings.backend)
     fitted: dict[str, Score] = {}
     seconds: dict[str, float] = {}

@@ -25,7 +25,16 @@ PROTOCOLS = ("matched", "as-published")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A named set of images and the short sides (N,) of its pictures in pixels, NaN where unreadable."""
+    """A named set of images.
+
+    Parameters
+    ----------
+    name : str
+    refs : sequence of ImageRef
+        The images, unread.
+    sides : ndarray of shape (N,)
+        Short sides of the images in pixels, NaN where unreadable.
+    """
 
     name: str
     refs: Sequence[ImageRef]
@@ -37,8 +46,10 @@ class ImageSet:
         return int(np.nanmedian(self.sides))
 
     def shrunk_to(self, size: int | None) -> int | None:
-        """``size`` if any picture of the set is larger, else None: nothing need be done."""
-        return size if size is not None and np.nanmax(self.sides) > size else None
+        """``size`` if any image of the set is larger, else None: nothing needs to be done."""
+        if size is None or np.nanmax(self.sides) <= size:
+            return None
+        return size
 
 
 def evaluate_detector(
@@ -56,7 +67,16 @@ def evaluate_detector(
 
     Parameters
     ----------
-    in_domain, ood : sources as for :func:`featdiff.data.references.list_images`; ``ood`` by name
+    detector : BaseDetector
+        Fitted.
+    in_domain : images
+        Test images, not used for training, as for :func:`featdiff.data.references.list_images`.
+    ood : mapping of images
+        OOD sets by name.
+    protocols : sequence of str, default :data:`PROTOCOLS`
+        ``"matched"`` first brings both sets of a pair to the smaller of their two median resolutions;
+        ``"as-published"`` resizes every image straight to the size of the model.
+    progress : callable (stage, done, total), optional
     unreadable : dict, optional
         Filled with {path: reason} of images that were left out.
     baselines : Baselines, optional
@@ -77,19 +97,24 @@ def evaluate_detector(
         if protocol not in PROTOCOLS:
             raise UsageError(f"unknown protocol {protocol!r}{did_you_mean(protocol, list(PROTOCOLS))}")
     detector.check_fitted()
-    home = _image_set("id", in_domain)
-    known: dict[int | None, dict[str, np.ndarray]] = {}  # in-domain scores by resolution, needed for every pair
     unreadable = {} if unreadable is None else unreadable
+
+    id_set = _image_set("id", in_domain)
+    id_scores: dict[int | None, dict[str, np.ndarray]] = {}  # by resolution: many pairs share one
     pairs = []
     for name, source in ood.items():
-        away = _image_set(name, source)
+        ood_set = _image_set(name, source)
         for protocol in protocols:
-            size = min(home.resolution, away.resolution) if protocol == "matched" else None
-            here = home.shrunk_to(size)
-            if here not in known:
-                known[here] = _heads(detector, baselines, home, here, unreadable, progress)
-            there = _heads(detector, baselines, away, away.shrunk_to(size), unreadable, progress)
-            pairs.append(_pair(name, protocol, known[here], there))
+            size = min(id_set.resolution, ood_set.resolution) if protocol == "matched" else None
+
+            id_size = id_set.shrunk_to(size)
+            if id_size not in id_scores:
+                id_scores[id_size] = _score_set(detector, baselines, id_set, id_size, unreadable, progress)
+
+            ood_size = ood_set.shrunk_to(size)
+            ood_scores = _score_set(detector, baselines, ood_set, ood_size, unreadable, progress)
+            pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores))
+
     return {"id": _label(in_domain), "model": detector.name, "pairs": pairs}
 
 
@@ -100,28 +125,42 @@ def measure_accuracy(
 
     Parameters
     ----------
-    images : as for :func:`featdiff.data.labels.list_labelled`
-    classes : names in the order of the logits
+    detector : Detector
+        Its features include logits.
+    images : images in folders of classes
+        As for :func:`featdiff.data.labels.list_labelled`.
+    classes : sequence of str
+        Names in the order of the logits.
+    progress : callable (stage, done, total), optional
+
+    Returns
+    -------
+    float
+        In 0..1, among the images that can be read.
 
     Raises
     ------
     UsageError
-        The detector sees no logits, or the images are in no folders of classes, or in others.
+        The detector sees no logits, the images are in no folders of classes, or a folder is no class of the classifier.
     """
     logits = detector.extractor_.layout.logits
     if logits is None:
         raise UsageError("accuracy needs logits, and this detector does not see any")
+
     refs, labels, names = list_labelled(images)
-    if others := [name for name in names if name not in classes]:
-        raise UsageError(f"{others[0]} is no class of the classifier; it knows {some_of(classes)}")
-    wanted = {ref.path: classes.index(names[label]) for ref, label in zip(refs, labels, strict=True)}
+    for name in names:
+        if name not in classes:
+            raise UsageError(f"{name} is no class of the classifier; it knows {some_of(classes)}")
+    class_of = {ref.path: classes.index(names[label]) for ref, label in zip(refs, labels, strict=True)}
+
     paths, table = detector.features(refs, progress)
-    predicted = np.concatenate([rows[:, logits.columns].argmax(1).numpy() for rows in table.chunks()])
-    return float(np.mean([wanted[path] == label for path, label in zip(paths, predicted, strict=True)]))
+    expected = np.array([class_of[path] for path in paths])
+    predicted = np.concatenate([features[:, logits.columns].argmax(1).numpy() for features in table.chunks()])
+    return float(np.mean(predicted == expected))
 
 
 def _label(source: object) -> str:
-    """What to call a set: its paths, or how many images it is."""
+    """Name of a set in a result: its paths, or its number of images."""
     items: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
     if all(isinstance(item, str | os.PathLike) for item in items):
         return ", ".join(os.fspath(item) for item in items)
@@ -131,12 +170,13 @@ def _label(source: object) -> str:
 def _image_set(name: str, source: object) -> ImageSet:
     refs = list_images(source)
     sides = short_sides(refs)
+
     if np.isnan(sides).all():
         raise UsageError(f"none of the images of the set {name!r} could be read")
     return ImageSet(name, refs, sides)
 
 
-def _heads(
+def _score_set(
     detector: BaseDetector[Any],
     baselines: Baselines | None,
     images: ImageSet,
@@ -144,29 +184,42 @@ def _heads(
     unreadable: dict[str, str],
     progress: Progress | None,
 ) -> dict[str, np.ndarray]:
-    """Scores of all heads and baselines for the readable images of a set, first shrunk to ``size`` if one is given."""
+    """Scores of all heads and baselines for the readable images of a set, first shrunk to ``size`` if given."""
     extractor = detector.extractor_
     transform = Downscale(size, extractor.transform) if size else None
     store = detector.feature_store(f"matched {size}" if size else "")
     batches, total = detector.batches(images.refs, store, transform)
-    found = extract(batches, extractor, store, total, progress)
-    unreadable.update(found.unreadable)
-    if not found.digests:
-        raise UsageError(f"none of the images of the set {images.name!r} could be read: {found.unreadable[0][1]}")
-    parts, done = [], 0
-    for rows in store.table(found.digests).chunks(detector.rows_at_once):
-        parts.append(detector.all_heads(rows) | (baselines(rows) if baselines else {}))
-        done += len(rows)
+    extraction = extract(batches, extractor, store, total, progress)
+    unreadable.update(extraction.unreadable)
+    if not extraction.digests:
+        reason = extraction.unreadable[0][1]
+        raise UsageError(f"none of the images of the set {images.name!r} could be read: {reason}")
+
+    parts: list[dict[str, np.ndarray]] = []
+    done = 0
+    for features in store.table(extraction.digests).chunks(detector.rows_at_once):
+        scores = detector.all_heads(features)
+        if baselines is not None:
+            scores |= baselines(features)
+        parts.append(scores)
+
+        done += len(features)
         if progress:
-            progress("scoring", done, len(found.digests))
+            progress("scoring", done, len(extraction.digests))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _pair(name: str, protocol: str, home: dict[str, np.ndarray], away: dict[str, np.ndarray]) -> dict[str, Any]:
+def _pair(
+    name: str, protocol: str, id_scores: dict[str, np.ndarray], ood_scores: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Metrics of every head for one OOD set under one protocol."""
+    metrics = {}
+    for head in id_scores:
+        metrics[head] = evaluate(id_scores[head], ood_scores[head]).to_dict()
     return {
         "ood": name,
         "protocol": protocol,
-        "n_id": len(home["featdiff"]),
-        "n_ood": len(away["featdiff"]),
-        "heads": {head: evaluate(home[head], away[head]).to_dict() for head in home},
+        "n_id": len(id_scores["featdiff"]),
+        "n_ood": len(ood_scores["featdiff"]),
+        "heads": metrics,
     }

@@ -1,8 +1,8 @@
 """A fitted detector with its backbone as one file for other programs: ONNX, or ``torch.export`` (.pt2).
 
-Either takes preprocessed images ``pixels`` (B, 3, H, W) float32, B from 1 up, and gives ``ood_score`` (B,), higher =
-more OOD, and ``p_value`` (B,) in (0, 1], both float32. How to preprocess, the threshold and more stands in the metadata
-(:func:`facts`); an image is OOD if ``ood_score > threshold``. :mod:`featdiff.export.verify` compares files with torch.
+Both take preprocessed images ``pixels`` (B, 3, H, W) float32, B >= 1, and return ``ood_score`` (B,), higher = more OOD,
+and ``p_value`` (B,) in (0, 1], both float32. The metadata (:func:`facts`) holds the preprocessing, the threshold and
+more; an image is OOD if ``ood_score > threshold``. :mod:`featdiff.export.verify` compares files with torch.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ if TYPE_CHECKING:
     from ..guard.guard import Guard
     from ..scores.fused import Heads
 
-#: Kinds of files, and what they are called.
+#: File names by format.
 FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
-#: What a .pt2 file calls its metadata.
+#: Name of the metadata inside a .pt2 file.
 FACTS = "featdiff.json"
-INPUT, OUTPUTS = "pixels", ("ood_score", "p_value")
+INPUT = "pixels"
+OUTPUTS = ("ood_score", "p_value")
 
 
 class Exportable(nn.Module):
-    """Pixels -> score and p-value in tensor operations alone. Nothing that it is made of is changed.
+    """Pixels -> score and p-value in tensor operations alone. Its parts are copied or left unchanged.
 
     Parameters
     ----------
     run : nn.Module
-        Preprocessed images (B, 3, H, W) -> a tuple: rows (B, D) for ``heads``, and then what else the file shall give.
+        Preprocessed images (B, 3, H, W) -> a tuple: features (B, D) for ``heads``, then further outputs of the file.
     heads : Heads
     calibration : Calibration
-    further : sequence of str
-        Names of what else ``run`` gives, for example ``("logits",)``.
+    further : sequence of str, default ()
+        Names of the further outputs, for example ``("logits",)``.
     """
 
     def __init__(self, run: nn.Module, heads: Heads, calibration: Calibration, further: Sequence[str] = ()) -> None:
@@ -61,36 +62,38 @@ class Exportable(nn.Module):
         self.calibration = calibration
         self.heads = copy.deepcopy(heads).cpu()
         if heads.head != LikelihoodRegret.name:
-            self.heads.diffusion.early = nn.Identity()  # only likelihood regret looks at it
+            self.heads.diffusion.early = nn.Identity()  # only likelihood regret needs it
         for score in self.heads.members:
             if isinstance(score, NearestNeighbors):
                 score.search_coded()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> scores (B,), p-values (B,), and the rest."""
-        rows, *further = self.run(pixels)
-        score, _ = self.heads(rows)
+        """(B, 3, H, W) -> scores (B,), p-values (B,), and the further outputs."""
+        features, *further = self.run(pixels)
+        score, _ = self.heads(features)
         return score, self.calibration.p_values(score), *further
 
 
 class Rows(nn.Module):
-    """An extractor as a module, so that the weights of its network are found: (B, 3, H, W) -> (rows (B, D),)."""
+    """An extractor as a module that owns the weights of its network: (B, 3, H, W) -> (features (B, D),)."""
 
     def __init__(self, extractor: FeatureExtractor) -> None:
         super().__init__()
-        self.network, self._extractor = extractor.model, extractor
+        self.network = extractor.model
+        self._extractor = extractor
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         return (self._extractor(pixels),)
 
 
 class RowsAndLogits(Rows):
-    """The same for a guarded classifier, in one pass: (B, C, H, W) -> (rows (B, D), logits (B, classes))."""
+    """The same for a guarded classifier, in one pass: (B, C, H, W) -> (features (B, D), logits (B, classes))."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        with evaluating(self.network), self._extractor.recording() as found:
+        with evaluating(self.network), self._extractor.recording() as recorded:
             output = self.network(pixels.to(self._extractor.dtype))
-        return self._extractor.in_passing(found, output, pixels.shape[0]), logits_of(output)
+        features = self._extractor.in_passing(recorded, output, pixels.shape[0])
+        return features, logits_of(output)
 
 
 def export(
@@ -99,29 +102,34 @@ def export(
     formats: Sequence[str] = tuple(FILES),
     classes: Sequence[str] = (),
 ) -> dict[str, Path]:
-    """Write a detector and its backbone as ``model.onnx`` and ``model.pt2``; older ones are replaced.
+    """Write a detector and its backbone as ``model.onnx`` and ``model.pt2``; existing files are replaced.
 
-    The files of a guard give ``logits`` (B, classes) as a third output.
+    The files of a guard have a third output, ``logits`` (B, classes).
 
     Parameters
     ----------
-    model : fitted, of the default mode, on the CPU
-    folder : made when missing
-    formats : which of ``FILES``
-    classes : names of a guarded classifier's classes, for the metadata
+    model : Detector or Guard
+        Fitted, of the default mode, on the CPU.
+    folder : str or path
+        Created if missing.
+    formats : sequence of str, default ("onnx", "pt2")
+        Keys of :data:`FILES`.
+    classes : sequence of str, default ()
+        Class names of a guarded classifier, for the metadata.
 
     Returns
     -------
-    Files by format.
+    dict of Path
+        Files by format.
 
     Raises
     ------
     NotFittedError, UsageError
-        A detector that cannot be exported, an unknown format, or a package is missing.
+        A detector that cannot be exported, an unknown format, or a missing package.
     FeatdiffError
-        The network does something that cannot be exported, or the files cannot be written.
+        An operation of the network cannot be exported, or the files cannot be written.
     """
-    detector, guarded = check_exportable(model), model is not detector_of(model)
+    detector = check_exportable(model)
     if not formats:
         raise UsageError(f"name at least one format: {', '.join(FILES)}")
     for name in formats:
@@ -129,10 +137,15 @@ def export(
             raise UsageError(f"unknown format {name!r}{did_you_mean(name, list(FILES))}; known: {', '.join(FILES)}")
     if "onnx" in formats:
         need("onnx", "onnxscript")
-    run = (RowsAndLogits if guarded else Rows)(detector.extractor_)
-    further = ("logits",) if guarded else ()
+
+    run: nn.Module = Rows(detector.extractor_)
+    further: tuple[str, ...] = ()
+    if model is not detector:  # a guard
+        run = RowsAndLogits(detector.extractor_)
+        further = ("logits",)
     exportable = Exportable(run, detector.heads_, detector.calibration_, further)
-    return write(exportable, facts(model) | {"classes": list(classes)}, folder, formats)
+    metadata = facts(model) | {"classes": list(classes)}
+    return write(exportable, metadata, folder, formats)
 
 
 def detector_of(model: BaseDetector[Any] | Guard) -> BaseDetector[Any]:
@@ -150,6 +163,7 @@ def check_exportable(model: BaseDetector[Any] | Guard) -> Detector:
         )
     detector.check_fitted()
     detector = cast("Detector", detector)
+
     device = detector.extractor_.device
     if device.type != "cpu":
         raise UsageError(f"this detector is on {device}, and files are made on the CPU: load it with device='cpu'")
@@ -157,29 +171,29 @@ def check_exportable(model: BaseDetector[Any] | Guard) -> Detector:
 
 
 def need(*packages: str) -> None:
-    """Raise ``UsageError`` unless these packages of the extra ``onnx`` can be imported."""
+    """Raise ``UsageError`` unless these packages, of the extra ``onnx``, can be imported."""
     for name in packages:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise UsageError(
-                f"{name} is not installed, and ONNX files need it: pip install 'featdiff[onnx]', or use --format pt2"
-            ) from None
+            remedy = "pip install 'featdiff[onnx]', or choose the format pt2"
+            message = f"{name} is not installed, and ONNX files need it: {remedy}"
+            raise UsageError(message, argument="formats") from None
 
 
 def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
-    """What the metadata of a file says; in ONNX every value is JSON, in .pt2 all are one JSON object (``FACTS``).
+    """The metadata of a file; in ONNX each value is JSON, in .pt2 all are one JSON object (``FACTS``).
 
     ``preprocessing`` holds timm's names (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``), or a hash
-    of what a transform of your own does. ``classes`` is empty: a detector alone classifies nothing, see :func:`export`.
+    that identifies a user transform. ``classes`` is empty here: :func:`export` fills in those of a classifier.
     """
     from importlib.metadata import version
 
     detector = check_exportable(model)
-    fpr = model.fpr  # a guard has one of its own
+    fpr = model.fpr
     backbone = detector.extractor_.backbone
     preprocessing = {key: value for key, value in backbone.data_config.items() if key != "input_size"}
-    found = {
+    metadata = {
         "featdiff_version": version("featdiff"),
         "threshold": detector.calibration_.threshold(fpr),
         "fpr": fpr,
@@ -192,70 +206,84 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
         "layers": detector.extractor_.layers,
         "head": detector.settings.head,
     }
-    return dict(json.loads(json.dumps(found)))  # tuples become lists, as they will be in the files
+    return dict(json.loads(json.dumps(metadata)))  # tuples become lists, as in the files
 
 
 def write(
-    exportable: Exportable, known: Mapping[str, Any], folder: str | os.PathLike[str], formats: Sequence[str]
+    exportable: Exportable, metadata: Mapping[str, Any], folder: str | os.PathLike[str], formats: Sequence[str]
 ) -> dict[str, Path]:
-    """Trace ``exportable`` once and write it in each format, with the metadata ``known``; see :func:`export`."""
+    """Trace ``exportable`` once and write it in each format, with its metadata; see :func:`export`."""
     target = Path(folder)
     try:
-        target.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the long work
+        target.mkdir(parents=True, exist_ok=True)  # before the long work
     except OSError as error:
         raise _unwritable(target, error) from None
+
     with torch.inference_mode():
-        exportable(_example(known))  # what torch refuses, too, is said in its own words
-    make = {"onnx": _onnx_bytes, "pt2": _pt2_bytes}
-    try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # the exporters warn of their own ways
-            program = _trace(exportable, _example(known))
-            found = {name: make[name](program, known, exportable.outputs) for name in formats}
-    except Exception as error:  # exporters fail in many ways on what they do not know; the first cause says most
-        while error.__cause__ is not None:
-            error = error.__cause__  # type: ignore[assignment]
-        raise FeatdiffError(f"{known['backbone']} cannot be exported: {first_line(error)}") from None
-    files = {name: target / FILES[name] for name in found}
+        exportable(_example(metadata))  # a network that fails in torch, too, raises its own error
+    contents = _export_bytes(exportable, metadata, formats)
+
+    files = {name: target / FILES[name] for name in contents}
     try:
         for name, file in files.items():
-            write_atomically(file, found[name])
+            write_atomically(file, contents[name])
     except OSError as error:
         raise _unwritable(target, error) from None
     return files
+
+
+def _export_bytes(exportable: Exportable, metadata: Mapping[str, Any], formats: Sequence[str]) -> dict[str, bytes]:
+    """Contents of the files by format."""
+    exporters = {"onnx": _onnx_bytes, "pt2": _pt2_bytes}
+    contents: dict[str, bytes] = {}
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # exporters warn of their own internals
+            program = _trace(exportable, _example(metadata))
+            for name in formats:
+                contents[name] = exporters[name](program, metadata, exportable.outputs)
+    except Exception as error:  # exporters raise many errors; the root cause is the most telling
+        while error.__cause__ is not None:
+            error = error.__cause__  # type: ignore[assignment]
+        raise FeatdiffError(f"{metadata['backbone']} cannot be exported: {first_line(error)}") from None
+    return contents
 
 
 def _unwritable(folder: Path, error: OSError) -> FeatdiffError:
     return FeatdiffError(f"{folder} cannot be written: {error.strerror or error}")
 
 
-def _example(known: Mapping[str, Any]) -> Tensor:
-    return torch.zeros(2, *known["input_size"])  # one image alone would fix the batch size
+def _example(metadata: Mapping[str, Any]) -> Tensor:
+    return torch.zeros(2, *metadata["input_size"])  # a single image would fix the batch size
 
 
 def _trace(exportable: Exportable, pixels: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(exportable, (pixels,), dynamic_shapes=({0: batch},))
-    program.example_inputs = None  # as large as two images
+
+    # what a file need not hold: two images, and paths of this machine
+    program.example_inputs = None
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)
+
     return program
 
 
-def _onnx_bytes(program: torch.export.ExportedProgram, known: Mapping[str, Any], outputs: Sequence[str]) -> bytes:
-    made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(outputs))
-    assert made is not None
-    proto = made.model_proto
+def _onnx_bytes(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], outputs: Sequence[str]) -> bytes:
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(outputs))
+    assert exported is not None
+    proto = exported.model_proto
+
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info):
         del part.metadata_props[:]  # notes on how it was traced, larger than the graph
-    for key, value in known.items():
+    for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     if proto.ByteSize() >= 2 << 30:
-        raise ValueError("one ONNX file cannot hold more than 2 GB: use --format pt2")
+        raise ValueError("one ONNX file cannot hold more than 2 GB: choose the format pt2")
     return bytes(proto.SerializeToString())
 
 
-def _pt2_bytes(program: torch.export.ExportedProgram, known: Mapping[str, Any], outputs: Sequence[str]) -> bytes:
+def _pt2_bytes(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], outputs: Sequence[str]) -> bytes:
     stream = io.BytesIO()
-    named = dict(known) | {"outputs": list(outputs)}  # they come as a tuple
-    torch.export.save(program, stream, extra_files={FACTS: json.dumps(named)})
+    with_outputs = {**metadata, "outputs": list(outputs)}  # the program returns a tuple without names
+    torch.export.save(program, stream, extra_files={FACTS: json.dumps(with_outputs)})
     return stream.getvalue()

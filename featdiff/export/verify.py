@@ -1,4 +1,4 @@
-"""Whether an exported file gives the scores and verdicts that the detector gives, on real images."""
+"""Compares the scores and verdicts of exported files with those of the detector, on real images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..detectors.base import BaseDetector
     from ..guard.guard import Guard
 
-#: Scores of a file may be this far from torch's, in shares of their size or of 1, whichever is more.
+#: Largest accepted difference between a file's score and torch's, relative to max(1, |score|).
 LIMIT = 1e-4
 
 Run = Callable[[Tensor], Sequence[np.ndarray]]
@@ -34,9 +34,22 @@ Run = Callable[[Tensor], Sequence[np.ndarray]]
 class Agreement:
     """How a file compares with the detector it was exported from.
 
-    ``difference`` is the largest |file - torch| / max(1, |torch|) among scores, ``verdicts`` counts verdicts that are
-    not torch's, ``p_values`` those that do not belong to the file's own scores; speeds are in images/s, taken in turns
-    on the same batches with the same threads, without the first batch.
+    Attributes
+    ----------
+    file : Path
+    images : int
+        Number of images compared.
+    difference : float
+        Largest |file - torch| / max(1, |torch|) among scores.
+    verdicts : int
+        Number of verdicts that differ from torch's.
+    p_values : int
+        Number of p-values that do not match the file's own scores.
+    speed : float
+        Images per second of the file. Speeds are measured alternately on the same batches with the same threads,
+        without the first batch.
+    torch_speed : float
+        Images per second of torch.
     """
 
     file: Path
@@ -70,11 +83,20 @@ def verify(
 
     Parameters
     ----------
-    model : detector or guard that was exported
-    files : .onnx and .pt2
-    images : as for :meth:`Detector.score`
+    model : Detector or Guard
+        The exported one, on the CPU.
+    files : sequence of paths
+        .onnx and .pt2 files.
+    images : images
+        As for :meth:`Detector.score`.
+    progress : callable (stage, done, total), optional
     unreadable : dict, optional
-        Filled with the paths of images that could not be compared, and why.
+        Filled with {path: reason} of images that could not be compared.
+
+    Returns
+    -------
+    list of Agreement
+        One for each file.
 
     Raises
     ------
@@ -84,20 +106,26 @@ def verify(
         None of the images can be read, or ONNX Runtime is missing.
     """
     detector = check_exportable(model)
-    known = facts(model)
-    paths = [Path(file) for file in files]
-    ways = [_Way(_torch(detector)), *(_Way(_open(path, known)) for path in paths)]
-    for pixels in _readable(detector, images, progress, {} if unreadable is None else unreadable):
-        for way in ways:
-            way.take(pixels)
-    if not ways[0].sizes:
+    unreadable = {} if unreadable is None else unreadable
+    metadata = facts(model)
+    torch_scorer = _Scorer(_torch(detector))
+    file_scorers: list[tuple[Path, _Scorer]] = []
+    for file in files:
+        path = Path(file)
+        file_scorers.append((path, _Scorer(_open(path, metadata))))
+
+    for pixels in _readable(detector, images, progress, unreadable):
+        torch_scorer.take(pixels)
+        for _, scorer in file_scorers:
+            scorer.take(pixels)
+    if not torch_scorer.sizes:
         raise UsageError("none of the images to compare on could be read")
-    own, *others = ways
-    return [_compare(path, way, own, detector, model.fpr) for path, way in zip(paths, others, strict=True)]
+
+    return [_compare(path, scorer, torch_scorer, detector, model.fpr) for path, scorer in file_scorers]
 
 
-class _Way:
-    """One way to score: what it gave for each batch, and in how many seconds."""
+class _Scorer:
+    """A function that scores batches, its outputs for each batch, and the time they took."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -106,6 +134,7 @@ class _Way:
         self.sizes: list[int] = []
 
     def take(self, pixels: Tensor) -> None:
+        """Score a batch (B, 3, H, W), and time it."""
         start = time.perf_counter()
         self._outputs.append(self._run(pixels))
         self._seconds.append(time.perf_counter() - start)
@@ -118,50 +147,59 @@ class _Way:
 
     @property
     def speed(self) -> float:
-        """Images/s; the first batch finds everything cold and does not count, if there are more."""
+        """Images per second, without the first batch (a warm-up) if there are more."""
         first = min(1, len(self.sizes) - 1)
         return sum(self.sizes[first:]) / sum(self._seconds[first:])
 
 
-def _compare(file: Path, way: _Way, own: _Way, detector: Detector, fpr: float) -> Agreement:
-    scores, p = way.outputs
-    expected, _ = own.outputs
+def _compare(file: Path, scorer: _Scorer, torch_scorer: _Scorer, detector: Detector, fpr: float) -> Agreement:
+    scores, p_values = scorer.outputs
+    expected, _ = torch_scorer.outputs
     difference = np.abs(scores - expected) / np.maximum(1, np.abs(expected))
+
     calibration = detector.calibration_
     verdicts = scores > calibration.threshold(fpr)
     _, expected_verdicts = calibration.flags(expected, fpr)
-    wrong = ~np.isclose(p, calibration.p_values(scores), rtol=1e-5, atol=0)
+    wrong_p_values = ~np.isclose(p_values, calibration.p_values(scores), rtol=1e-5, atol=0)
+
     return Agreement(
-        file,
-        len(scores),
-        float(difference.max()),
-        int((verdicts != expected_verdicts).sum()),
-        int(wrong.sum()),
-        way.speed,
-        own.speed,
+        file=file,
+        images=len(scores),
+        difference=float(difference.max()),
+        verdicts=int((verdicts != expected_verdicts).sum()),
+        p_values=int(wrong_p_values.sum()),
+        speed=scorer.speed,
+        torch_speed=torch_scorer.speed,
     )
 
 
 def _readable(
     detector: Detector, images: object, progress: Progress | None, unreadable: dict[str, str]
 ) -> Iterator[Tensor]:
-    """Batches (B, 3, H, W) of what can be scored; the rest is noted in ``unreadable``."""
+    """Batches (B, 3, H, W) of images that can be scored; the others go to ``unreadable``."""
     batches, total = detector.batches(images)
     done = 0
     for batch in batches:
-        unreadable |= {item.ref.path: item.reason for item in batch.loaded if item.reason}
+        for item in batch.loaded:
+            if item.reason:
+                unreadable[item.ref.path] = item.reason
+
         if batch.pixels is not None:
             finite = batch.pixels.isfinite().flatten(1).all(1)
-            names = [batch.loaded[i].ref.path for i in batch.decoded]
-            unreadable |= {name: "NaN or infinite values" for name, good in zip(names, finite, strict=True) if not good}
+            for i, is_finite in zip(batch.decoded, finite, strict=True):
+                if not is_finite:
+                    unreadable[batch.loaded[i].ref.path] = "NaN or infinite values"
             if finite.any():
                 yield batch.pixels[finite]
+
         done += len(batch.loaded)
         if progress:
             progress("verifying", done, max(total, done))
 
 
 def _torch(detector: Detector) -> Run:
+    """The detector itself as a function."""
+
     def run(pixels: Tensor) -> Sequence[np.ndarray]:
         scores = detector.score_features(detector.extractor_(pixels))
         return scores, detector.calibration_.p_values(scores)
@@ -170,21 +208,20 @@ def _torch(detector: Detector) -> Run:
 
 
 def _open(file: Path, expected: Mapping[str, Any]) -> Run:
-    """An exported file as a function, after a look at whether its metadata is what is expected."""
+    """An exported file as a function, once its metadata is checked."""
     if file.suffix not in (".onnx", ".pt2"):
         raise UsageError(f"{file} is neither an .onnx nor a .pt2 file")
     if not file.is_file():
         raise ModelError(f"no file at {file}")
+    open_file = _open_pt2
     if file.suffix == ".onnx":
         need("onnxruntime")
+        open_file = _open_onnx
     try:
-        run, known = (_open_onnx if file.suffix == ".onnx" else _open_pt2)(file)
-    except Exception as error:  # either library raises nearly anything on a damaged file
+        run, metadata = open_file(file)
+    except Exception as error:  # both libraries raise nearly anything on a damaged file
         raise ModelError(f"{file} cannot be loaded: {first_line(error)}") from None
-    for key, value in expected.items():
-        if key not in ("featdiff_version", "classes") and known.get(key) != value:
-            says, is_ = (json.dumps(what)[:60] for what in (known.get(key), value))
-            raise ModelError(f"{file} was not exported from this detector: its {key} is {says}, not {is_}")
+    _check_metadata(file, metadata, expected)
 
     def checked(pixels: Tensor) -> Sequence[np.ndarray]:
         try:
@@ -195,15 +232,31 @@ def _open(file: Path, expected: Mapping[str, Any]) -> Run:
     return checked
 
 
+def _check_metadata(file: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a file that was exported from another detector (``ModelError``)."""
+    for key, value in expected.items():
+        if key in ("featdiff_version", "classes") or metadata.get(key) == value:
+            continue
+        actual = json.dumps(metadata.get(key))[:60]
+        wanted = json.dumps(value)[:60]
+        raise ModelError(f"{file} was not exported from this detector: its {key} is {actual}, not {wanted}")
+
+
 def _open_onnx(file: Path) -> tuple[Run, dict[str, Any]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # what fails is raised
+    options.log_severity_level = 3  # errors are raised anyway
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    known = session.get_modelmeta().custom_metadata_map
-    return lambda pixels: session.run(list(OUTPUTS), {INPUT: pixels.numpy()}), {k: json.loads(known[k]) for k in known}
+    texts = session.get_modelmeta().custom_metadata_map
+    metadata = {key: json.loads(text) for key, text in texts.items()}
+
+    def run(pixels: Tensor) -> Sequence[np.ndarray]:
+        outputs: Sequence[np.ndarray] = session.run(list(OUTPUTS), {INPUT: pixels.numpy()})
+        return outputs
+
+    return run, metadata
 
 
 def _open_pt2(file: Path) -> tuple[Run, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A classifier that also says when an image is something it was never made for, in the same forward pass."""
+"""A classifier that also reports, in the same forward pass, which images are out-of-distribution."""
 
 from __future__ import annotations
 
@@ -27,17 +27,26 @@ from .recording import _precisions, _Recording, _run, _unwrapped
 
 #: The class that an abstaining guard predicts for flagged images.
 ABSTAINED = -1
-# How far up the stack a warning points: past this module and torch's, to who called the guard.
+# Stack level of a warning: past this module and torch's, at the code that called the guard.
 _CALLER = 8
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard says of B images; all tensors lie where the logits do.
+    """The verdict on B images; all tensors are on the device of the logits.
 
-    ood_score : (B,) float, higher = more OOD, about 0 +- 1 for in-domain images. p_value : (B,) conformal, in (0, 1].
-    is_ood : (B,) bool, p_value <= fpr. layers : for each layer (B,), in in-domain standard deviations.
-    predicted : (B,) the class of the largest logit; -1 for flagged images if the guard abstains.
+    Attributes
+    ----------
+    ood_score : Tensor of shape (B,)
+        Higher = more OOD; mean 0 and standard deviation 1 over the calibration images.
+    p_value : Tensor of shape (B,)
+        Conformal, in (0, 1]; small = OOD.
+    is_ood : Tensor of shape (B,), bool
+        ``p_value <= fpr``.
+    layers : dict of Tensor
+        Score (B,) of each layer, in in-domain standard deviations; higher = more OOD.
+    predicted : Tensor of shape (B,), int64
+        Class of the largest logit; -1 for flagged images if the guard abstains.
     """
 
     ood_score: Tensor
@@ -51,23 +60,29 @@ class Guard(nn.Module):
     """Wraps a classifier: ``logits, verdict = guard(images)``, from one pass through it.
 
     The classifier runs as it would without the guard: same mode, precision, gradients and logits to the last bit. Its
-    layers are read by hooks that are there only meanwhile. Any number of threads may use a guard. It can be compiled by
-    ``torch.compile``, and takes a classifier that is, or is in ``DataParallel`` or ``DistributedDataParallel``.
+    layers are read by hooks that exist only during the pass. A guard is safe to use from several threads, and can be
+    compiled by ``torch.compile``. The classifier may itself be compiled, or be wrapped in ``DataParallel`` or
+    ``DistributedDataParallel``.
 
     Parameters
     ----------
     classifier : nn.Module
-        Takes (B, C, H, W), gives logits (B, classes) or something with ``logits``. Registered as a submodule.
+        Takes (B, C, H, W); returns logits (B, classes), or an object with ``logits``. Registered as a submodule.
     detector : Detector, optional
-        One fitted on this classifier, or on its backbone; else call :meth:`fit`.
-    layers : "auto", or names
+        Fitted on this classifier, or on its backbone. Default: call :meth:`fit`.
+    layers : "auto" or sequence of str, default "auto"
         For :meth:`fit`; see :func:`featdiff.features.layers.resolve_layers`. ``auto`` is for timm models.
     fpr : float, optional
-        False-alarm rate: this share of in-domain images is flagged. Default: the detector's, or 0.05. Can be set anew.
-    abstain : bool
+        False-alarm rate: this share of in-domain images is flagged. Default: the detector's, or 0.05. Can be changed.
+    abstain : bool, default False
         Predict class -1 for flagged images.
-    arguments : further arguments of :class:`featdiff.Detector`, for :meth:`fit`
-        For example ``extra_heads=("energy",)``.
+    **arguments
+        Further arguments of :class:`featdiff.Detector` for :meth:`fit`, for example ``extra_heads=("energy",)``.
+
+    Attributes
+    ----------
+    detector : Detector
+        Reads the classifier's features; fitted after :meth:`fit`.
 
     Raises
     ------
@@ -75,6 +90,20 @@ class Guard(nn.Module):
         An unknown layer, or an argument outside its range.
     ModelError
         The detector was fitted on another network.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from featdiff import Guard
+    >>> _ = torch.manual_seed(0)
+    >>> stage = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> classifier = nn.Sequential(stage, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    >>> guard = Guard(classifier.eval(), layers=["0"], recipe={"epochs": 1}, hidden_max=16)
+    >>> images = torch.randn(100, 3, 16, 16)
+    >>> logits, verdict = guard.fit(images)(images[:4])
+    >>> logits.shape, verdict.p_value.shape
+    (torch.Size([4, 5]), torch.Size([4]))
     """
 
     def __init__(
@@ -90,13 +119,18 @@ class Guard(nn.Module):
         super().__init__()
         if not isinstance(classifier, nn.Module):
             raise UsageError(f"a guard wraps a classifier (nn.Module), not {type(classifier).__name__}")
-        if detector is not None and (layers is not None or arguments):
-            given = [*arguments, *(["layers"] if layers is not None else [])]
-            raise UsageError(f"{given[0]} is decided by the detector: drop it, or drop the detector and fit")
-        self.classifier, self.abstain = classifier, abstain
+        if layers is not None:
+            arguments["layers"] = layers
+        if detector is not None and arguments:
+            raise UsageError(
+                f"{next(iter(arguments))} is decided by the detector: drop it, or drop the detector and fit"
+            )
+
+        self.classifier = classifier
+        self.abstain = abstain
         network = _unwrapped(classifier)
         if detector is None:
-            self._arguments = {"layers": "auto" if layers is None else layers, **arguments}
+            self._arguments = {"layers": "auto"} | arguments
             if fpr is not None:
                 self._arguments["fpr"] = fpr
             names = [name for name, _ in network.named_modules() if name]
@@ -110,7 +144,7 @@ class Guard(nn.Module):
 
     @property
     def fpr(self) -> float:
-        """False-alarm rate; can be set anew (``UsageError`` if the calibration images cannot support it)."""
+        """False-alarm rate. Setting one that the calibration images cannot support raises ``UsageError``."""
         return self.detector.fpr
 
     @fpr.setter
@@ -126,16 +160,20 @@ class Guard(nn.Module):
         return f"Guard({name}, {state}, fpr={self.fpr:g}{', abstain=True' if self.abstain else ''})"
 
     def _prepare(self) -> None:
-        # a code object of its own: torch.compile keeps what it made of a function with its code, and would take what it
-        # made of the bare classifier, which reads no layers, for this
+        """Set what cannot be pickled."""
+        # torch.compile caches compiled code per code object. A copy keeps what was compiled for the bare classifier,
+        # without hooks, from being reused for the guard.
         run: Any = types.FunctionType(_run.__code__.replace(), globals())
-        given: Any = self.classifier
-        self._run = given.dynamo_ctx(run) if isinstance(given, torch._dynamo.OptimizedModule) else run
-        self._here = threading.local()
+        classifier: Any = self.classifier
+        self._run = classifier.dynamo_ctx(run) if isinstance(classifier, torch._dynamo.OptimizedModule) else run
+        self._thread = threading.local()
         self._moving = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_here", "_moving")}
+        state = dict(self.__dict__)
+        for name in ("_run", "_thread", "_moving"):
+            del state[name]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -148,27 +186,32 @@ class Guard(nn.Module):
     # ---- fit ----
 
     def check_layers(self) -> None:
-        """Pass one image through the classifier to see, before anything long, whether all layers can be read.
+        """Pass one image through the classifier to check that all layers can be read, before any long work.
 
         Raises
         ------
         UsageError
-            A layer that is not reached, or gives what is no feature.
+            A layer is not reached, or its output is no feature.
         """
         self._new_detector().check_layers()
 
     def fit(self, loader: object, progress: Progress | None = None, rows: Split | None = None) -> Self:
-        """Learn from ordinary images what is in-domain, in the classifier's own features; no labels are needed.
+        """Learn what is in-domain from ordinary images, in the classifier's own features; no labels are needed.
 
         Parameters
         ----------
-        loader : iterable of batches, or one tensor of images
-            Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or whatever
+        loader : iterable of batches, or Tensor of shape (N, C, H, W)
+            Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or any images that
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
-            Fit in the precision that will be used: in half precision, or under the same ``autocast``, if so.
+            Fit in the precision of later use: in half precision, or under the same ``autocast``.
         progress : callable (stage, done, total), optional
         rows : featdiff.data.splits.Split, optional
             Which of the different images train, validate and calibrate; see :meth:`featdiff.Detector.fit`.
+
+        Returns
+        -------
+        Guard
+            Itself.
 
         Raises
         ------
@@ -177,63 +220,77 @@ class Guard(nn.Module):
         """
         if not hasattr(self, "_arguments"):
             raise UsageError("this guard was given a fitted detector: make a Guard without one to fit it anew")
+
         detector = self._new_detector()
         detector.fpr = self.fpr
+
         if isinstance(loader, Tensor) and is_batch(loader):
             loader = loader.split(64)
         if isinstance(loader, list | tuple) and loader and is_batch(loader[0]):
             loader = iter(loader)
+
         with torch.random.fork_rng(devices=[]):  # loaders draw from the global source
             self.detector = detector.fit(loader, progress, rows)
         return self
 
     # ---- the forward pass ----
 
-    # torch.compile sees the classifier alone, in _run; hooks come and go, and rows are judged, outside of that
+    # torch.compile sees only the classifier, in _run; hooks and scores stay outside it
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Verdict | None]:
-        """All that the classifier takes, images (B, C, H, W) first or as ``pixel_values`` -> (logits, verdict).
+        """Run the classifier, and judge its features.
 
-        While the guard is :meth:`off`, the verdict is None.
+        Parameters
+        ----------
+        *args, **kwargs
+            All arguments of the classifier, with the images (B, C, H, W) first or as ``pixel_values``.
+
+        Returns
+        -------
+        logits : Tensor of shape (B, classes)
+        verdict : Verdict or None
+            None while the guard is :meth:`off`.
 
         Raises
         ------
         NotFittedError
         UsageError
-            An empty batch, images or layers with NaN (the rows are named), images of another precision than the
-            classifier, or no row of logits for each image.
+            An empty batch, images or layers with NaN (the message names the images), images of another precision than
+            the classifier, or logits whose number differs from that of the images.
         """
         if self._is_off():
             return logits_of(self.classifier(*args, **kwargs)), None
+
         images = self._images_in(args, kwargs)
         network = self.classifier
         if isinstance(network, torch._dynamo.OptimizedModule):
             network = network._orig_mod
+
         if isinstance(network, nn.DataParallel):
-            logits, rows = self._on_replicas(network, args, kwargs)
-            return logits, self._verdict(logits, rows, images)
-        with self._recording(images) as found:
-            output = self._run(network, *args, **kwargs)
-        logits, rows = self._rows(found, output, len(images))
-        return logits, self._verdict(logits, rows, images)
+            logits, features = self._on_replicas(network, args, kwargs)
+        else:
+            with self._recording(images) as recorded:
+                output = self._run(network, *args, **kwargs)
+            logits, features = self._read(recorded, output, len(images))
+        return logits, self._verdict(logits, features, images)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """For a while, in this thread, the bare classifier: ``guard(images)`` gives (logits, None)."""
+        """Inside ``with guard.off():``, in this thread, ``guard(images)`` returns (logits, None)."""
         before = self._is_off()
-        self._here.off = True
+        self._thread.off = True
         try:
             yield
         finally:
-            self._here.off = before
+            self._thread.off = before
 
     @torch.compiler.disable
     def _is_off(self) -> bool:
-        return getattr(self._here, "off", False)
+        return getattr(self._thread, "off", False)
 
     @torch.compiler.disable
     def _images_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The images among the arguments, after a look at them and at the classifier."""
+        """The images among the arguments; checks them and the classifier."""
         images = args[0] if args else kwargs.get("pixel_values")
         if not self.detector.is_fitted:
             raise NotFittedError(
@@ -242,11 +299,15 @@ class Guard(nn.Module):
         if not isinstance(images, Tensor) or images.dim() == 0 or len(images) == 0:
             what = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise UsageError(f"a guard takes a batch of at least one image, not {what}")
+
         if any(module.training for module in _unwrapped(self.classifier).modules()):
             _warn("the classifier is in train mode, so scores depend on the batch and on chance: call eval() first")
-        now, then = self.detector.extractor_.precision, self.detector.precision_
-        if now != then:
-            _warn(f"the classifier runs in {now}, and the guard was fitted in {then}: scores shift, so fit as you run")
+        now = self.detector.extractor_.precision
+        at_fit = self.detector.precision_
+        if now != at_fit:
+            _warn(
+                f"the classifier runs in {now}, and the guard was fitted in {at_fit}: scores shift, so fit as you run"
+            )
         return images
 
     @torch.compiler.disable
@@ -254,45 +315,52 @@ class Guard(nn.Module):
         return _Recording(self.detector.extractor_, images, self.classifier)
 
     @torch.compiler.disable
-    def _rows(self, features: dict[Key, Tensor], output: Any, count: int) -> tuple[Tensor, Tensor]:
-        """Logits, and a row of features for each image."""
+    def _read(self, recorded: dict[Key, Tensor], output: Any, count: int) -> tuple[Tensor, Tensor]:
+        """Recorded layers and output of ``count`` images -> (logits (B, classes), features (B, D))."""
         logits = logits_of(output)
         if logits.dim() != 2 or len(logits) != count:
             raise UsageError(f"the classifier gives logits of shape {tuple(logits.shape)} for {count} images")
-        return logits, self.detector.extractor_.in_passing(features, output, count)
+        return logits, self.detector.extractor_.in_passing(recorded, output, count)
 
     @torch.compiler.disable
     def _on_replicas(
         self, network: nn.DataParallel[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The same on all GPUs of a DataParallel: each replica reads its own layers."""
-        output_device = getattr(network, "output_device", None)  # without a GPU, there is none
-        tapped = nn.DataParallel(_Tapped(self, network.module), network.device_ids or None, output_device)
-        logits, rows = tapped(*args, **kwargs)
-        return logits, rows
+        """Logits and features from all GPUs of a DataParallel: each replica reads its own layers."""
+        output_device = getattr(network, "output_device", None)  # missing without a GPU
+        replicas = nn.DataParallel(_Recorded(self, network.module), network.device_ids or None, output_device)
+        logits, features = replicas(*args, **kwargs)
+        return logits, features
 
     @torch.compiler.disable
-    def _verdict(self, logits: Tensor, rows: Tensor, images: Tensor) -> Verdict:
+    def _verdict(self, logits: Tensor, features: Tensor, images: Tensor) -> Verdict:
+        """Score features (B, D) of the classifier."""
         detector = self.detector
-        self._check_finite(rows, images)
+        self._check_finite(features, images)
         with self._moving:
-            if detector.heads_.mean.device != rows.device:
-                detector.heads_.to(rows.device)
-        score, layers = detector.heads_(rows)
+            if detector.heads_.mean.device != features.device:
+                detector.heads_.to(features.device)
+
+        score, layer_scores = detector.heads_(features)
         p_value, is_ood = detector.calibration_.flags(score, self.fpr)
         predicted = logits.detach().argmax(1)
         if self.abstain:
             predicted = predicted.masked_fill(is_ood, ABSTAINED)
-        return Verdict(score, p_value, is_ood, dict(zip(detector.layers, layers.T, strict=True)), predicted)
 
-    def _check_finite(self, rows: Tensor, images: Tensor) -> None:
-        finite = torch.isfinite(rows)
+        layers = dict(zip(detector.layers, layer_scores.T, strict=True))
+        return Verdict(score, p_value, is_ood, layers, predicted)
+
+    def _check_finite(self, features: Tensor, images: Tensor) -> None:
+        """Refuse features (B, D) with NaN or infinite values, and say where they come from (``UsageError``)."""
+        finite = torch.isfinite(features)
         if finite.all():
             return
+
         bad = (~finite.all(1)).nonzero().flatten().tolist()
         where = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         if not torch.isfinite(images[bad[0]]).all():
             raise UsageError(f"images with NaN or infinite pixels in the batch, rows {where}: leave them out")
+
         column = int((~finite[bad[0]]).nonzero()[0])
         layer = self.detector.extractor_.layout.named(column).name
         hint = "; float16 ends at 65,504: use bfloat16" if torch.float16 in _precisions(self.classifier) else ""
@@ -315,12 +383,26 @@ class Guard(nn.Module):
         local_files_only: bool = False,
         **runtime: Any,
     ) -> Guard:
-        """A saved guard for the classifier it was fitted on, or a saved detector for one on its backbone.
+        """Load a guard, or a detector fitted on the classifier's backbone.
 
         Parameters
         ----------
-        name : folder, or hub repository ``org/name``
-        runtime : further keywords of :meth:`featdiff.Detector.from_pretrained`
+        name : str or path
+            Folder, or hub repository ``org/name``.
+        classifier : nn.Module
+            The one it was fitted on.
+        fpr : float, optional
+            False-alarm rate; default: the saved one.
+        abstain : bool, default False
+            Predict class -1 for flagged images.
+        local_files_only : bool, default False
+            Never ask the hub.
+        **runtime
+            Further keywords of :meth:`featdiff.Detector.from_pretrained`.
+
+        Returns
+        -------
+        Guard
 
         Raises
         ------
@@ -329,28 +411,29 @@ class Guard(nn.Module):
         """
         network = _unwrapped(classifier)
         options: dict[str, Any] = {"device": str(device_of(network)), **runtime}
+
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
         if config.get("backbone", {}).get("source") == "module":
-            options["backbone"] = network  # else the backbone has a name: Detector.on compares it
+            options["backbone"] = network  # a backbone with a name is compared by Detector.on
         detector = Detector.from_loaded(folder, config, tensors, **options)
         return cls(classifier, detector, fpr=fpr, abstain=abstain)
 
 
-class _Tapped(nn.Module):
-    """What DataParallel copies to each GPU: a classifier that gives (logits, features)."""
+class _Recorded(nn.Module):
+    """The module that DataParallel copies to each GPU: a classifier that returns (logits, features)."""
 
     def __init__(self, guard: Guard, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._read = guard._rows
+        self._read = guard._read
         self._recording = guard._recording
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         images = args[0] if args else kwargs["pixel_values"]
-        with self._recording(images) as found:
+        with self._recording(images) as recorded:
             output = self.network(*args, **kwargs)
-        return self._read(found, output, len(images))
+        return self._read(recorded, output, len(images))
 
 
 def _warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The part of a guard that torch.compile must not see: hooks around the classifier's own pass."""
+"""Hooks around a classifier's own forward pass, kept outside torch.compile."""
 
 from __future__ import annotations
 
@@ -17,10 +17,22 @@ def _run(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Recording:
-    """The coming and going of hooks, out of sight of torch.compile; tells why a pass failed where that is known."""
+    """Installs and removes hooks outside torch.compile, and explains a failed pass where the cause is known.
+
+    Parameters
+    ----------
+    extractor : FeatureExtractor
+        Reads layers of the classifier.
+    images : Tensor of shape (B, C, H, W)
+        Input of the pass.
+    classifier : nn.Module
+        As the user passed it, possibly wrapped.
+    """
 
     def __init__(self, extractor: FeatureExtractor, images: Tensor, classifier: nn.Module) -> None:
-        self._context, self._network, self._images = extractor.recording(), extractor.model, images
+        self._context = extractor.recording()
+        self._network = extractor.model
+        self._images = images
         self._classifier = classifier
 
     @torch.compiler.disable
@@ -31,34 +43,51 @@ class _Recording:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
             self._context.__exit__(kind, error, trace)
-        except UsageError as missed:  # a layer was not reached
+        except UsageError as unreached:  # a layer was not reached
             if self._is_compiled:
-                raise UsageError(f"{missed}: compile the guard, not the classifier inside it") from None
+                raise UsageError(f"{unreached}: compile the guard, not the classifier inside it") from None
             raise
-        precisions, given = _precisions(self._network), self._images.dtype
-        if not isinstance(error, RuntimeError) or "type" not in str(error):
+
+        if isinstance(error, RuntimeError) and "type" in str(error):
+            self._check_precision(error)
+
+    def _check_precision(self, error: RuntimeError) -> None:
+        """Raise ``UsageError`` if the pass failed because images and weights differ in precision."""
+        weights = _precisions(self._network)
+        images = self._images.dtype
+        if not weights or images in weights:
             return
-        if precisions and given not in precisions:
-            wanted = " and ".join(sorted(str(precision).removeprefix("torch.") for precision in precisions))
-            raise UsageError(
-                f"the images are {str(given).removeprefix('torch.')}, the classifier's weights {wanted}: convert "
-                f"either, or use torch.autocast ({first_line(error)})"
-            ) from error
+        names = " and ".join(sorted(_name(precision) for precision in weights))
+        raise UsageError(
+            f"the images are {_name(images)}, the classifier's weights {names}: convert either, or use "
+            f"torch.autocast ({first_line(error)})"
+        ) from error
 
     @property
     def _is_compiled(self) -> bool:
-        """Whether torch.compile took the classifier, or what it is in, before the guard did."""
-        compiled = torch._dynamo.OptimizedModule
-        return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in self._classifier.modules())
+        """Whether the classifier, or a module inside it, was compiled before the guard was made."""
+        for module in self._classifier.modules():
+            if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+                return True
+        return False
 
 
 def _unwrapped(classifier: nn.Module) -> nn.Module:
     """The network inside torch.compile, DataParallel and DistributedDataParallel."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(classifier, (torch._dynamo.OptimizedModule, *wrappers)):
-        classifier = classifier.module if isinstance(classifier, wrappers) else classifier._orig_mod
-    return classifier
+    while True:
+        if isinstance(classifier, wrappers):
+            classifier = classifier.module
+        elif isinstance(classifier, torch._dynamo.OptimizedModule):
+            classifier = classifier._orig_mod
+        else:
+            return classifier
 
 
-def _precisions(classifier: nn.Module) -> set[torch.dtype]:
-    return {p.dtype for p in classifier.parameters() if p.is_floating_point()}
+def _precisions(network: nn.Module) -> set[torch.dtype]:
+    """Precisions of a network's floating-point weights."""
+    return {weight.dtype for weight in network.parameters() if weight.is_floating_point()}
+
+
+def _name(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")

@@ -14,27 +14,42 @@ from ..diffusion.unet import PixelDenoiser
 from ..exceptions import UsageError, did_you_mean
 from ..features.pixels import Pixels
 
-#: How repetitions become one distance. LMD takes the median.
+#: How the distances of all repetitions become one. LMD takes the median.
 AGGREGATES = ("median", "mean", "min", "max")
 
 
 class PixelHeads(nn.Module):
-    """U-Net, masks, distances and in-domain statistics; its state dict is what a saved detector holds.
-
-    ``masks`` (R, 1, H, W) bool, one for each repetition; ``mean`` and ``deviation`` (D,) of log distances.
+    """U-Net, masks, distances and in-domain statistics; its state dict is the content of a saved detector.
 
     Parameters
     ----------
     pixels : Pixels
-        What rows mean.
-    denoiser, scheduler
-        The network, and the diffusers schedule it was trained on.
-    masks : (R, H, W) bool, True = known
-    distances : modules by name, in order; the first one decides the score
-    sampler, steps, resamplings
-        See :func:`featdiff.diffusion.schedules.make_sampler` and :func:`featdiff.diffusion.reconstruction.inpaint`.
-    aggregate : one of ``AGGREGATES``
-    seed : decides the noise, together with the images and the repetition
+        Converts rows (B, D) uint8 to images (B, C, H, W) in [-1, 1].
+    denoiser : PixelDenoiser
+    scheduler : diffusers scheduler
+        The noise schedule that ``denoiser`` was trained on.
+    masks : Tensor of shape (R, H, W), bool
+        One for each repetition, True = known.
+    distances : mapping of modules
+        By name, in order; the first one decides the score.
+    sampler : str
+        See :func:`featdiff.diffusion.schedules.make_sampler`.
+    steps : int
+        Steps of the sampler.
+    resamplings : int
+        See :func:`featdiff.diffusion.reconstruction.inpaint`.
+    aggregate : str
+        One of :data:`AGGREGATES`.
+    seed : int
+        Decides the noise, together with the image and the repetition.
+
+    Attributes
+    ----------
+    masks : Tensor of shape (R, 1, H, W), bool
+    mean : Tensor of shape (D,)
+        In-domain mean of the logarithm of each distance.
+    deviation : Tensor of shape (D,)
+        In-domain standard deviation of the same.
     """
 
     masks: Tensor
@@ -61,10 +76,16 @@ class PixelHeads(nn.Module):
             raise UsageError(f"unknown aggregate {aggregate!r}{hint}; known: {', '.join(AGGREGATES)}")
         if resamplings > 1 and sampler == "dpm++":
             raise UsageError("dpm++ looks back on earlier steps, so that it cannot resample: choose ddim or ddpm")
-        self.pixels, self.denoiser, self.scheduler = pixels, denoiser, scheduler
+
+        self.pixels = pixels
+        self.denoiser = denoiser
+        self.scheduler = scheduler
         self.distances = nn.ModuleDict(distances)
         self.sampler = make_sampler(sampler, scheduler, steps)
-        self.resamplings, self.aggregate, self.seed = resamplings, aggregate, seed
+        self.resamplings = resamplings
+        self.aggregate = aggregate
+        self.seed = seed
+
         self.register_buffer("masks", masks[:, None])
         self.register_buffer("mean", torch.zeros(len(distances)))
         self.register_buffer("deviation", torch.ones(len(distances)))
@@ -83,23 +104,27 @@ class PixelHeads(nn.Module):
         self.deviation.copy_(torch.where(std > 0, std, 1.0))
 
     def scores(self, distances: Tensor) -> Tensor:
-        """Distances (B, n), the first n of ``names`` -> z-scores of their logarithms (B, n), higher = more OOD."""
+        """Distances (B, n), the first n of ``names`` -> z-scores (B, n) of their logarithms, higher = more OOD."""
         n = distances.shape[1]
         return (_log(distances.to(self.mean)) - self.mean[:n]) / self.deviation[:n]
 
     @torch.inference_mode()
     def forward(self, rows: Tensor, names: Sequence[str] = ()) -> Tensor:
-        """Rows of pixels (B, D) uint8 -> (B, distances) aggregated over repetitions; default: all distances."""
+        """Rows of pixels (B, D) uint8 -> (B, distances), aggregated over repetitions; default: all distances."""
         x, inpainted = self.inpainted(rows)
-        chosen = names or self.names
-        found = [self._aggregated(self._measured(self.distances[name], x, inpainted)) for name in chosen]
-        return torch.stack(found, dim=1)
+        columns = []
+        for name in names or self.names:
+            distances = self._measured(self.distances[name], x, inpainted)
+            columns.append(self._aggregated(distances))
+        return torch.stack(columns, dim=1)
 
     @torch.inference_mode()
     def inpainted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B, D) uint8 -> images (B, C, H, W), and what became of them at each repetition (B, R, C, H, W)."""
+        """Rows (B, D) uint8 -> images (B, C, H, W), and their inpaintings at each repetition (B, R, C, H, W)."""
         repetitions = len(self.masks)
-        sources = noise_sources([row.cpu().numpy().tobytes() for row in rows], repetitions, self.seed)
+        contents = [row.cpu().numpy().tobytes() for row in rows]
+        sources = noise_sources(contents, repetitions, self.seed)
+
         x = self.pixels.images(rows.to(self.masks.device))
         repeated = x.repeat_interleave(repetitions, dim=0)
         known = self.masks.repeat(len(x), 1, 1, 1)
@@ -110,27 +135,33 @@ class PixelHeads(nn.Module):
     def shown(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows (B, D) -> images, masked (unknown pixels grey), inpainted (each (B, C, H, W)) and scores (B,).
 
-        The inpainting is the repetition whose distance is nearest to the image's.
+        The inpainting shown is the repetition whose distance is nearest to the aggregated one.
         """
         x, inpainted = self.inpainted(rows)
         distances = self._measured(self.distances[self.names[0]], x, inpainted)
-        whole = self._aggregated(distances)
-        nearest = (distances - whole[:, None]).abs().argmin(1)
+        aggregated = self._aggregated(distances)
+        nearest = (distances - aggregated[:, None]).abs().argmin(1)
+
         masked = torch.where(self.masks[nearest], x, 0.0)
-        return x, masked, inpainted[torch.arange(len(x)), nearest], self.scores(whole[:, None])[:, 0]
+        scores = self.scores(aggregated[:, None])[:, 0]
+        return x, masked, inpainted[torch.arange(len(x)), nearest], scores
 
     @staticmethod
     def _measured(distance: nn.Module, x: Tensor, inpainted: Tensor) -> Tensor:
-        """(B, C, H, W), (B, R, C, H, W) -> (B, R)."""
+        """Images (B, C, H, W) and their inpaintings (B, R, C, H, W) -> distances (B, R)."""
         b, r = inpainted.shape[:2]
-        found: Tensor = distance(x.repeat_interleave(r, dim=0), inpainted.flatten(0, 1))
-        return found.unflatten(0, (b, r))
+        distances: Tensor = distance(x.repeat_interleave(r, dim=0), inpainted.flatten(0, 1))
+        return distances.unflatten(0, (b, r))
 
     def _aggregated(self, distances: Tensor) -> Tensor:
+        """Distances (B, R) -> (B,)."""
         if self.aggregate == "median":
-            return distances.quantile(0.5, dim=1)  # of an even number the middle of the two, not the lower one
-        reduced: Tensor = getattr(distances, f"a{self.aggregate}" if self.aggregate != "mean" else "mean")(1)
-        return reduced
+            return distances.quantile(0.5, dim=1)  # torch's median takes the lower of the two middle values
+        if self.aggregate == "mean":
+            return distances.mean(1)
+        if self.aggregate == "min":
+            return distances.amin(1)
+        return distances.amax(1)
 
 
 def _log(distances: Tensor) -> Tensor:
