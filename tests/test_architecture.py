@@ -54,7 +54,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "nearest": {"neighbors", "registry"},
         "baselines": {"gaussian", "neighbors", "registry"},
         "diffusion": {"fusion", "registry", "residuals"},
-        "inpainting": {"fusion"},
+        "inpainting": set(),
         "fused": {"diffusion", "fusion", "registry"},
     },
 }
