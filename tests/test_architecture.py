@@ -47,6 +47,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "residuals": set(),
         "fusion": set(),
         "neighbors": set(),
+        "coreset": {"neighbors"},
         "gaussian": set(),
         "registry": set(),
         "distances": {"residuals"},
@@ -54,7 +55,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "nearest": {"neighbors", "registry"},
         "baselines": {"gaussian", "neighbors", "registry"},
         "diffusion": {"fusion", "registry", "residuals"},
-        "inpainting": {"fusion"},
+        "inpainting": set(),
         "fused": {"diffusion", "fusion", "registry"},
     },
 }

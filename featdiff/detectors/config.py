@@ -22,10 +22,11 @@ from ..features.layers import Layers
 from ..features.weights import DEFAULT_BACKBONE
 from ..files.cache import default_cache
 from ..runtime.devices import resolve_device
+from ..scores.coreset import CORESETS
 from ..scores.diffusion import DIFFUSION
 from ..scores.distances import DISTANCES
 from ..scores.fused import FUSED
-from ..scores.neighbors import BACKENDS, CORESETS
+from ..scores.neighbors import BACKENDS
 from ..scores.registry import check_registered, heads, need_logits
 from ..verdicts.calibration import check_fpr
 from .checks import (

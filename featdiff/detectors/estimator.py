@@ -78,7 +78,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
     bank_size : int, default 500
         In-domain vectors that are kept, at most.
     coreset : str, default "cluster"
-        How these are chosen; see :func:`featdiff.scores.neighbors.coreset`.
+        How these are chosen; see :func:`featdiff.scores.coreset.coreset`.
     recipe : Recipe or mapping of its fields, optional
         How the denoisers are trained.
     random_state : int, RandomState or None, default 0

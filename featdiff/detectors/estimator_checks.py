@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from ..exceptions import TooFewRows, UsageError, first_line
-from ..scores.neighbors import CORESETS
+from ..scores.coreset import CORESETS
 from ..verdicts.calibration import check_fpr, check_supported
 from .checks import check_choice, check_neighbors, check_share, check_times, check_whole, is_number
 from .estimator_scores import TIMESTEPS

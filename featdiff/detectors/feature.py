@@ -85,7 +85,7 @@ class Detector(BaseDetector[FeatureSettings]):
         Nearest in-domain vectors that count; 0 does without them.
     bank_size, coreset
         The most in-domain vectors kept for that, and how they are chosen; see
-        :func:`featdiff.scores.neighbors.coreset`.
+        :func:`featdiff.scores.coreset.coreset`.
     backend : str
         How neighbours are searched; see :func:`featdiff.scores.neighbors.make_index`.
     recipe : Recipe or mapping of its fields

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ..features.store import Features
-from ..scores.neighbors import coreset
+from ..scores.coreset import coreset
 
 # Choosing among many more rows than are kept needs memory and time, and gains nothing.
 _CANDIDATES = 20
@@ -26,7 +26,7 @@ def choose_bank(
         Rows that train.
     size : int
     method : str
-        See :func:`featdiff.scores.neighbors.coreset`.
+        See :func:`featdiff.scores.coreset.coreset`.
     seed : int
     view : callable
         Rows of features (n, D) -> the vectors among which to choose.

@@ -25,7 +25,8 @@ from .baselines import Baselines, fit_baselines
 from .costs import baseline_methods, detector_methods, measure_costs, student_methods, timed_pass
 from .protocols import evaluate_detector, measure_accuracy
 from .students import check_students, train_students
-from .suites import EVERYTHING_ELSE, NotThere, Source, Suite, Task, everything_else, find_images
+from .suite_images import NotThere, everything_else, find_images
+from .suites import EVERYTHING_ELSE, Source, Suite, Task
 
 #: Name of the default detector in a result; others are named ``<name>_<head>``.
 DEFAULT = "featdiff"

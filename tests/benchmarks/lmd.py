@@ -21,7 +21,8 @@ from featdiff.diffusion.masks import make_masks
 from featdiff.diffusion.schedules import make_sampler
 from featdiff.evaluation.benchmark import _timed_pass
 from featdiff.evaluation.metrics import auroc, fpr_at_tpr
-from featdiff.evaluation.suites import find_images, load_suite
+from featdiff.evaluation.suite_images import find_images
+from featdiff.evaluation.suites import load_suite
 from featdiff.features.backbones import load_backbone
 from featdiff.runtime.allocator import keep_freed_memory
 from featdiff.scores.distances import FeatureCosine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,15 @@ def fresh(sample_folders: dict[str, Path]) -> list[str]:
 def fitted(small: dict[str, Any], files: list[str]) -> Detector:
     """A small detector fitted on ``files``; do not change it."""
     return Detector(**small).fit(files)
+
+
+@pytest.fixture(scope="session")
+def folders(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """120 tiles to train, 30 to test, 20 digits."""
+    found = {}
+    for name, count in (("train", 120), ("test", 30), ("digits", 20)):
+        found[name] = tmp_path_factory.mktemp("pixel") / name
+        found[name].mkdir()
+        for file in sorted(sample_folders[name].iterdir())[:count]:
+            shutil.copy(file, found[name])
+    return found

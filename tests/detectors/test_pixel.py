@@ -12,54 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from small_pixels import PIXEL, RECIPE
 
 from featdiff import Detector, PixelDetector, load_detector
 from featdiff.detectors.pixel import flip_half, least_and_most
 from featdiff.diffusion.masks import make_masks
-from featdiff.diffusion.unet import make_unet
 from featdiff.evaluation.protocols import evaluate_detector
-from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError, WeightsError
+from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
 from featdiff.report.figures import save_inpaintings
-
-RECIPE: dict[str, Any] = {"epochs": 3, "min_steps": 0, "batch_size": 16, "patience": 99, "learning_rate": 2e-3}
-#: Arguments of a detector that fits in seconds: a real U-Net of 60,000 weights at 16 px.
-TINY: dict[str, Any] = {
-    **{"size": 16, "width": 8, "multipliers": [1, 2], "attention": [], "mask_blocks": 4},
-    **{"repetitions": 2, "steps": 4, "distances": ["mse", "ssim"], "recipe": RECIPE, "fpr": 0.1, "calibration": 0.3},
-}
-
-
-@pytest.fixture(scope="module")
-def folders(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """120 tiles to train, 30 to test, 20 digits."""
-    found = {}
-    for name, count in (("train", 120), ("test", 30), ("digits", 20)):
-        found[name] = tmp_path_factory.mktemp("pixel") / name
-        found[name].mkdir()
-        for file in sorted(sample_folders[name].iterdir())[:count]:
-            shutil.copy(file, found[name])
-    return found
 
 
 @pytest.fixture(scope="module")
 def fitted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> PixelDetector:
     """Do not change it."""
-    return PixelDetector(**TINY, cache=tmp_path_factory.mktemp("cache")).fit(folders["train"])
+    return PixelDetector(**PIXEL, cache=tmp_path_factory.mktemp("cache")).fit(folders["train"])
 
 
 @pytest.fixture(scope="module")
 def model(fitted: PixelDetector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "lmd"
     fitted.save_pretrained(folder)
-    return folder
-
-
-def pipeline(folder: Path, size: int = 16, channels: int = 3, **scheduler: Any) -> Path:
-    """A pipeline folder as diffusers writes it."""
-    unet = make_unet(size, channels, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, **scheduler)).save_pretrained(folder)
     return folder
 
 
@@ -150,7 +123,7 @@ def test_the_score_is_the_standardised_log_of_the_median_distance(
 
 @pytest.mark.parametrize("aggregate", ["median", "mean", "min", "max"])
 def test_aggregates(aggregate: str, fitted: PixelDetector) -> None:
-    detector = PixelDetector(**TINY | {"aggregate": aggregate, "repetitions": 3})
+    detector = PixelDetector(**PIXEL | {"aggregate": aggregate, "repetitions": 3})
     heads = detector.prepare().heads_
     values = torch.tensor([[3.0, 1.0, 8.0], [2.0, 2.0, 5.0]])
     expected = {"median": [3.0, 2.0], "mean": [4.0, 3.0], "min": [1.0, 2.0], "max": [8.0, 5.0]}[aggregate]
@@ -207,7 +180,7 @@ def test_an_interrupt_while_inpainting_does_not_inpaint_again(
 def test_a_second_fit_computes_nothing_again(
     fitted: PixelDetector, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = PixelDetector(**TINY, cache=fitted.settings.cache)
+    again = PixelDetector(**PIXEL, cache=fitted.settings.cache)
     monkeypatch.setattr("featdiff.scores.inpainting.inpaint", None)  # not to be called
     again.fit(folders["train"])
     assert np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
@@ -227,7 +200,7 @@ def test_a_killed_training_goes_on_to_the_same_loss_curve(
         if stage == "training" and done == 7:  # in the second epoch
             raise Killed
 
-    broken = PixelDetector(**TINY, cache=tmp_path)
+    broken = PixelDetector(**PIXEL, cache=tmp_path)
     with pytest.raises(Killed):
         broken.fit(folders["train"], kill)
     steps: list[int] = []
@@ -246,17 +219,17 @@ def test_a_checkpoint_of_another_config_is_not_used(
     folders: dict[str, Path], fitted: PixelDetector, tmp_path: Path
 ) -> None:
     """Another network has a file of its own; the file of another network in its place is as good as none."""
-    wider = PixelDetector(**TINY | {"width": 16}, cache=tmp_path).fit(folders["train"])
+    wider = PixelDetector(**PIXEL | {"width": 16}, cache=tmp_path).fit(folders["train"])
     assert wider.training_log_.name != fitted.training_log_.name
     taken = wider.training_log_.with_name(fitted.training_log_.name).with_suffix(".pt")
     shutil.copy(wider.training_log_.with_suffix(".pt"), taken)
-    again = PixelDetector(**TINY, cache=tmp_path).fit(folders["train"])
+    again = PixelDetector(**PIXEL, cache=tmp_path).fit(folders["train"])
     assert np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
     assert wider.training_log_.with_suffix(".pt").exists()
 
 
 def test_a_diverging_loss_is_one_clear_line(folders: dict[str, Path], tmp_path: Path) -> None:
-    detector = PixelDetector(**TINY | {"recipe": RECIPE | {"learning_rate": 1e12}}, cache=tmp_path)
+    detector = PixelDetector(**PIXEL | {"recipe": RECIPE | {"learning_rate": 1e12}}, cache=tmp_path)
     with pytest.raises(FeatdiffError, match=r"training diverged at step \d+ .*lower learning_rate"):
         detector.fit(folders["train"])
     with pytest.raises(NotFittedError):
@@ -315,132 +288,6 @@ def test_a_config_that_does_not_fit_its_tensors_is_refused(copied: Path, change:
     assert "\n" not in str(error.value)
 
 
-# ---- pretrained pipelines ----
-
-
-def test_a_pipeline_stands_in_for_training(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = pipeline(tmp_path / "pipeline")
-    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
-    detector = PixelDetector(**{k: v for k, v in TINY.items() if k != "size"}, pretrained=str(folder))
-    detector.fit(folders["train"])
-    assert detector.training_seconds_ == 0 and not hasattr(detector, "training_log_")
-    assert detector.extractor_.size == 16
-    assert detector.heads_.scheduler.config.num_train_timesteps == 100
-    for name, value in unet.state_dict().items():
-        assert torch.equal(detector.heads_.denoiser.unet.state_dict()[name], value)
-    detector.save_pretrained(tmp_path / "model")
-    expected = detector.score(folders["digits"]).ood_score
-    shutil.rmtree(folder)  # a model holds all that it needs
-    assert np.array_equal(load_detector(tmp_path / "model").score(folders["digits"]).ood_score, expected)
-
-
-def test_files_side_by_side_are_an_older_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = pipeline(tmp_path / "pipeline")
-    for part in ("unet", "scheduler"):
-        for file in (folder / part).iterdir():
-            shutil.move(file, folder)
-        (folder / part).rmdir()
-    assert PixelDetector(pretrained=str(folder), distances=["mse"]).prepare().extractor_.size == 16
-
-
-def damaged_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    state.pop("conv_in.weight")
-    save_file(state, file)
-
-
-def nan_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    state["conv_in.bias"][0] = float("nan")
-    save_file(state, file)
-
-
-def other_config(folder: Path) -> None:
-    file = folder / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"block_out_channels": [16, 32]}))
-
-
-def other_network(folder: Path) -> None:
-    file = folder / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "UNet2DConditionModel"}))
-
-
-def other_schedule(folder: Path) -> None:
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "ScoreSdeVeScheduler"}))
-
-
-def learned_variance(folder: Path) -> None:
-    unet = make_unet(16, 3, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
-    UNet2DModel.from_config(unet.config, out_channels=6).save_pretrained(folder / "unet")
-
-
-def with_classes(folder: Path) -> None:
-    unet = make_unet(16, 3, width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
-    UNet2DModel.from_config(unet.config, num_class_embeds=4).save_pretrained(folder / "unet")
-
-
-def no_size(folder: Path) -> None:
-    file = folder / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
-
-
-def odd_schedule(folder: Path) -> None:
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_schedule": "wavy"}))
-
-
-def no_weights(folder: Path) -> None:
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (damaged_weights, "missing keys: conv_in.weight"),
-        (nan_weights, "conv_in.bias holds NaN"),
-        (other_config, "cannot be read"),
-        (other_network, "UNet2DConditionModel"),
-        (other_schedule, "ScoreSdeVeScheduler"),
-        (no_weights, "cannot be read"),
-        (learned_variance, "gives 6 channels for 3"),
-        (with_classes, "wants to be told a class"),
-        (no_size, "None pixels"),
-        (odd_schedule, "wavy"),
-    ],
-)
-def test_pipelines_that_are_not_whole_are_refused(tmp_path: Path, damage: Any, words: str) -> None:
-    folder = pipeline(tmp_path / "pipeline")
-    damage(folder)
-    with pytest.raises(WeightsError) as error:
-        PixelDetector(pretrained=str(folder), distances=["mse"]).prepare()
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["nowhere", "org/nowhere", "./nowhere/else"])
-def test_pipelines_that_cannot_be_had_are_named(name: str) -> None:
-    with pytest.raises(WeightsError) as error:
-        PixelDetector(pretrained=name, distances=["mse"]).prepare()
-    assert name in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"), [({"size": 32}, "size 16, not 32"), ({"channels": 1}, "channels 3, not 1")]
-)
-def test_a_pipeline_of_another_size_is_refused(tmp_path: Path, arguments: dict[str, int], words: str) -> None:
-    folder = pipeline(tmp_path / "pipeline")
-    with pytest.raises(UsageError) as error:
-        PixelDetector(pretrained=str(folder), distances=["mse"], **arguments).prepare()
-    assert words in str(error.value)
-
-
 # ---- the rest ----
 
 
@@ -448,7 +295,7 @@ def test_the_distance_of_features_needs_its_backbone(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default backbone's real weights; a model remembers which they were."""
-    arguments = TINY | {"distances": ["features", "mse"], "repetitions": 1, "steps": 1, "calibration": 0.1}
+    arguments = PIXEL | {"distances": ["features", "mse"], "repetitions": 1, "steps": 1, "calibration": 0.1}
     detector = PixelDetector(**arguments | {"recipe": RECIPE | {"epochs": 1}}).fit(folders["train"])
     detector.save_pretrained(tmp_path / "model")
     expected = detector.score(folders["digits"]).ood_score
@@ -465,7 +312,7 @@ def test_the_distance_of_features_needs_its_backbone(
 
 def test_grey_images_and_a_picture_as_mask(folders: dict[str, Path], tmp_path: Path) -> None:
     Image.fromarray(np.tri(16, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
-    detector = PixelDetector(**TINY | {"channels": 1, "mask": str(tmp_path / "mask.png")}, flip=True)
+    detector = PixelDetector(**PIXEL | {"channels": 1, "mask": str(tmp_path / "mask.png")}, flip=True)
     detector.fit(folders["train"])
     detector.save_pretrained(tmp_path / "model")
     (tmp_path / "mask.png").unlink()  # masks are part of the model
@@ -556,7 +403,7 @@ def test_arguments_that_make_no_sense_are_refused_before_any_work(
         assert stage == "features"
 
     with pytest.raises(UsageError) as error:
-        PixelDetector(**TINY | arguments).fit(folders["train"], no_training)
+        PixelDetector(**PIXEL | arguments).fit(folders["train"], no_training)
     assert words in str(error.value)
 
 
@@ -571,8 +418,8 @@ def _restored() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_restored")
 def test_bf16_training_is_near_full_precision(folders: dict[str, Path], fitted: PixelDetector) -> None:
-    half = PixelDetector(**TINY, mixed_precision="bf16").fit(folders["train"])
-    again = PixelDetector(**TINY, mixed_precision="bf16", seed=1).fit(
+    half = PixelDetector(**PIXEL, mixed_precision="bf16").fit(folders["train"])
+    again = PixelDetector(**PIXEL, mixed_precision="bf16", seed=1).fit(
         folders["train"]
     )  # accelerate's state is no obstacle
     assert again.validation_loss_ != half.validation_loss_

@@ -16,7 +16,8 @@ from PIL import Image
 from featdiff import Detector
 from featdiff.data.references import list_images
 from featdiff.evaluation.students import check_students
-from featdiff.evaluation.suites import NotThere, Source, everything_else, find_images, load_suite
+from featdiff.evaluation.suite_images import NotThere, everything_else, find_images
+from featdiff.evaluation.suites import Source, load_suite
 from featdiff.exceptions import UsageError
 
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.toml"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,117 +13,25 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY
+from classifiers import (
+    CLASSIFIERS,
+    OWN_LAYERS,
+    RECIPE,
+    Mean,
+    OwnCode,
+    hooks_of,
+    loader,
+    own_code,
+    resnet,
+    same,
+    seeded,
+    some_images,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import squeezenet1_1
-from transformers import ViTConfig, ViTForImageClassification
 
-from featdiff import Detector, Guard, Verdict
-from featdiff.diffusion.training import Recipe
+from featdiff import Detector, Guard
 from featdiff.exceptions import ModelError, NotFittedError, UsageError
-from featdiff.features.layout import LOGITS, PRE_LOGITS, FeatureLayout, Kind
-from featdiff.scores.logits import VirtualLogit
-from featdiff.scores.registry import Context
-
-RECIPE = TINY["recipe"]
-
-
-def some_images(count: int, seed: int, side: int = 64, channels: int = 3) -> Tensor:
-    """Smooth coloured pictures: seeded noise of 8 x 8, blown up."""
-    small = torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return nn.functional.interpolate(small, size=(side, side), mode="bilinear")
-
-
-def loader(images: Tensor) -> DataLoader[tuple[Tensor, ...]]:
-    return DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=32)
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make().eval()
-
-
-def resnet() -> nn.Module:
-    return seeded(lambda: timm.create_model("test_resnet", pretrained=False, num_classes=5))
-
-
-def huggingface() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return seeded(lambda: ViTForImageClassification(ViTConfig(image_size=64, patch_size=16, num_labels=4, **sizes)))
-
-
-class OwnCode(nn.Module):
-    """Two maps, then a mean; logits of 3 classes in a dictionary if asked for."""
-
-    def __init__(self, channels: int = 3, output: str = "tensor") -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, 8, 5, 2)
-        self.second = nn.Conv2d(8, 16, 5, 2)
-        self.last = nn.Linear(16, 3)
-        self.output = output
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
-        x = torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3))
-        logits = self.last(x) * scale
-        kinds: dict[str, Any] = {
-            "tensor": logits,
-            "dict": {"logits": logits},
-            "text": "cat",
-            "fewer": logits[1:],
-            "map": logits[:, :, None],
-        }
-        return kinds[self.output]
-
-
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(2)
-
-
-def own_code() -> nn.Module:
-    return seeded(OwnCode)
-
-
-OWN_LAYERS = ["first", "second", "pre_logits"]
-CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "timm": (resnet, "auto"),
-    "torchvision": (lambda: seeded(lambda: squeezenet1_1(num_classes=4)), ["features.3", "features.7"]),
-    "huggingface": (huggingface, ["vit.embeddings", "vit.layernorm", "pre_logits"]),
-    "own": (own_code, OWN_LAYERS),
-}
-
-
-@pytest.fixture(scope="module")
-def guard() -> Guard:
-    """A fitted guard that asks logits, too; do not change it."""
-    heads = ("energy", "msp", "vim")
-    return Guard(resnet(), recipe=RECIPE, extra_heads=heads, fpr=0.1).fit(loader(some_images(200, seed=1)))
-
-
-@pytest.fixture(scope="module")
-def saved(guard: Guard, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("guard") / "model"
-    guard.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.cat([some_images(4, seed=2), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))])
-
-
-def hooks_of(model: nn.Module) -> list[int]:
-    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-
-
-def same(a: Verdict | None, b: Verdict | None) -> None:
-    assert a is not None
-    assert b is not None
-    torch.testing.assert_close(a.ood_score, b.ood_score, rtol=1e-4, atol=1e-4)
-    assert a.is_ood.tolist() == b.is_ood.tolist()
-
 
 # ---------------------------------------- logits and verdict
 
@@ -233,69 +140,6 @@ def test_other_channels_and_arguments(output: str) -> None:
     assert verdict.ood_score.shape == (3,)
 
 
-# ---------------------------------------- heads that look at logits
-
-
-def test_logit_heads_are_what_their_papers_say(guard: Guard, images: Tensor) -> None:
-    extractor = guard.detector.extractor_
-    rows = extractor(images)
-    logits = rows[:, extractor.layout.logits.columns]
-    torch.testing.assert_close(logits, guard.classifier(images).detach(), rtol=1e-4, atol=1e-5)
-    found = guard.detector.all_heads(rows)
-    np.testing.assert_allclose(found["energy"], -torch.logsumexp(logits, 1).numpy(), rtol=1e-5)
-    np.testing.assert_allclose(np.exp(found["msp"]), 1 - logits.softmax(1).amax(1).numpy(), rtol=1e-4)
-
-
-def test_vim_equals_another_project_s() -> None:
-    detectors = pytest.importorskip("pytorch_ood.detector")
-    source = torch.Generator().manual_seed(0)
-    pre_logits = torch.randn(500, 24, generator=source) * torch.linspace(2, 0.1, 24) + 1
-    last = seeded(lambda: nn.Linear(24, 5))
-    rows = torch.cat([pre_logits, last(pre_logits)], 1).detach()
-    layout = FeatureLayout.of({(PRE_LOGITS, Kind.PRE_LOGITS): 24, (LOGITS, Kind.LOGITS): 5})
-    context = Context(rows[:400], rows[:400], Recipe(), classifier=last)
-    ours = VirtualLogit(layout).fit(rows[:400], context)
-    theirs = detectors.ViM(None, 12, last.weight, last.bias).fit_features(pre_logits[:400], torch.zeros(400))
-    expected = theirs.predict_features(pre_logits[400:])
-    torch.testing.assert_close(ours(rows[400:]), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_logit_heads_join_the_fusion(guard: Guard, images: Tensor) -> None:
-    heads = guard.detector.heads_
-    assert list(heads.scores)[-3:] == ["energy", "msp", "vim"]
-    rows = guard.detector.extractor_(images)
-    changed = rows.clone()
-    changed[:, guard.detector.extractor_.layout.logits.columns] *= 0.5
-    before, after = (heads.all_scores(features)["layerwise"] for features in (rows, changed))
-    assert torch.equal(before, after)
-    assert (heads(rows)[0] - heads(changed)[0]).abs().min() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"extra_heads": ("odin",)}, "unknown score 'odin'.*known: .*energy, msp, vim"),
-        ({"extra_heads": ("energy", "energy")}, "list of different names"),
-        ({"extra_heads": ("energy",), "head": "mse"}, "head='fused' only"),
-        ({"extra_heads": ("energy",), "backbone": "test_resnet"}, "give a classifier"),
-        ({"input_size": (3, 8)}, "three whole numbers"),
-    ],
-)
-def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        Detector(**{"backbone": own_code(), "layers": OWN_LAYERS} | arguments)
-
-
-def test_vim_without_a_last_linear_layer() -> None:
-    network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    guard = Guard(network, layers=["0", "1"], extra_heads=("vim",), recipe=RECIPE, fpr=0.1)
-    few = loader(some_images(60, seed=1))
-    with pytest.raises(UsageError, match="vim looks at the layer pre_logits"):
-        guard.fit(few)
-    fitted = Guard(network, layers=["0", "1"], extra_heads=("energy",), recipe=RECIPE, fpr=0.1).fit(few)
-    assert list(fitted.detector.heads_.scores)[-1] == "energy"
-
-
 # ---------------------------------------- nothing is left behind
 
 
@@ -358,138 +202,6 @@ def test_verdict_can_weigh_a_loss(guard: Guard, images: Tensor) -> None:
     (logits.sum(1) * verdict.ood_score).sum().backward()
     assert guard.classifier.fc.weight.grad is not None
     guard.classifier.zero_grad()
-
-
-# ---------------------------------------- ways of running
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_without_gradients(mode: Any, guard: Guard, images: Tensor) -> None:
-    _, usual = guard(images)
-    with mode():
-        logits, verdict = guard(images)
-        assert torch.equal(logits, guard.classifier(images))
-    assert not logits.requires_grad
-    same(verdict, usual)
-
-
-def test_autocast_as_at_fit(images: Tensor) -> None:
-    """Features of 8 bits, heads of 32: ordinary pictures stay ordinary."""
-    classifier = resnet()
-    with torch.autocast("cpu", torch.bfloat16):
-        guard = Guard(classifier, recipe=RECIPE, fpr=0.1).fit(loader(some_images(200, seed=1)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            logits, verdict = guard(images)
-        assert torch.equal(logits, classifier(images))
-        assert guard(some_images(100, seed=5))[1].is_ood.sum() < 25
-    assert logits.dtype == torch.bfloat16
-    assert verdict.ood_score.dtype == torch.float32
-    assert verdict.is_ood[4:].all()
-    assert {tensor.dtype for tensor in guard.detector.heads_.diffusion.denoiser.state_dict().values()} == {
-        torch.float32
-    }
-
-
-def test_another_precision_than_at_fit_is_warned_of(saved: Path, images: Tensor) -> None:
-    guard = Guard.from_pretrained(saved, resnet())
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="bfloat16 autocast.*fitted in float32"):
-        _, verdict = guard(images)
-    assert verdict.ood_score.dtype == torch.float32
-
-
-def test_classifier_in_half_precision(images: Tensor) -> None:
-    classifier = own_code().to(torch.bfloat16)
-    guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(loader(some_images(120, seed=1)))
-    logits, verdict = guard(images.to(torch.bfloat16))
-    assert logits.dtype == torch.bfloat16
-    assert verdict.ood_score[4:].min() > verdict.ood_score[:4].max()
-
-
-def test_compiled_guard_and_guard_of_a_compiled_classifier(tmp_path: Path, images: Tensor) -> None:
-    """Also beside the same classifier, compiled without a guard: its code reads no layers."""
-    classifier = own_code()
-    guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(loader(some_images(60, seed=1)))
-    guard.save_pretrained(tmp_path / "model")
-    _, usual = guard(images)
-    bare = torch.compile(classifier, backend="aot_eager")
-    for guarded in (torch.compile(guard, backend="aot_eager"), Guard.from_pretrained(tmp_path / "model", bare)):
-        with torch.inference_mode():
-            bare(images)
-            for count in (6, 3, 6):
-                logits, verdict = guarded(images[:count])
-                assert torch.equal(logits, bare(images[:count]))
-                torch.testing.assert_close(verdict.ood_score, usual.ood_score[:count], rtol=1e-4, atol=1e-3)
-    assert sum(hooks_of(classifier)) == 0
-
-
-def test_classifier_compiled_in_place_after_it_ran(images: Tensor) -> None:
-    classifier = own_code()
-    guard = Guard(classifier, layers=OWN_LAYERS, recipe=RECIPE, fpr=0.1).fit(loader(some_images(60, seed=1)))
-    classifier.compile(backend="eager")
-    with torch.no_grad():
-        classifier(images)
-        with pytest.raises(UsageError, match="compile the guard"):
-            guard(images)
-
-
-def test_data_parallel(guard: Guard, saved: Path, images: Tensor) -> None:
-    wrapped = Guard.from_pretrained(saved, nn.DataParallel(guard.classifier))
-    logits, verdict = wrapped(images)
-    assert torch.equal(logits, guard.classifier(images))
-    same(verdict, guard(images)[1])
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_process")
-def test_distributed_data_parallel(guard: Guard, saved: Path, images: Tensor) -> None:
-    wrapped = Guard.from_pretrained(saved, nn.parallel.DistributedDataParallel(guard.classifier))
-    logits, verdict = wrapped(images)
-    assert torch.equal(logits, guard.classifier(images))
-    same(verdict, guard(images)[1])
-
-
-def test_off(guard: Guard, images: Tensor) -> None:
-    with guard.off():
-        logits, verdict = guard(images)
-        assert verdict is None
-        with guard.off():
-            pass
-        assert guard(images)[1] is None
-    assert torch.equal(logits, guard.classifier(images))
-    assert guard(images)[1] is not None
-
-
-def test_threads(guard: Guard) -> None:
-    """Each thread gets the verdict on its own images, whoever else uses the guard or the classifier."""
-    batches = [some_images(3, seed=10 + i) for i in range(4)]
-    expected = [guard(batch)[1].ood_score for batch in batches]
-    wrong: list[str] = []
-
-    def work(i: int) -> None:
-        for turn in range(8):
-            if turn % 4 == i:
-                with guard.off():
-                    if guard(batches[i])[1] is not None:
-                        wrong.append("not off")
-            guard.classifier(batches[i])
-            score = guard(batches[i])[1].ood_score
-            if not torch.allclose(score, expected[i], rtol=1e-4, atol=1e-4):
-                wrong.append(f"{i}: {score} for {expected[i]}")
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert sum(hooks_of(guard.classifier)) == 0
 
 
 # ---------------------------------------- copies

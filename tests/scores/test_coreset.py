@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from featdiff.exceptions import UsageError
-from featdiff.scores.neighbors import CORESETS, check_coreset, coreset
+from featdiff.scores.coreset import CORESETS, check_coreset, coreset
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

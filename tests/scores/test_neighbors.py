@@ -17,14 +17,7 @@ from torch import Tensor
 
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.scores import neighbors
-from featdiff.scores.neighbors import (
-    BACKENDS,
-    CodedIndex,
-    FaissIndex,
-    Index,
-    TorchIndex,
-    check_backend,
-)
+from featdiff.scores.neighbors import BACKENDS, CodedIndex, FaissIndex, Index, TorchIndex, check_backend
 from featdiff.scores.neighbors import make_index as make
 
 APPROXIMATE = ("faiss-ivf", "faiss-hnsw", "faiss-pq")
