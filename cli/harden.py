@@ -83,8 +83,9 @@ def command(
     Example: featdiff harden photos/ --student resnet18 --teacher resnet50 -o hardened
     """
     from featdiff.exceptions import UsageError
-    from featdiff.hardening.harden import ALL_LAYERS, LEFT_OUT, check_hardened_target, harden
+    from featdiff.hardening.harden import LEFT_OUT, check_hardened_target, harden
     from featdiff.hardening.recipe import HardenRecipe, check_losses
+    from featdiff.hardening.run import ALL_LAYERS
     from featdiff.outliers.outlier_file import load_outliers
     from featdiff.runtime.allocator import keep_freed_memory
 

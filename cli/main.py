@@ -33,6 +33,7 @@ PARAMETERS = {
     "folder": "output",
     "format": "format_",
     "random_state": "seed",
+    "replace": "force",
 }
 
 EXIT_FAILED = 1

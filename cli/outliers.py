@@ -163,12 +163,12 @@ def _stable_diffusion(
     from featdiff.outliers.stable_diffusion import StableDiffusion, pre_logits_in
     from featdiff.outliers.synthesis import with_classes
 
-    columns = pre_logits_in(detector.extractor_.columns)
+    pre_logits = pre_logits_in(detector.extractor_.layout)
     _, _, classes = with_classes(list(images), labelled)
 
     sampling = {name: settings[name] for name in ("steps", "size") if name in settings}
     stable = StableDiffusion(settings.get("pipeline", PIPELINE), device=device, **sampling)
-    stable.check_width(columns.stop - columns.start)
+    stable.check_width(pre_logits.width)
     stable.check_words(classes)
     return stable
 

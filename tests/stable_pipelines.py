@@ -12,7 +12,12 @@ import torch
 #: Side of their latents.
 SIDE = 8
 #: Settings that the schedulers of all versions have.
-NOISE: dict[str, Any] = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+NOISE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 #: Words that are one token; others are spelt.
 LEARNED = ("cat", "image", "quality")
 
@@ -20,7 +25,8 @@ LEARNED = ("cat", "image", "quality")
 def write_tokenizer(folder: Path, pad: str) -> int:
     """The files of a CLIP tokenizer as they are on the hub, with all letters and three words; how many tokens."""
     letters = [chr(code) for code in range(33, 127)]
-    tokens, merges = letters + [f"{letter}</w>" for letter in letters], []
+    tokens = letters + [f"{letter}</w>" for letter in letters]
+    merges = []
     for word in LEARNED:
         left = word[0]
         for i, letter in enumerate(word[1:], 2):
@@ -28,12 +34,23 @@ def write_tokenizer(folder: Path, pad: str) -> int:
             left = merges[-1].replace(" ", "")
             tokens.append(left)
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=pad)
+
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    settings = {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    settings = {
+        **special,
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return len(tokens)
 
@@ -46,22 +63,42 @@ def write_pipeline(folder: Path, width: int, pad: str, scheduler: Any, **network
     size = write_tokenizer(folder / "words", pad)
     torch.manual_seed(0)
     text = CLIPTextConfig(
-        **dict(vocab_size=size, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2),
-        **dict(bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, max_position_embeddings=77),
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+        max_position_embeddings=77,
     )
-    blocks = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), block_out_channels=(8, 16))
-    unet = UNet2DConditionModel(
-        **dict(sample_size=SIDE, layers_per_block=1, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
-        **{**blocks, "norm_num_groups": 4, "cross_attention_dim": width, **network},
-    )
-    with torch.no_grad():  # as drawn, an untrained network hardly heeds the text
+    options = {
+        "sample_size": SIDE,
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "cross_attention_dim": width,
+    }
+    unet = UNet2DConditionModel(**{**options, **network})
+    with torch.no_grad():  # with initial weights, a network hardly depends on the text
         for name, weight in unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out" in name:
                 weight.mul_(4)
-    parts = dict(vae=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+
     encoder = CLIPTextModel(text)
-    pipe = StableDiffusionPipeline(text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **parts)
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "words"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")
     (folder / "words").rename(folder / "tokenizer")

@@ -42,8 +42,8 @@ def load_detector(
     mode = saved_mode(config, folder)
     if mode == VECTORS:
         raise ModelError(
-            f"the model at {folder} was trained on vectors, not on images: give a file of features to score, or load it "
-            "with featdiff.FeatureDiffusion.from_pretrained",
+            f"the model at {folder} was trained on vectors, not on images: score the rows of a file of features, or "
+            "use featdiff.FeatureDiffusion.from_pretrained",
             argument="features",
         )
     return MODES[mode].from_loaded(folder, config, tensors, **options)

@@ -1,12 +1,14 @@
-"""Where things lie in the folder of a hardened student. Light to import: commands ask before they load anything."""
+"""Folder layout of a hardened student. Imports nothing heavy: commands check for it before they load anything."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-#: Subfolders: a timm classifier, and the guard that was fitted on it.
-STUDENT, GUARD = "student", "guard"
+#: Subfolder of the classifier, in timm's layout.
+STUDENT = "student"
+#: Subfolder of the guard that was fitted on it.
+GUARD = "guard"
 
 
 def is_hardened(folder: str | os.PathLike[str]) -> bool:

@@ -1,11 +1,14 @@
-"""Images -> rows: kept on disk where they stay as they are, decoded at each step where a student sees pixels."""
+"""Reads images for training a student.
+
+In: image references. Out: features of frozen networks, cached on disk; or pixels, decoded at every step, where all
+layers of the student are trained.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +20,27 @@ from ..data.decoding import MAX_PIXELS, Transform
 from ..data.references import ImageRef
 from ..exceptions import FeatdiffError
 from ..features.extraction import Extraction, Extractor, extract
-from ..features.store import FeatureStore, FeatureTable
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..runtime.progress import Progress
 from .views import View
 
-_AT_ONCE = 128
-#: Of the cache: rows for students, and trained ones.
+_DERIVE_BATCH = 128
+#: Subfolder of the cache for inputs of students and for trained students.
 FOLDER = "hardening"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How images are read; arguments as for :class:`featdiff.Detector`."""
+    """Reads images and caches features of their views.
+
+    Parameters
+    ----------
+    cache : Path
+    image_batch : int, default 32
+    workers : int, optional
+    max_pixels : int
+        The last three as for :class:`featdiff.Detector`.
+    """
 
     cache: Path
     image_batch: int = 32
@@ -36,7 +48,7 @@ class Reader:
     max_pixels: int = MAX_PIXELS
 
     def store(self, extractor: Extractor, view: int, dtype: type[np.number]) -> FeatureStore:
-        """Where rows of one view are kept."""
+        """The store of one view's features in the cache."""
         name = View(view, extractor.transform).name
         return FeatureStore(self.cache / FOLDER / extractor.key(name), extractor.width, dtype)
 
@@ -48,57 +60,99 @@ class Reader:
         dtype: type[np.number],
         progress: Progress | None,
     ) -> tuple[Extraction, FeatureStore]:
-        """Rows of one view of all images, kept in the cache; what is there is not computed again."""
-        seen, kept = View(view, extractor.transform), self.store(extractor, view, dtype)
-        loaded = iter_loaded(refs, seen, self.workers, self.max_pixels, kept, ahead=2 * self.image_batch)
-        return extract(iter_batches(loaded, self.image_batch), extractor, kept, len(refs), progress), kept
+        """Compute the features of one view of all images, unless the cache has them.
 
-    def table(self, refs: Sequence[ImageRef], digests: Sequence[bytes], *how: Any) -> FeatureTable:
-        """The same for images that are known to be readable, one for each digest; ``how`` as for :meth:`extract`.
+        Parameters
+        ----------
+        refs : sequence of ImageRef
+        extractor : Extractor
+        view : int
+            See :class:`featdiff.hardening.views.View`.
+        dtype : NumPy type
+            Of the stored numbers.
+        progress : callable, optional
+
+        Returns
+        -------
+        Extraction
+            Digests of readable images, and reasons for the others.
+        FeatureStore
+            Has the features.
+        """
+        augment = View(view, extractor.transform)
+        store = self.store(extractor, view, dtype)
+
+        loaded = iter_loaded(refs, augment, self.workers, self.max_pixels, store, ahead=2 * self.image_batch)
+        batches = iter_batches(loaded, self.image_batch)
+        return extract(batches, extractor, store, len(refs), progress), store
+
+    def table(
+        self,
+        refs: Sequence[ImageRef],
+        digests: Sequence[bytes],
+        extractor: Extractor,
+        view: int,
+        dtype: type[np.number],
+        progress: Progress | None,
+    ) -> FeatureTable:
+        """Features of images that are known to be readable, in the order of ``digests``; see :meth:`extract`.
 
         Raises
         ------
         FeatdiffError
-            An image has changed meanwhile.
+            An image has changed in the meantime.
         """
-        found, kept = self.extract(refs, *how)
-        if found.unreadable:
-            path, reason = found.unreadable[0]
+        extraction, store = self.extract(refs, extractor, view, dtype, progress)
+        if extraction.unreadable:
+            path, reason = extraction.unreadable[0]
             raise FeatdiffError(f"{path} was readable a moment ago: {reason}")
-        if any(digest not in kept for digest in digests):
+
+        if any(digest not in store for digest in digests):
             raise FeatdiffError("some images have changed since the start: start again")
-        return kept.table(digests)
+        return store.table(digests)
 
 
 def derive(
     source: FeatureStore,
     target: FeatureStore,
     digests: Sequence[bytes],
-    make: Callable[[Tensor], Tensor],
+    compute: Callable[[Tensor], Tensor],
     progress: Progress | None,
 ) -> None:
-    """Fill ``target`` from rows of ``source``, if it has them all; ``make`` turns (B, D) into (B, width)."""
+    """Fill a store from the features in another one, unless some are missing there.
+
+    Parameters
+    ----------
+    source, target : FeatureStore
+    digests : sequence of bytes
+        Of the images.
+    compute : callable
+        Features (B, D) of ``source`` -> features (B, width) of ``target``.
+    progress : callable, optional
+    """
     missing = [digest for digest in digests if digest not in target]
     if any(digest not in source for digest in missing):
         return
-    for start in range(0, len(missing), _AT_ONCE):
-        some = missing[start : start + _AT_ONCE]
-        for digest, row in zip(some, make(source.table(some)[np.arange(len(some))]).cpu().numpy(), strict=True):
-            target.add(digest, row)
+
+    for start in range(0, len(missing), _DERIVE_BATCH):
+        batch = missing[start : start + _DERIVE_BATCH]
+        features = source.table(batch)[np.arange(len(batch))]
+        for digest, vector in zip(batch, compute(features).cpu().numpy(), strict=True):
+            target.add(digest, vector)
         if progress:
-            progress("features", start + len(some), len(missing))
+            progress("features", start + len(batch), len(missing))
     target.flush()
 
 
-class Glance:
-    """An extractor that tells which images can be read, where no layers are frozen: the mean colour of each."""
+class MeanColour:
+    """An extractor of the mean colour. Without frozen layers, it serves to find out which images can be read."""
 
     width = 3
 
     @property
     def transform(self) -> Transform:
-        """RGB picture -> (3, 1, 1)."""
-        return _colour
+        """RGB image -> (3, 1, 1)."""
+        return _mean_colour
 
     def key(self, variant: str = "") -> str:
         return f"colour {variant}".strip()
@@ -108,25 +162,36 @@ class Glance:
         return pixels.flatten(1)
 
 
-def _colour(image: Image.Image) -> Tensor:
+def _mean_colour(image: Image.Image) -> Tensor:
     mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX), dtype=np.float32)
     return torch.from_numpy(mean / 255).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """One view (n, 3, H, W) of readable images by their numbers, decoded whenever it is asked for."""
+class DecodedImages(Features):
+    """One view of readable images, (n, 3, H, W), decoded each time it is indexed.
+
+    Parameters
+    ----------
+    refs : sequence of ImageRef
+    view : View
+    reader : Reader
+    """
 
     refs: Sequence[ImageRef]
     view: View
     reader: Reader
 
-    def __getitem__(self, rows: np.ndarray) -> Tensor:
-        """Raises ``FeatdiffError`` if an image cannot be read any more."""
-        refs = [self.refs[row] for row in rows]
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        """Images (B,) -> (B, 3, H, W); ``FeatdiffError`` if one cannot be read any more."""
+        refs = [self.refs[index] for index in np.arange(len(self))[indices]]
         pixels = []
         for item in iter_loaded(refs, self.view, self.reader.workers, self.reader.max_pixels):
             if item.pixels is None:
                 raise FeatdiffError(f"{item.ref.path} was readable a moment ago: {item.reason}")
             pixels.append(item.pixels)
+
         return torch.stack(pixels)

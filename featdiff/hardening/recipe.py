@@ -1,4 +1,4 @@
-"""How a student is fine-tuned."""
+"""The settings with which a student is fine-tuned, and checks of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,51 @@ _WEIGHTS = ("weight_decay", "distillation", "feature_distillation", "micl", "ene
 
 @dataclass(frozen=True)
 class HardenRecipe:
-    """SGD with Nesterov momentum, a warm-up and a cosine, and the weight of each loss (0 leaves it out).
+    """SGD with Nesterov momentum, a warm-up and a cosine schedule, and the weight of each loss.
 
-    Cross entropy has weight 1. With a teacher, ``learning_rate`` is divided by 1 + ``distillation``, so that steps stay
-    about as long as without. ``distillation`` is the weight of the teacher's logits (at ``temperature``),
-    ``feature_distillation`` that of its pre-logits, ``micl`` that of the bound of mutual information between outliers
-    and features (twice that for Stable Diffusion latents), ``energy`` that of the margin (``margin``, in nats) between
-    the energies of images and of outliers beside them. The learning rate rises for ``warm_up`` of all steps. Training
-    ends early when held-out accuracy has not risen for ``patience`` epochs; not for few, since much is learnt only when
-    the rate has fallen. Two switches do as the released code of outlier-aware learning. ``bound_as_loss``: the networks
-    of the bound are trained by the bound itself, in place of their likelihood, and by SGD, and the one for latents is
-    deeper. ``project_teacher``: the teacher's features are mapped to the student's, in place of the other way round.
+    Cross entropy of the labels has weight 1; a weight of 0 leaves a loss out.
+
+    Parameters
+    ----------
+    epochs : int, default 10
+    batch_size : int, default 64
+        At least 2.
+    learning_rate : float, default 0.02
+        With a teacher, it is divided by 1 + ``distillation``, so that steps stay about as long as without one.
+    weight_decay : float, default 5e-4
+    distillation : float, default 4.0
+        Weight of the teacher's logits.
+    temperature : float, default 1.0
+        At which logits of teacher and student are compared.
+    feature_distillation : float, default 2.0
+        Weight of the teacher's pre-logits.
+    micl : float, default 0.1
+        Weight of the bound of mutual information between outliers and features; twice that for Stable Diffusion
+        latents.
+    energy : float, default 0.0
+        Weight of the margin between the energies of images and of outliers in the student's features.
+    margin : float, default 5.0
+        That margin, in nats.
+    warm_up : float, default 0.1
+        Share of all steps in which the learning rate rises, in [0, 1].
+    patience : int, default 10
+        Training ends early when held-out accuracy has not risen for so many epochs. Few would be too early: accuracy
+        often rises only when the learning rate has fallen.
+    bound_as_loss : bool, default False
+        As in the released code of outlier-aware learning: the networks of the bound are trained by the bound itself
+        and by SGD, not by their likelihood, and the one for latents is deeper.
+    project_teacher : bool, default False
+        As in that code: the teacher's features are mapped to the student's, not the other way round.
+
+    Raises
+    ------
+    UsageError
+        A value outside its range.
+
+    Examples
+    --------
+    >>> HardenRecipe(epochs=2).batch_size
+    64
     """
 
     epochs: int = 10
@@ -49,18 +83,18 @@ class HardenRecipe:
             check_number(name, getattr(self, name), above=0, whole=name in _WHOLE)
         for name in _WEIGHTS:
             if check_number(name, getattr(self, name), above=-math.inf) < 0:
-                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)!r}", argument=name)
         if self.warm_up > 1:
-            raise UsageError(f"warm_up is a share of all steps, at most 1, not {self.warm_up!r}")
+            raise UsageError(f"warm_up is a share of all steps, at most 1, not {self.warm_up!r}", argument="warm_up")
         if self.batch_size < 2:
-            raise UsageError("batch_size must be 2 or more: batch normalisation compares images")
+            raise UsageError("batch_size must be 2 or more: batch normalisation compares images", argument="batch_size")
 
     @classmethod
     def as_published(cls) -> HardenRecipe:
         """The settings of the released code for CIFAR-10 (arXiv 2406.16525), which trains all layers.
 
-        What it does besides: it gives outliers the lengths that CLIP's text encoder gives the class names, where
-        featdiff's have those of real pre-logits.
+        One difference remains: that code gives outliers the lengths that CLIP's text encoder gives the class names,
+        while featdiff's have the lengths of real pre-logits.
         """
         return cls(
             epochs=100,
@@ -74,27 +108,35 @@ class HardenRecipe:
         )
 
 
-def check_losses(recipe: HardenRecipe, given: Collection[str], teacher: bool, outliers: bool) -> None:
-    """Whether there is what a loss that was asked for needs, and everything that was asked for counts.
+def check_losses(recipe: HardenRecipe, chosen: Collection[str], teacher: bool, outliers: bool) -> None:
+    """Check that every loss has what it needs, and that every setting has an effect.
 
     Parameters
     ----------
-    given : names of the recipe's fields that somebody set, rather than their defaults
-    teacher, outliers : whether there are such
+    recipe : HardenRecipe
+    chosen : collection of str
+        Names of the recipe's fields that the user set.
+    teacher, outliers : bool
+        Whether there are such.
 
     Raises
     ------
     UsageError
     """
-    wanted = {name for name in given if getattr(recipe, name)}
-    if not teacher and wanted & {"distillation", "feature_distillation", "temperature"}:
-        raise UsageError("--kd, --feature-kd and --temperature need a --teacher")
+    enabled = [name for name in chosen if getattr(recipe, name)]
+    for name in ("distillation", "feature_distillation", "temperature"):
+        if name in enabled and not teacher:
+            raise UsageError(f"{name} needs a teacher", argument="teacher")
     if teacher and not (recipe.distillation or recipe.feature_distillation):
-        raise UsageError("with --kd 0 and --feature-kd 0 the --teacher has no say: leave it away")
-    if "micl" in wanted and not outliers:
-        raise UsageError("--micl needs --outliers FILE: make one with featdiff outliers")
+        raise UsageError(
+            "with distillation and feature_distillation of 0 the teacher has no effect: drop it", argument="teacher"
+        )
+
+    if "micl" in enabled and not outliers:
+        raise UsageError("micl needs outliers: make some with featdiff outliers", argument="outliers")
     if outliers and not recipe.micl:
-        raise UsageError("--outliers are used by --micl alone, and its weight is 0: leave one of them away")
-    for option, needs in (("margin", "energy"), ("temperature", "distillation")):
-        if option in given and not getattr(recipe, needs):
-            raise UsageError(f"--{option} belongs to --{'kd' if needs == 'distillation' else needs}, whose weight is 0")
+        raise UsageError("outliers are used by micl alone, and its weight is 0: drop one of them", argument="outliers")
+
+    for name, loss in (("margin", "energy"), ("temperature", "distillation")):
+        if name in chosen and not getattr(recipe, loss):
+            raise UsageError(f"{name} belongs to {loss}, whose weight is 0", argument=name)

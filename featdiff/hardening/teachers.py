@@ -1,4 +1,8 @@
-"""A teacher: a larger or longer-trained classifier whose answers the student keeps."""
+"""Teachers: larger or longer-trained classifiers whose answers a student learns to give.
+
+In: the name of a backbone, or the folder of a classifier. Out: a network that turns images into pre-logits, which can
+be cached, and these into logits.
+"""
 
 from __future__ import annotations
 
@@ -16,123 +20,183 @@ from ..data.decoding import Transform
 from ..exceptions import UsageError, WeightsError, some_of
 from ..features.backbones import Backbone, load_backbone
 from ..features.networks import device_of, evaluating, fingerprint
-from .frozen import Trunk, split_at
+from .frozen import FrozenLayers, split_at
 from .students import Classifier, check_head, classifier_folder, load_classifier, training_facts
 
-# Raised when the numbers that a teacher gives for the same weights change.
-_TEACHER_VERSION = 1
-# Inverse strengths of a new head's regularisation, of which held-out images choose.
-_STRENGTHS = (0.001, 0.01, 0.1)
-#: Rows that a new head learns from, at most.
-HEAD_ROWS = 20_000
+# Raised when the same weights give other numbers.
+_VERSION = 1
+# Inverse strengths of a new head's regularisation; held-out images decide between them.
+_INVERSE_STRENGTHS = (0.001, 0.01, 0.1)
+#: Images that a new head is trained on, at most.
+MAX_HEAD_IMAGES = 20_000
 
 
 @dataclass
 class Teacher:
-    """Images -> pre-logits, as rows that can be kept; and its last layer.
+    """A network that turns images into pre-logits, and its last layer.
 
-    ``head`` turns pre-logits (B, ``width``) into logits in the order of the student's classes; a teacher by the name of
-    a backbone has none until :meth:`fit_head`. ``trunk`` are the layers that stayed frozen while featdiff trained it,
-    if any, ``tail`` what lies behind: the cache may still have what the trunk gave. ``classes`` are those of a teacher
-    that has its own last layer.
+    It is an :class:`featdiff.features.extraction.Extractor`, so pre-logits can be cached.
+
+    Parameters
+    ----------
+    network : Backbone or Classifier
+    name : str
+        For people.
+    width : int
+        Of the pre-logits.
+    head : nn.Module, optional
+        Turns pre-logits (B, ``width``) into logits in the order of the student's classes. A backbone has none until
+        :meth:`fit_head`.
+    frozen : FrozenLayers, optional
+        The layers that stayed frozen when featdiff trained this teacher. The cache may have their output.
+    trained : nn.Module, optional
+        The layers behind ``frozen``.
+    classes : tuple of str, default ()
+        Those of a teacher that came with a last layer.
     """
 
     network: Backbone | Classifier
     name: str
     width: int
     head: nn.Module | None = None
-    trunk: Trunk | None = None
-    tail: nn.Module | None = None
+    frozen: FrozenLayers | None = None
+    trained: nn.Module | None = None
     classes: tuple[str, ...] = ()
 
     @property
     def transform(self) -> Transform:
-        """RGB picture -> (3, H, W) tensor, as the teacher was trained with."""
+        """RGB image -> (3, H, W) tensor, as the teacher was trained with."""
         return self.network.transform
 
     def key(self, variant: str = "") -> str:
-        """A short hash of what decides the numbers."""
-        facts = [_TEACHER_VERSION, fingerprint(self.network.model), repr(self.network.model)]
+        """A short hash of everything that decides the pre-logits."""
+        facts = [_VERSION, fingerprint(self.network.model), repr(self.network.model)]
         return hashlib.sha256(repr([*facts, self.network.data_config, variant]).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) preprocessed images -> (B, ``width``) float32 pre-logits."""
+        """Preprocessed images (B, 3, H, W) -> pre-logits (B, ``width``), float32."""
         return _pre_logits(self.network.model, pixels)
 
     @torch.inference_mode()
-    def behind(self, rows: Tensor) -> Tensor:
-        """Rows (B, D) of the trunk -> (B, ``width``) float32 pre-logits, up to the rounding of what was kept."""
-        assert self.trunk is not None and self.tail is not None
-        return _pre_logits(self.tail, self.trunk.maps(rows.to(device_of(self.tail))))
+    def from_frozen(self, features: Tensor) -> Tensor:
+        """Output of ``frozen`` (B, D) -> pre-logits (B, ``width``), float32, up to the rounding to half precision."""
+        assert self.frozen is not None and self.trained is not None
+        return _pre_logits(self.trained, self.frozen.maps(features.to(device_of(self.trained))))
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, pre_logits: Tensor) -> Tensor:
         """Pre-logits (B, ``width``) -> logits (B, classes)."""
         assert self.head is not None
-        return self.head(features)
+        return self.head(pre_logits)
 
-    def accuracy(self, features: Tensor, labels: np.ndarray) -> float:
-        """Share of pre-logits (N, ``width``) whose largest logit is that of their label."""
-        predicted = self.logits(features.to(device_of(self.network.model))).argmax(1).cpu().numpy()
-        return float((predicted == labels).mean())
+    def accuracy(self, pre_logits: Tensor, labels: np.ndarray) -> float:
+        """Share of correct answers.
 
-    def fit_head(self, features: Tensor, labels: np.ndarray, held_out: Tensor, wanted: np.ndarray) -> None:
-        """Logistic regression on pre-logits (N, ``width``), as strongly regularised as held-out rows like it best."""
+        Parameters
+        ----------
+        pre_logits : Tensor of shape (N, ``width``)
+        labels : ndarray of int, shape (N,)
+
+        Returns
+        -------
+        float
+            In [0, 1].
+        """
+        logits = self.logits(pre_logits.to(device_of(self.network.model)))
+        return float((logits.argmax(1).cpu().numpy() == labels).mean())
+
+    def fit_head(self, pre_logits: Tensor, labels: np.ndarray, held_out: Tensor, held_out_labels: np.ndarray) -> None:
+        """Fit a last layer by logistic regression, with the regularisation that suits held-out images best.
+
+        Parameters
+        ----------
+        pre_logits : Tensor of shape (N, ``width``)
+        labels : ndarray of int, shape (N,)
+        held_out : Tensor of shape (M, ``width``)
+        held_out_labels : ndarray of int, shape (M,)
+        """
         from sklearn.linear_model import LogisticRegression
 
-        mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
-        rows, others = (((part - mean) / deviation).numpy() for part in (features, held_out))
-        fits = [LogisticRegression(C=c, max_iter=200).fit(rows, labels) for c in _STRENGTHS]
-        best = max(fits, key=lambda fit: fit.score(others, wanted))
-        weight, bias = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (best.coef_, best.intercept_))
-        if len(weight) == 1:  # of two classes, scikit-learn keeps the difference
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        mean = pre_logits.mean(0)
+        std = pre_logits.std(0).clamp_min(1e-6)
+        train = ((pre_logits - mean) / std).numpy()
+        test = ((held_out - mean) / std).numpy()
+        fits = [LogisticRegression(C=c, max_iter=200).fit(train, labels) for c in _INVERSE_STRENGTHS]
+        best = max(fits, key=lambda fit: fit.score(test, held_out_labels))
+
+        weight = torch.from_numpy(np.asarray(best.coef_, dtype=np.float32))
+        bias = torch.from_numpy(np.asarray(best.intercept_, dtype=np.float32))
+        if len(weight) == 1:  # for two classes, scikit-learn stores the difference
+            weight = torch.cat([-weight, weight]) / 2
+            bias = torch.cat([-bias, bias]) / 2
         head = nn.Linear(self.width, len(weight))
-        with torch.no_grad():
-            head.weight.copy_(weight / deviation)
-            head.bias.copy_(bias - (weight / deviation) @ mean)
+        with torch.no_grad():  # takes pre-logits that are not standardised
+            head.weight.copy_(weight / std)
+            head.bias.copy_(bias - (weight / std) @ mean)
         self.head = head.requires_grad_(False).to(device_of(self.network.model))
 
 
 def load_teacher(name: str, classes: Sequence[str], device: torch.device | str = "cpu") -> Teacher:
-    """A teacher by the folder of a classifier for the same classes, or by the name of a timm backbone.
+    """Load a teacher.
+
+    Parameters
+    ----------
+    name : str
+        The folder of a classifier for the same classes, or the name of a timm backbone.
+    classes : sequence of str
+        In the order of the student's logits.
+    device : torch.device or str, default "cpu"
+
+    Returns
+    -------
+    Teacher
 
     Raises
     ------
     UsageError
         An unknown name, or a classifier of other classes.
     ModelError, WeightsError
-        The folder holds no classifier, or the weights cannot be had.
+        The folder holds no classifier, or the weights are not available.
     """
-    if (folder := classifier_folder(name)) is None:
-        try:
-            backbone = load_backbone(name)
-        except WeightsError as error:
-            raise WeightsError(
-                f"the teacher: {error}. (A teacher takes no --weights: put them into a folder, as model.safetensors "
-                "beside timm's config.json, and name it local-dir:FOLDER)"
-            ) from None
-        backbone.model.to(device)
-        return Teacher(backbone, backbone.tag, _width(backbone.model, backbone.data_config))
-    found = load_classifier(folder)
-    if sorted(found.classes) != sorted(classes):
+    folder = classifier_folder(name)
+    if folder is None:
+        return _backbone_teacher(name, device)
+
+    classifier = load_classifier(folder)
+    if sorted(classifier.classes) != sorted(classes):
         raise UsageError(
-            f"the teacher at {folder} knows the classes {some_of(found.classes)}, the images have {some_of(classes)}: "
-            "train a teacher on these images (featdiff harden without --teacher), or name a backbone"
+            f"the teacher at {folder} knows the classes {some_of(classifier.classes)}, the images have "
+            f"{some_of(classes)}: train a teacher on these images (harden without a teacher), or name a backbone",
+            argument="teacher",
         )
-    check_head(found)
-    order = torch.tensor([found.classes.index(name) for name in classes])
-    found.model.to(device)
-    model: Any = found.model
-    head = nn.Sequential(model.get_classifier(), _Ordered(order)).to(device).eval()
-    layer = training_facts(name).get("train_from")
-    trunk, tail = split_at(found, layer) if layer else (None, None)
-    found.model.requires_grad_(False)
-    label, width = f"{Path(name).name} ({found.name})", _width(found.model, found.data_config)
-    return Teacher(found, label, width, head, trunk, tail, found.classes)
+    check_head(classifier)
+    model: Any = classifier.model.to(device)
+    order = torch.tensor([classifier.classes.index(name) for name in classes])
+    head = nn.Sequential(model.get_classifier(), _Reordered(order)).to(device).eval()
+
+    frozen = None
+    trained = None
+    if layer := training_facts(name).get("train_from"):
+        frozen, trained = split_at(classifier, layer)
+    model.requires_grad_(False)
+    label = f"{Path(name).name} ({classifier.name})"
+    width = _width(model, classifier.data_config)
+    return Teacher(classifier, label, width, head, frozen, trained, classifier.classes)
 
 
-class _Ordered(nn.Module):
+def _backbone_teacher(name: str, device: torch.device | str) -> Teacher:
+    try:
+        backbone = load_backbone(name)
+    except WeightsError as error:
+        raise WeightsError(
+            f"the teacher: {error}. (The argument weights is the student's: put the teacher's into a folder, as "
+            "model.safetensors beside timm's config.json, and name it local-dir:FOLDER)"
+        ) from None
+    backbone.model.to(device)
+    return Teacher(backbone, backbone.tag, _width(backbone.model, backbone.data_config))
+
+
+class _Reordered(nn.Module):
     """Logits in another order of the classes."""
 
     order: Tensor

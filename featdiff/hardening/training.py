@@ -1,4 +1,8 @@
-"""Objective + rows -> a trained student, as a generator of small step records. Knows no files and no images."""
+"""The training loop of a student.
+
+In: an objective, a source of batches and a recipe. Out: a trained student; meanwhile a record of every step. Knows no
+files and no images.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 from ..exceptions import FeatdiffError, UsageError
 from ..runtime.checkpoints import Resumable
 from ..runtime.processes import Processes
-from .objective import Lesson, Objective
+from .objective import Objective, TrainingBatch
 from .recipe import HardenRecipe
 
 if TYPE_CHECKING:
@@ -26,13 +30,25 @@ if TYPE_CHECKING:
 _PROJECTION_FACTOR = 2.0
 _CLUB_RATE = 1e-4
 
-#: Row numbers (B,) of the training rows, and a source of chance -> what the student is to learn from them.
-Lessons = Callable[[np.ndarray, np.random.Generator], Lesson]
+#: Positions (B,) of training images, and a random generator -> the batch of these images.
+BatchSource = Callable[[np.ndarray, np.random.Generator], TrainingBatch]
 
 
 @dataclass(frozen=True)
 class LearningStep:
-    """One optimiser step; ``losses`` are weighted, ``accuracy`` is set on the last step of an epoch (held-out rows)."""
+    """Record of one optimiser step.
+
+    Attributes
+    ----------
+    step : int
+        From 1 on.
+    steps : int
+        Of the whole run.
+    losses : mapping of str to float
+        Weighted losses.
+    accuracy : float, optional
+        On held-out images, in [0, 1]; set on the last step of an epoch.
+    """
 
     step: int
     steps: int
@@ -42,10 +58,26 @@ class LearningStep:
 
 @dataclass
 class LearningState(Resumable):
-    """All that a run needs to go on after a stop.
+    """Everything that a run needs to continue after a stop.
 
-    ``best`` are the weights of the epoch with the highest accuracy on held-out rows (of equals, the later), ``history``
-    has for each epoch its mean losses and accuracy.
+    Attributes
+    ----------
+    objective : Objective
+    optimizer : torch.optim.Optimizer
+    club_optimizer : torch.optim.Optimizer or None
+        Of the networks of the bound.
+    epoch : int
+        Finished epochs.
+    stale : int
+        Epochs since held-out accuracy has risen.
+    done : bool
+    seconds : float
+    best_accuracy : float
+        On held-out images.
+    best : dict of str to Tensor
+        Weights of the epoch with the highest accuracy; of equals, the later.
+    history : list of dict of str to float
+        Mean losses and accuracy of each epoch.
     """
 
     parts = ("objective", "optimizer", "club_optimizer")
@@ -64,82 +96,119 @@ class LearningState(Resumable):
 
     @property
     def network(self) -> nn.Module:
+        """The student, whose weights ``best`` holds."""
         return self.objective.network
 
 
 def start(objective: Objective, recipe: HardenRecipe) -> LearningState:
-    """A fresh state: SGD for the student and its projection, Adam (as published: SGD) for the networks of the bound."""
-    factor = 1 / (1 + recipe.distillation) if objective.taught else 1.0
-    groups = [{"params": [p for p in objective.network.parameters() if p.requires_grad], "factor": factor}]
+    """Begin a run: SGD for the student and its projection, Adam (as published: SGD) for the networks of the bound.
+
+    Parameters
+    ----------
+    objective : Objective
+    recipe : HardenRecipe
+
+    Returns
+    -------
+    LearningState
+    """
+    factor = 1 / (1 + recipe.distillation) if objective.has_teacher else 1.0
+    student = [parameter for parameter in objective.network.parameters() if parameter.requires_grad]
+    groups = [{"params": student, "factor": factor}]
     if objective.projection is not None:
         groups.append({"params": [*objective.projection.parameters()], "factor": _PROJECTION_FACTOR * factor})
-    if recipe.bound_as_loss and len(objective.clubs):
-        groups.append({"params": [*objective.clubs.parameters()], "factor": _CLUB_RATE / recipe.learning_rate})
+
+    club_optimizer = None
+    clubs = [*objective.clubs.parameters()]
+    if clubs and recipe.bound_as_loss:
+        groups.append({"params": clubs, "factor": _CLUB_RATE / recipe.learning_rate})
+    elif clubs:
+        club_optimizer = torch.optim.Adam(clubs, lr=_CLUB_RATE)
+
     optimizer = torch.optim.SGD(
-        groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        groups,
+        lr=recipe.learning_rate,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
     )
-    clubs = [] if recipe.bound_as_loss else [*objective.clubs.parameters()]
-    return LearningState(objective, optimizer, torch.optim.Adam(clubs, lr=_CLUB_RATE) if clubs else None)
+    return LearningState(objective, optimizer, club_optimizer)
 
 
 def learn(
     state: LearningState,
-    lessons: Lessons,
-    n_rows: int,
+    make_batch: BatchSource,
+    n_images: int,
     held_out: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     recipe: HardenRecipe,
     seed: int,
     before_epoch: Callable[[int], None] = lambda epoch: None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[LearningStep]:
-    """Train until the plan ends or held-out accuracy has not risen for ``patience`` epochs; then load ``best``.
+    """Train until the last epoch, or until held-out accuracy has not risen for ``patience`` epochs; then load ``best``.
 
-    What is drawn follows from ``seed`` and the epoch, so a run resumed at an epoch's end goes the same way.
+    Random numbers depend on ``seed`` and the epoch alone, so a run that is resumed at the end of an epoch gives the
+    same result.
 
     Parameters
     ----------
-    n_rows : int
-        Training rows; those that fill no batch are left out of an epoch.
+    state : LearningState
+        From :func:`start`; changed in place.
+    make_batch : callable
+        Positions (B,) of training images, and a random generator -> :class:`TrainingBatch`.
+    n_images : int
+        Training images. Those that do not fill a batch are left out of an epoch.
     held_out : callable
-        Gives batches of rows (B, ...) as the student takes them, and their labels (B,).
+        Returns batches of the student's input (B, ...) and labels (B,).
+    recipe : HardenRecipe
+    seed : int
     before_epoch : callable, optional
-        Gets the number of the epoch that begins.
+        Called with the number of the epoch that begins.
     accelerator : accelerate.Accelerator, optional
-        Mixed precision, and several processes, each with its share of every batch.
+        For mixed precision, and for several processes, each with its share of every batch.
+
+    Yields
+    ------
+    LearningStep
 
     Raises
     ------
     UsageError
-        Fewer rows than a batch, or a batch that the processes cannot share evenly.
+        Fewer images than a batch, or a batch that the processes cannot share evenly.
     FeatdiffError
         A loss became NaN or infinite.
     """
-    engine, size = _Engine(state, recipe, accelerator), recipe.batch_size
-    per_epoch = n_rows // size
-    if not per_epoch:
-        raise UsageError(f"{n_rows} training images do not fill a batch of {size}: lower --train-batch (batch_size)")
-    steps = recipe.epochs * per_epoch
-    thread = None if engine.device.type == "mps" else ThreadPoolExecutor(1)  # work of two threads can crash MPS
+    engine = _Engine(state, recipe, accelerator)
+    steps_per_epoch = n_images // recipe.batch_size
+    if not steps_per_epoch:
+        raise UsageError(
+            f"{n_images} training images do not fill a batch of {recipe.batch_size}: lower batch_size",
+            argument="batch_size",
+        )
+    steps = recipe.epochs * steps_per_epoch
+    thread = None if engine.device.type == "mps" else ThreadPoolExecutor(1)  # two threads can crash MPS
     try:
         while state.epoch < recipe.epochs and not state.done:
             before_epoch(state.epoch)
-            order = np.random.default_rng((seed, state.epoch)).permutation(n_rows)
+            state.objective.train()
+            positions = _epoch_positions(n_images, recipe.batch_size, (seed, state.epoch), engine.share)
             # each process draws for its own share
             rng = np.random.default_rng((seed, state.epoch, 1 + engine.processes.rank))
-            totals: dict[str, float] = {}
-            state.objective.train()
-            batches = [np.sort(part)[engine.share] for part in order[: per_epoch * size].reshape(per_epoch, size)]
-            for i, (lesson, chance) in enumerate(_ahead(lessons, batches, rng, thread)):
-                number = state.epoch * per_epoch + i
-                engine.set_rates(_rate(number, steps, recipe.warm_up))
-                losses = engine.update(lesson, chance)
-                _check(losses, number + 1)
-                totals = {name: totals.get(name, 0.0) + value / per_epoch for name, value in losses.items()}
+
+            mean_losses: dict[str, float] = {}
+            for i, (batch, step_seed) in enumerate(_prefetched(make_batch, positions, rng, thread)):
+                step = state.epoch * steps_per_epoch + i
+                engine.set_rates(_rate(step, steps, recipe.warm_up))
+                losses = engine.update(batch, step_seed)
+                _check_finite(losses, step + 1)
+                for name, value in losses.items():
+                    mean_losses[name] = mean_losses.get(name, 0.0) + value / steps_per_epoch
+
                 accuracy = None
-                if i == per_epoch - 1:
+                if i == steps_per_epoch - 1:
                     accuracy = engine.accuracy(held_out())
-                    _close_epoch(state, accuracy, totals, recipe.patience)
-                yield LearningStep(number + 1, steps, losses, accuracy)
+                    _end_epoch(state, accuracy, mean_losses, recipe.patience)
+                yield LearningStep(step + 1, steps, losses, accuracy)
     finally:
         if thread:
             thread.shutdown()
@@ -150,60 +219,90 @@ def learn(
 
 
 def check_processes(recipe: HardenRecipe, processes: int) -> None:
-    """Refuse a batch that so many processes cannot share evenly, two rows or more each (``UsageError``)."""
+    """Refuse a batch that the processes cannot share evenly, two images or more each (``UsageError``)."""
     if recipe.batch_size % processes or recipe.batch_size < 2 * processes:
         raise UsageError(
-            f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more each"
+            f"{processes} processes cannot share a batch_size of {recipe.batch_size} evenly, 2 or more each",
+            argument="batch_size",
         )
 
 
 @torch.inference_mode()
 def held_out_accuracy(objective: Objective, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Share of rows whose largest logit is that of their label, in eval mode; batches of (B, ...) and (B,)."""
+    """Share of images whose largest logit is that of their label, in eval mode.
+
+    Parameters
+    ----------
+    objective : Objective
+        Has the student.
+    held_out : iterable of (Tensor of shape (B, ...), Tensor of shape (B,))
+        Input of the student, and labels.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+    """
     objective.eval()
-    right = [objective.answer(rows)[1].argmax(1) == labels for rows, labels in held_out]
-    return torch.cat(right).sum().item() / sum(map(len, right))
+    correct = torch.cat([objective.answer(x)[1].argmax(1) == labels for x, labels in held_out])
+    return correct.sum().item() / len(correct)
 
 
-def _ahead(
-    lessons: Lessons, batches: Sequence[np.ndarray], rng: np.random.Generator, thread: ThreadPoolExecutor | None
-) -> Iterator[tuple[Lesson, int]]:
-    """The lesson of each batch and a number drawn after it; with a thread, the next is prepared during a step."""
+def _epoch_positions(n_images: int, batch_size: int, seed: tuple[int, int], share: slice) -> list[np.ndarray]:
+    """Positions of the training images of each batch of an epoch, ascending; ``share`` selects those of a process."""
+    order = np.random.default_rng(seed).permutation(n_images)
+    batches = n_images // batch_size
+    full = order[: batches * batch_size].reshape(batches, batch_size)
+    return [np.sort(batch)[share] for batch in full]
 
-    def prepare(batch: np.ndarray) -> tuple[Lesson, int]:
-        return lessons(batch, rng), int(rng.integers(2**63))
+
+def _prefetched(
+    make_batch: BatchSource,
+    positions: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    thread: ThreadPoolExecutor | None,
+) -> Iterator[tuple[TrainingBatch, int]]:
+    """Each batch and a seed drawn after it. With a thread, the next batch is made during a step."""
+
+    def prepare(positions: np.ndarray) -> tuple[TrainingBatch, int]:
+        return make_batch(positions, rng), int(rng.integers(2**63))
 
     if thread is None:
-        yield from map(prepare, batches)
+        yield from map(prepare, positions)
         return
-    upcoming = thread.submit(prepare, batches[0])
-    for batch in batches[1:]:
-        ready, upcoming = upcoming.result(), thread.submit(prepare, batch)
+
+    upcoming = thread.submit(prepare, positions[0])
+    for batch_positions in positions[1:]:
+        ready = upcoming.result()
+        upcoming = thread.submit(prepare, batch_positions)
         yield ready
     yield upcoming.result()
 
 
 class _Engine:
-    """One optimiser step, on one process or, with an accelerator, on several."""
+    """Runs optimiser steps, on one process or, with an accelerator, on several."""
 
     def __init__(self, state: LearningState, recipe: HardenRecipe, accelerator: Accelerator | None) -> None:
-        self.objective, self.recipe, self.optimizer = state.objective, recipe, state.optimizer
+        self.objective = state.objective
+        self.recipe = recipe
+        self.optimizer = state.optimizer
         self.processes = Processes(accelerator, state.epoch)
-        optimizers = [o for o in (state.optimizer, state.club_optimizer) if o is not None]
+        optimizers = [optimizer for optimizer in (state.optimizer, state.club_optimizer) if optimizer is not None]
         self.network, *self.optimizers = self.processes.prepare(state.objective, *optimizers)
         check_processes(recipe, self.processes.number)
         self.share = slice(self.processes.rank, None, self.processes.number)
         self.device = next(state.objective.parameters()).device
 
     def set_rates(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:  # asked for anew: what prepares an optimizer may replace them
+        for group in self.optimizer.param_groups:  # read each time: preparing an optimizer may replace them
             group["lr"] = self.recipe.learning_rate * group["factor"] * factor
 
-    def update(self, lesson: Lesson, seed: int) -> dict[str, float]:
-        """``seed`` decides what dropout and stochastic depth leave out; the caller's random state is left alone."""
-        with _chance(seed, self.device):
-            losses = self.network(lesson)
+    def update(self, batch: TrainingBatch, seed: int) -> dict[str, float]:
+        """One step. ``seed`` decides dropout and stochastic depth; the caller's random state is left alone."""
+        with _seeded(seed, self.device):
+            losses = self.network(batch)
         total = torch.stack([*losses.values()]).sum()
+
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.processes.backward(total)
@@ -212,23 +311,25 @@ class _Engine:
         return {name: self.processes.mean(loss.detach().float()) for name, loss in losses.items()}
 
     def accuracy(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """On held-out rows; see :func:`held_out_accuracy`."""
-        found = held_out_accuracy(self.objective, held_out)
-        return found if self.processes.number == 1 else self.processes.mean(torch.tensor(found, device=self.device))
+        """On held-out images; see :func:`held_out_accuracy`."""
+        accuracy = held_out_accuracy(self.objective, held_out)
+        if self.processes.number == 1:
+            return accuracy
+        return self.processes.mean(torch.tensor(accuracy, device=self.device))
 
 
 @contextmanager
-def _chance(seed: int, device: torch.device) -> Iterator[None]:
-    """Chance that follows from a seed on the CPU and the device; afterwards it is as before."""
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers on the CPU and the device follow from a seed; afterwards the random state is as before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for all GPUs
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
 
 
-def _close_epoch(state: LearningState, accuracy: float, losses: dict[str, float], patience: int) -> None:
+def _end_epoch(state: LearningState, accuracy: float, losses: dict[str, float], patience: int) -> None:
     state.epoch += 1
     state.history.append({"accuracy": accuracy} | losses)
     state.stale = 0 if accuracy > state.best_accuracy else state.stale + 1
@@ -239,14 +340,14 @@ def _close_epoch(state: LearningState, accuracy: float, losses: dict[str, float]
 
 
 def _rate(step: int, steps: int, warm_up: float) -> float:
-    """Share of the learning rate at a step: up for a share of the run, then down by a cosine."""
+    """Factor of the learning rate at a step: linear warm-up for a share of the run, then a cosine to 0."""
     warm = warm_up * steps
     if step < warm:
         return (step + 1) / (warm + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def _check(losses: Mapping[str, float], step: int) -> None:
+def _check_finite(losses: Mapping[str, float], step: int) -> None:
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise FeatdiffError(f"training diverged at step {step} ({name} {loss}): lower the learning rate")

@@ -1,4 +1,7 @@
-"""Outliers <-> one safetensors file whose metadata say what they are. No pickle; strict; atomic."""
+"""Outliers, and the file they are saved in.
+
+One safetensors file, whose metadata describe the outliers. No pickle; read strictly; written atomically.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ModelError
+from ..exceptions import ModelError, UsageError
+from ..features.layout import FeatureLayout
 from ..files.atomic import write_atomically
 
-#: Raised when the layout of the file changes; a newer one is refused.
+#: Raised when the format of the file changes; a newer one is refused.
 FORMAT_VERSION = 1
 _FORMAT = "featdiff outliers"
-# What the metadata must say besides the format.
+# Metadata besides the format, and their types.
 _KINDS: dict[str, type] = {"method": str, "fingerprint": str, "classes": list, "layers": list, "columns": dict}
 
 
@@ -27,27 +31,35 @@ class Outliers:
 
     Parameters
     ----------
-    vectors : (n, D) float32
-        Rows such as the detector's extractor gives, so that ``detector.score_features`` takes them.
-    labels : (n,) int64
-        Position in ``classes`` of the class that each lies beyond.
+    vectors : Tensor of float32, shape (n, D)
+        Features as the detector's extractor returns them, so that ``detector.score_features`` accepts them.
+    labels : Tensor of int64, shape (n,)
+        The class beyond whose boundary each lies, as an index into ``classes``.
     classes : list of str
-    columns : dict of slices
-        Where each layer's vector lies in a row: :attr:`featdiff.features.extractor.FeatureExtractor.columns`.
+    layout : FeatureLayout
+        Which columns of ``vectors`` belong to which layer; ``columns`` in the file.
     method : str
         How they were made.
     fingerprint : str
         SHA-256 of the weights of the backbone whose features these are.
     layers : list of str
         Layers of the backbone.
-    latents : (n, ...) float32, optional
-        Where an image generator was involved: what it can decode to pictures.
+    latents : Tensor of float32, shape (n, ...), optional
+        What an image generator made from them and can decode to images.
+
+    Examples
+    --------
+    >>> layout = FeatureLayout.of_stages({"layer1": 3})
+    >>> labels = torch.tensor([0, 1])
+    >>> outliers = Outliers(torch.zeros(2, 3), labels, ["cat", "dog"], layout, "boundary", "ab", ["layer1"])
+    >>> len(outliers)
+    2
     """
 
     vectors: Tensor
     labels: Tensor
     classes: list[str]
-    columns: dict[str, slice]
+    layout: FeatureLayout
     method: str
     fingerprint: str
     layers: list[str]
@@ -57,21 +69,35 @@ class Outliers:
         return len(self.vectors)
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all.
+        """Write one safetensors file, completely or not at all.
+
+        Parameters
+        ----------
+        file : path
 
         Raises
         ------
         ModelError
-            The disk is full or the place cannot be written; an older file stays whole.
+            The disk is full or the folder cannot be written; an older file stays as it was.
         """
         from safetensors.torch import save
 
-        known: dict[str, Any] = {name: getattr(self, name) for name in _KINDS}
-        known["columns"] = {name: [part.start, part.stop] for name, part in self.columns.items()}
-        metadata = {"format": _FORMAT, "format_version": str(FORMAT_VERSION), "outliers": json.dumps(known)}
+        description = {
+            "method": self.method,
+            "fingerprint": self.fingerprint,
+            "classes": self.classes,
+            "layers": self.layers,
+            "columns": self.layout.to_json(),
+        }
+        metadata = {
+            "format": _FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "outliers": json.dumps(description),
+        }
         tensors = {"vectors": self.vectors, "labels": self.labels}
         if self.latents is not None:
             tensors["latents"] = self.latents
+
         data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
         try:
             write_atomically(Path(file), data)
@@ -80,12 +106,20 @@ class Outliers:
 
 
 def load_outliers(file: str | os.PathLike[str]) -> Outliers:
-    """Read what :meth:`Outliers.save` wrote, and check that it is whole.
+    """Read what :meth:`Outliers.save` wrote, and check it.
+
+    Parameters
+    ----------
+    file : path
+
+    Returns
+    -------
+    Outliers
 
     Raises
     ------
     ModelError
-        No such file, not one of ours, a newer or a damaged one, or NaN in it.
+        No such file, no outliers of featdiff, a newer format, a damaged file, or NaN in it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -98,11 +132,12 @@ def load_outliers(file: str | os.PathLike[str]) -> Outliers:
     except OSError as error:
         reason = error.strerror or f"no such file; make one with: featdiff outliers IMAGES -o {file}"
         raise ModelError(f"the outliers {file} cannot be read: {reason}") from None
+
     _check_format(metadata, Path(file))
-    known = _known(metadata, Path(file))
-    columns = known.pop("columns")
-    _check(tensors, columns, known["classes"], Path(file))
-    return Outliers(columns=columns, **tensors, **known)
+    description = _description(metadata, Path(file))
+    layout = _layout(description.pop("columns"), Path(file))
+    _check_tensors(tensors, layout.width, len(description["classes"]), Path(file))
+    return Outliers(layout=layout, **tensors, **description)
 
 
 def _check_format(metadata: dict[str, str], file: Path) -> None:
@@ -114,41 +149,52 @@ def _check_format(metadata: dict[str, str], file: Path) -> None:
         )
 
 
-def _known(metadata: dict[str, str], file: Path) -> dict[str, Any]:
-    """The metadata of this format, with slices for columns."""
+def _description(metadata: dict[str, str], file: Path) -> dict[str, Any]:
+    """The metadata of this format, by the names in ``_KINDS``."""
     try:
-        known = json.loads(metadata.get("outliers", ""))
+        description = json.loads(metadata.get("outliers", ""))
     except ValueError:
-        known = None
-    if not isinstance(known, dict) or set(known) != set(_KINDS):
+        description = None
+    if not isinstance(description, dict) or set(description) != set(_KINDS):
         raise _damaged(file, "its metadata are not those it was saved with")
+
     for name, kind in _KINDS.items():
-        if not isinstance(known[name], kind) or (kind is list and not all(isinstance(n, str) for n in known[name])):
+        value: Any = description[name]
+        names_in_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not isinstance(value, kind) or (kind is list and not names_in_list):
             raise _damaged(file, f"{name} is not what it should be")
-    start = 0
-    for name, ends in known["columns"].items():  # one behind the other, without gaps
+    return description
+
+
+def _layout(columns: dict[str, Any], file: Path) -> FeatureLayout:
+    for name, ends in columns.items():
         if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, int) for end in ends):
             raise _damaged(file, f"the columns of {name} are not what they should be")
-        if ends[0] != start or ends[1] <= start:
-            raise _damaged(file, f"the columns of {name} do not follow those before")
-        start = ends[1]
-    known["columns"] = {name: slice(*ends) for name, ends in known["columns"].items()}
-    return known
+    try:
+        layout = FeatureLayout.from_json(columns)
+    except UsageError as error:
+        raise _damaged(file, str(error)) from None
+    if not layout.parts:
+        raise _damaged(file, "it names no columns")
+    return layout
 
 
-def _check(tensors: dict[str, Tensor], columns: dict[str, slice], classes: list[str], file: Path) -> None:
-    vectors, labels, latents = (tensors.get(name) for name in ("vectors", "labels", "latents"))
+def _check_tensors(tensors: dict[str, Tensor], width: int, classes: int, file: Path) -> None:
+    vectors = tensors.get("vectors")
+    labels = tensors.get("labels")
+    latents = tensors.get("latents")
     if vectors is None or labels is None or set(tensors) - {"vectors", "labels", "latents"}:
         raise _damaged(file, f"it holds {', '.join(sorted(tensors)) or 'nothing'}, not vectors and labels")
-    width = max((part.stop for part in columns.values()), default=0)
+
     if vectors.dtype != torch.float32 or vectors.dim() != 2 or vectors.shape[1] != width:
         raise _damaged(file, f"its vectors are not of shape (n, {width})")
     if labels.dtype != torch.int64 or labels.shape != vectors.shape[:1]:
         raise _damaged(file, "not one label for each vector")
-    if bool((labels < 0).any()) or bool((labels >= len(classes)).any()):
-        raise _damaged(file, f"labels must lie in 0 .. {len(classes) - 1}")
+    if bool((labels < 0).any()) or bool((labels >= classes).any()):
+        raise _damaged(file, f"labels must lie in 0 .. {classes - 1}")
     if latents is not None and (latents.dtype != torch.float32 or latents.shape[:1] != vectors.shape[:1]):
         raise _damaged(file, "not one latent for each vector")
+
     for name, values in tensors.items():
         if not torch.isfinite(values).all():
             raise _damaged(file, f"{name} hold NaN or infinite values")

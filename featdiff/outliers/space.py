@@ -1,72 +1,119 @@
-"""Where outliers are made: the vectors of each layer brought to length 1, side by side, all layers counting alike."""
+"""The space in which distances between features are measured: every layer scaled to length 1, all counting alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..exceptions import UsageError
-from ..features.layout import LOGITS
+from ..features.layout import FeatureLayout, Kind, Part
 
 
 class Space:
-    """Rows of an extractor <-> vectors in which distances are measured.
+    """Converts features to vectors in which distances are measured, and back.
 
-    Each block of columns (a layer, or its deviations) has length 1, and all are divided by the square root of their
-    number, so that a joined vector has length 1 and Euclidean distances lie in [0, 2].
+    Each part of a feature vector (a layer, or its spatial standard deviations) is scaled to length 1, and all parts
+    are divided by the square root of their number. So a joined vector has length 1, and Euclidean distances lie in
+    [0, 2].
 
     Parameters
     ----------
-    columns : mapping of names to slices
-        The blocks: :attr:`featdiff.features.extractor.FeatureExtractor.columns`. Logits, which come last in a row,
-        are left out: they follow from the pre-logits.
-    rows : (N, D)
-        In-domain rows. Blocks in which nothing is negative here (means behind a ReLU, deviations) never will be: no
-        image gives anything else there.
+    layout : FeatureLayout
+        The parts of the features. Logits, which come last, are left out: they follow from the pre-logits.
+    features : Tensor of shape (N, D)
+        In-domain features. A part without negative values here (the mean behind a ReLU, a standard deviation) is kept
+        free of negative values: no image produces any.
+
+    Attributes
+    ----------
+    layout : FeatureLayout
+        The parts without logits.
+    width : int
+        Length of a joined vector.
+
+    Examples
+    --------
+    >>> layout = FeatureLayout.of_stages({"layer1": 2, "layer2": 3})
+    >>> features = torch.tensor([[3.0, 4.0, 0.0, 5.0, 12.0]])
+    >>> space = Space(layout, features)
+    >>> joined = space.join(features)
+    >>> round(float(joined.norm()), 3)
+    1.0
+    >>> [round(value, 3) for value in space.restore(joined, features)[0].tolist()]
+    [3.0, 4.0, 0.0, 5.0, 12.0]
     """
 
-    def __init__(self, columns: Mapping[str, slice], rows: Tensor) -> None:
-        self.columns = {name: part for name, part in columns.items() if name != LOGITS}
-        self.width = max(part.stop for part in self.columns.values())
-        self._widths = (self.width, max(part.stop for part in columns.values()))
-        self._signed = {name: bool((rows[:, part] < 0).any()) for name, part in self.columns.items()}
+    def __init__(self, layout: FeatureLayout, features: Tensor) -> None:
+        self.layout = layout.without(Kind.LOGITS)
+        self.width = self.layout.width
+        self._widths = (self.width, layout.width)
+        self._signed = {part: bool((features[:, part.columns] < 0).any()) for part in self.parts}
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of a joined vector, in order."""
+        return self.layout.parts
 
     @property
     def widths(self) -> list[int]:
-        """Length of each block."""
-        return [part.stop - part.start for part in self.columns.values()]
+        """Length of each part."""
+        return [part.width for part in self.parts]
 
-    def blocks(self, vectors: Tensor) -> Iterator[Tensor]:
-        """The blocks (N, width) of vectors or rows (N, D), in their order."""
-        return (vectors[:, part] for part in self.columns.values())
+    def split(self, vectors: Tensor) -> Iterator[Tensor]:
+        """Cut vectors or features (N, D) into their parts, each (N, part width)."""
+        return (vectors[:, part.columns] for part in self.parts)
 
-    def join(self, rows: Tensor) -> Tensor:
-        """Rows (N, D), with or without logits -> joined vectors (N, ``width``).
+    def join(self, features: Tensor) -> Tensor:
+        """Convert features to joined vectors.
+
+        Parameters
+        ----------
+        features : Tensor of shape (N, D)
+            With or without logits.
+
+        Returns
+        -------
+        Tensor of shape (N, width)
 
         Raises
         ------
         UsageError
-            Rows of another width, NaN or infinite ones.
+            Features of another width, or with NaN or infinite values.
         """
-        if rows.dim() != 2 or rows.shape[1] not in self._widths:
-            raise UsageError(f"rows of features must have shape (N, {self._widths[1]}), not {tuple(rows.shape)}")
-        bad = (~torch.isfinite(rows).all(1)).nonzero()
-        if len(bad):
-            raise UsageError(f"rows of features hold NaN or infinite values, first in row {int(bad[0])}")
-        return torch.cat([F.normalize(block, dim=1) for block in self.blocks(rows)], 1) / len(self.columns) ** 0.5
+        if features.dim() != 2 or features.shape[1] not in self._widths:
+            raise UsageError(f"features must have shape (N, {self._widths[1]}), not {tuple(features.shape)}")
+        invalid = (~torch.isfinite(features).all(1)).nonzero()
+        if len(invalid):
+            raise UsageError(f"features hold NaN or infinite values, first in row {int(invalid[0])}")
+
+        unit_parts = [F.normalize(values, dim=1) for values in self.split(features)]
+        return torch.cat(unit_parts, 1) / len(self.parts) ** 0.5
 
     def restore(self, vectors: Tensor, like: Tensor) -> Tensor:
-        """Vectors (N, D), whatever their lengths -> rows (N, D) whose blocks are as long as those of ``like``."""
-        parts = self.columns.items()
-        return torch.cat([self.restore_block(name, vectors[:, part], like[:, part]) for name, part in parts], 1)
+        """Convert vectors of any length back to features.
 
-    def restore_block(self, name: str, vectors: Tensor, like: Tensor) -> Tensor:
-        """The same for one block: (..., width) and (..., width)."""
-        return F.normalize(self.possible(name, vectors), dim=-1) * like.norm(dim=-1, keepdim=True)
+        Parameters
+        ----------
+        vectors : Tensor of shape (N, width)
+        like : Tensor of shape (N, D)
+            Features whose parts have the lengths that the result gets.
 
-    def possible(self, name: str, values: Tensor) -> Tensor:
-        """Values of a block without those that no image gives."""
-        return values if self._signed[name] else values.clamp_min(0)
+        Returns
+        -------
+        Tensor of shape (N, width)
+        """
+        restored = []
+        for part in self.parts:
+            restored.append(self.restore_part(part, vectors[:, part.columns], like[:, part.columns]))
+        return torch.cat(restored, 1)
+
+    def restore_part(self, part: Part, vectors: Tensor, like: Tensor) -> Tensor:
+        """The same for one part: (..., part width) and (..., part width) -> (..., part width)."""
+        return F.normalize(self.clamp(part, vectors), dim=-1) * like.norm(dim=-1, keepdim=True)
+
+    def clamp(self, part: Part, values: Tensor) -> Tensor:
+        """Set negative values to 0 in a part where no image produces any."""
+        return values if self._signed[part] else values.clamp_min(0)

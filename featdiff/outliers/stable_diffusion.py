@@ -1,10 +1,13 @@
-"""Latents of Stable Diffusion, asked by outlier vectors in place of a class word.
+"""Latents of Stable Diffusion for outliers.
+
+In: outlier vectors, each of which replaces the class word in the embedded prompt. Out: the latents that Stable
+Diffusion makes from such prompts.
 
 Source: OAL (Gao and Li, ICMR 2025, arXiv 2406.16525), after Dream-OOD (Du et al., NeurIPS 2023).
 
-Where this departs from the released code: the vector goes to the places of the class word in the prompt, to all of them
-if the word is several tokens, and a word that is not there is an error. (There, the token replaced for CIFAR-10 is not
-in the prompt, so that the outliers change nothing.) The weights of the text encoder stay untouched.
+Differences from the released code: the vector replaces the class word in the prompt, all its tokens if it has several,
+and a word that is not in the prompt is an error. (In that code, the token replaced for CIFAR-10 is not in the prompt,
+so the outliers change nothing.) The weights of the text encoder are not changed.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -24,18 +26,19 @@ from torch import Tensor, nn
 
 from ..diffusion.schedules import plain_config
 from ..exceptions import UsageError, WeightsError
-from ..features.layout import PRE_LOGITS
+from ..features.layout import FeatureLayout, Part
 from ..features.networks import fingerprint
 from ..features.store import FeatureStore
 from ..runtime.devices import resolve_device
 from ..runtime.progress import Progress
+from .class_words import check_prompt, filled, replaced_tokens, token_positions, word_ids
 from .outlier_file import Outliers
 from .stable_loading import load, quiet
 
-_CELL = 8  # pixels to a side of one latent
+_LATENT_PIXELS = 8  # pixels of the image along a side of one latent
 # Raised when the same settings give other latents.
 _VERSION = 1
-_AT_ONCE = 8  # vectors in a batch, where there is a GPU to fill
+_GPU_BATCH = 8
 
 
 class StableDiffusion:
@@ -43,32 +46,36 @@ class StableDiffusion:
 
     Parameters
     ----------
-    pretrained : a folder in the layout of diffusers, or the name of one on the hub
-        Read strictly: a missing, misfitting or damaged weight is an error, and nothing pickled is opened.
-    device : str
+    pretrained : str or path
+        A folder in the layout of diffusers, or the name of one on the hub. Read strictly: missing, misfitting or
+        damaged weights are an error, and no pickle is opened.
+    device : str, default "cpu"
         ``cpu`` (float32), ``cuda`` (float16) ... or ``auto``.
-    steps : int, at least 1
-        Denoising steps of the pipeline's own scheduler.
-    guidance : float, at least 1
-        Weight of the prompt against the empty prompt; 1 leaves the empty prompt out.
+    steps : int, default 50
+        Denoising steps of the pipeline's own scheduler, at least 1.
+    guidance : float, default 7.5
+        Weight of the prompt against the empty prompt, at least 1; 1 leaves the empty prompt out.
     size : int, optional
-        Pixels to a side of the image that the latents stand for, a multiple of 8; by default what the network is for.
-    prompt : str
+        Pixels along a side of the image that the latents encode, a multiple of 8. Default: the size that the network
+        was trained for.
+    prompt : str, default "A high-quality image of the {}"
         With ``{}`` once, where the class word goes.
 
     Attributes
     ----------
+    name : str
+        What was given as ``pretrained``.
     width : int
-        Numbers in a token embedding: 768 for Stable Diffusion 1.x, 1024 for 2.x.
+        Of a token embedding: 768 for Stable Diffusion 1.x, 1024 for 2.x.
     at_once : int
-        Vectors in a batch; on a CPU 1. It changes the speed, and the latents by rounding alone.
+        Vectors in a batch; 1 on a CPU. It affects the speed, and the latents only by rounding.
 
     Raises
     ------
     UsageError
-        An argument that makes no sense, or a missing package.
+        An argument outside its range, or a missing package.
     WeightsError
-        The pipeline cannot be had, is of another kind, or its weights are not whole.
+        The pipeline is not available or of another kind, or weights are missing or damaged.
     """
 
     def __init__(
@@ -81,55 +88,83 @@ class StableDiffusion:
         size: int | None = None,
         prompt: str = "A high-quality image of the {}",
     ) -> None:
-        _check(steps, guidance, size, prompt)
-        self.name, self.steps, self.guidance, self.size, self.prompt = fspath(pretrained), steps, guidance, size, prompt
-        place = resolve_device(device)
+        _check_arguments(steps, guidance, size, prompt)
+        self.name = fspath(pretrained)
+        self.steps = steps
+        self.guidance = guidance
+        self.size = size
+        self.prompt = prompt
+
+        target = resolve_device(device)
         self._pipe = load(self.name)
         self._pipe.set_progress_bar_config(disable=True)
         with quiet():
-            self._pipe.to(place, torch.float16 if place.type == "cuda" else torch.float32)
-        trained = self._pipe.scheduler.config.num_train_timesteps
-        if steps >= trained:
+            self._pipe.to(target, torch.float16 if target.type == "cuda" else torch.float32)
+
+        noise_steps = self._pipe.scheduler.config.num_train_timesteps
+        if steps >= noise_steps:
             raise UsageError(
-                f"{self.name} was trained on {trained} steps of noise: ask for fewer than that, not {steps}"
+                f"{self.name} was trained on {noise_steps} steps of noise: ask for fewer than that, not {steps}",
+                argument="steps",
             )
-        self.width: int = self._tokens.embedding_dim
-        self.at_once = 1 if place.type == "cpu" else _AT_ONCE
+
+        self.width: int = self._token_embedding.embedding_dim
+        self.at_once = 1 if target.type == "cpu" else _GPU_BATCH
 
     @property
-    def _tokens(self) -> nn.Embedding:
+    def _token_embedding(self) -> nn.Embedding:
         return self._pipe.text_encoder.get_input_embeddings()
 
     def anchor(self, word: str) -> float:
-        """Norm of the mean, over all tokens and padding, of the text encoder's last hidden state for the bare word.
+        """The length that OAL gives to vectors in place of a class word.
 
-        OAL's length of a vector that stands for the word: the order of magnitude of the embeddings, not a direction.
+        The norm of the mean, over all tokens and padding, of the text encoder's last hidden state for the word alone.
+
+        Parameters
+        ----------
+        word : str
+
+        Returns
+        -------
+        float
 
         Raises
         ------
         UsageError
             An empty word.
         """
-        self._ids(word)
+        word_ids(self._pipe.tokenizer, word)
         return float(self._encode([word])[0].float().mean(0).norm())
 
     def scale(self, vectors: Tensor, words: Sequence[str]) -> Tensor:
-        """Vectors (n, width) at the lengths (:meth:`anchor`) of their class words -> (n, width) float32 on the CPU.
+        """Scale vectors to the lengths of their class words (:meth:`anchor`).
+
+        Parameters
+        ----------
+        vectors : Tensor of shape (n, width)
+        words : sequence of str
+            The class word of each vector.
+
+        Returns
+        -------
+        Tensor of float32, shape (n, width)
+            On the CPU.
 
         Raises
         ------
         UsageError
-            Not such vectors, one of length 0, or not one word for each.
+            Vectors of another shape, a vector of length 0, or not one word for each.
         """
         vectors = self._checked(vectors, words)
         lengths = vectors.norm(dim=1, keepdim=True)
         if not lengths.all():
             raise UsageError(f"outlier vector {int(lengths.argmin())} is 0 and has no direction: leave it out")
+
         anchors = {word: self.anchor(word) for word in set(words)}
         return vectors / lengths * torch.tensor([[anchors[word]] for word in words])
 
     def store(self, cache: Path) -> FeatureStore:
-        """Where latents of this pipeline with these settings are kept, below a cache folder."""
+        """The store of latents of this pipeline with these settings, in a cache folder."""
         pipe = self._pipe
         configs = (pipe.unet.config, pipe.scheduler.config, pipe.text_encoder.config.to_dict())
         weights = [fingerprint(pipe.unet), fingerprint(pipe.text_encoder)]
@@ -141,8 +176,9 @@ class StableDiffusion:
     @property
     def _shape(self) -> tuple[int, int, int]:
         network = self._pipe.unet.config
-        side = self.size // _CELL if self.size else network.sample_size
-        return (network.in_channels, *([side, side] if isinstance(side, int) else side))
+        side = self.size // _LATENT_PIXELS if self.size else network.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return (network.in_channels, height, width)
 
     def latents(
         self,
@@ -150,120 +186,102 @@ class StableDiffusion:
         words: Sequence[str],
         seed: int = 0,
         progress: Progress | None = None,
-        kept: FeatureStore | None = None,
+        store: FeatureStore | None = None,
     ) -> Tensor:
-        """What Stable Diffusion makes of the prompt with a vector in place of its class word.
+        """Make latents from the prompt, with a vector in place of the class word.
 
         Parameters
         ----------
-        vectors : (n, width)
-            Taken as they are; see :meth:`scale`.
-        words : n strings
-            The class word of each vector; all its tokens become the vector.
-        seed : int, at least 0
-            With the place of a vector among the others, the noise that its latent begins as.
-        progress : callable (stage, done, total), optional
-        kept : FeatureStore, optional
-            From :meth:`store`. Latents that are there are not made again, others are added as they come.
+        vectors : Tensor of shape (n, width)
+            Used as they are; see :meth:`scale`.
+        words : sequence of str
+            The class word of each vector; the vector replaces all its tokens.
+        seed : int, default 0
+            Together with the index of a vector, it decides the initial noise of its latent. At least 0.
+        progress : callable, optional
+            Called with a stage, and how much of it is done and in total.
+        store : FeatureStore, optional
+            From :meth:`store`. Latents in it are not made again, others are added as they come.
 
         Returns
         -------
-        (n, 4, h, w) float32 on the CPU
-            Latents in the scale of the network (about unit variance), h and w an eighth of the image's pixels.
+        Tensor of float32, shape (n, 4, h, w)
+            On the CPU, in the scale of the network (about unit variance); h and w are an eighth of the image's pixels.
 
         Raises
         ------
         UsageError
-            Not such vectors, not one word for each, a word that the prompt does not hold as tokens of its own.
+            Vectors of another shape, not one word for each, or a word that is not in the prompt as tokens of its own.
         WeightsError
             A latent is not finite.
         """
         if seed < 0:
-            raise UsageError(f"a seed is a whole number from 0 on, not {seed}")
+            raise UsageError(f"a seed is a whole number from 0 on, not {seed}", argument="seed")
         vectors = self._checked(vectors, words)
-        places = [self.places(word) for word in words]
-        prompts = [self._filled(word) for word in words]
-        digests = [self._digest(vector, prompts[i], places[i], seed, i) for i, vector in enumerate(vectors)]
-        known = [i for i, digest in enumerate(digests) if kept is not None and digest in kept]
-        missing = sorted({*range(len(vectors))} - {*known})
-        found = torch.empty(len(vectors), *self._shape)
-        if kept is not None and known:
-            found[known] = kept.table([digests[i] for i in known])[np.arange(len(known))].view(-1, *self._shape)
+        positions = [token_positions(self._pipe.tokenizer, self.prompt, word) for word in words]
+        prompts = [filled(self.prompt, word) for word in words]
+        digests = [self._digest(vector, prompts[i], positions[i], seed, i) for i, vector in enumerate(vectors)]
+
+        stored = [i for i, digest in enumerate(digests) if store is not None and digest in store]
+        missing = sorted({*range(len(vectors))} - {*stored})
+        latents = torch.empty(len(vectors), *self._shape)
+        if store is not None and stored:
+            table = store.table([digests[i] for i in stored])
+            latents[stored] = table[np.arange(len(stored))].view(-1, *self._shape)
+
         try:
             for start in range(0, len(missing), self.at_once):
-                part = missing[start : start + self.at_once]
-                with _placed(self._tokens, vectors[part], [places[i] for i in part]):
-                    encoded = self._encode([prompts[i] for i in part])
-                found[part] = self._denoise(encoded, [_source(seed, i) for i in part])
-                if kept is not None:
-                    self._keep(kept, [digests[i] for i in part], found[part])
+                batch = missing[start : start + self.at_once]
+                with replaced_tokens(self._token_embedding, vectors[batch], [positions[i] for i in batch]):
+                    encoded = self._encode([prompts[i] for i in batch])
+                latents[batch] = self._denoise(encoded, [_generator(seed, i) for i in batch])
+                if store is not None:
+                    self._add(store, [digests[i] for i in batch], latents[batch])
                 if progress:
-                    progress("latents", len(known) + start + len(part), len(vectors))
+                    progress("latents", len(stored) + start + len(batch), len(vectors))
         finally:
-            if kept is not None:
-                kept.flush()
-        return found
+            if store is not None:
+                store.flush()
+        return latents
 
-    def _keep(self, kept: FeatureStore, digests: Sequence[bytes], latents: Tensor) -> None:
+    def _add(self, store: FeatureStore, digests: Sequence[bytes], latents: Tensor) -> None:
         for digest, latent in zip(digests, latents.flatten(1).numpy(), strict=True):
-            kept.add(digest, latent)
-        if self.at_once == 1:  # on a CPU it has taken half an hour; a GPU fills a file of many
-            kept.flush()
+            store.add(digest, latent)
+        if self.at_once == 1:  # half an hour of work on a CPU; a GPU collects many in a file
+            store.flush()
 
-    def _digest(self, vector: Tensor, prompt: str, place: slice, seed: int, number: int) -> bytes:
-        """What a latent is kept under: all that decides it besides the pipeline and its settings."""
-        asked = repr([self._pipe.tokenizer(prompt).input_ids, place.start, place.stop, seed, number])
-        return hashlib.blake2b(vector.numpy().tobytes() + asked.encode(), digest_size=16).digest()
-
-    def places(self, word: str) -> slice:
-        """Where the class word's tokens are in the tokens of the filled prompt (the first of which begins the text).
-
-        Raises
-        ------
-        UsageError
-            It is empty, runs into what is around it, or lies beyond the last token that the text encoder reads.
-        """
-        tokens, text, sought = self._pipe.tokenizer, self._filled(word), self._ids(word)
-        before = tokens(self.prompt.partition("{}")[0], add_special_tokens=False).input_ids
-        place = slice(1 + len(before), 1 + len(before) + len(sought))
-        if tokens(text, truncation=True).input_ids[1:-1][: place.stop - 1] != [*before, *sought]:
-            raise UsageError(
-                f"{word!r} is not in the prompt {text!r} as tokens of its own, within the first "
-                f"{tokens.model_max_length}: shorten it, or put spaces around the {{}} of the prompt"
-            )
-        return place
-
-    def _filled(self, word: str) -> str:
-        return self.prompt.replace("{}", word)
-
-    def _ids(self, word: str) -> list[int]:
-        ids: list[int] = self._pipe.tokenizer(word, add_special_tokens=False).input_ids
-        if not ids:
-            raise UsageError(f"the class word {word!r} is empty: each vector needs the name of its class")
-        return ids
+    def _digest(self, vector: Tensor, prompt: str, positions: slice, seed: int, index: int) -> bytes:
+        """Key of a latent in the store: everything that decides it besides the pipeline and its settings."""
+        ids = self._pipe.tokenizer(prompt).input_ids
+        request = repr([ids, positions.start, positions.stop, seed, index])
+        return hashlib.blake2b(vector.numpy().tobytes() + request.encode(), digest_size=16).digest()
 
     def check_words(self, words: Sequence[str]) -> None:
-        """Refuse class words for which :meth:`places` finds no place (``UsageError``)."""
+        """Refuse class words that are not in the prompt as tokens of their own (``UsageError``)."""
         for word in words:
-            self.places(word)
+            token_positions(self._pipe.tokenizer, self.prompt, word)
 
     def check_width(self, width: int) -> None:
-        """Refuse vectors that cannot take a token's place (``UsageError``)."""
-        if width != self.width:
-            fitting = "vit_base_patch16_224, convnext_tiny, swin_tiny_patch4_window7_224 ..."
-            raise UsageError(
-                f"the outlier vectors have {width} numbers and the text encoder of {self.name} takes {self.width}: use "
-                f"a detector on a backbone whose pre-logits have {self.width}"
-                + (f" ({fitting})" if self.width == 768 else "")
-            )
+        """Refuse vectors that have not the width of a token embedding (``UsageError``)."""
+        if width == self.width:
+            return
+        examples = ""
+        if self.width == 768:
+            examples = " (vit_base_patch16_224, convnext_tiny, swin_tiny_patch4_window7_224 ...)"
+        raise UsageError(
+            f"the outlier vectors have {width} numbers and the text encoder of {self.name} takes {self.width}: use "
+            f"a detector on a backbone whose pre-logits have {self.width}{examples}"
+        )
 
     def _checked(self, vectors: Tensor, words: Sequence[str]) -> Tensor:
         vectors = vectors.detach().float().cpu()
         if vectors.ndim != 2 or not len(vectors):
             raise UsageError(f"the outlier vectors must be a table (n, {self.width}), not {tuple(vectors.shape)}")
         self.check_width(vectors.shape[1])
+
         if len(words) != len(vectors):
             raise UsageError(f"{len(vectors)} outlier vectors and {len(words)} class words: give one word for each")
+
         finite = vectors.isfinite().all(1)
         if not finite.all():
             raise UsageError(f"outlier vector {int(finite.int().argmin())} holds NaN or infinite values: leave it out")
@@ -274,20 +292,21 @@ class StableDiffusion:
         with quiet():
             return self._pipe.encode_prompt(texts, self._pipe.device, 1, False)[0]
 
-    def _denoise(self, encoded: Tensor, sources: list[torch.Generator]) -> Tensor:
-        nothing = self._encode([""]).expand_as(encoded)
+    def _denoise(self, encoded: Tensor, generators: list[torch.Generator]) -> Tensor:
+        empty_prompt = self._encode([""]).expand_as(encoded)
         with quiet():
             latents: Tensor = self._pipe(
                 prompt_embeds=encoded,
-                negative_prompt_embeds=nothing,
+                negative_prompt_embeds=empty_prompt,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance,
                 height=self.size,
                 width=self.size,
-                generator=sources,
+                generator=generators,
                 output_type="latent",
                 return_dict=False,
             )[0]
+
         if not latents.isfinite().all():
             raise WeightsError(f"{self.name} gives latents that are not finite on {latents.device}: try the device cpu")
         return latents.float().cpu()
@@ -298,62 +317,87 @@ def with_latents(
     stable: StableDiffusion,
     seed: int = 0,
     progress: Progress | None = None,
-    kept: FeatureStore | None = None,
+    store: FeatureStore | None = None,
 ) -> Outliers:
-    """The same outliers, and what Stable Diffusion makes of the pre-logits of each in place of its class word.
+    """Add the latents that Stable Diffusion makes with the outliers' pre-logits in place of their class words.
 
-    ``progress`` and ``kept`` as for :meth:`StableDiffusion.latents`.
+    Parameters
+    ----------
+    outliers : Outliers
+    stable : StableDiffusion
+    seed : int, default 0
+    progress : callable, optional
+    store : FeatureStore, optional
+        The last three as for :meth:`StableDiffusion.latents`.
+
+    Returns
+    -------
+    Outliers
 
     Raises
     ------
     UsageError
-        There are no pre-logits among their columns, of another width, or a class name that is not in the prompt.
+        Outliers without pre-logits, or of another width, or a class name that is not in the prompt.
     """
     words = [outliers.classes[label] for label in outliers.labels]
-    vectors = outliers.vectors[:, pre_logits_in(outliers.columns)]
-    latents = stable.latents(stable.scale(vectors, words), words, seed, progress, kept)
+    vectors = outliers.vectors[:, pre_logits_in(outliers.layout).columns]
+    latents = stable.latents(stable.scale(vectors, words), words, seed, progress, store)
     return replace(outliers, latents=latents, method="stable-diffusion")
 
 
-def pre_logits_in(columns: Mapping[str, slice]) -> slice:
-    """Where the pre-logits lie in a row (``UsageError`` if they do not)."""
-    if PRE_LOGITS not in columns:
-        raise UsageError(f"there are no {PRE_LOGITS} among the layers {', '.join(columns)}: name them when you train")
-    return columns[PRE_LOGITS]
+def pre_logits_in(layout: FeatureLayout) -> Part:
+    """The pre-logits of a feature layout.
+
+    Parameters
+    ----------
+    layout : FeatureLayout
+
+    Returns
+    -------
+    Part
+
+    Raises
+    ------
+    UsageError
+        There are none.
+    """
+    part = layout.pre_logits
+    if part is None:
+        names = ", ".join(part.name for part in layout.parts)
+        raise UsageError(
+            f"there are no pre_logits among the layers {names}: name them when you train", argument="layers"
+        )
+    return part
 
 
 def pooled(latents: Tensor) -> Tensor:
-    """Latents (n, 4, h, w) -> (n, w): the mean over channels and then over height, as OAL's released code takes it."""
+    """Average latents over channels and then over height, as OAL's released code does.
+
+    Parameters
+    ----------
+    latents : Tensor of shape (n, 4, h, w)
+
+    Returns
+    -------
+    Tensor of shape (n, w)
+
+    Examples
+    --------
+    >>> pooled(torch.ones(2, 4, 3, 5)).shape
+    torch.Size([2, 5])
+    """
     return latents.mean(1).mean(1)
 
 
-def _source(seed: int, place: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, place)).generate_state(1)[0]))
+def _generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
-@contextmanager
-def _placed(tokens: nn.Embedding, vectors: Tensor, places: list[slice]) -> Iterator[None]:
-    """While it lasts, row i of what the token embedding gives holds vector i at its places."""
-
-    def swap(_: nn.Module, __: object, embedded: Tensor) -> Tensor:
-        embedded = embedded.clone()
-        for row, vector, place in zip(embedded, vectors.to(embedded), places, strict=True):
-            row[place] = vector
-        return embedded
-
-    hook = tokens.register_forward_hook(swap)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _check(steps: int, guidance: float, size: int | None, prompt: str) -> None:
+def _check_arguments(steps: int, guidance: float, size: int | None, prompt: str) -> None:
     if steps < 1:
-        raise UsageError(f"steps must be a whole number from 1 on, not {steps}")
+        raise UsageError(f"steps must be a whole number from 1 on, not {steps}", argument="steps")
     if not (math.isfinite(guidance) and guidance >= 1):
-        raise UsageError(f"guidance must be a number from 1 (none) on, not {guidance}")
-    if size is not None and (size < _CELL or size % _CELL):
-        raise UsageError(f"size must be a multiple of {_CELL} pixels, not {size}")
-    if prompt.count("{}") != 1:
-        raise UsageError(f"the prompt {prompt!r} must hold {{}} once, where the class word goes")
+        raise UsageError(f"guidance must be a number from 1 (none) on, not {guidance}", argument="guidance")
+    if size is not None and (size < _LATENT_PIXELS or size % _LATENT_PIXELS):
+        raise UsageError(f"size must be a multiple of {_LATENT_PIXELS} pixels, not {size}", argument="size")
+    check_prompt(prompt)

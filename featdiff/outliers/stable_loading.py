@@ -1,4 +1,7 @@
-"""A folder or a name on the hub -> Stable Diffusion as far as its latents, strictly; what decodes them is not read."""
+"""Loads Stable Diffusion, strictly.
+
+In: a folder, or a name on the hub. Out: a pipeline up to its latents. The image decoder is not read.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +18,49 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-#: Names on the hub of what is read: nothing pickled, no reduced or averaged copies, no image decoder.
+# Files to read from the hub: nothing pickled, no half-precision or averaged copies, no image decoder.
 _FILES = (
-    *("model_index.json", "scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt"),
-    *("text_encoder/config.json", "text_encoder/model.safetensors", "unet/config.json"),
-    *("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-*.safetensors"),
-    *("text_encoder/model-*.safetensors", "*/*.safetensors.index.json"),
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model-*.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model-*.safetensors",
+    "*/*.safetensors.index.json",
 )
-_WAYS = (
+# What to do when it cannot be loaded.
+_ADVICE = (
     "give a folder in the layout of diffusers with safetensors weights, or a name on the hub "
-    "(stable-diffusion-v1-5/stable-diffusion-v1-5; online once), or use --method diffusion, which needs no Stable "
+    "(stable-diffusion-v1-5/stable-diffusion-v1-5; online once), or use the method diffusion, which needs no Stable "
     "Diffusion"
 )
 
 
 def load(name: str) -> StableDiffusionPipeline:
-    """The pipeline in a folder or on the hub, without the parts that only make pictures, on the CPU.
+    """Load a pipeline without the parts that only decode or filter images, on the CPU.
+
+    Parameters
+    ----------
+    name : str
+        A folder in the layout of diffusers, or a name on the hub.
+
+    Returns
+    -------
+    StableDiffusionPipeline
 
     Raises
     ------
     UsageError
         A package is missing.
     WeightsError
-        It cannot be had, is of another kind, or its weights are not whole.
+        It is not available or of another kind, or weights are missing or damaged.
     """
     try:
-        import accelerate  # noqa: F401 -- diffusers reads weights with it, straight to their places
+        import accelerate  # noqa: F401 -- diffusers loads weights with it
         import transformers  # noqa: F401
     except ImportError:
         raise UsageError("Stable Diffusion needs packages: pip install 'featdiff[stable]'") from None
@@ -48,7 +68,8 @@ def load(name: str) -> StableDiffusionPipeline:
     def refuse(why: str) -> WeightsError:
         return _refusal(name, f"cannot be had: {why}")
 
-    folder = find_folder(name, ["model_index.json"], refuse)  # and its kind, before gigabytes come from the hub
+    # check the kind before gigabytes are downloaded
+    folder = find_folder(name, ["model_index.json"], refuse)
     with quiet():
         _check_kind(name, folder)
     folder = find_folder(name, _FILES, refuse)
@@ -58,28 +79,28 @@ def load(name: str) -> StableDiffusionPipeline:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither bars nor notices of the libraries, whose settings are as before when it ends."""
+    """Silence progress bars and log messages of the libraries; afterwards their settings are as before."""
     import huggingface_hub.utils
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
 
-    tools = (diffusers, transformers)
-    before = [(tool, tool.get_verbosity(), tool.is_progress_bar_enabled()) for tool in tools]
-    hub: Any = huggingface_hub.utils  # its bars are switched together with those of transformers
-    no_downloads = hub.are_progress_bars_disabled()
-    for tool in tools:
-        tool.set_verbosity(tool.CRITICAL)
-        tool.disable_progress_bar()
+    libraries = (diffusers, transformers)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    hub: Any = huggingface_hub.utils  # transformers switches its bars, too
+    hub_bars_disabled = hub.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for tool, verbosity, bars in before:
-            tool.set_verbosity(verbosity)
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
             if bars:
-                tool.enable_progress_bar()
-        if no_downloads:
+                library.enable_progress_bar()
+        if hub_bars_disabled:
             hub.disable_progress_bars()
 
 
@@ -95,18 +116,19 @@ def _check_kind(name: str, folder: Path) -> None:
 
 
 def _assemble(name: str, folder: Path) -> StableDiffusionPipeline:
-    """Part by part: only so is every part checked, and no code run that lies in the folder."""
+    """Load part by part, so that every part is checked and no code from the folder runs."""
     from diffusers import StableDiffusionPipeline
 
     parts = {}
     for part, read in _READERS.items():
-        if not (folder / part).is_dir():  # which the libraries, too, would take for names on the hub
+        if not (folder / part).is_dir():  # the libraries would take it for a name on the hub
             raise _refusal(name, f"has no folder {part}")
         try:
             parts[part] = read(folder / part)
-        except Exception as error:  # no file, a damaged one, weights of other shapes: each its own error
+        except Exception as error:  # missing or damaged files and wrong shapes all raise errors of their own
             raise _refusal(name, f"has a {part} that cannot be read ({first_line(error)})") from None
-    if problem := _unfit(parts["tokenizer"], parts["text_encoder"], parts["unet"]):
+    problem = _mismatch(parts["tokenizer"], parts["text_encoder"], parts["unet"])
+    if problem:
         raise _refusal(name, f"cannot be used, for its {problem}")
     for part in ("text_encoder", "unet"):
         for weight, value in parts[part].state_dict().items():
@@ -123,9 +145,10 @@ def _read_scheduler(folder: Path) -> Any:
 
     settings = diffusers.DDIMScheduler.load_config(folder, local_files_only=True)
     kind = settings.get("_class_name")
-    known = set(KarrasDiffusionSchedulers.__members__) - {"DPMSolverSDEScheduler"}  # whose noise is not ours to seed
-    if kind not in known:
-        raise ValueError(f"{kind} is none of {', '.join(sorted(known))}")
+    supported = set(KarrasDiffusionSchedulers.__members__)
+    supported.remove("DPMSolverSDEScheduler")  # takes no seeded noise
+    if kind not in supported:
+        raise ValueError(f"{kind} is none of {', '.join(sorted(supported))}")
     return getattr(diffusers, kind).from_config(settings)
 
 
@@ -139,9 +162,13 @@ def _read_text_encoder(folder: Path) -> CLIPTextModel:
     from transformers import CLIPTextModel
 
     model, report = CLIPTextModel.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, local_files_only=True
+        folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        local_files_only=True,
     )
-    # counted from 0 to 76, and in the files of older pipelines only
+    # files of older pipelines also hold the numbers 0 to 76
     report["unexpected_keys"] = [key for key in report["unexpected_keys"] if not key.endswith("position_ids")]
     _check_report(report)
     return model
@@ -151,7 +178,10 @@ def _read_unet(folder: Path) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     model, report = UNet2DConditionModel.from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, local_files_only=True
+        folder,
+        output_loading_info=True,
+        use_safetensors=True,
+        local_files_only=True,
     )
     _check_report(report)
     return model
@@ -166,30 +196,33 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _check_report(report: dict[str, Any]) -> None:
-    """Both libraries fill in what is missing, and only log it."""
-    for what, keys in report.items():
+    """Refuse weights that are not complete; both libraries initialise missing ones and only log it."""
+    for problem, keys in report.items():
         if keys:
             key = sorted(keys)[0]
             name = key if isinstance(key, str) else key[0]  # mismatched ones come with their shapes
-            raise ValueError(f"its weights do not fit its config.json: {what.replace('_', ' ')}: {name}")
+            raise ValueError(f"its weights do not fit its config.json: {problem.replace('_', ' ')}: {name}")
 
 
-def _unfit(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> str:
-    """What keeps the parts from working together, or from vectors and noise alone; empty if nothing does."""
-    text, network = text_encoder.config, unet.config
-    have, wanted = (len(tokenizer), tokenizer.model_max_length), (text.vocab_size, text.max_position_embeddings)
-    if have != wanted:  # from a folder without its files, transformers makes a tokenizer of no words
-        return f"tokenizer (words, longest text: {have}) is not that of its text encoder {wanted}"
+def _mismatch(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> str:
+    """Why the parts cannot work together, or need more inputs than text and noise; empty if all is well."""
+    text = text_encoder.config
+    network = unet.config
+
+    size = (len(tokenizer), tokenizer.model_max_length)
+    expected = (text.vocab_size, text.max_position_embeddings)
+    if size != expected:  # without its files, transformers makes a tokenizer without words
+        return f"tokenizer (words, longest text: {size}) is not that of its text encoder {expected}"
     if network.cross_attention_dim != text.hidden_size:
         return f"unet takes texts of width {network.cross_attention_dim}, and its text encoder gives {text.hidden_size}"
     if (network.in_channels, network.out_channels) != (4, 4):
         return f"unet makes {network.out_channels} channels from {network.in_channels}, not 4 from 4"
     if network.class_embed_type or network.num_class_embeds or network.addition_embed_type:
-        return "unet wants to be told more than a text"
+        return "unet is conditioned on more than a text"
     if not network.sample_size:
         return "unet does not say for which size it is"
     return ""
 
 
 def _refusal(name: str, why: str) -> WeightsError:
-    return WeightsError(f"{name} {why}: {_WAYS}")
+    return WeightsError(f"{name} {why}: {_ADVICE}")

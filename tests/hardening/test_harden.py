@@ -29,14 +29,16 @@ from featdiff.data.batches import load
 from featdiff.data.labels import list_labelled
 from featdiff.exceptions import FeatdiffError, UsageError, WeightsError
 from featdiff.features.backbones import load_backbone
+from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Kind
 from featdiff.features.networks import fingerprint
-from featdiff.hardening import dataset as material
+from featdiff.hardening import dataset
+from featdiff.hardening import harden as harden_module
 from featdiff.hardening import training as learning
-from featdiff.hardening.dataset import Preparation
+from featdiff.hardening.dataset import DatasetBuilder
 from featdiff.hardening.frozen import split_at
-from featdiff.hardening.harden import Hardened, harden, load_hardened
+from featdiff.hardening.harden import Hardened, harden, load_hardened, outlier_facts
 from featdiff.hardening.layout import is_hardened
-from featdiff.hardening.objective import Lesson, Objective
+from featdiff.hardening.objective import Objective, TrainingBatch
 from featdiff.hardening.reading import Reader
 from featdiff.hardening.recipe import HardenRecipe
 from featdiff.hardening.students import check_head, load_classifier, new_classifier
@@ -77,9 +79,9 @@ def saved(plain: Hardened, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outliers(width: int = 96, latents: Tensor | None = None) -> Outliers:
     vectors = torch.randn(40, 8 + width, generator=torch.Generator().manual_seed(0))
-    columns = {"layer4": slice(0, 8), "pre_logits": slice(8, 8 + width)}
+    layout = FeatureLayout.of({("layer4", Kind.MEAN): 8, (PRE_LOGITS, Kind.PRE_LOGITS): width})
     labels = torch.arange(40) % 2
-    return Outliers(vectors, labels, ["china", "flower"], columns, "boundary", "0" * 64, ["layer4"], latents)
+    return Outliers(vectors, labels, ["china", "flower"], layout, "boundary", "0" * 64, ["layer4"], latents)
 
 
 # ---- the loop, on vectors ----
@@ -108,9 +110,9 @@ def held_out() -> list[tuple[Tensor, Tensor]]:
     return [(X[100:115], Y[100:115]), (X[115:], Y[115:])]
 
 
-def lessons(places: np.ndarray, rng: np.random.Generator) -> Lesson:
-    drawn = torch.from_numpy(rng.normal(size=(len(places), 3))).float()
-    return Lesson(X[places], Y[places], outliers=(drawn,))
+def make_batch(positions: np.ndarray, rng: np.random.Generator) -> TrainingBatch:
+    outliers = torch.from_numpy(rng.normal(size=(len(positions), 3))).float()
+    return TrainingBatch(X[positions], Y[positions], outliers=(outliers,))
 
 
 def fresh(recipe: HardenRecipe) -> LearningState:
@@ -119,7 +121,7 @@ def fresh(recipe: HardenRecipe) -> LearningState:
 
 
 def run(state: LearningState, recipe: HardenRecipe, **more: Any) -> list[learning.LearningStep]:
-    return [*learn(state, lessons, 100, held_out, recipe, 0, **more)]
+    return [*learn(state, make_batch, 100, held_out, recipe, 0, **more)]
 
 
 def test_it_learns_and_counts() -> None:
@@ -146,7 +148,7 @@ def test_a_stopped_run_goes_the_same_way() -> None:
     whole = fresh(recipe)
     run(whole, recipe)
     first = fresh(recipe)
-    for step in learn(first, lessons, 100, held_out, recipe, 0):
+    for step in learn(first, make_batch, 100, held_out, recipe, 0):
         if step.step == 10:  # the end of the second epoch
             break
     kept = copy.deepcopy(first.state_dict())
@@ -205,7 +207,7 @@ def test_the_rate_changes_whatever_prepares_the_optimizer() -> None:
     state = fresh(recipe)
     rates = []
     accelerator = Accelerator(cpu=True, device_placement=True)
-    for _ in learn(state, lessons, 100, held_out, recipe, 0, accelerator=accelerator):
+    for _ in learn(state, make_batch, 100, held_out, recipe, 0, accelerator=accelerator):
         rates.append(state.optimizer.param_groups[0]["lr"])
     AcceleratorState._reset_state(reset_partial_state=True)
     assert rates == pytest.approx([0.02 * learning._rate(i, 10, 0.1) for i in range(10)])
@@ -226,23 +228,24 @@ def test_it_ends_early() -> None:
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     recipe = HardenRecipe(epochs=2, batch_size=20)
 
-    def broken(places: np.ndarray, rng: np.random.Generator) -> Lesson:
-        return Lesson(X[places] * float("nan"), Y[places], outliers=(torch.zeros(len(places), 3),))
+    def broken(positions: np.ndarray, rng: np.random.Generator) -> TrainingBatch:
+        outliers = torch.zeros(len(positions), 3)
+        return TrainingBatch(X[positions] * float("nan"), Y[positions], outliers=(outliers,))
 
     before = threading.active_count()
     with pytest.raises(FeatdiffError, match="diverged at step 1 .*lower the learning rate"):
         [*learn(fresh(recipe), broken, 100, held_out, recipe, 0)]
-    assert threading.active_count() == before  # what prepared the next lesson is gone
+    assert threading.active_count() == before  # the thread that made the next batch has ended
 
 
-def test_an_error_in_a_lesson_reaches_the_caller() -> None:
+def test_an_error_in_a_batch_reaches_the_caller() -> None:
     recipe, drawn = HardenRecipe(epochs=2, batch_size=20), []
 
-    def broken(places: np.ndarray, rng: np.random.Generator) -> Lesson:
-        drawn.append(len(places))
+    def broken(positions: np.ndarray, rng: np.random.Generator) -> TrainingBatch:
+        drawn.append(len(positions))
         if len(drawn) == 3:
             raise FeatdiffError("an image has gone")
-        return lessons(places, rng)
+        return make_batch(positions, rng)
 
     steps: list[int] = []
     with pytest.raises(FeatdiffError, match="an image has gone"):
@@ -250,14 +253,14 @@ def test_an_error_in_a_lesson_reaches_the_caller() -> None:
     assert steps == [1, 2] and len(drawn) == 3
 
 
-def test_lessons_ahead_are_those_drawn_in_place() -> None:
-    batches = [np.arange(4), np.arange(3), np.arange(5)]
+def test_prefetched_batches_are_those_made_in_place() -> None:
+    positions = [np.arange(4), np.arange(3), np.arange(5)]
     with ThreadPoolExecutor(1) as thread:
-        ahead, in_place = (
-            [*learning._ahead(lessons, batches, np.random.default_rng(0), how)] for how in (thread, None)
+        prefetched, in_place = (
+            [*learning._prefetched(make_batch, positions, np.random.default_rng(0), how)] for how in (thread, None)
         )
-    for (lesson, chance), (other, again) in zip(ahead, in_place, strict=True):
-        assert chance == again and torch.equal(lesson.outliers[0], other.outliers[0])
+    for (batch, seed), (other, again) in zip(prefetched, in_place, strict=True):
+        assert seed == again and torch.equal(batch.outliers[0], other.outliers[0])
 
 
 def test_fewer_rows_than_a_batch() -> None:
@@ -302,21 +305,19 @@ def test_student_and_guard(plain: Hardened, classes: Path) -> None:
 def test_the_guards_calibration_images_trained_nothing(
     classes: Path, seeded_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featdiff.hardening import harden as room
-
     seen: dict[str, Any] = {}
-    train = room._train
+    train = harden_module.train_student
 
-    def watched(state: Any, curriculum: Any, rows: Any, *rest: Any) -> None:
-        seen["rows"] = rows
-        train(state, curriculum, rows, *rest)
+    def watched(networks: Any, batches: Any, split: Any, *rest: Any) -> LearningState:
+        seen["split"] = split
+        return train(networks, batches, split, *rest)
 
-    monkeypatch.setattr(room, "_train", watched)
+    monkeypatch.setattr(harden_module, "train_student", watched)
     found = harden(classes, weights=seeded_backbone, **FAST)
     digests = [load(ref, found.classifier.transform).digest for ref in list_labelled(classes)[0]]
-    rows, held_out = seen["rows"], found.guard.detector.calibration_digests_
-    assert len(held_out) == 40 and not set(rows.calibration) & set(rows.training)
-    assert [digests[i] for i in rows.calibration] == held_out  # the same split for student and guard
+    split, held_out = seen["split"], found.guard.detector.calibration_digests_
+    assert len(held_out) == 40 and not set(split.calibration) & set(split.training)
+    assert [digests[i] for i in split.calibration] == held_out  # the same split for student and guard
     kept = found.guard.detector.feature_store().table(held_out)
     mine = found.guard.detector.score_features(kept[np.arange(40)])
     assert np.array_equal(np.sort(mine), found.guard.detector.calibration_)
@@ -407,8 +408,10 @@ def test_outliers_of_a_guard_have_the_logits_of_their_pre_logits(plain: Hardened
     for method in ("diffusion", "boundary"):
         made = synthesise(detector, classes, 20, method).outliers
         last = plain.classifier.model.get_classifier()  # type: ignore[operator]
-        wanted = last(made.vectors[:, made.columns["pre_logits"]])
-        assert torch.allclose(made.vectors[:, made.columns["logits"]], wanted, atol=1e-4)
+        pre_logits, logits = made.layout.pre_logits, made.layout.logits
+        assert pre_logits is not None and logits is not None
+        wanted = last(made.vectors[:, pre_logits.columns])
+        assert torch.allclose(made.vectors[:, logits.columns], wanted, atol=1e-4)
     assert 0 <= self_check(detector) <= 1
 
 
@@ -454,7 +457,7 @@ def test_the_head_of_a_backbone_learns_rare_classes_too(
     (images / "rare").mkdir()
     for file in sorted((images / "china").iterdir())[:12]:
         Image.open(file).rotate(90).save(images / "rare" / file.name)
-    monkeypatch.setattr(material, "HEAD_ROWS", 3)
+    monkeypatch.setattr(dataset, "MAX_HEAD_IMAGES", 3)
     found = harden(images, teacher=f"local-dir:{tmp_path / 'network'}", weights=seeded_backbone, **FAST)
     assert found.facts["classes"] == ["china", "flower", "rare"] and found.facts["teacher_accuracy"] > 0.5
 
@@ -463,14 +466,14 @@ def test_a_teacher_whose_frozen_layers_are_kept_runs_only_what_lies_behind(
     saved: Path, classes: Path, seeded_backbone: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     teacher = load_teacher(str(saved), ("china", "flower"))
-    assert teacher.trunk is not None and teacher.trunk.layer == "layer3"
+    assert teacher.frozen is not None and teacher.frozen.layer == "layer3"
     pixels = torch.stack([teacher.transform(Image.open(file)) for file in sorted(classes.glob("*/*"))[:4]])
-    assert torch.allclose(teacher.behind(teacher.trunk(pixels)), teacher(pixels), atol=2e-3)
+    assert torch.allclose(teacher.from_frozen(teacher.frozen(pixels)), teacher(pixels), atol=2e-3)
     seen: list[int] = []
     whole = Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda self, x: seen.append(len(x)) or whole(self, x))
     short = {**FAST, "recipe": HardenRecipe(epochs=1, batch_size=32), "teacher": str(saved)}
-    here = harden(classes, weights=seeded_backbone, **short)  # the student's trunk is the teacher's
+    here = harden(classes, weights=seeded_backbone, **short)  # the student's frozen layers are the teacher's
     assert not seen
     elsewhere = harden(classes, weights=seeded_backbone, views=1, train_from="layer4", cache=tmp_path, **short)
     assert sum(seen) == 200
@@ -567,9 +570,7 @@ def test_two_processes_share_the_batches(classes: Path, seeded_backbone: Path, t
 
 
 def test_latents_make_other_outliers_of_the_same_vectors() -> None:
-    from featdiff.hardening.harden import _about
-
-    one, other = (_about(outliers(latents=latents)) for latents in (None, torch.zeros(40, 4, 8, 6)))
+    one, other = (outlier_facts(outliers(latents=latents)) for latents in (None, torch.zeros(40, 4, 8, 6)))
     assert one is not None and other is not None and one["sha256"] != other["sha256"]
 
 
@@ -623,13 +624,13 @@ def test_classes_too_small_for_the_energy_margin(classes: Path, tmp_path: Path, 
         for file in sorted((tmp_path / name).iterdir())[4:]:
             file.unlink()
     recipe = HardenRecipe(epochs=1, batch_size=2, energy=0.1)
-    with pytest.raises(UsageError, match="--energy needs a class of at least 5 training images"):
+    with pytest.raises(UsageError, match="energy needs a class of at least 5 training images"):
         harden(tmp_path, "test_resnet", weights=seeded_backbone, recipe=recipe, fpr=0.5)
 
 
 def test_large_sets_hold_back_smaller_shares() -> None:
     def share(images: int) -> float:
-        return Preparation(Reader(Path()), 1, 0.05, None, 0.05, 2, None).held_back(images)
+        return DatasetBuilder(Reader(Path()), 1, 0.05, None, 0.05, 2, None).held_back(images)
 
     shares = [share(n) for n in (100, 300, 1_000, 100_000, 1_000_000)]
     assert shares == pytest.approx([0.25, 0.05 + 40 / 300, 0.15, 0.12, 0.012])
@@ -662,7 +663,7 @@ def test_what_is_refused_before_the_work_begins(
     assert refused(classes, **own, calibration=0.5).startswith("calibration is a share")
     assert refused(classes, **own, validation=-1).startswith("validation is a share")
     assert "35.0% must be held back" in refused(classes, **own, teacher=f"local-dir:{saved}/student", calibration=0.3)
-    assert "--weights belong to a backbone" in refused(classes, **own, student=str(saved))
+    assert "weights belong to a backbone" in refused(classes, **own, student=str(saved))
     assert refused(classes, student="runs/no-such") == "there is no folder runs/no-such"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()
@@ -673,11 +674,11 @@ def test_what_is_refused_before_the_work_begins(
     assert "unpack it" in refused(tmp_path / "all.tar.gz", **own, train_from="")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
     said = refused(classes, **own, cache=tmp_path / "cache")
-    assert said.startswith("200 images in 2 views need") and "0.0 GB are free: name another --cache" in said
+    assert said.startswith("200 images in 2 views need") and "0.0 GB are free: choose another cache" in said
 
 
 def test_numbers_that_half_precision_cannot_hold() -> None:
     classifier = new_classifier("test_resnet", ("a", "b"), pretrained=False)
-    trunk, _ = split_at(classifier, "layer3")
+    frozen, _ = split_at(classifier, "layer3")
     with pytest.raises(UsageError, match="layer 'layer3' gives numbers that half precision cannot hold"):
-        trunk(torch.full((1, 3, 160, 160), 1e12))
+        frozen(torch.full((1, 3, 160, 160), 1e12))

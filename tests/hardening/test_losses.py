@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featdiff.hardening.club import Club
 from featdiff.hardening.losses import FeatureDistillation, ProjectedTeacher, distillation, energy_margin
-from featdiff.hardening.objective import Lesson, Objective
+from featdiff.hardening.objective import Objective, TrainingBatch
 from featdiff.hardening.recipe import HardenRecipe
 
 
@@ -141,27 +141,34 @@ class Answering(nn.Module):
         return self.head
 
 
-def lesson() -> Lesson:
+def make_batch() -> TrainingBatch:
     teacher = {"teacher_features": torch.randn(8, 9), "teacher_logits": torch.randn(8, 3)}
     outliers = (torch.randn(8, 6), torch.randn(8, 4))
-    return Lesson(torch.randn(8, 7), torch.randint(3, (8,)), **teacher, outliers=outliers, beside=torch.randn(5, 5))
+    images = torch.randn(8, 7), torch.randint(3, (8,))
+    return TrainingBatch(*images, **teacher, outliers=outliers, student_outliers=torch.randn(5, 5))
 
 
 def test_losses_are_weighted_and_named() -> None:
     recipe = HardenRecipe(distillation=2.0, energy=0.5, micl=0.25, margin=1.0)
-    objective, given = Objective(Answering(), 5, recipe, 9, (6, 4)), lesson()
+    objective, given = Objective(Answering(), 5, recipe, 9, (6, 4)), make_batch()
     losses = objective(given)
     assert [*losses] == [
-        *("labels", "distillation", "feature_distillation", "micl", "micl_likelihood"),
-        *("micl_2", "micl_2_likelihood", "energy"),
+        "labels",
+        "distillation",
+        "feature_distillation",
+        "micl",
+        "micl_likelihood",
+        "micl_2",
+        "micl_2_likelihood",
+        "energy",
     ]
     features, logits = objective.answer(given.x)
-    assert given.teacher_logits is not None and given.beside is not None
+    assert given.teacher_logits is not None and given.student_outliers is not None
     expected = {
         "labels": nn.functional.cross_entropy(logits, given.labels),
         "distillation": 2 * distillation(logits, given.teacher_logits),
         "micl_2": 2 * 0.25 * objective.clubs[1](given.outliers[1], features),
-        "energy": 0.5 * energy_margin(logits, objective.network.head(given.beside), 1.0),  # type: ignore[operator, union-attr]
+        "energy": 0.5 * energy_margin(logits, objective.network.head(given.student_outliers), 1.0),  # type: ignore[operator, union-attr]
     }
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
@@ -174,15 +181,15 @@ def test_as_published_the_teacher_is_projected() -> None:
 
 def test_without_teacher_and_outliers_labels_are_all_there_is() -> None:
     objective = Objective(Answering(), 5, HardenRecipe())
-    assert [*objective(Lesson(torch.randn(4, 7), torch.randint(3, (4,))))] == ["labels"]
+    assert [*objective(TrainingBatch(torch.randn(4, 7), torch.randint(3, (4,))))] == ["labels"]
 
 
 @pytest.mark.parametrize("as_loss", [False, True])
 def test_what_trains_the_networks_of_the_bound(as_loss: bool) -> None:
     """The bound moves the student alone, the likelihood q alone; as in the released code, the bound moves both."""
     recipe = HardenRecipe(bound_as_loss=as_loss)
-    objective, given = Objective(Answering(), 5, recipe, 0, (6,)), lesson()
-    given = Lesson(given.x, given.labels, outliers=given.outliers[:1])
+    objective, given = Objective(Answering(), 5, recipe, 0, (6,)), make_batch()
+    given = TrainingBatch(given.x, given.labels, outliers=given.outliers[:1])
     losses = objective(given)
     assert ("micl_likelihood" in losses) is not as_loss
     student, club = objective.network.body.weight, objective.clubs[0].mean[0].weight  # type: ignore[union-attr, index]

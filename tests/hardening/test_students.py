@@ -163,8 +163,10 @@ def test_pooled_features_of_a_folder_are_those_of_its_classifier(saved: Path) ->
         features = model.forward_features(pixels)
         pooled = model.forward_head(features, pre_logits=True)
     rows = extractor(pixels)
-    assert torch.allclose(rows[:, extractor.columns["pre_logits"]], pooled, atol=1e-6)
-    assert torch.allclose(rows[:, extractor.columns["layer4"]], features.mean((2, 3)), atol=1e-6)
+    layout = extractor.layout
+    assert layout.pre_logits is not None and layout.last_stage.layer == "layer4"
+    assert torch.allclose(rows[:, layout.pre_logits.columns], pooled, atol=1e-6)
+    assert torch.allclose(rows[:, layout.last_stage.columns], features.mean((2, 3)), atol=1e-6)
     assert extractor.backbone.fingerprint == fingerprint(_headless(model))
 
 
@@ -264,55 +266,57 @@ def test_only_an_earlier_classifier_is_replaced(saved: Path, tmp_path: Path) -> 
         ("test_mambaout", "stages.2", (10, 10, 48)),
     ],
 )
-def test_tail_makes_the_logits_of_what_the_trunk_gives(name: str, layer: str, shape: tuple[int, ...]) -> None:
+def test_trained_part_makes_the_logits_of_what_the_frozen_layers_give(
+    name: str, layer: str, shape: tuple[int, ...]
+) -> None:
     classifier = tiny(name)
     assert default_cut(classifier) == layer
     pixels = images(classifier)
     whole = logits_of(classifier.model, pixels)
-    trunk, tail = split_at(classifier, layer)
-    rows = trunk(pixels)
-    assert (trunk.shape, trunk.width) == (shape, int(np.prod(shape)))
-    assert (rows.shape, rows.dtype) == ((2, trunk.width), torch.float16)
-    found = logits_of(tail, trunk.maps(rows))
+    frozen, trained = split_at(classifier, layer)
+    rows = frozen(pixels)
+    assert (frozen.shape, frozen.width) == (shape, int(np.prod(shape)))
+    assert (rows.shape, rows.dtype) == ((2, frozen.width), torch.float16)
+    found = logits_of(trained, frozen.maps(rows))
     assert (found - whole).abs().max() < 0.01 * (whole[0] - whole[1]).abs().max()  # rows are rounded to 11 bits
     assert torch.equal(logits_of(classifier.model, pixels), whole)
 
 
 def test_cut_before_the_stages_runs_nothing_behind_it() -> None:
     classifier = tiny()
-    trunk, tail = split_at(classifier, "conv1.1")
+    frozen, trained = split_at(classifier, "conv1.1")
     reached: list[str] = []
     for name, module in classifier.model.named_modules():
         module.register_forward_hook(lambda *_, name=name: reached.append(name))
-    trunk(images(classifier))
+    frozen(images(classifier))
     assert reached[-1] == "conv1.1"
     assert not any(name.startswith(("conv1.2", "bn1", "layer", "fc")) for name in reached)
 
 
-def test_every_parameter_belongs_to_trunk_or_tail() -> None:
+def test_every_parameter_is_frozen_or_trained() -> None:
     classifier = tiny()
-    _, tail = split_at(classifier, "layer3")
+    _, trained = split_at(classifier, "layer3")
     behind = ("layer4.", "fc.")
     for name, parameter in classifier.model.named_parameters():
         assert parameter.requires_grad == name.startswith(behind), name
     own = dict(classifier.model.named_parameters())
-    assert {name for name, _ in tail.named_parameters()} == {name for name in own if name.startswith(behind)}
-    assert all(parameter is own[name] for name, parameter in tail.named_parameters())
-    _, tail = split_at(classifier, "layer4")  # another cut frees and freezes anew
+    assert {name for name, _ in trained.named_parameters()} == {name for name in own if name.startswith(behind)}
+    assert all(parameter is own[name] for name, parameter in trained.named_parameters())
+    _, trained = split_at(classifier, "layer4")  # another cut frees and freezes anew
     assert {name for name, p in classifier.model.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
 
 
-def test_training_the_tail_trains_the_classifier_and_keeps_the_key(tmp_path: Path) -> None:
+def test_training_the_trained_part_trains_the_classifier_and_keeps_the_key(tmp_path: Path) -> None:
     classifier = tiny()
-    trunk, tail = split_at(classifier, "layer3")
+    frozen, trained = split_at(classifier, "layer3")
     pixels = images(classifier, 8)
-    key, before = trunk.key(), logits_of(classifier.model, pixels)
+    key, before = frozen.key(), logits_of(classifier.model, pixels)
     state = {name: value.clone() for name, value in classifier.model.state_dict().items()}
-    rows = trunk(pixels)
-    tail.train()
-    torch.nn.functional.cross_entropy(tail(trunk.maps(rows)), torch.arange(8) % 3).backward()
+    rows = frozen(pixels)
+    trained.train()
+    torch.nn.functional.cross_entropy(trained(frozen.maps(rows)), torch.arange(8) % 3).backward()
     with torch.no_grad():
-        for parameter in tail.parameters():
+        for parameter in trained.parameters():
             assert parameter.grad is not None
             parameter -= 0.1 * parameter.grad
     assert all(
@@ -323,17 +327,17 @@ def test_training_the_tail_trains_the_classifier_and_keeps_the_key(tmp_path: Pat
     assert all(name.startswith(("layer4.", "fc.")) for name in changed)
     after = logits_of(classifier.model, pixels)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.allclose(logits_of(tail, trunk.maps(rows)), after, atol=1e-2)
-    assert torch.equal(trunk(pixels), rows)
-    assert trunk.key() == key
+    assert torch.allclose(logits_of(trained, frozen.maps(rows)), after, atol=1e-2)
+    assert torch.equal(frozen(pixels), rows)
+    assert frozen.key() == key
     save_classifier(classifier, tmp_path, {})
     assert torch.equal(logits_of(load_classifier(tmp_path).model, pixels), after)
 
 
 def test_key_tells_weights_layer_preprocessing_and_view_apart(seeded_backbone: Path) -> None:
     def keys(classifier: Classifier) -> list[str]:
-        trunks = [split_at(classifier, layer)[0] for layer in ("layer2", "layer3")]
-        return [trunk.key(view) for trunk in trunks for view in ("", "view 1")]
+        parts = [split_at(classifier, layer)[0] for layer in ("layer2", "layer3")]
+        return [frozen.key(view) for frozen in parts for view in ("", "view 1")]
 
     other = tiny()
     other.data_config["crop_pct"] = 0.5
@@ -341,30 +345,30 @@ def test_key_tells_weights_layer_preprocessing_and_view_apart(seeded_backbone: P
     weighted.model.get_parameter("conv1.0.weight").data += 1
     found = [*keys(tiny()), *keys(other), *keys(weighted)]
     assert len(set(found)) == 12
-    assert keys(tiny(seed=5)) == found[:4]  # the head is no part of the trunk
+    assert keys(tiny(seed=5)) == found[:4]  # the head is not among the frozen layers
 
 
-def test_trunk_runs_in_eval_mode_and_gives_every_module_its_own_mode_back() -> None:
+def test_frozen_layers_run_in_eval_mode_and_give_every_module_its_own_mode_back() -> None:
     classifier = tiny()
-    trunk, tail = split_at(classifier, "layer3")
+    frozen, trained = split_at(classifier, "layer3")
     pixels = images(classifier)
-    rows = trunk(pixels)
+    rows = frozen(pixels)
     classifier.model.train()
-    tail.train()
-    assert torch.equal(trunk(pixels), rows)
+    trained.train()
+    assert torch.equal(frozen(pixels), rows)
     assert all(module.training for module in classifier.model.modules())
 
 
 @pytest.mark.parametrize("layer", ["blocks.2", "patch_embed"])
 def test_vit_cannot_be_cut(layer: str) -> None:
     classifier = tiny("test_vit")
-    with pytest.raises(UsageError, match=f"test_vit.* cannot be cut at '{layer}'.* --train-from ''"):
+    with pytest.raises(UsageError, match=f"test_vit.* cannot be cut at '{layer}'.* train_from=''"):
         split_at(classifier, layer)
     assert all(parameter.requires_grad for parameter in classifier.model.parameters())
 
 
 def test_network_that_cannot_be_cut_anywhere_is_named() -> None:
-    with pytest.raises(UsageError, match=r"no stage of test_vit\S* can be cut off: .* --train-from ''"):
+    with pytest.raises(UsageError, match=r"no stage of test_vit\S* can be cut off: .* train_from=''"):
         default_cut(tiny("test_vit"))
 
 
@@ -379,7 +383,7 @@ def test_unknown_layer_is_refused(layer: str, words: str) -> None:
 
 def test_cut_within_a_residual_branch_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot be cut at 'layer2.0.conv2'"):
-        split_at(tiny(), "layer2.0.conv2")  # the tail would lack what goes around it
+        split_at(tiny(), "layer2.0.conv2")  # the trained part would lack what goes around it
 
 
 def test_default_backbone_is_cut_before_its_last_stage() -> None:
@@ -390,17 +394,17 @@ def test_default_backbone_is_cut_before_its_last_stage() -> None:
 
 def test_store_keeps_rows_of_views(few_images: Path, tmp_path: Path) -> None:
     classifier = tiny()
-    trunk, _ = split_at(classifier, "layer3")
+    frozen, _ = split_at(classifier, "layer3")
     refs = [FileRef(file.name, str(file)) for file in sorted(few_images.iterdir())]
     found = {}
     for number in (0, 1):
-        view = View(number, trunk.transform)
-        store = FeatureStore(tmp_path / trunk.key(view.name), trunk.width, np.float16)
-        extraction = extract(iter_batches(iter_loaded(refs, view), 4), trunk, store)
+        view = View(number, frozen.transform)
+        store = FeatureStore(tmp_path / frozen.key(view.name), frozen.width, np.float16)
+        extraction = extract(iter_batches(iter_loaded(refs, view), 4), frozen, store)
         assert extraction.computed == len(refs)
         found[number] = store.table(extraction.digests)[np.arange(len(refs))]
-    pixels = torch.stack([trunk.transform(Image.open(file).convert("RGB")) for file in sorted(few_images.iterdir())])
-    assert torch.allclose(found[0], trunk(pixels), atol=1e-2)
+    pixels = torch.stack([frozen.transform(Image.open(file).convert("RGB")) for file in sorted(few_images.iterdir())])
+    assert torch.allclose(found[0], frozen(pixels), atol=1e-2)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 

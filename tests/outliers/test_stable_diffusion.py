@@ -19,6 +19,8 @@ from stable_pipelines import NOISE, SIDE, write_pipeline
 from torch import Tensor
 
 from featdiff.exceptions import UsageError, WeightsError
+from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Key, Kind
+from featdiff.outliers.class_words import token_positions
 from featdiff.outliers.outlier_file import Outliers
 from featdiff.outliers.stable_diffusion import StableDiffusion, pooled, with_latents
 
@@ -163,7 +165,7 @@ def test_the_network_is_told_the_hidden_states_and_those_of_the_empty_prompt(sta
     with torch.no_grad():
         wanted, empty = pipe.text_encoder(ids).last_hidden_state
         usual = plain(Path(stable.name)).text_encoder(ids).last_hidden_state[0]
-    place = stable.places("cat")
+    place = token_positions(stable._pipe.tokenizer, stable.prompt, "cat")
     for states in told:
         assert states.shape == (2, 77, stable.width)
         torch.testing.assert_close(states[0], empty)
@@ -237,7 +239,8 @@ def test_the_places_hold_the_word(
     small: StableDiffusion, word: str, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "prompt", prompt)
-    place, tokens = small.places(word), small._pipe.tokenizer
+    tokens = small._pipe.tokenizer
+    place = token_positions(tokens, prompt, word)
     ids = tokens(prompt.replace("{}", word)).input_ids
     together = "".join(tokens.convert_ids_to_tokens(ids[place])).replace("</w>", "")
     assert together == word.lower().replace(" ", "")
@@ -430,7 +433,7 @@ def refused(folder: str | Path, why: str) -> None:
         StableDiffusion(folder)
     line = str(caught.value)
     assert line.startswith(str(folder)) and "\n" not in line
-    assert all(way in line for way in ("give a folder", "stable-diffusion-v1-5/", "--method diffusion"))
+    assert all(way in line for way in ("give a folder", "stable-diffusion-v1-5/", "the method diffusion"))
 
 
 @pytest.fixture
@@ -572,7 +575,7 @@ def test_settings_that_cannot_be_used(copied: Path, file: str, changes: dict[str
     ("network", "why"),
     [
         ({"in_channels": 9}, "its unet makes 4 channels from 9"),
-        ({"num_class_embeds": 3}, "its unet wants to be told more than a text"),
+        ({"num_class_embeds": 3}, "its unet is conditioned on more than a text"),
     ],
     ids=["inpainting", "classes"],
 )
@@ -590,10 +593,10 @@ def test_networks_of_other_kinds(tmp_path: Path, network: dict[str, Any], why: s
 # ---- joined with outliers ----
 
 
-def beyond(width: int, name: str = "pre_logits") -> Outliers:
+def beyond(width: int, second: Key = (PRE_LOGITS, Kind.PRE_LOGITS)) -> Outliers:
     vectors = torch.randn(3, 4 + width, generator=torch.Generator().manual_seed(0))
-    columns = {"stage": slice(0, 4), name: slice(4, 4 + width)}
-    return Outliers(vectors, torch.tensor([0, 1, 0]), ["cat", "dog"], columns, "boundary", "0" * 64, ["stage"])
+    layout = FeatureLayout.of({("stage", Kind.MEAN): 4, second: width})
+    return Outliers(vectors, torch.tensor([0, 1, 0]), ["cat", "dog"], layout, "boundary", "0" * 64, ["stage"])
 
 
 def test_outliers_are_asked_for_by_their_pre_logits_at_the_length_of_their_class(small: StableDiffusion) -> None:
@@ -623,8 +626,8 @@ def test_latents_that_are_kept_are_not_made_again(
     assert made == [1] and told == [("latents", 3, 3)]
     assert torch.equal(kept, small.latents(given, words, 4))
     made.clear()
-    small.latents(given, words, 5, kept=small.store(tmp_path))
-    small.latents(given, ["dog", "dog", "cat"], 4, kept=small.store(tmp_path))
+    small.latents(given, words, 5, store=small.store(tmp_path))
+    small.latents(given, ["dog", "dog", "cat"], 4, store=small.store(tmp_path))
     assert made == [1] * (3 + 1)
     assert len(small.store(tmp_path)) == 7
 
@@ -632,7 +635,7 @@ def test_latents_that_are_kept_are_not_made_again(
 KEY = """
 import sys
 from pathlib import Path
-from featdiff.outliers.stable import StableDiffusion
+from featdiff.outliers.stable_diffusion import StableDiffusion
 print(StableDiffusion(sys.argv[1], steps=5).store(Path(sys.argv[2])).folder.name)
 """
 
@@ -671,6 +674,6 @@ def test_configs_have_latents_of_their_own(
 
 def test_outliers_without_pre_logits_or_of_another_width(small: StableDiffusion) -> None:
     with pytest.raises(UsageError, match="no pre_logits among the layers stage, other"):
-        with_latents(beyond(small.width, "other"), small)
+        with_latents(beyond(small.width, ("other", Kind.MEAN)), small)
     with pytest.raises(UsageError, match="have 12 numbers and the text encoder of .* takes 32"):
         with_latents(beyond(12), small)

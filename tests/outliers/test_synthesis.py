@@ -18,14 +18,21 @@ from torch import Tensor
 
 from featdiff import Detector, FeatureDiffusion, PixelDetector
 from featdiff.exceptions import ModelError, NotFittedError, UsageError
+from featdiff.features.layout import FeatureLayout, Kind
 from featdiff.outliers import synthesis
-from featdiff.outliers.boundary import Beyond, boundary_points, default_k, draw, own_kth_distances
-from featdiff.outliers.denoised import Explained
+from featdiff.outliers.boundary import (
+    BoundaryNoise,
+    boundary_points,
+    default_k,
+    draw_outliers,
+    leave_one_out_distances,
+)
+from featdiff.outliers.denoised import DenoisedDirections
 from featdiff.outliers.outlier_file import Outliers, load_outliers
 from featdiff.outliers.space import Space
 from featdiff.outliers.synthesis import Synthesis, self_check, synthesise
 
-COLUMNS = {"a": slice(0, 5), "b": slice(5, 12), "b:std": slice(12, 16)}
+LAYOUT = FeatureLayout.of({("a", Kind.MEAN): 5, ("b", Kind.MEAN): 7, ("b", Kind.SPATIAL_STD): 4})
 
 
 def made_up(n: int, seed: int = 0) -> Tensor:
@@ -64,27 +71,27 @@ def rows(tiny_detector: Detector, classes: Path) -> Tensor:
 
 def test_joined_blocks_count_alike_and_have_length_1() -> None:
     rows = made_up(20)
-    joined = Space(COLUMNS, rows).join(rows)
-    for part in COLUMNS.values():
+    joined = Space(LAYOUT, rows).join(rows)
+    for part in (part.columns for part in LAYOUT.parts):
         assert torch.allclose(joined[:, part].square().sum(1), torch.full((20,), 1 / 3), atol=1e-6)
         assert torch.allclose(
             joined[:, part] * 3**0.5 * rows[:, part].norm(dim=1, keepdim=True), rows[:, part], atol=1e-5
         )
-    assert torch.allclose(Space(COLUMNS, rows).restore(joined, rows), rows, atol=1e-5)
+    assert torch.allclose(Space(LAYOUT, rows).restore(joined, rows), rows, atol=1e-5)
 
 
 def test_what_is_never_negative_stays_so() -> None:
     rows = made_up(20)
-    back = Space(COLUMNS, rows).restore(-rows + 1.5, rows)
+    back = Space(LAYOUT, rows).restore(-rows + 1.5, rows)
     assert (back[:, 12:] >= 0).all() and (back[:, 12:] == 0).any()
     assert (back[:, :5] < 0).any()
-    for part in COLUMNS.values():
+    for part in (part.columns for part in LAYOUT.parts):
         assert torch.allclose(back[:, part].norm(dim=1), rows[:, part].norm(dim=1), rtol=1e-5)
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     rows = made_up(5)
-    space = Space(COLUMNS, rows)
+    space = Space(LAYOUT, rows)
     with pytest.raises(UsageError, match=r"shape \(N, 16\), not \(5, 15\)"):
         space.join(rows[:, :15])
     rows[3, 2] = torch.nan
@@ -97,7 +104,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 def test_boundary_rows_are_those_of_a_brute_force_search() -> None:
     rows = made_up(60)
-    joined = Space(COLUMNS, rows).join(rows)
+    joined = Space(LAYOUT, rows).join(rows)
     labels = np.arange(60) % 2
     points = boundary_points(joined, labels, 7, 6)
     for label in (0, 1):
@@ -106,7 +113,7 @@ def test_boundary_rows_are_those_of_a_brute_force_search() -> None:
         for i in mine:
             others = [float((joined[i] - joined[j]).norm()) for j in mine if j != i]
             far[int(i)] = sorted(others)[6]
-        assert np.allclose(own_kth_distances(joined[torch.from_numpy(mine)], 7), list(far.values()), atol=1e-5)
+        assert np.allclose(leave_one_out_distances(joined[torch.from_numpy(mine)], 7), list(far.values()), atol=1e-5)
         chosen = [far[int(i)] for i in points[6 * label : 6 * label + 6]]  # two rows may be each other's neighbours
         assert np.allclose(chosen, sorted(far.values(), reverse=True)[:6], atol=1e-5)
 
@@ -131,9 +138,11 @@ def test_the_published_k_is_a_share_of_the_class(smallest: int, k: int) -> None:
 def test_noise_is_measured_as_if_each_candidate_were_built(sigma: float | None) -> None:
     """By the products of the parts; here every candidate is built and compared with every row."""
     rows, k = made_up(40).abs() * torch.where(torch.arange(16) < 12, -1, 1), 5
-    space = Space({"a": slice(0, 16)}, torch.cat([rows, -rows]))  # one block, in which nothing is cut off
+    space = Space(
+        FeatureLayout.of_stages({"a": 16}), torch.cat([rows, -rows])
+    )  # one block, in which nothing is cut off
     points = torch.tensor([3, 17, 21])
-    found = Beyond(space, rows, points, k, sigma, candidates=9, keep=2)(5)
+    found = BoundaryNoise(space, rows, points, k, sigma, candidates=9, keep=2)(5)
     noise = torch.randn(9, 16, generator=torch.Generator().manual_seed(5))
     unit = rows / rows.norm(dim=1, keepdim=True)
     for i, point in enumerate(points):
@@ -147,24 +156,25 @@ def test_noise_is_measured_as_if_each_candidate_were_built(sigma: float | None) 
 
 def test_noise_is_as_long_as_the_way_to_a_neighbour(rows: Tensor, tiny_detector: Detector) -> None:
     """The default deviation: the angle to the outlier is what adding a vector of that length at a right angle gives."""
-    columns = {"layer4": tiny_detector.extractor_.columns["layer4"]}
-    part = rows[:, columns["layer4"]]
+    part = rows[:, tiny_detector.extractor_.layout.last_stage.columns]
     part = part - part.mean(0)  # of either sign, so that nothing is cut off
-    space = Space({"layer4": slice(0, part.shape[1])}, part)
+    space = Space(FeatureLayout.of_stages({"layer4": part.shape[1]}), part)
     joined = space.join(part)
     points = torch.arange(10)
-    outliers = Beyond(space, part, points, 9, candidates=64, keep=64)(0)
-    length = own_kth_distances(joined, 9)[points]
+    outliers = BoundaryNoise(space, part, points, 9, candidates=64, keep=64)(0)
+    length = leave_one_out_distances(joined, 9)[points]
     cosine = torch.nn.functional.cosine_similarity(outliers, part[points][:, None], dim=2).mean(1)
     assert torch.allclose(cosine, 1 / (1 + length.square()).sqrt(), atol=0.03)
 
 
-@pytest.mark.parametrize("kind", [Beyond, Explained])
+@pytest.mark.parametrize("kind", [BoundaryNoise, DenoisedDirections])
 def test_outliers_of_a_row_do_not_depend_on_the_other_rows(
     kind: Any, rows: Tensor, tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = Space(tiny_detector.extractor_.columns, rows)
-    make: Callable[..., Any] = Beyond if kind is Beyond else lambda *a: Explained(tiny_detector.heads_, *a)
+    space = Space(tiny_detector.extractor_.layout, rows)
+    make: Callable[..., Any] = (
+        BoundaryNoise if kind is BoundaryNoise else lambda *a: DenoisedDirections(tiny_detector.heads_, *a)
+    )
     together = make(space, rows, torch.tensor([4, 9, 30]), 8)(3)
     alone = make(space, rows, torch.tensor([30]), 8)(3)
     assert torch.allclose(together[2], alone[0], atol=1e-4)
@@ -179,7 +189,7 @@ def test_rounds_go_on_with_fresh_noise_until_there_are_enough() -> None:
         seeds.append(seed)
         return torch.arange(6.0).reshape(3, 2, 1) + 100 * len(seeds)
 
-    vectors, starts = draw(rounds, 8, np.random.SeedSequence(0))
+    vectors, starts = draw_outliers(rounds, 8, np.random.SeedSequence(0))
     assert vectors.flatten().tolist() == [100, 102, 104, 101, 103, 105, 200, 202]
     assert starts.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert len(set(seeds)) == 2
@@ -190,9 +200,11 @@ def test_rounds_go_on_with_fresh_noise_until_there_are_enough() -> None:
 
 def test_a_push_is_the_strength_times_what_is_not_explained(rows: Tensor, tiny_detector: Detector) -> None:
     """In the layers: measured along x - x_hat, the step is as long as asked for; a tiny one gives the row itself."""
-    heads, space = tiny_detector.heads_, Space(tiny_detector.extractor_.columns, torch.cat([rows, -rows]))
+    heads, space = tiny_detector.heads_, Space(tiny_detector.extractor_.layout, torch.cat([rows, -rows]))
     points = torch.arange(6)
-    tiny, small, large = (Explained(heads, space, rows, points, 8, s).candidates(1) for s in (1e-6, 0.01, 0.02))
+    tiny, small, large = (
+        DenoisedDirections(heads, space, rows, points, 8, s).candidates(1) for s in (1e-6, 0.01, 0.02)
+    )
     assert torch.allclose(tiny, rows[points][:, None].expand_as(tiny), atol=1e-3)
     step, twice = (small - tiny).flatten(0, 1), (large - tiny).flatten(0, 1)
     assert (step.norm(dim=1) > 1e-3).all()
@@ -202,13 +214,13 @@ def test_a_push_is_the_strength_times_what_is_not_explained(rows: Tensor, tiny_d
 def test_layers_keep_their_mean_and_deviation_and_other_blocks_their_length(
     rows: Tensor, tiny_detector: Detector
 ) -> None:
-    columns = tiny_detector.extractor_.columns
-    space = Space(columns, torch.cat([rows, -rows]))  # as if either sign were possible
+    layout = tiny_detector.extractor_.layout
+    space = Space(layout, torch.cat([rows, -rows]))  # as if either sign were possible
     points = torch.tensor([1, 5])
-    made = Explained(tiny_detector.heads_, space, rows, points, 8).candidates(2)
-    for name, part in columns.items():
-        block, own = made[:, :, part], rows[points][:, None, part].expand(-1, made.shape[1], -1)
-        if name in ("layer1", "layer2", "layer4"):
+    made = DenoisedDirections(tiny_detector.heads_, space, rows, points, 8).candidates(2)
+    for part in layout.parts:
+        block, own = made[:, :, part.columns], rows[points][:, None, part.columns].expand(-1, made.shape[1], -1)
+        if part.name in ("layer1", "layer2", "layer4"):
             assert torch.allclose(block.mean(2), own.mean(2), atol=1e-4)
             assert torch.allclose(block.std(2), own.std(2), rtol=1e-3)
         else:
@@ -219,7 +231,9 @@ def test_layers_keep_their_mean_and_deviation_and_other_blocks_their_length(
 def test_a_denoiser_explains_the_outlier_worse_than_its_row(rows: Tensor, tiny_detector: Detector) -> None:
     heads = tiny_detector.heads_
     points = torch.arange(40)
-    outliers = Explained(heads, Space(tiny_detector.extractor_.columns, rows), rows, points, 8, 1.0, keep=1)(0)[:, 0]
+    outliers = DenoisedDirections(heads, Space(tiny_detector.extractor_.layout, rows), rows, points, 8, 1.0, keep=1)(0)[
+        :, 0
+    ]
     before, after = (heads.diffusion.errors(heads.stages(part)).mean((1, 2)) for part in (rows[points], outliers))
     assert (after > before).float().mean() > 0.95
 
@@ -236,7 +250,7 @@ def test_outliers_lie_farther_than_their_boundary_and_are_found_more_often(
 
 
 def test_the_numbers_are_what_they_are_called(found: Synthesis, tiny_detector: Detector) -> None:
-    space = Space(found.outliers.columns, found.in_domain)
+    space = Space(found.outliers.layout, found.in_domain)
     joined = space.join(found.in_domain).double()
     distances = torch.cdist(joined, joined).fill_diagonal_(torch.inf)
     assert found.distances["in-domain"] == pytest.approx(float(np.median(distances.min(1).values)), abs=1e-5)
@@ -250,23 +264,24 @@ def test_the_numbers_are_what_they_are_called(found: Synthesis, tiny_detector: D
 def test_outliers_are_rows_of_the_detector(found: Synthesis, tiny_detector: Detector) -> None:
     outliers, extractor = found.outliers, tiny_detector.extractor_
     assert outliers.vectors.shape == (101, extractor.width) and outliers.vectors.dtype == torch.float32
-    assert outliers.columns == extractor.columns and outliers.layers == list(extractor.layers)
+    assert outliers.layout == extractor.layout and outliers.layers == list(extractor.layers)
     assert outliers.fingerprint == extractor.backbone.fingerprint
     assert outliers.classes == ["china", "flower"]
     assert torch.bincount(outliers.labels).tolist() == [51, 50]
     lowest = found.in_domain.min(0).values
-    for name, part in outliers.columns.items():
-        if (lowest[part] >= 0).all():
-            assert (outliers.vectors[:, part] >= 0).all(), name
+    for part in outliers.layout.parts:
+        if (lowest[part.columns] >= 0).all():
+            assert (outliers.vectors[:, part.columns] >= 0).all(), part.name
     assert len(torch.unique(outliers.vectors, dim=0)) == 101
 
 
 def test_each_outlier_lies_beyond_a_boundary_row_of_its_class(found: Synthesis, tiny_detector: Detector) -> None:
     """Blocks that have no denoiser are as long as those of one and the same boundary row."""
-    for name in (name for name in found.outliers.columns if name.endswith(":std") or name == "pre_logits"):
-        part = found.outliers.columns[name]
-        lengths = found.outliers.vectors[:, part].norm(dim=1)
-        known = found.boundary[:, part].norm(dim=1)
+    for part in found.outliers.layout.parts:
+        if part.kind is Kind.MEAN:
+            continue
+        lengths = found.outliers.vectors[:, part.columns].norm(dim=1)
+        known = found.boundary[:, part.columns].norm(dim=1)
         assert float((lengths[:, None] - known).abs().min(1).values.max()) < 1e-3 * float(known.max())
 
 
@@ -387,13 +402,13 @@ def test_self_check_flags_more_than_in_domain_images(tiny_detector: Detector) ->
 
 def test_self_check_starts_at_held_out_images(tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    make = synthesis.Explained
+    make = synthesis.DenoisedDirections
 
     def watched(heads: Any, space: Any, rows: Tensor, points: Tensor, *rest: Any, **more: Any) -> Any:
         seen.append(rows[points])
         return make(heads, space, rows, points, *rest, **more)
 
-    monkeypatch.setattr(synthesis, "Explained", watched)
+    monkeypatch.setattr(synthesis, "DenoisedDirections", watched)
     self_check(tiny_detector, 200)
     kept = tiny_detector.feature_store().table(tiny_detector.calibration_digests_)
     scores = np.sort(tiny_detector.score_features(kept[np.arange(len(kept))]))
@@ -424,7 +439,7 @@ def test_self_check_needs_a_detector_that_was_fitted_here(tiny_model: Path, tiny
 
 
 def same(a: Outliers, b: Outliers) -> bool:
-    plain = ("classes", "columns", "method", "fingerprint", "layers")
+    plain = ("classes", "layout", "method", "fingerprint", "layers")
     return all(getattr(a, name) == getattr(b, name) for name in plain) and (
         torch.equal(a.vectors, b.vectors) and torch.equal(a.labels, b.labels)
     )
@@ -461,7 +476,7 @@ def small(**changes: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 def test_the_small_file_is_good(tmp_path: Path) -> None:
     tensors, metadata = small()
     save_file(tensors, tmp_path / "a", metadata)
-    assert load_outliers(tmp_path / "a").columns == {"a": slice(0, 3), "a:std": slice(3, 5)}
+    assert load_outliers(tmp_path / "a").layout == FeatureLayout.of({("a", Kind.MEAN): 3, ("a", Kind.SPATIAL_STD): 2})
 
 
 @pytest.mark.parametrize(
@@ -472,7 +487,7 @@ def test_the_small_file_is_good(tmp_path: Path) -> None:
         ({"method": 3}, "method is not what it should be"),
         ({"classes": [1, 2]}, "classes is not what it should be"),
         ({"more": 1}, "its metadata are not those"),
-        ({"columns": {"a": [0, 3], "b": [4, 5]}}, "the columns of b do not follow"),
+        ({"columns": {"a": [0, 3], "b": [4, 5]}}, r"the columns of 'b' \(4:5\) do not begin at 3"),
         ({"columns": {"a": [0, "3"]}}, "the columns of a are not what they should be"),
         ({"columns": {"a": [0, 4]}}, r"its vectors are not of shape \(n, 4\)"),
         ({"vectors": torch.ones(2, 5, dtype=torch.float64)}, r"not of shape \(n, 5\)"),
