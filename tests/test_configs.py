@@ -10,8 +10,10 @@ import pytest
 
 from featdiff import Detector, PixelDetector
 from featdiff.detectors import MODES
+from featdiff.detectors.config import make_recipe
 from featdiff.detectors.pixel_parts import make_network
-from featdiff.scores.diffusion import DiffusionHeads
+from featdiff.features.layout import FeatureLayout
+from featdiff.scores.diffusion import Diffusion
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -26,18 +28,18 @@ def arguments(name: str) -> dict[str, Any]:
 def test_preset_builds_a_detector(file: Path) -> None:
     settings = arguments(file.stem)
     kind = MODES[settings.pop("mode", "feature")]
-    assert kind(**settings).arguments["backbone"]
+    assert kind(**settings).settings.backbone
 
 
 def test_small_lmd_is_the_default_of_the_pixel_mode() -> None:
     """All that the preset says, so that it can be read as what the mode does."""
     default, preset = PixelDetector(), arguments("lmd_small")
     assert preset.pop("mode") == "pixel"
-    assert default.recipe == PixelDetector(recipe=preset.pop("recipe")).recipe
+    assert default.settings.recipe == PixelDetector(recipe=preset.pop("recipe")).settings.recipe
     for name, value in preset.items():
-        kept = default.arguments[name]
-        assert (list(kept) if isinstance(kept, tuple) else kept) in (value, None), name
-    network = make_network(default.arguments)[0]
+        setting = getattr(default.settings, name)
+        assert (list(setting) if isinstance(setting, tuple) else setting) in (value, None), name
+    network = make_network(default.settings)[0]
     assert (network.config.sample_size, network.config.in_channels) == (preset["size"], preset["channels"])
 
 
@@ -46,12 +48,12 @@ def test_lmd_preset_has_the_size_of_the_paper() -> None:
     settings = arguments("lmd_paper_cifar10")
     del settings["mode"]
     detector = PixelDetector(**settings)
-    network, scheduler = make_network(detector.arguments)
+    network, scheduler = make_network(detector.settings)
     assert 35e6 < sum(p.numel() for p in network.parameters()) < 36.5e6
     assert network.config.down_block_types == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
-    assert scheduler.config.num_train_timesteps == detector.arguments["steps"] == 1000
-    assert (detector.arguments["repetitions"], detector.arguments["mask"]) == (10, "checkerboard_alt")
-    recipe = detector.recipe
+    assert scheduler.config.num_train_timesteps == detector.settings.steps == 1000
+    assert (detector.settings.repetitions, detector.settings.mask) == (10, "checkerboard_alt")
+    recipe = make_recipe(detector.settings.recipe)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.ema_decay, recipe.weight_decay) == (2e-4, 5000, 0.9999, 0)
     epochs, per_epoch = recipe.plan(40_000)
     assert abs(epochs * per_epoch - 1_300_000) < 400
@@ -61,9 +63,11 @@ def test_dlsr_preset_has_the_size_of_the_paper() -> None:
     """87 M weights on the 720 channels of EfficientNet-b4."""
     detector = Detector(**arguments("dlsr_paper"))
     names = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "start_times", "draws", "stride", "seed")
-    heads = DiffusionHeads((24, 32, 56, 160, 448), **{name: detector.arguments[name] for name in names})
-    weights = sum(p.numel() for p in heads.denoiser.parameters())
+    layout = FeatureLayout.of_stages({"a": 24, "b": 32, "c": 56, "d": 160, "e": 448})
+    model = Diffusion(layout, **{name: getattr(detector.settings, name) for name in names})
+    weights = sum(p.numel() for p in model.denoiser.parameters())
     assert 85e6 < weights < 87e6
-    assert detector.recipe.epochs == 150
-    assert detector.recipe.batch_size == 128
-    assert detector.head == "mfsim"
+    recipe = make_recipe(detector.settings.recipe)
+    assert recipe.epochs == 150
+    assert recipe.batch_size == 128
+    assert detector.settings.head == "mfsim"

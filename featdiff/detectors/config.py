@@ -25,7 +25,7 @@ from ..runtime.devices import resolve_device
 from ..scores.diffusion import DIFFUSION
 from ..scores.distances import DISTANCES
 from ..scores.fused import FUSED
-from ..scores.neighbors import check_backend, check_coreset
+from ..scores.neighbors import BACKENDS, CORESETS
 from ..scores.registry import check_registered, heads, need_logits
 from ..verdicts.calibration import check_fpr
 from .checks import (
@@ -206,8 +206,8 @@ class FeatureSettings(Settings):
         check_path("weights", self.weights)
         check_times("start_times", self.start_times, self.timesteps - 1)
         check_neighbors(self.neighbors, self.bank_size)
-        check_coreset(self.coreset)
-        check_backend(self.backend)
+        check_choice("coreset", self.coreset, CORESETS)
+        check_choice("backend", self.backend, BACKENDS)
         self._check_heads()
         self._check_input_size()
 
@@ -216,7 +216,7 @@ class FeatureSettings(Settings):
         """Scores that are built by name beside those of diffusion."""
         own = [] if self.head in (FUSED, *DIFFUSION) else [self.head]
         neighbors = ["neighbors"] if self.head == FUSED and self.neighbors else []
-        return [*own, *neighbors, *self.extra_heads]
+        return list(dict.fromkeys([*own, *neighbors, *self.extra_heads]))
 
     @property
     def needs_logits(self) -> bool:
@@ -225,10 +225,10 @@ class FeatureSettings(Settings):
 
     def _check_heads(self) -> None:
         if self.head not in (FUSED, *DIFFUSION):
-            check_choice("head", self.head, [FUSED, *DIFFUSION, *heads()])
+            check_choice("head", self.head, [FUSED, *DIFFUSION, *_extra_heads()])
         names = self.extra_heads
         check_different_names("extra_heads", names)
-        check_registered(names, among=heads)
+        check_registered(names, among=_extra_heads, argument="extra_heads")
         if self.needs_logits and not isinstance(self.backbone, nn.Module):
             raise UsageError(
                 f"{', '.join(names) or self.head} need logits: give a classifier (a module) as backbone, or use "
@@ -237,8 +237,8 @@ class FeatureSettings(Settings):
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
-        if self.head == "neighbors" and not self.neighbors:
-            raise UsageError("head='neighbors' needs neighbors of 1 or more", argument="neighbors")
+        if "neighbors" in self.registered_heads and not self.neighbors:
+            raise UsageError("the head neighbors looks at no neighbours: neighbors must be 1 or more", "neighbors")
 
     def _check_input_size(self) -> None:
         size = self.input_size
@@ -326,3 +326,8 @@ class PixelSettings(Settings):
 
 #: Settings by mode, as saved models and config files name it.
 SETTINGS: dict[str, type[FeatureSettings] | type[PixelSettings]] = {"feature": FeatureSettings, "pixel": PixelSettings}
+
+
+def _extra_heads() -> list[str]:
+    """What ``extra_heads`` may name: every head but neighbours, of which ``neighbors`` says how many."""
+    return [name for name in heads() if name != "neighbors"]

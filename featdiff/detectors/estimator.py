@@ -23,12 +23,12 @@ from ..exceptions import ModelError, TooFewRows, UsageError, first_line
 from ..files.model_folder import load, locate, save
 from ..runtime.progress import Progress
 from ..scores.nearest import NearestNeighbors
-from ..scores.neighbors import check_coreset
+from ..scores.neighbors import CORESETS
 from ..scores.registry import Context
 from ..verdicts.calibration import Calibration, check_fpr, check_supported
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
-from .checks import check_neighbors, check_share, check_times, check_whole, is_number, make_recipe
+from .checks import check_choice, check_neighbors, check_share, check_times, check_whole, is_number, make_recipe
 from .estimator_scores import TIMESTEPS, PreparedRows, VectorHeads, find_columns
 from .fitting import choose_bank
 from .saved import VECTORS, check_config, load_tensors
@@ -355,10 +355,12 @@ def _check(settings: Mapping[str, Any]) -> None:
     check_fpr(settings["fpr"])
     check_times("start_times", settings["start_times"], TIMESTEPS - 1)
     check_neighbors(settings["neighbors"], settings["bank_size"])
-    check_coreset(settings["coreset"])
+    check_choice("coreset", settings["coreset"], CORESETS)
     share = settings["contamination"]
     if share != "auto" and (not is_number(share) or not 0 < share <= 0.5):
-        raise UsageError(f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}")
+        raise UsageError(
+            f"contamination must be 'auto' or a share above 0 and up to 0.5, not {share!r}", argument="contamination"
+        )
 
 
 def _slices(pairs: Any) -> Any:

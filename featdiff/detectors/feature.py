@@ -78,9 +78,9 @@ class Detector(BaseDetector[FeatureSettings]):
     extra_heads : sequence of str
         What else ``fused`` joins: ``energy``, ``msp`` and ``vim``, if the backbone is a classifier of your own
         (:mod:`featdiff.scores.logits`), or any score that is registered as a head (:mod:`featdiff.scores.registry`).
-    head : "fused", "layerwise", "mse", "mfsim" or "lr"
-        Which score becomes ``ood_score``; all but ``fused`` are diffusion alone, see
-        :meth:`featdiff.scores.diffusion.DiffusionHeads.forward`, and keep no bank.
+    head : "fused", "layerwise", "mse", "mfsim", "lr", or a registered head
+        Which score becomes ``ood_score``: all joined, one of diffusion alone (:mod:`featdiff.scores.diffusion`), or
+        another one, which stands beside the diffusion scores and is not joined with them.
     neighbors : int
         Nearest in-domain vectors that count; 0 does without them.
     bank_size, coreset

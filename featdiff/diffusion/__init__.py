@@ -1,1 +1,1 @@
-"""Noise schedules, networks, the training loop, reconstructions."""
+"""Noise schedules, networks, the training loop, and reconstructions of vectors and images."""

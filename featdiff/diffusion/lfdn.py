@@ -1,4 +1,8 @@
-"""The latent feature denoising network of DLSR (arXiv 2411.10701), and one small one per layer."""
+"""Noisy feature vectors and their times -> estimates of the clean vectors.
+
+:class:`LFDN` is the latent feature denoising network of DLSR (arXiv 2411.10701), :class:`LayerwiseLFDN` one small LFDN
+for each layer.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,17 @@ from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
-    """Norm -> SiLU -> Linear, + time, norm -> SiLU -> zero-initialised Linear, + input.
+    """One residual block of the LFDN: (B, ..., hidden), (B, ..., time_width) -> (B, ..., hidden).
 
-    DLSR's norm is a GroupNorm of one group: for vectors the same as a LayerNorm, which is several times faster.
+    Norm, SiLU, Linear, plus the time; then norm, SiLU, a Linear that starts at zero, plus the input. DLSR's norm is a
+    GroupNorm with one group. For vectors that is the same as a LayerNorm, which is several times faster.
+
+    Parameters
+    ----------
+    hidden : int
+        Width of the vectors.
+    time_width : int
+        Width of the time embedding.
     """
 
     def __init__(self, hidden: int, time_width: int) -> None:
@@ -30,23 +42,31 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.linear_out.bias)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        """Vectors (B, ..., hidden) and embedded times (B, ..., time_width) -> vectors of the same shape."""
         inner = self.linear_in(F.silu(self.norm_in(h))) + self.time(time)
         return h + cast(Tensor, self.linear_out(F.silu(self.norm_out(inner))))
 
 
 class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Residual MLP with a time embedding that predicts the clean vector: (B, ..., width), (B,) -> (B, ..., width).
+    """Residual MLP with a time embedding that predicts the clean vector (DLSR, arXiv 2411.10701).
 
     Parameters
     ----------
     width : int
         Length of a vector.
     hidden : int
-        Width inside; the paper uses 1440 on the concatenation of all layers.
+        Hidden width. The paper uses 1440 on the concatenation of all layers.
     blocks : int
-        Residual blocks; the paper uses 16.
-    time_width : int
-        Width of the time embedding; the paper uses 720.
+        Number of residual blocks. The paper uses 16.
+    time_width : int, default 128
+        Width of the time embedding. The paper uses 720.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = LFDN(width=6, hidden=16, blocks=2)
+    >>> network(torch.ones(4, 6), torch.tensor([0, 20, 60, 99])).shape
+    torch.Size([4, 6])
     """
 
     @register_to_config
@@ -62,9 +82,10 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Noisy vectors (B, ..., width) at integer times (B,) -> estimate of the clean vectors, same shape."""
+        """Noisy vectors (B, ..., width) at integer times (B,) -> estimates of the clean vectors, same shape."""
         time = F.silu(self.time_embedding(self.time_waves(t).to(x_t.dtype)))
         time = time.reshape(t.shape[0], *(1 for _ in x_t.shape[1:-1]), time.shape[-1])
+
         h = self.project_in(x_t)
         for block in self.residual_blocks:
             h = block(h, time)
@@ -72,20 +93,29 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """One LFDN per layer, side by side: (B, ..., sum of widths), (B,) -> (B, ..., sum of widths).
+    """One LFDN for each layer, on its part of the concatenated vectors.
 
-    As good as one network on the concatenation and far smaller.
+    As good as one network on the whole concatenation, and far smaller.
 
     Parameters
     ----------
     widths : sequence of int
-        Channels of each layer.
-    hidden_ratio, hidden_max : number
-        A layer's hidden width is ``hidden_ratio`` times its channels, at most ``hidden_max``.
+        Number of channels of each layer.
+    hidden_ratio : float
+        Hidden width of a layer's network, as a multiple of the layer's channels.
+    hidden_max : int
+        Upper bound of the hidden width. It wins over ``hidden_min``.
     blocks : int
-        Residual blocks of each LFDN.
-    hidden_min : int
-        Lower bound of the hidden width, for stages of few channels.
+        Number of residual blocks of each LFDN.
+    hidden_min : int, default 64
+        Lower bound of the hidden width, for layers with few channels.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = LayerwiseLFDN(widths=[4, 8], hidden_ratio=2.0, hidden_max=64, blocks=1)
+    >>> network(torch.ones(3, 12), torch.tensor([0, 50, 99])).shape
+    torch.Size([3, 12])
     """
 
     @register_to_config
@@ -93,10 +123,13 @@ class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, widths: Sequence[int], hidden_ratio: float, hidden_max: int, blocks: int, hidden_min: int = 64
     ) -> None:
         super().__init__()
-        sizes = [min(max(int(hidden_ratio * width), hidden_min), hidden_max) for width in widths]
-        self.layers = nn.ModuleList(LFDN(width, size, blocks) for width, size in zip(widths, sizes, strict=True))
+        self.layers = nn.ModuleList()
+        for width in widths:
+            hidden = min(max(int(hidden_ratio * width), hidden_min), hidden_max)
+            self.layers.append(LFDN(width, hidden, blocks))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Noisy vectors (B, ..., sum of widths) at integer times (B,) -> estimate of the clean ones."""
+        """Noisy vectors (B, ..., sum of widths) at integer times (B,) -> estimates of the clean vectors."""
         parts = x_t.split(list(self.config.widths), dim=-1)
-        return torch.cat([layer(part, t) for layer, part in zip(self.layers, parts, strict=True)], dim=-1)
+        estimates = [layer(part, t) for layer, part in zip(self.layers, parts, strict=True)]
+        return torch.cat(estimates, dim=-1)

@@ -1,4 +1,4 @@
-"""Unconditional diffusers pipelines -> a U-Net and its schedule, strictly."""
+"""Unconditional diffusers pipelines, from a folder or the hub -> a U-Net and its noise schedule, loaded strictly."""
 
 from __future__ import annotations
 
@@ -14,66 +14,97 @@ from ..files.hub import find_folder
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
-# Schedules of the same kind of noise; what they say of themselves fits a DDPMScheduler.
+# Schedulers that add noise in the same way, so that their settings fit a DDPMScheduler.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 
 
 def load_pipeline(name: str) -> tuple[UNet2DModel, DDPMScheduler]:
-    """The U-Net and schedule of a pipeline folder, or of one on the hub (``google/ddpm-cifar10-32``).
+    """Load the U-Net and the noise schedule of an unconditional pixel pipeline.
+
+    Parameters
+    ----------
+    name : str
+        Folder of a pipeline, or its name on the hub (``google/ddpm-cifar10-32``).
+
+    Returns
+    -------
+    UNet2DModel
+        The network.
+    DDPMScheduler
+        The noise schedule that it was trained on.
 
     Raises
     ------
     WeightsError
-        It cannot be had, is not an unconditional pixel pipeline, or its weights are not whole.
+        The pipeline cannot be found, is not an unconditional pixel pipeline, or its weights are damaged or incomplete.
     """
-    from diffusers import DDPMScheduler, UNet2DModel
-
     files = ["*.json", "*.safetensors", "*.bin"]
     folder = find_folder(name, files, lambda why: WeightsError(f"no pipeline at {name}: {why}"))
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older pipelines keep all files side by side
-    schedule = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    kind = _read(unet / "config.json", name).get("_class_name")
+
+    # older pipelines keep all files in one folder
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    schedule_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+
+    kind = _read(unet_folder / "config.json", name).get("_class_name")
     if kind != "UNet2DModel":
         raise WeightsError(f"{name} holds a {kind}: an unconditional pixel model (UNet2DModel) is needed")
-    settings = _read(schedule / "scheduler_config.json", name)
+    settings = _read(schedule_folder / "scheduler_config.json", name)
     if settings.get("_class_name") not in _SCHEDULERS:
         known = ", ".join(_SCHEDULERS)
         raise WeightsError(f"{name} was trained with a {settings.get('_class_name')}; known schedules: {known}")
-    # diffusers fills missing weights with whatever is in memory, and only logs it
+
+    unet = _load_unet(unet_folder)
+    if problem := _unsuitable(unet.config):
+        raise WeightsError(f"{name} cannot be used here: its U-Net {problem}")
+    for weight, value in unet.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"the weights in {unet_folder} are damaged: {weight} holds NaN or infinite values")
+
+    return unet, _make_schedule(settings, name)
+
+
+def _load_unet(folder: Path) -> UNet2DModel:
+    """The network with exactly its own weights: diffusers leaves missing ones uninitialised, and only logs it."""
+    from diffusers import UNet2DModel
+
     try:
-        model, report = UNet2DModel.from_pretrained(
-            unet, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+        unet, report = UNet2DModel.from_pretrained(
+            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
         )
-    except Exception as error:  # no file, a damaged one, weights of other shapes: each its own error
-        raise WeightsError(f"the weights in {unet} cannot be read: {first_line(error)}") from None
-    for what, names in report.items():
+    except Exception as error:  # missing files, damaged ones and other shapes each raise an error of their own
+        raise WeightsError(f"the weights in {folder} cannot be read: {first_line(error)}") from None
+
+    for problem, names in report.items():
         if names:
             raise WeightsError(
-                f"the weights in {unet} do not fit its config.json: {what.replace('_', ' ')}: {names[0]}"
+                f"the weights in {folder} do not fit its config.json: {problem.replace('_', ' ')}: {names[0]}"
             )
-    if problem := _unfit(model.config):
-        raise WeightsError(f"{name} cannot be used here: its U-Net {problem}")
-    for weight, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"the weights in {unet} are damaged: {weight} holds NaN or infinite values")
+    return unet
+
+
+def _make_schedule(settings: dict[str, Any], name: str) -> DDPMScheduler:
+    from diffusers import DDPMScheduler
+
+    public = {key: value for key, value in settings.items() if not key.startswith("_")}
     try:
-        return model, DDPMScheduler.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+        return DDPMScheduler.from_config(public)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise WeightsError(f"the schedule of {name} cannot be built: {first_line(error)}") from None
 
 
-def _unfit(config: Any) -> str:
-    """What keeps a U-Net from inpainting square images by their noise alone; empty if nothing does."""
+def _unsuitable(config: Any) -> str:
+    """Why a U-Net cannot inpaint square images without a condition; empty if it can."""
     if not isinstance(config.sample_size, int):
         return f"takes images of {config.sample_size} pixels, not of one square size"
     if config.out_channels != config.in_channels:
         return f"gives {config.out_channels} channels for {config.in_channels} (a learned variance?)"
     if config.class_embed_type is not None or config.num_class_embeds is not None:
-        return "wants to be told a class"
+        return "is class-conditional"
     return ""
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:
+    """The content of a JSON file of the pipeline."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
-"""Denoiser + clean rows + schedule -> a trained denoiser, as a generator of small step records.
+"""Denoiser, clean samples and noise schedule -> a trained denoiser, as a generator of small records of each step.
 
-The loop knows no files: the caller reads rows, shows progress, stops early and keeps checkpoints.
+The loop reads and writes no files: the caller reads the samples, shows progress, stops early and keeps checkpoints
+(:mod:`featdiff.diffusion.fit` does).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from ..exceptions import FeatdiffError, UsageError
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import SchedulerMixin
 
+#: Indices (B,) of training samples -> the clean samples (B, ...).
+ReadSamples = Callable[[np.ndarray], Tensor]
+Rows = ReadSamples  # the former name, until featdiff.detectors.fitting no longer uses it
+#: Clean samples (B, ...) and a random generator -> the samples to train on, same shape.
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 
-Rows = Callable[[np.ndarray], Tensor]  # row numbers (B,) -> clean rows (B, ...)
+#: How the learning rate changes during a training.
 LR_SCHEDULES = ("one-cycle", "cosine", "constant")
 
 
@@ -33,9 +40,42 @@ LR_SCHEDULES = ("one-cycle", "cosine", "constant")
 class Recipe:
     """How to train, with AdamW.
 
-    ``epochs`` is stretched to at least ``min_steps`` and cut at ``max_steps`` steps in all; a single one is cut at
-    ``epoch_steps``, so that progress is measured and kept often. The learning rate rises for ``warmup_steps`` (0: a
-    tenth of the run for ``one-cycle``, none for others). Gradients longer than ``clip_norm`` are cut; 0 leaves them.
+    Parameters
+    ----------
+    epochs : int, default 30
+        Number of epochs, raised until there are ``min_steps`` steps.
+    batch_size : int, default 256
+        Samples of a step.
+    learning_rate : float, default 1e-3
+        Highest learning rate.
+    weight_decay : float, default 1e-4
+        Weight decay of AdamW, 0 or more.
+    lr_schedule : str, default "one-cycle"
+        One of ``LR_SCHEDULES``.
+    warmup_steps : int, default 0
+        Steps in which the learning rate rises. 0: a tenth of the run for ``one-cycle``, none for the others.
+    clip_norm : float, default 0.0
+        Gradients with a larger norm are scaled down to it; 0 leaves them as they are.
+    ema_decay : float, default 0.999
+        Decay of the moving average of the weights, 0 to 1.
+    patience : int, default 10
+        Epochs without a better held-out loss after which training stops.
+    min_steps : int, default 600
+        Smallest number of steps in all.
+    max_steps : int, default 20000
+        Largest number of steps in all. It wins over ``min_steps``.
+    epoch_steps : int, default 1000
+        Largest number of steps of one epoch, so that the held-out loss is measured, and checkpoints are written, often.
+
+    Raises
+    ------
+    UsageError
+        A setting of the wrong type or outside its range.
+
+    Examples
+    --------
+    >>> Recipe(epochs=3, batch_size=10, min_steps=1).plan(count=100)
+    (3, 10)
     """
 
     epochs: int = 30
@@ -53,37 +93,91 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.lr_schedule not in LR_SCHEDULES:
-            raise UsageError(f"unknown lr_schedule {self.lr_schedule!r}; known: {', '.join(LR_SCHEDULES)}")
+            known = ", ".join(LR_SCHEDULES)
+            raise UsageError(f"unknown lr_schedule {self.lr_schedule!r}; known: {known}", argument="lr_schedule")
+
         for name in ("epochs", "batch_size", "patience", "max_steps", "epoch_steps", "learning_rate"):
             check_number(name, getattr(self, name), above=0, whole=name != "learning_rate")
         for name in ("min_steps", "warmup_steps"):
             check_number(name, getattr(self, name), above=-1, whole=True)
+
         for name, highest in (("weight_decay", math.inf), ("clip_norm", math.inf), ("ema_decay", 1.0)):
             value = check_number(name, getattr(self, name), above=-math.inf)
             if not 0 <= value <= highest:
-                raise UsageError(f"{name} must be 0 or more{', at most 1' if highest == 1 else ''}, not {value}")
+                limit = ", at most 1" if highest == 1 else ""
+                raise UsageError(f"{name} must be 0 or more{limit}, not {value}", argument=name)
 
-    def plan(self, rows: int) -> tuple[int, int]:
-        """(epochs, steps per epoch) for this many training rows."""
-        per_epoch = min(max(1, rows // self.batch_size), self.epoch_steps, self.max_steps)
+    def plan(self, count: int) -> tuple[int, int]:
+        """How long to train.
+
+        Parameters
+        ----------
+        count : int
+            Number of training samples.
+
+        Returns
+        -------
+        (int, int)
+            Number of epochs, and steps of each.
+        """
+        per_epoch = min(max(1, count // self.batch_size), self.epoch_steps, self.max_steps)
         epochs = max(self.epochs, math.ceil(self.min_steps / per_epoch))
         return min(epochs, self.max_steps // per_epoch), per_epoch
 
 
 def check_number(name: str, value: Any, above: float, whole: bool = False) -> float:
-    """A finite number above -1, 0 or any other (``UsageError``)."""
-    kinds = int if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
-        raise UsageError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}")
+    """Refuse what is not a finite number above a bound.
+
+    Parameters
+    ----------
+    name : str
+        Name of the setting, for the error.
+    value : object
+        Its value.
+    above : float
+        Largest number that is too small: 0 or -1.
+    whole : bool, default False
+        Whether only whole numbers are allowed.
+
+    Returns
+    -------
+    float
+        The value.
+
+    Raises
+    ------
+    UsageError
+        Another type, NaN or infinite, or too small.
+    """
+    types = int if whole else (int, float)
+    if not isinstance(value, types) or isinstance(value, bool) or not math.isfinite(value):
+        kind = "whole number" if whole else "number"
+        raise UsageError(f"{name} must be a {kind}, not {value!r}", argument=name)
     if value <= above:
-        raise UsageError(f"{name} must be {'above 0' if above == 0 else '0 or more'}, not {value!r}")
+        bound = "above 0" if above == 0 else "0 or more"
+        raise UsageError(f"{name} must be {bound}, not {value!r}", argument=name)
     return value
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. ``val_loss`` is set on the last step of an epoch: the loss of the averaged weights on
-    held-out rows, always with the same noise."""
+    """Record of one optimiser step.
+
+    Parameters
+    ----------
+    step : int
+        Number of the step, from 1.
+    steps : int
+        Number of steps in all.
+    epoch : int
+        Number of epochs that are finished after this step.
+    loss : float
+        Training loss of the step.
+    lr : float
+        Learning rate of the step.
+    val_loss : float, optional
+        On the last step of an epoch: loss of the averaged weights on the held-out samples, always with the same noise.
+    """
 
     step: int
     steps: int
@@ -95,10 +189,32 @@ class Step:
 
 @dataclass
 class TrainingState(Resumable):
-    """All that a run needs to go on after a stop: live weights, their moving average, optimiser, schedule, history.
+    """All that a stopped training needs to continue.
 
-    ``early`` holds the weights after the first epoch (for likelihood regret), ``best`` the averaged weights with the
-    lowest held-out loss so far.
+    Parameters
+    ----------
+    denoiser : nn.Module
+        The network that is trained.
+    average : AveragedModel
+        Moving average of its weights.
+    optimizer : Optimizer
+        AdamW.
+    schedule : LRScheduler
+        Schedule of the learning rate.
+    epoch : int, default 0
+        Finished epochs.
+    stale : int, default 0
+        Epochs since the best held-out loss.
+    done : bool, default False
+        Whether training has ended.
+    seconds : float, default 0.0
+        Time spent so far, over all runs.
+    best_loss : float, default inf
+        Lowest held-out loss so far.
+    best : dict, optional
+        Averaged weights with that loss.
+    early : dict, optional
+        Weights after the first epoch, for likelihood regret.
     """
 
     parts = ("denoiser", "average", "optimizer", "schedule")
@@ -107,7 +223,7 @@ class TrainingState(Resumable):
     denoiser: nn.Module
     average: AveragedModel
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: LRScheduler
     epoch: int = 0
     stale: int = 0
     done: bool = False
@@ -118,41 +234,61 @@ class TrainingState(Resumable):
 
     @property
     def network(self) -> nn.Module:
+        """The denoiser."""
         return self.denoiser
 
 
-def start(denoiser: nn.Module, recipe: Recipe, rows: int) -> TrainingState:
-    """A fresh training state for ``rows`` training rows (AdamW, exponential moving average of the weights)."""
-    epochs, per_epoch = recipe.plan(rows)
-    steps = epochs * per_epoch
+def start(denoiser: nn.Module, recipe: Recipe, count: int) -> TrainingState:
+    """A training that has not begun.
+
+    Parameters
+    ----------
+    denoiser : nn.Module
+        The network to train.
+    recipe : Recipe
+        How to train it.
+    count : int
+        Number of training samples.
+
+    Returns
+    -------
+    TrainingState
+    """
+    epochs, per_epoch = recipe.plan(count)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = _lr_schedule(optimizer, recipe, steps)
-    average = AveragedModel(denoiser, multi_avg_fn=_warm_ema(recipe.ema_decay))
+    schedule = _lr_schedule(optimizer, recipe, epochs * per_epoch)
+    average = AveragedModel(denoiser, multi_avg_fn=_growing_average(recipe.ema_decay))
     return TrainingState(denoiser, average, optimizer, schedule)
 
 
-def _lr_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    warm = min(recipe.warmup_steps, steps)
+def _lr_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    warmup = min(recipe.warmup_steps, steps)
     if recipe.lr_schedule == "one-cycle":
-        share = warm / (steps + 1) if warm else 0.1
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=share
-        )
+        rising_share = warmup / (steps + 1) if warmup else 0.1
+        return OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=rising_share)
 
     def factor(step: int) -> float:
-        falling = 0.5 * (1 + math.cos(math.pi * step / steps)) if recipe.lr_schedule == "cosine" else 1.0
-        return min(1.0, (step + 1) / (warm + 1)) * falling
+        rise = min(1.0, (step + 1) / (warmup + 1))
+        fall = 0.5 * (1 + math.cos(math.pi * step / steps)) if recipe.lr_schedule == "cosine" else 1.0
+        return rise * fall
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)
 
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]  # rows (B, ...) and a source of chance -> rows to train on
+def _growing_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Moving average whose horizon grows with the run, so that short runs are not dominated by their first weights."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        n = float(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
 
 
 def train(
     state: TrainingState,
-    rows: Rows,
-    n_rows: int,
+    read: ReadSamples,
+    count: int,
     validation: Tensor,
     scheduler: SchedulerMixin,
     recipe: Recipe,
@@ -162,21 +298,37 @@ def train(
 ) -> Iterator[Step]:
     """Train until the plan ends or the held-out loss has not improved for ``patience`` epochs; then load ``best``.
 
-    Minimises E || target - D(x_t, t) ||^2 over t uniform in 0 .. T - 1 and Gaussian noise, where the target is what
-    the schedule says that networks predict: x_0 (DLSR eq. 4) or the noise (Ho et al., 2020, eq. 14). The order of
-    rows and all noise follow from ``seed`` and the epoch, so a run resumed at an epoch's end goes the same way.
+    Minimises E || target - D(x_t, t) ||^2 over t uniform in 0 .. T - 1 and Gaussian noise. The target is what the
+    noise schedule says that networks predict: x_0 (DLSR eq. 4) or the noise (Ho et al., 2020, eq. 14). The order of
+    the samples and all noise follow from ``seed`` and the epoch, so that a run that is resumed at the end of an epoch
+    ends with the same weights.
 
     Parameters
     ----------
-    rows : callable
-        Row numbers (B,) -> clean rows (B, ...) on the denoiser's device.
-    validation : (V, ...)
-        Held-out clean rows.
+    state : TrainingState
+        From :func:`start`, or loaded from a checkpoint. Changed in place.
+    read : callable
+        Indices (B,) of training samples, ascending -> the clean samples (B, ...) on the denoiser's device.
+    count : int
+        Number of training samples.
+    validation : Tensor of shape (V, ...)
+        Held-out clean samples.
+    scheduler : diffusers scheduler
+        The noise schedule.
+    recipe : Recipe
+        How to train.
+    seed : int
+        Decides the order of the samples and all noise.
     augment : callable, optional
-        Changes training rows by chance.
+        Changes training samples at random.
     accelerator : accelerate.Accelerator, optional
-        Mixed precision, and several processes: each works on its share of every batch, and all go the same way as
-        one process would.
+        Mixed precision and several processes. Each process works on its share of every batch, and all follow the course
+        that one process would take.
+
+    Yields
+    ------
+    Step
+        After each optimiser step.
 
     Raises
     ------
@@ -185,126 +337,165 @@ def train(
     FeatdiffError
         The loss became NaN or infinite.
     """
-    device = validation.device
-    epochs, per_epoch = recipe.plan(n_rows)
-    engine = _Engine(state, recipe, accelerator)
+    epochs, per_epoch = recipe.plan(count)
+    engine = _Engine(state, scheduler, recipe, accelerator)
     try:
         while state.epoch < epochs and not state.done:
-            order = np.random.default_rng((seed, state.epoch)).permutation(n_rows)
-            source = torch.Generator(device).manual_seed(_mix(seed, state.epoch))
+            order = np.random.default_rng((seed, state.epoch)).permutation(count)
+            generator = torch.Generator(validation.device).manual_seed(_epoch_seed(seed, state.epoch))
             state.denoiser.train()
+
             for i in range(per_epoch):
-                batch = np.sort(order[i * recipe.batch_size : (i + 1) * recipe.batch_size])
-                lr = state.optimizer.param_groups[0]["lr"]
-                x, noise, t = engine.share(rows, batch, scheduler.config.num_train_timesteps, source, augment)
-                loss = engine.update(x, noise, t, scheduler)
                 number = state.epoch * per_epoch + i + 1
+                lr = state.optimizer.param_groups[0]["lr"]
+                indices = np.sort(order[i * recipe.batch_size : (i + 1) * recipe.batch_size])
+                loss = engine.step(*engine.draw(read, indices, generator, augment))
                 _check_loss(loss, number)
+
                 val_loss = None
                 if i == per_epoch - 1:
-                    val_loss = engine.processes.mean(validation_loss(state.average.module, validation, scheduler, seed))
+                    val_loss = engine.validate(validation, seed)
                     _check_loss(val_loss, number)
                     _close_epoch(state, val_loss, recipe.patience)
                 yield Step(number, epochs * per_epoch, number // per_epoch, loss, lr, val_loss)
     finally:
         engine.processes.release(engine.network)
+
     state.done = True
     state.denoiser.load_state_dict(state.best)
     state.denoiser.eval()
 
 
 class _Engine:
-    """One optimiser step, on one process or, with an accelerator, on several."""
+    """Optimiser steps, on one process or, with an accelerator, on several."""
 
-    def __init__(self, state: TrainingState, recipe: Recipe, accelerator: Accelerator | None) -> None:
-        self.state, self.recipe = state, recipe
+    def __init__(
+        self,
+        state: TrainingState,
+        scheduler: SchedulerMixin,
+        recipe: Recipe,
+        accelerator: Accelerator | None,
+    ) -> None:
+        self.state = state
+        self.scheduler = scheduler
+        self.recipe = recipe
         self.processes = Processes(accelerator, state.epoch)
         self.network, self.optimizer = self.processes.prepare(state.denoiser, state.optimizer)
-        if recipe.batch_size % (number := self.processes.number):
-            raise UsageError(f"{number} processes cannot share a batch_size of {recipe.batch_size} evenly")
 
-    def share(
-        self, rows: Rows, batch: np.ndarray, total_t: int, source: torch.Generator, augment: Augment | None
+        number = self.processes.number
+        if recipe.batch_size % number:
+            raise UsageError(
+                f"{number} processes cannot share a batch_size of {recipe.batch_size} evenly", argument="batch_size"
+            )
+
+    def draw(
+        self,
+        read: ReadSamples,
+        indices: np.ndarray,
+        generator: torch.Generator,
+        augment: Augment | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's part of a batch: clean rows, noise, times. All draw the same and keep their own."""
-        every = self.processes.number
-        mine = slice(self.processes.rank, len(batch) // every * every, every)
-        x = rows(batch) if augment else rows(batch[mine])
-        t = torch.randint(total_t, (len(batch),), generator=source, device=x.device)
-        noise = torch.randn((len(batch), *x.shape[1:]), generator=source, device=x.device)
-        return augment(x, source)[mine] if augment else x, noise[mine], t[mine]
+        """This process's share of a batch: clean samples, noise and times.
 
-    def update(self, x: Tensor, noise: Tensor, t: Tensor, scheduler: SchedulerMixin) -> float:
+        All processes draw the random numbers of the whole batch, so that the generator is in the same state in each.
+        """
+        share = self.processes.share(len(indices))
+        samples = read(indices if augment else indices[share])
+
+        t = torch.randint(
+            self.scheduler.config.num_train_timesteps, (len(indices),), generator=generator, device=samples.device
+        )
+        noise = torch.randn((len(indices), *samples.shape[1:]), generator=generator, device=samples.device)
+        if augment:
+            samples = augment(samples, generator)[share]
+        return samples, noise[share], t[share]
+
+    def step(self, x: Tensor, noise: Tensor, t: Tensor) -> float:
+        """One optimiser step; returns the mean loss of all processes."""
         state = self.state
-        loss = _loss(self.network, x, noise, t, scheduler)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.processes.backward(loss)
-        if self.recipe.clip_norm:
-            self.processes.clip(state.denoiser.parameters(), self.recipe.clip_norm)
-        self.optimizer.step()
+        loss = _loss(self.network, x, noise, t, self.scheduler)
+        self.processes.step(loss, [self.optimizer], state.denoiser.parameters(), self.recipe.clip_norm)
+
         state.schedule.step()
         state.average.update_parameters(state.denoiser)
         return self.processes.mean(loss.detach())
 
+    def validate(self, validation: Tensor, seed: int) -> float:
+        """Held-out loss of the averaged weights, the same number on all processes."""
+        return self.processes.mean(validation_loss(self.state.average.module, validation, self.scheduler, seed))
+
 
 def _loss(denoiser: nn.Module, x: Tensor, noise: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
     target = x if scheduler.config.prediction_type == "sample" else noise
-    return nn.functional.mse_loss(denoiser(add_noise(scheduler, x, noise, t), t).float(), target)
+    prediction = denoiser(add_noise(scheduler, x, noise, t), t)
+    return nn.functional.mse_loss(prediction.float(), target)
 
 
-def _mix(seed: int, epoch: int) -> int:
-    """A seed of its own for every epoch."""
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """A different seed for each epoch."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _check_loss(loss: float | None, step: int) -> None:
-    if loss is not None and not math.isfinite(loss):
+def _check_loss(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
         raise FeatdiffError(f"training diverged at step {step} (loss {loss}); lower learning_rate")
 
 
 def _close_epoch(state: TrainingState, loss: float, patience: int) -> None:
-    """Remember the best averaged weights, and count epochs without progress."""
+    """Keep the best averaged weights, and count the epochs without progress."""
     if state.epoch == 0:
-        state.early = _snapshot(state.denoiser)
+        state.early = _copy_weights(state.denoiser)
+
     if loss < state.best_loss:
-        state.best_loss, state.stale = loss, 0
-        state.best = _snapshot(state.average.module)
+        state.best_loss = loss
+        state.best = _copy_weights(state.average.module)
+        state.stale = 0
     else:
         state.stale += 1
+
     state.done = state.stale >= patience
     state.epoch += 1
 
 
-def _snapshot(module: nn.Module) -> dict[str, Tensor]:
+def _copy_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 @torch.inference_mode()
 def validation_loss(
-    denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, seed: int, at_once: int = 1 << 20
+    denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, seed: int, chunk_numbers: int = 1 << 20
 ) -> Tensor:
-    """The loss () on ``x`` (V, ...) with times spread evenly and noise that is the same at every call.
+    """Loss on held-out samples, with times spread evenly and noise that is the same at every call.
 
-    Rows of ``at_once`` numbers in all go through the network together.
+    Parameters
+    ----------
+    denoiser : nn.Module
+        The network. Its mode (training or eval) is kept.
+    x : Tensor of shape (V, ...)
+        Held-out clean samples.
+    scheduler : diffusers scheduler
+        The noise schedule.
+    seed : int
+        Decides times and noise.
+    chunk_numbers : int, default 2**20
+        The samples that go through the network at once hold at most so many numbers (one sample, if it has more).
+
+    Returns
+    -------
+    Tensor of shape ()
     """
     was_training = denoiser.training
     denoiser.eval()
-    source = torch.Generator(x.device).manual_seed(seed)
-    spread = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
-    t = spread.long()[torch.randperm(len(x), generator=source, device=x.device)]
-    noise = torch.randn(x.shape, generator=source, device=x.device)
-    size = max(1, at_once // x[0].numel())
-    parts = zip(x.split(size), noise.split(size), t.split(size), strict=True)
-    total = torch.stack([len(part[0]) * _loss(denoiser, *part, scheduler) for part in parts]).sum()
+
+    generator = torch.Generator(x.device).manual_seed(seed)
+    even_times = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
+    t = even_times.long()[torch.randperm(len(x), generator=generator, device=x.device)]
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+
+    size = max(1, chunk_numbers // x[0].numel())
+    losses = []
+    for x_part, noise_part, t_part in zip(x.split(size), noise.split(size), t.split(size), strict=True):
+        losses.append(len(x_part) * _loss(denoiser, x_part, noise_part, t_part, scheduler))
+
     denoiser.train(was_training)
-    return total / len(x)
-
-
-def _warm_ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Moving average whose horizon grows with the run, so that short runs are not stuck at their first weights."""
-
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = float(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+    return torch.stack(losses).sum() / len(x)

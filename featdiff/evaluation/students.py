@@ -27,7 +27,8 @@ _RECIPE = [field.name for field in fields(HardenRecipe)]
 _DECIDED = ("fpr", "extra_heads", "transform", "seed", *RUNTIME)
 _NETWORKS_OWN = ("backbone", "weights", "pretrained", "model_args", "input_size")
 _GUARD = [name for name in ("abstain", *FeatureSettings.names()) if name not in _NETWORKS_OWN]
-_ARGUMENTS = [name for name in inspect.signature(harden).parameters if name not in ("images", "recipe", "progress")]
+_NOT_OF_A_SUITE = ("images", "recipe", "progress", "runtime")
+_ARGUMENTS = [name for name in inspect.signature(harden).parameters if name not in _NOT_OF_A_SUITE] + [*RUNTIME]
 
 
 def check_students(students: Mapping[str, Mapping[str, Any]]) -> None:

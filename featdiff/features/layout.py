@@ -83,6 +83,11 @@ class FeatureLayout:
     parts : tuple of Part
         In the order of their columns, without gaps.
 
+    Raises
+    ------
+    UsageError
+        No part, or parts that do not lie side by side from column 0 on.
+
     Examples
     --------
     >>> layout = FeatureLayout.of({("layer1", Kind.MEAN): 64, ("layer4", Kind.MEAN): 512, (LOGITS, Kind.LOGITS): 10})
@@ -95,6 +100,18 @@ class FeatureLayout:
     """
 
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UsageError("a row of features needs at least one part")
+        start = 0
+        for part in self.parts:
+            columns = f"the columns of {part.name!r} ({part.start}:{part.stop})"
+            if part.start != start:
+                raise UsageError(f"{columns} do not begin at {start}")
+            if part.stop <= start:
+                raise UsageError(f"{columns} hold nothing")
+            start = part.stop
 
     @classmethod
     def of(cls, widths: Mapping[Key, int]) -> FeatureLayout:
@@ -120,14 +137,12 @@ class FeatureLayout:
         UsageError
             Columns that do not lie side by side, from 0 on.
         """
-        parts = [Part(*_key(name), *map(int, ends)) for name, ends in names.items()]
-        parts.sort(key=lambda part: part.start)
-        start = 0
-        for part in parts:
-            if part.start != start or part.stop <= start:
-                raise UsageError(f"the columns of {part.name!r} ({part.start}:{part.stop}) do not begin at {start}")
-            start = part.stop
-        return cls(tuple(parts))
+        parts = []
+        for name, ends in names.items():
+            if len(ends) != 2:
+                raise UsageError(f"the columns of {name!r} must be two numbers, start and stop, not {list(ends)}")
+            parts.append(Part(*_key(name), int(ends[0]), int(ends[1])))
+        return cls(tuple(sorted(parts, key=lambda part: part.start)))
 
     def to_json(self) -> dict[str, list[int]]:
         """``{name: [start, stop]}``, as it is written into files."""
@@ -181,13 +196,16 @@ class FeatureLayout:
         return [part.layer for part in self.stages]
 
     def named(self, column: int) -> Part:
-        """The part that a column belongs to."""
-        return next(part for part in self.parts if part.start <= column < part.stop)
+        """The part that a column belongs to (``IndexError`` if the row has no such column)."""
+        for part in self.parts:
+            if part.start <= column < part.stop:
+                return part
+        raise IndexError(f"a row of {self.width} numbers has no column {column}")
 
     # ---- rows ----
 
     def without(self, kind: Kind) -> FeatureLayout:
-        """The same parts but those of one kind, which must stand last."""
+        """The same parts but those of one kind, which must stand last (``UsageError``)."""
         return FeatureLayout(tuple(part for part in self.parts if part.kind is not kind))
 
     @staticmethod

@@ -67,7 +67,7 @@ class Guard(nn.Module):
     abstain : bool
         Predict class -1 for flagged images.
     arguments : further arguments of :class:`featdiff.Detector`, for :meth:`fit`
-        For example ``logit_heads=("energy",)``.
+        For example ``extra_heads=("energy",)``.
 
     Raises
     ------
@@ -92,9 +92,7 @@ class Guard(nn.Module):
             raise UsageError(f"a guard wraps a classifier (nn.Module), not {type(classifier).__name__}")
         if detector is not None and (layers is not None or arguments):
             given = [*arguments, *(["layers"] if layers is not None else [])]
-            raise UsageError(
-                f"{given[0]} is decided by the detector: leave it away, or leave the detector away and fit"
-            )
+            raise UsageError(f"{given[0]} is decided by the detector: drop it, or drop the detector and fit")
         self.classifier, self.abstain = classifier, abstain
         network = _unwrapped(classifier)
         if detector is None:
@@ -118,6 +116,14 @@ class Guard(nn.Module):
     @fpr.setter
     def fpr(self, rate: float) -> None:
         self.detector.fpr = rate
+
+    def __repr__(self) -> str:
+        name = type(_unwrapped(self.classifier)).__name__
+        state = "not fitted"
+        if self.detector.is_fitted:
+            images = self.detector.n_images_
+            state = f"fitted on {images:,} images, {len(self.detector.calibration_):,} for calibration"
+        return f"Guard({name}, {state}, fpr={self.fpr:g}{', abstain=True' if self.abstain else ''})"
 
     def _prepare(self) -> None:
         # a code object of its own: torch.compile keeps what it made of a function with its code, and would take what it

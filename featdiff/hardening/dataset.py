@@ -194,10 +194,11 @@ class DatasetBuilder:
             for store in stores:
                 needed += max(0, images - len(store)) * store.width * store.dtype.itemsize
 
-        free = shutil.disk_usage(self.reader.cache).free if needed else 0
+        folder = self.reader.runtime.cache_folder
+        free = shutil.disk_usage(folder).free if needed else 0
         if needed > free:
             raise UsageError(
-                f"{images:,} images in {self.views} views need {needed / 1e9:.1f} GB in {self.reader.cache}, and "
+                f"{images:,} images in {self.views} views need {needed / 1e9:.1f} GB in {folder}, and "
                 f"{free / 1e9:.1f} GB are free: choose another cache, fewer views, or a later layer for train_from",
                 argument="cache",
             )

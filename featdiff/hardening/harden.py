@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 
 from ..data.labels import list_labelled
 from ..data.references import ImageRef
+from ..detectors.config import Runtime
 from ..exceptions import ModelError, UsageError, first_line, some_of
 from ..features.networks import fingerprint
 from ..files.atomic import write_atomically
-from ..files.cache import default_cache
 from ..files.model_folder import check_target
 from ..guard.guard import Guard
 from ..outliers.outlier_file import Outliers
@@ -156,13 +156,9 @@ def harden(
     validation: float = 0.05,
     mixed_precision: str = "no",
     seed: int = 0,
-    device: str = "auto",
-    cache: str | os.PathLike[str] | None = None,
-    image_batch: int = 32,
-    workers: int | None = None,
-    max_pixels: int | None = None,
     guard: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **runtime: Any,
 ) -> Hardened:
     """Fine-tune a classifier on labelled images, close to a teacher and away from outliers, and fit a guard on it.
 
@@ -200,16 +196,13 @@ def harden(
         Share of the images.
     mixed_precision : {"no", "bf16"}, default "no"
     seed : int, default 0
-    device : str, default "auto"
-    cache : path, optional
-    image_batch : int, default 32
-    workers : int, optional
-    max_pixels : int, optional
-        These as for :class:`featdiff.Detector`.
     guard : mapping, optional
         Further arguments of :class:`featdiff.Guard`, such as ``recipe`` and ``layers``.
     progress : callable, optional
         Called with a stage, and how much of it is done and in total.
+    **runtime
+        ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``: see
+        :class:`featdiff.detectors.config.Runtime`.
 
     Returns
     -------
@@ -225,8 +218,9 @@ def harden(
         Training diverged, or the cache cannot be written.
     """
     recipe = recipe or HardenRecipe()
-    target, accelerator = choose_devices(device, mixed_precision, recipe)
-    reader = Reader(Path(cache) if cache else default_cache(), image_batch, workers, max_pixels or Reader.max_pixels)
+    settings = Runtime(**runtime)
+    target, accelerator = choose_devices(settings.device, mixed_precision, recipe)
+    reader = Reader(settings)
     build = DatasetBuilder(reader, views, fpr, calibration, validation, recipe.batch_size, progress)
 
     # the networks, and the guard that the student will have
@@ -238,11 +232,7 @@ def harden(
         extra_heads=("energy",),
         transform=networks.classifier.transform,
         seed=seed,
-        device=str(target),
-        cache=reader.cache,
-        image_batch=image_batch,
-        workers=workers,
-        max_pixels=reader.max_pixels,
+        **asdict(replace(settings, device=str(target))),
         **(guard or {}),
     )
     student_guard.check_layers()
@@ -258,7 +248,7 @@ def harden(
 
     # the training
     facts = _settings(student, networks, outliers, recipe, views, seed, unseen, dataset)
-    file = reader.cache / FOLDER / f"{_key(facts, networks, mixed_precision, dataset)}.pt"
+    file = settings.cache_folder / FOLDER / f"{_key(facts, networks, mixed_precision, dataset)}.pt"
     batches = make_batches(dataset, networks, outliers, recipe, target)
     state = train_student(networks, batches, dataset.split, recipe, seed, file, accelerator, progress)
 

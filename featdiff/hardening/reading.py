@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.batches import iter_batches, iter_loaded
-from ..data.decoding import MAX_PIXELS, Transform
+from ..data.decoding import Transform
 from ..data.references import ImageRef
+from ..detectors.config import Runtime
 from ..exceptions import FeatdiffError
 from ..features.extraction import Extraction, Extractor, extract
 from ..features.store import Features, FeatureStore, FeatureTable
@@ -35,22 +35,16 @@ class Reader:
 
     Parameters
     ----------
-    cache : Path
-    image_batch : int, default 32
-    workers : int, optional
-    max_pixels : int
-        The last three as for :class:`featdiff.Detector`.
+    runtime : Runtime
+        Batch size, decoding threads, the largest picture, and the cache.
     """
 
-    cache: Path
-    image_batch: int = 32
-    workers: int | None = None
-    max_pixels: int = MAX_PIXELS
+    runtime: Runtime
 
     def store(self, extractor: Extractor, view: int, dtype: type[np.number]) -> FeatureStore:
         """The store of one view's features in the cache."""
         name = View(view, extractor.transform).name
-        return FeatureStore(self.cache / FOLDER / extractor.key(name), extractor.width, dtype)
+        return FeatureStore(self.runtime.cache_folder / FOLDER / extractor.key(name), extractor.width, dtype)
 
     def extract(
         self,
@@ -82,8 +76,10 @@ class Reader:
         augment = View(view, extractor.transform)
         store = self.store(extractor, view, dtype)
 
-        loaded = iter_loaded(refs, augment, self.workers, self.max_pixels, store, ahead=2 * self.image_batch)
-        batches = iter_batches(loaded, self.image_batch)
+        runtime = self.runtime
+        ahead = 2 * runtime.image_batch
+        loaded = iter_loaded(refs, augment, runtime.workers, runtime.max_pixels, store, ahead)
+        batches = iter_batches(loaded, runtime.image_batch)
         return extract(batches, extractor, store, len(refs), progress), store
 
     def table(
@@ -189,7 +185,7 @@ class DecodedImages(Features):
         """Images (B,) -> (B, 3, H, W); ``FeatdiffError`` if one cannot be read any more."""
         refs = [self.refs[index] for index in np.arange(len(self))[indices]]
         pixels = []
-        for item in iter_loaded(refs, self.view, self.reader.workers, self.reader.max_pixels):
+        for item in iter_loaded(refs, self.view, self.reader.runtime.workers, self.reader.runtime.max_pixels):
             if item.pixels is None:
                 raise FeatdiffError(f"{item.ref.path} was readable a moment ago: {item.reason}")
             pixels.append(item.pixels)

@@ -303,11 +303,7 @@ class _Engine:
             losses = self.network(batch)
         total = torch.stack([*losses.values()]).sum()
 
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.processes.backward(total)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.processes.step(total, self.optimizers)
         return {name: self.processes.mean(loss.detach().float()) for name, loss in losses.items()}
 
     def accuracy(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -107,6 +107,49 @@ class Processes:
             return [network, *optimizers]
         return [*self.accelerator.prepare(network, *optimizers)]
 
+    def share(self, size: int) -> slice:
+        """This process's share of a batch; what is left over of an uneven batch belongs to no process.
+
+        Parameters
+        ----------
+        size : int
+            Number of samples of the batch.
+
+        Returns
+        -------
+        slice
+        """
+        return slice(self.rank, size // self.number * self.number, self.number)
+
+    def step(
+        self,
+        loss: Tensor,
+        optimizers: Iterable[Any],
+        parameters: Iterable[nn.Parameter] = (),
+        clip_norm: float = 0.0,
+    ) -> None:
+        """One step of all optimizers.
+
+        Parameters
+        ----------
+        loss : Tensor of shape ()
+            What to minimise.
+        optimizers : iterable of Optimizer
+            As :meth:`prepare` returned them.
+        parameters : iterable of nn.Parameter, optional
+            Those whose gradients are clipped together.
+        clip_norm : float, default 0.0
+            Gradients with a larger norm are scaled down to it; 0 leaves them as they are.
+        """
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.backward(loss)
+        if clip_norm:
+            self.clip(parameters, clip_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+
     def backward(self, loss: Tensor) -> None:
         """Compute gradients: of a scaled loss where the precision needs that, averaged over all processes."""
         if self.accelerator is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.training import TrainingState
+from ..exceptions import UsageError
 from ..features.layout import FeatureLayout
 from .diffusion import DIFFUSION, Diffusion, full_precision
 from .fusion import log, statistics, weighted_sum
@@ -43,6 +44,11 @@ class Heads(nn.Module):
         Of the scores that are joined, over held-out images.
     location, scale : Tensors of shape (1 + layers,)
         Of the detector's own score and of the layers' scores, over calibration images.
+
+    Raises
+    ------
+    UsageError
+        Two scores of one name, or a head that is none of the scores.
     """
 
     weights: Tensor
@@ -53,6 +59,7 @@ class Heads(nn.Module):
 
     def __init__(self, diffusion: Diffusion, members: Sequence[Score] = (), head: str = FUSED) -> None:
         super().__init__()
+        _check_names([*DIFFUSION, *(score.name for score in members)], head)
         self.head = head
         self.diffusion = diffusion
         self.members = nn.ModuleList(members)
@@ -181,3 +188,15 @@ class Heads(nn.Module):
             value = score(features)
             columns.append(log(value) if score.log_scale else value)
         return torch.stack(columns, dim=1), layers
+
+
+def _check_names(names: Sequence[str], head: str) -> None:
+    """Refuse names that stand twice, and a head that is not among them."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two scores are called {name!r}: give each a name of its own")
+    if head not in (FUSED, *names):
+        raise UsageError(
+            f"{head!r} stands for several scores, of which none can be the detector's own: join them with head='fused'",
+            argument="head",
+        )

@@ -13,7 +13,6 @@ from ..diffusion.schedules import make_sampler, noise_sources
 from ..diffusion.unet import PixelDenoiser
 from ..exceptions import UsageError, did_you_mean
 from ..features.pixels import Pixels
-from .fusion import statistics
 
 #: How repetitions become one distance. LMD takes the median.
 AGGREGATES = ("median", "mean", "min", "max")
@@ -78,9 +77,10 @@ class PixelHeads(nn.Module):
 
     def fit_statistics(self, distances: Tensor) -> None:
         """Set ``mean`` and ``deviation`` from distances of the images that calibrate (N, D)."""
-        mean, deviation = statistics(_log(distances.to(self.mean)))
-        self.mean.copy_(mean)
-        self.deviation.copy_(deviation)
+        logs = _log(distances.to(self.mean))
+        std = logs.std(0, correction=0)
+        self.mean.copy_(logs.mean(0))
+        self.deviation.copy_(torch.where(std > 0, std, 1.0))
 
     def scores(self, distances: Tensor) -> Tensor:
         """Distances (B, n), the first n of ``names`` -> z-scores of their logarithms (B, n), higher = more OOD."""

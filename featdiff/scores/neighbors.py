@@ -1,7 +1,8 @@
-"""k nearest in-domain vectors: exact in torch on any device, or FAISS where it is installed and the bank is large.
+"""A bank of in-domain vectors and queries -> the k nearest vectors of the bank, and their distances.
 
-One interface: ``make_index(bank).search(queries, k)``. Distances are always recomputed from the vectors themselves, so
-every exact backend gives the same neighbours and the same numbers.
+There is one interface, ``make_index(bank).search(queries, k)``, and two kinds of backends: torch, exact on any device,
+and FAISS, for large banks where it is installed. Distances are always recomputed from the vectors themselves, so that
+all exact backends return the same neighbours and the same numbers. :func:`coreset` chooses the vectors of a bank.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError, did_you_mean
 
+#: Backends of the search, see :func:`make_index`.
 BACKENDS = ("auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw", "faiss-pq")
+#: Ways to choose the vectors of a bank, see :func:`coreset`.
 CORESETS = ("random", "greedy", "cluster")
-#: ``auto`` stays exact below this many vectors: there, exact search costs little beside the backbone.
+#: ``auto`` is exact up to this many vectors: there, exact search takes little time compared with the backbone.
 LARGE = 100_000
-#: ``auto`` compresses a bank above this size: inverted lists hold every vector once more.
+# ``auto`` compresses a bank above this size, since inverted lists hold every vector a second time.
 _COMPRESS_BYTES = 8 << 30
-_BLOCK = 1 << 24  # distances held at once, about 64 MB
-#: Candidates beyond k: fast distances are rough between near vectors, exact ones then choose.
+# Number of distances in memory at once, about 64 MB.
+_BLOCK = 1 << 24
+# Candidates beyond k. Fast distances are inaccurate between near vectors; exact ones then choose among candidates.
 _SPARE = 8
 
-_forked = False
+_forked = False  # whether this process was forked from one that had loaded FAISS
 
 
 def _mark_forked() -> None:
@@ -40,12 +44,32 @@ if hasattr(os, "register_at_fork"):
 
 
 class Index(Protocol):
-    """A bank of vectors (n, d) that can be searched."""
+    """A bank that can be searched.
+
+    Attributes
+    ----------
+    bank : Tensor of shape (n, d)
+        The vectors.
+    """
 
     bank: Tensor
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Queries (Q, d) -> Euclidean distances (Q, k), ascending, and row numbers in the bank (Q, k).
+        """The nearest vectors of the bank.
+
+        Parameters
+        ----------
+        queries : Tensor of shape (Q, d)
+            Vectors whose neighbours are searched.
+        k : int
+            Number of neighbours.
+
+        Returns
+        -------
+        Tensor of shape (Q, k)
+            Euclidean distances, ascending.
+        Tensor of shape (Q, k)
+            Indices of the neighbours in the bank.
 
         Raises
         ------
@@ -60,20 +84,31 @@ def make_index(bank: Tensor, backend: str = "auto") -> Index:
 
     Parameters
     ----------
-    bank : (n, d) float
-        In-domain vectors; searched on the device they are on.
-    backend : str
+    bank : Tensor of shape (n, d)
+        In-domain vectors. They are searched on their device.
+    backend : str, default "auto"
         ``torch`` and ``faiss`` are exact. ``faiss-ivf`` (inverted lists), ``faiss-hnsw`` (a graph) and ``faiss-pq``
-        (inverted lists of compressed vectors) may miss a neighbour. ``auto`` is ``torch`` up to ``LARGE`` vectors,
-        and where FAISS is missing or unsafe (macOS, a forked process); beyond, ``faiss-ivf``, or ``faiss-pq`` for
-        more than 8 GB.
+        (inverted lists of compressed vectors) may miss a neighbour. ``auto`` is ``torch`` up to ``LARGE`` vectors, and
+        where FAISS is missing or unsafe (macOS, a forked process). For larger banks it is ``faiss-ivf``, or
+        ``faiss-pq`` if they have more than 8 GB.
+
+    Returns
+    -------
+    Index
 
     Raises
     ------
     UsageError
-        An empty bank or one with NaN, an unknown backend, or FAISS asked for and not installed.
+        An empty bank, NaN or infinite values, an unknown backend, or a FAISS backend where FAISS is not installed.
     FeatdiffError
-        FAISS asked for in a forked process, where it would hang.
+        A FAISS backend in a forked process, where it would hang.
+
+    Examples
+    --------
+    >>> bank = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
+    >>> distances, indices = make_index(bank, "torch").search(torch.zeros(1, 2), k=2)
+    >>> distances.tolist(), indices.tolist()
+    ([[0.0, 5.0]], [[0, 1]])
     """
     check_backend(backend)
     if bank.dim() != 2 or 0 in bank.shape:
@@ -87,10 +122,10 @@ def make_index(bank: Tensor, backend: str = "auto") -> Index:
 
 
 def check_backend(backend: str) -> None:
-    """Refuse an unknown backend (``UsageError``)."""
+    """Raise ``UsageError`` if a backend is unknown."""
     if backend not in BACKENDS:
         hint = did_you_mean(str(backend), list(BACKENDS))
-        raise UsageError(f"unknown backend {backend!r}{hint}; known: {', '.join(BACKENDS)}")
+        raise UsageError(f"unknown backend {backend!r}{hint}; known: {', '.join(BACKENDS)}", argument="backend")
 
 
 def _choose(bank: Tensor) -> str:
@@ -101,19 +136,25 @@ def _choose(bank: Tensor) -> str:
 
 
 def faiss_module() -> Any:
-    """The ``faiss`` package of whichever distribution is installed, or None."""
+    """The package ``faiss`` of the installed distribution (for CPUs or GPUs), or None."""
     try:
         return importlib.import_module("faiss")
-    except Exception:  # the GPU builds raise RuntimeError where CUDA's libraries are missing
+    except Exception:  # builds for GPUs raise RuntimeError where CUDA's libraries are missing
         return None
 
 
 class TorchIndex:
-    """Exact search by blocks of the distance matrix."""
+    """Exact search, by blocks of the matrix of distances.
+
+    Parameters
+    ----------
+    bank : Tensor of shape (n, d)
+        In-domain vectors.
+    """
 
     def __init__(self, bank: Tensor) -> None:
         self.bank = bank.float()
-        # distances lose digits far from the origin, so candidates are sought around the bank's mean
+        # distances lose digits far from the origin, so candidates are searched around the bank's mean
         self._mean = self.bank.mean(0)
         self._centred = self.bank - self._mean
         self._squares = self._centred.square().sum(1)
@@ -123,33 +164,47 @@ class TorchIndex:
         """As :meth:`Index.search`."""
         queries = _checked(queries, self.bank, k)
         width = min(len(self.bank), _BLOCK)
-        found = [self._nearest(part, k, width) for part in queries.split(max(1, _BLOCK // width))]
-        return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+
+        parts = [self._nearest(part, k, width) for part in queries.split(max(1, _BLOCK // width))]
+        distances, indices = zip(*parts, strict=True)
+        return torch.cat(distances), torch.cat(indices)
 
     def _nearest(self, queries: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
-        # |q - b|^2 = |q|^2 + |b|^2 - 2 q b loses digits for near vectors: a few candidates more, then exactly
-        wanted, centred = min(len(self.bank), k + _SPARE), queries - self._mean
-        values, rows = [], []
+        """The nearest ``k``, looking at ``width`` vectors of the bank at a time.
+
+        |q - b|^2 = |q|^2 + |b|^2 - 2 q b is fast, but loses digits for near vectors. So it finds a few more candidates
+        than are needed, among which exact distances choose. |q|^2 is left out: it does not change the order.
+        """
+        candidates = min(len(self.bank), k + _SPARE)
+        centred = queries - self._mean
+
+        values = []
+        indices = []
         for start in range(0, len(self.bank), width):
-            part, squares = self._centred[start : start + width], self._squares[start : start + width]
+            part = self._centred[start : start + width]
+            squares = self._squares[start : start + width]
             distances = squares - 2 * (part @ centred.T).T  # with few queries, faster than queries @ bank
-            value, row = distances.topk(min(wanted, len(part)), largest=False)
-            values.append(value)
-            rows.append(row + start)
-        best = torch.cat(values, 1).topk(wanted, largest=False).indices
-        return _exactly(queries, self.bank, torch.cat(rows, 1).gather(1, best), k)
+            nearest = distances.topk(min(candidates, len(part)), largest=False)
+            values.append(nearest.values)
+            indices.append(nearest.indices + start)
+
+        best = torch.cat(values, 1).topk(candidates, largest=False).indices
+        return _exactly(queries, self.bank, torch.cat(indices, 1).gather(1, best), k)
 
 
 class CodedIndex(nn.Module):
-    """Exact search in a bank of 8-bit numbers with a scale for each row, by tensor operations alone.
+    """Exact search in a bank of 8-bit numbers with one scale for each vector, by tensor operations alone.
 
-    What a file for other programs does (see :mod:`featdiff.export.export`): any number of queries at once, no look at
-    their values, and the bank is kept at a quarter of its size. Neighbours and distances are :class:`TorchIndex`'s.
+    For models that are exported to other programs (see :mod:`featdiff.export.export`): it takes any number of queries,
+    never looks at their values, and keeps the bank at a quarter of its size. It returns the same neighbours and
+    distances as :class:`TorchIndex`.
 
     Parameters
     ----------
-    codes, scales : (n, d) int8, (n, 1) float32
-        The bank is their product.
+    codes : int8 Tensor of shape (n, d)
+        The vectors, divided by their scales.
+    scales : float32 Tensor of shape (n, 1)
+        The scale of each vector.
     """
 
     codes: Tensor
@@ -166,28 +221,46 @@ class CodedIndex(nn.Module):
 
     @property
     def bank(self) -> Tensor:
-        """The vectors (n, d), computed anew."""
+        """The vectors (n, d), computed from codes and scales."""
         return self.codes.float() * self.scales
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`Index.search`, for queries and ``k`` that are known to be good."""
-        wanted = min(len(self.codes), k + _SPARE)
+        """As :meth:`Index.search`, without checks of the queries and ``k``."""
+        candidates = min(len(self.codes), k + _SPARE)
         products = (self.codes.float() @ (queries - self.mean).T) * self.scales
-        near = (self.squares - 2 * products.T).topk(wanted, largest=False).indices
-        best = _distances(queries, self.codes[near].float() * self.scales[near]).topk(k, largest=False)
-        return best.values, near.gather(1, best.indices)
+        indices = (self.squares - 2 * products.T).topk(candidates, largest=False).indices
+
+        vectors = self.codes[indices].float() * self.scales[indices]
+        best = _distances(queries, vectors).topk(k, largest=False)
+        return best.values, indices.gather(1, best.indices)
 
 
 class FaissIndex:
-    """FAISS search: ``faiss`` (flat, exact), ``faiss-ivf``, ``faiss-hnsw`` or ``faiss-pq``; on GPUs if both the
-    bank and the build are. Not to be used in a forked process (FAISS' threads do not survive a fork)."""
+    """Search by FAISS; on GPUs if the bank is on one and the installed build supports them.
+
+    Not for forked processes: FAISS' threads do not survive a fork.
+
+    Parameters
+    ----------
+    bank : Tensor of shape (n, d)
+        In-domain vectors.
+    kind : str
+        ``faiss`` (flat, exact), ``faiss-ivf``, ``faiss-hnsw`` or ``faiss-pq``.
+
+    Raises
+    ------
+    UsageError
+        FAISS is not installed, or too few vectors for ``faiss-pq``.
+    FeatdiffError
+        This process is forked.
+    """
 
     def __init__(self, bank: Tensor, kind: str) -> None:
         faiss = _usable_faiss()
         self.bank = bank.float()
         self._process = os.getpid()
-        vectors = np.ascontiguousarray(self.bank.cpu().numpy())
-        self._index = _build(faiss, vectors, kind)
+        self._index = _build(faiss, np.ascontiguousarray(self.bank.cpu().numpy()), kind)
+
         if self.bank.device.type == "cuda" and hasattr(faiss, "index_cpu_to_all_gpus") and kind != "faiss-hnsw":
             self._index = faiss.index_cpu_to_all_gpus(self._index)
 
@@ -196,14 +269,19 @@ class FaissIndex:
         if os.getpid() != self._process:
             raise _fork_error()
         queries = _checked(queries, self.bank, k)
-        wanted = min(len(self.bank), 2 * k + 8)  # the exact distances put the best k first
-        _, rows = self._index.search(np.ascontiguousarray(queries.cpu().numpy()), wanted)
-        if len(short := np.flatnonzero((rows[:, :k] < 0).any(1))):
-            # too few vectors in the lists that were looked at (row -1): those queries are searched exactly
-            exact = TorchIndex(self.bank).search(queries[torch.from_numpy(short).to(queries.device)], k)[1]
-            rows[short[:, None], np.arange(k)] = exact.cpu().numpy()
-        rows = np.where(rows < 0, rows[:, :1], rows)
-        return _exactly(queries, self.bank, torch.from_numpy(rows).to(queries.device), k)
+
+        candidates = min(len(self.bank), 2 * k + 8)  # more than k, among which exact distances choose
+        _, indices = self._index.search(np.ascontiguousarray(queries.cpu().numpy()), candidates)
+
+        # FAISS marks with -1 what it did not find, as the lists that it searched held too few vectors:
+        # such queries are searched exactly
+        incomplete = np.flatnonzero((indices[:, :k] < 0).any(1))
+        if len(incomplete):
+            _, exact = TorchIndex(self.bank).search(queries[torch.from_numpy(incomplete).to(queries.device)], k)
+            indices[incomplete[:, None], np.arange(k)] = exact.cpu().numpy()
+
+        indices = np.where(indices < 0, indices[:, :1], indices)
+        return _exactly(queries, self.bank, torch.from_numpy(indices).to(queries.device), k)
 
 
 def _usable_faiss() -> Any:
@@ -213,7 +291,8 @@ def _usable_faiss() -> Any:
     if faiss is None:
         raise UsageError(
             "FAISS is not installed: pip install 'featdiff[faiss]' (or 'featdiff[faiss-gpu]', never both), "
-            "or use the backend torch"
+            "or use the backend torch",
+            argument="backend",
         )
     return faiss
 
@@ -228,48 +307,59 @@ def _build(faiss: Any, vectors: np.ndarray, kind: str) -> Any:
     n, d = vectors.shape
     # about 4 sqrt(n) lists, each trained on at least 39 vectors, as FAISS asks for
     lists = max(1, min(int(4 * n**0.5), n // 39))
+
     if kind == "faiss":
         index = faiss.IndexFlatL2(d)
     elif kind == "faiss-hnsw":
         index = faiss.IndexHNSWFlat(d, 32)
-        index.hnsw.efConstruction, index.hnsw.efSearch = 100, 256
+        index.hnsw.efConstruction = 100
+        index.hnsw.efSearch = 256
     elif kind == "faiss-ivf":
         index = faiss.IndexIVFFlat(faiss.IndexFlatL2(d), d, lists)
     else:
         if n < 256:
-            raise UsageError(f"faiss-pq needs at least 256 vectors, and there are {n}: use the backend torch")
+            raise UsageError(
+                f"faiss-pq needs at least 256 vectors, and there are {n}: use the backend torch", argument="backend"
+            )
         parts = next(m for m in range(min(d, 64), 0, -1) if d % m == 0)
         index = faiss.IndexIVFPQ(faiss.IndexFlatL2(d), d, lists, parts, 8)
+
     if not index.is_trained:
-        some = np.random.default_rng(0).permutation(n)[: max(256, 64 * lists)]
+        sample = np.random.default_rng(0).permutation(n)[: max(256, 64 * lists)]
         index.cp.max_points_per_centroid = 64
-        index.train(vectors[np.sort(some)])
+        index.train(vectors[np.sort(sample)])
         index.nprobe = max(8, min(lists, 32))
     index.add(vectors)
     return index
 
 
-def _exactly(queries: Tensor, bank: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The nearest ``k`` of candidate rows (Q, c), by true distance; among equal candidates, the lower row number."""
-    rows = rows.sort(dim=1).values
-    repeated = torch.zeros_like(rows, dtype=torch.bool)
-    repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    parts = zip(queries.split(256), rows.split(256), strict=True)
-    distances = torch.cat([_distances(q, bank[r]) for q, r in parts])
+def _exactly(queries: Tensor, bank: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The nearest ``k`` of candidates (Q, c) by exact distance; of equally near ones, the lower index comes first.
+
+    A candidate may occur more than once; its repetitions are ignored.
+    """
+    indices = indices.sort(dim=1).values
+    repeated = torch.zeros_like(indices, dtype=torch.bool)
+    repeated[:, 1:] = indices[:, 1:] == indices[:, :-1]
+
+    parts = zip(queries.split(256), indices.split(256), strict=True)  # a few at a time, to save memory
+    distances = torch.cat([_distances(some, bank[candidates]) for some, candidates in parts])
     order = distances.masked_fill(repeated, torch.inf).sort(dim=1, stable=True)
-    return order.values[:, :k], rows.gather(1, order.indices[:, :k])
+    return order.values[:, :k], indices.gather(1, order.indices[:, :k])
 
 
 def _distances(queries: Tensor, candidates: Tensor) -> Tensor:
-    """(Q, d) to (Q, c, d) -> Euclidean (Q, c)."""
+    """Euclidean distances (Q, c) of queries (Q, d) to their candidates (Q, c, d)."""
     return (candidates - queries[:, None]).square().sum(2).sqrt()
 
 
 def _checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    """Queries on the bank's device in single precision."""
     if queries.dim() != 2 or queries.shape[1] != bank.shape[1]:
         raise UsageError(f"queries must have shape (Q, {bank.shape[1]}) like the bank, not {tuple(queries.shape)}")
     if not 1 <= k <= len(bank):
-        raise UsageError(f"k must lie in 1 .. {len(bank)} (the size of the bank), not {k}")
+        raise UsageError(f"k must lie in 1 .. {len(bank)} (the size of the bank), not {k}", argument="k")
+
     queries = queries.to(bank.device, torch.float32)
     if not torch.compiler.is_compiling():  # a compiled graph cannot look at values
         _check_finite(queries, "the queries")
@@ -283,53 +373,79 @@ def _check_finite(vectors: Tensor, what: str) -> None:
 
 
 def coreset(vectors: Tensor, size: int, method: str = "random", seed: int = 0) -> np.ndarray:
-    """Choose the rows of a bounded bank: (n, d) -> min(n, size) row numbers, ascending.
+    """Choose the vectors of a bank of limited size.
 
     Parameters
     ----------
-    method : "random", "greedy" or "cluster"
-        A uniform sample, which keeps the density that distances to several neighbours measure; the farthest point
-        from those chosen so far, again and again (k-center, as in PatchCore, arXiv 2106.08265), which covers rare
-        vectors; or the vectors nearest to the centres of k-means (scikit-learn's MiniBatchKMeans).
+    vectors : Tensor of shape (n, d)
+        Vectors to choose from.
+    size : int
+        Largest number of vectors to keep.
+    method : str, default "random"
+        ``random`` is a uniform sample. It keeps the density, which the distance to the k-th neighbour measures.
+        ``greedy`` adds the vector that is farthest from those chosen so far, again and again (k-center, as in
+        PatchCore, arXiv 2106.08265). It covers rare vectors. ``cluster`` takes the vectors nearest to the centres of
+        k-means (scikit-learn's MiniBatchKMeans).
+    seed : int, default 0
+        Decides all that is random.
+
+    Returns
+    -------
+    ndarray of shape (min(n, size),)
+        Indices of the chosen vectors, ascending.
 
     Raises
     ------
     UsageError
-        An unknown method, a size below 1, or NaN.
+        An unknown method, a size below 1, NaN or infinite values.
+
+    Examples
+    --------
+    >>> vectors = torch.tensor([[0.0], [0.1], [0.2], [9.0]])
+    >>> [int(i) for i in coreset(vectors, 2, "cluster")]
+    [1, 3]
     """
     check_coreset(method)
     if size < 1:
-        raise UsageError(f"the size of a bank must be above 0, not {size}")
+        raise UsageError(f"the size of a bank must be above 0, not {size}", argument="size")
     _check_finite(vectors, "the vectors of a bank")
+
     if len(vectors) <= size:
         return np.arange(len(vectors))
     if method == "random":
         return np.sort(np.random.default_rng(seed).permutation(len(vectors))[:size])
-    return (_medoids if method == "cluster" else _farthest_first)(vectors.float(), size, seed)
+    if method == "greedy":
+        return _farthest_first(vectors.float(), size, seed)
+    return _medoids(vectors.float(), size, seed)
 
 
 def check_coreset(method: str) -> None:
-    """Refuse an unknown method (``UsageError``)."""
+    """Raise ``UsageError`` if a method is unknown."""
     if method not in CORESETS:
-        raise UsageError(f"unknown coreset {method!r}; known: {', '.join(CORESETS)}")
+        raise UsageError(f"unknown coreset {method!r}; known: {', '.join(CORESETS)}", argument="coreset")
 
 
 def _medoids(vectors: Tensor, size: int, seed: int) -> np.ndarray:
+    """The vectors nearest to the centres of k-means."""
     from sklearn.cluster import MiniBatchKMeans
 
     means = MiniBatchKMeans(size, random_state=seed, n_init=1, batch_size=max(1024, 2 * size))
     centres = torch.from_numpy(means.fit(vectors.cpu().numpy()).cluster_centers_)
-    # two centres may share their nearest vector: the bank is then a little smaller, so others fill it up
-    nearest = np.unique(TorchIndex(vectors).search(centres.to(vectors), 1)[1].cpu().numpy())
-    others = np.setdiff1d(np.random.default_rng(seed).permutation(len(vectors)), nearest, assume_unique=True)
+    _, indices = TorchIndex(vectors).search(centres.to(vectors), 1)
+
+    nearest = np.unique(indices.cpu().numpy())
+    # two centres may have the same nearest vector: random vectors then fill the bank
+    order = np.random.default_rng(seed).permutation(len(vectors))
+    others = np.setdiff1d(order, nearest, assume_unique=True)
     return np.sort(np.concatenate([nearest, others[: size - len(nearest)]]))
 
 
 def _farthest_first(vectors: Tensor, size: int, seed: int) -> np.ndarray:
+    """A random vector, then again and again the one that is farthest from those chosen so far."""
     chosen = [int(np.random.default_rng(seed).integers(len(vectors)))]
     nearest = torch.full((len(vectors),), torch.inf, device=vectors.device)
     for _ in range(size - 1):
         nearest = torch.minimum(nearest, (vectors - vectors[chosen[-1]]).square().sum(1))
-        nearest[chosen[-1]] = -1  # copies of a chosen vector come last, itself never
+        nearest[chosen[-1]] = -1  # below the 0 of its copies, so that it is never chosen twice
         chosen.append(int(nearest.argmax()))
     return np.sort(chosen)

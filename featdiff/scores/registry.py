@@ -24,6 +24,8 @@ from ..runtime.progress import Progress
 ENTRY_POINTS = "featdiff.scores"
 #: What stands before the name of a baseline in tables.
 BASELINE = "baseline_"
+#: Names that detectors use themselves: their own score, and those of diffusion.
+RESERVED = ("featdiff", "fused", "layerwise", "mse", "mfsim", "lr")
 
 
 class Features(Protocol):
@@ -189,6 +191,9 @@ def register(name: str, *, head: bool = False, baseline: bool = False) -> Callab
     if not head and not baseline:
         raise UsageError(f"the score {name!r} must be a head, a baseline, or both")
 
+    if name in RESERVED:
+        raise UsageError(f"detectors use the name {name!r} themselves: choose another name")
+
     def decorate(score: S) -> S:
         origin = f"{score.__module__}.{score.__qualname__}"
         if name in _entries and _entries[name].origin != origin:  # the same again: a module that is loaded anew
@@ -226,22 +231,26 @@ def make_scores(name: str, layout: FeatureLayout, options: Options) -> list[Scor
         Nothing is; or the score cannot be built for such features.
     """
     check_registered([name])
-    return list(_entries[name].make(layout, options))
+    scores = list(_entries[name].make(layout, options))
+    for score in scores:
+        score.name = score.name or name
+    return scores
 
 
 def need_logits(names: Sequence[str]) -> bool:
-    """Whether any of these scores needs a classifier's logits."""
-    return any(_entries[name].reads_logits for name in names)
+    """Whether any of these scores needs a classifier's logits; those of diffusion, and ``fused``, do not."""
+    return any(_entries[name].reads_logits for name in names if name not in RESERVED)
 
 
-def check_registered(names: Sequence[str], among: Callable[[], list[str]] | None = None) -> None:
+def check_registered(names: Sequence[str], among: Callable[[], list[str]] | None = None, argument: str = "") -> None:
     """Refuse a name under which there is no score (``UsageError`` names its nearest neighbours)."""
     for name in names:
         if name in _entries and (among is None or name in among()):
             continue
         known = among() if among else list(_all())
         if name not in known:
-            raise UsageError(f"unknown score {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+            hint = did_you_mean(name, known)
+            raise UsageError(f"unknown score {name!r}{hint}; known: {', '.join(known)}", argument=argument)
 
 
 def _all() -> dict[str, Entry]:

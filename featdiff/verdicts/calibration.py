@@ -77,9 +77,10 @@ class Calibration:
     """
 
     def __init__(self, scores: np.ndarray | Sequence[float]) -> None:
-        self.scores = np.sort(np.asarray(scores, dtype=np.float64))
-        if self.scores.ndim != 1 or not len(self.scores) or not np.isfinite(self.scores).all():
+        values = np.asarray(scores, dtype=np.float64)
+        if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise UsageError("calibration needs a list of at least one score, all finite")
+        self.scores = np.sort(values)
         self.scores.flags.writeable = False
         self._tensors: dict[Any, Tensor] = {}
 
@@ -117,7 +118,8 @@ class Calibration:
         n = len(self)
         if isinstance(scores, Tensor):
             at_least = (self._like(scores) >= scores[:, None]).sum(1)
-            return torch.where(scores.isnan(), scores, (1 + at_least) / (n + 1))
+            precise = torch.promote_types(scores.dtype, torch.float32)
+            return torch.where(scores.isnan(), scores, (1 + at_least).to(precise) / (n + 1))
         at_least = n - np.searchsorted(self.scores, scores, side="left")
         return np.where(np.isnan(scores), np.nan, (1 + at_least) / (n + 1))
 

@@ -25,10 +25,10 @@ BATCH = 32
 _BARE = """
 import sys, time
 from featdiff import FeatureExtractor
-from featdiff.allocator import keep_freed_memory
-from featdiff.backbones import load_backbone
-from featdiff.images import iter_batches, iter_loaded
-from featdiff.sources import list_images
+from featdiff.data.batches import iter_batches, iter_loaded
+from featdiff.data.references import list_images
+from featdiff.features.backbones import load_backbone
+from featdiff.runtime.allocator import keep_freed_memory
 import torch
 keep_freed_memory()
 extractor = FeatureExtractor(load_backbone())

@@ -104,7 +104,7 @@ def feature_seconds(detector: Detector, refs: list) -> float:
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()
-        for part in features.split(detector.batches_at_once * detector.image_batch):
+        for part in features.split(detector.batches_at_once * detector.settings.image_batch):
             detector.score_features(part)
         best = min(best, time.perf_counter() - start)
     return seconds + best / len(features)

@@ -19,41 +19,52 @@ from torch import Tensor, nn
 
 from featdiff import Detector
 from featdiff.data.splits import split
-from featdiff.detectors.fitting import fit_heads
+from featdiff.detectors.config import make_recipe
+from featdiff.detectors.fitting import choose_bank
 from featdiff.evaluation.metrics import auroc
 from featdiff.features.backbones import load_backbone
 from featdiff.features.extraction import extract
-from featdiff.scores.fused import FusedHeads
+from featdiff.features.layout import LOGITS, FeatureLayout, Kind
+from featdiff.features.store import Features, FeatureTable
+from featdiff.scores.diffusion import Diffusion
+from featdiff.scores.fused import Heads
+from featdiff.scores.fusion import weighted_sum
+from featdiff.scores.registry import Context, Options, make_scores
 
 SUITE = Path(__file__).parents[2] / "configs" / "suites" / "cifar10.toml"
 FAR = ("gtsrb_32", "fashion_mnist_32", "tiny_imagenet_32", "dtd_32")
 JOINED = ((), ("energy",), ("msp",), ("vim",), ("energy", "msp"), ("energy", "msp", "vim"))
-HEADS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed", "start_times", "draws", "stride")
+DIFFUSION = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed", "start_times", "draws", "stride")
 
 
-class Features:
-    """Rows of the default backbone, and of what classifiers see."""
+class Reader:
+    """Features of the default backbone."""
 
     def __init__(self, data: Path) -> None:
-        self.data, self.detector = data, Detector()
-        self.extractor = self.detector.extractor_ = self.detector._extractor()
+        self.data = data
+        self.detector = Detector()
+        self.extractor = self.detector.extractor_ = self.detector._make_extractor(None)
         self.store = self.detector.feature_store()
 
-    def rows(self, name: str) -> tuple[Tensor, np.ndarray]:
-        """Rows (N, D) and the names of the folders the images lie in (N,)."""
-        found = extract(self.detector.batches(self.data / name, self.store)[0], self.extractor, self.store)
-        table = self.store.table(found.digests)
-        return torch.cat(list(table.chunks())), np.array([path.split("/")[-2] for path in found.paths])
+    def read(self, name: str) -> tuple[Tensor, np.ndarray]:
+        """Features (N, D) and the names of the folders the images lie in (N,)."""
+        batches, total = self.detector.batches(self.data / name, self.store)
+        extraction = extract(batches, self.extractor, self.store, total)
+        folders = np.array([path.split("/")[-2] for path in extraction.paths])
+        return self.store.table(extraction.digests)[:], folders
 
-    def pre_logits(self, rows: Tensor) -> Tensor:
-        return rows[:, self.extractor.columns["pre_logits"]]
+    def pre_logits(self, features: Tensor) -> Tensor:
+        part = self.extractor.layout.pre_logits
+        assert part is not None
+        return features[:, part.columns]
 
 
 def trained(vectors: Tensor, labels: np.ndarray) -> nn.Linear:
     """Softmax regression, 15 epochs of AdamW."""
     names = sorted(set(labels))
     target = torch.tensor([names.index(label) for label in labels])
-    last, source = nn.Linear(vectors.shape[1], len(names)), torch.Generator().manual_seed(0)
+    last = nn.Linear(vectors.shape[1], len(names))
+    source = torch.Generator().manual_seed(0)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     optimizer = torch.optim.AdamW(last.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -65,46 +76,72 @@ def trained(vectors: Tensor, labels: np.ndarray) -> nn.Linear:
     return last
 
 
-@torch.no_grad()
-def aurocs(features: Features, last: nn.Linear, train: Tensor, test: Tensor, oods: Mapping[str, Tensor]) -> list[float]:
-    """Mean AUROC over the OOD sets of each way in ``JOINED``, in percent."""
-    arguments, classes = features.detector.arguments, last.out_features
-    width, names = features.extractor.width, JOINED[-1]
-    columns = {**features.extractor.columns, "logits": slice(width, width + classes)}
-    settings = {name: arguments[name] for name in (*HEADS, "neighbors", "fusion", "backend")}
+def in_memory(features: Tensor) -> Features:
+    """A tensor (N, D) as a table, which scores are fitted on."""
+    where = np.stack([np.zeros(len(features), dtype=np.int64), np.arange(len(features))], axis=1)
+    return FeatureTable([features.numpy()], where, features.shape[1])
 
-    def with_logits(rows: Tensor) -> Tensor:
-        return torch.cat([rows, last(features.pre_logits(rows))], 1)
 
-    table, parts = with_logits(train), split(len(train), arguments["calibration"], arguments["validation"], 0)
-    heads = FusedHeads(
-        columns, bank_rows=min(arguments["bank_size"], len(parts.training)), logit_heads=names, **settings
+def fitted(reader: Reader, train: Tensor, last: nn.Linear) -> Heads:
+    """Heads with every score of ``JOINED``, on features (N, D) that end with the logits of ``last``."""
+    settings = reader.detector.settings
+    parts = reader.extractor.layout.parts
+    widths = {(part.layer, part.kind): part.width for part in parts} | {(LOGITS, Kind.LOGITS): last.out_features}
+    layout = FeatureLayout.of(widths)
+
+    table = in_memory(train)
+    rows = split(len(train), settings.calibration, settings.validation, 0)
+    size = min(settings.bank_size, len(rows.training))
+    options = Options(size, settings.neighbors, settings.backend)
+    members = [score for name in ("neighbors", *JOINED[-1]) for score in make_scores(name, layout, options)]
+    diffusion = Diffusion(layout, **{name: getattr(settings, name) for name in DIFFUSION})
+    heads = Heads(diffusion, members)
+
+    bank = choose_bank(table, rows.training, size, "random", 0, diffusion.stages)
+    context = Context(
+        training=table.select(rows.training),
+        validation=table.select(rows.validation),
+        recipe=make_recipe(settings.recipe),
+        classifier=last,
     )
-    assert heads.logits is not None
-    heads.logits.fit_vim(table[parts.training], last.weight, last.bias)
-    with torch.enable_grad():
-        fit_heads(heads, table, parts, features.detector.recipe, 0, arguments["bank_size"], "random")
+    heads.fit(table.select(bank), context)
+    return heads
 
-    def z(rows: Tensor) -> Tensor:
-        return torch.cat([heads._z(heads._raw(part, ("layerwise",))[0]) for part in with_logits(rows).split(512)])
 
-    known, strange = z(test), {name: z(rows) for name, rows in oods.items()}
-    found = []
+@torch.no_grad()
+def standardised(heads: Heads, features: Tensor) -> Tensor:
+    """Features (B, D) -> z-scores of diffusion and of each member (B, 1 + members)."""
+    return torch.cat([(heads._raw(part)[0] - heads.mean) / heads.deviation for part in features.split(512)])
+
+
+def aurocs(reader: Reader, last: nn.Linear, train: Tensor, test: Tensor, oods: Mapping[str, Tensor]) -> list[float]:
+    """Mean AUROC over the OOD sets of each way in ``JOINED``, in percent."""
+
+    def with_logits(features: Tensor) -> Tensor:
+        return torch.cat([features, last(reader.pre_logits(features))], dim=1).detach()
+
+    heads = fitted(reader, with_logits(train), last)
+    inside = standardised(heads, with_logits(test))
+    outside = [standardised(heads, with_logits(features)) for features in oods.values()]
+    names = ["layerwise", *(str(score.name) for score in heads.members)]
+
+    means = []
     for joined in JOINED:
-        weights = heads.fusion.weights * torch.tensor([name not in names or name in joined for name in heads.names])
-        scores = [auroc((known @ weights).numpy(), (rows @ weights).numpy()) for rows in strange.values()]
-        found.append(100 * float(np.mean(scores)))
-    return found
+        left_out = set(JOINED[-1]) - set(joined)
+        weights = heads.weights * torch.tensor([float(name not in left_out) for name in names])
+        scores = [auroc(weighted_sum(inside, weights).numpy(), weighted_sum(z, weights).numpy()) for z in outside]
+        means.append(100 * float(np.mean(scores)))
+    return means
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    features = Features(parser.parse_args().data)
-    train, train_labels = features.rows("cifar10.zip/train")
-    test, test_labels = features.rows("cifar10.zip/test")
+    reader = Reader(parser.parse_args().data)
+    train, train_labels = reader.read("cifar10.zip/train")
+    test, test_labels = reader.read("cifar10.zip/test")
     imagenet = load_backbone(model_args={"num_classes": 1000}).model.get_classifier()
-    tasks = {"far": (list(set(train_labels)), {name: features.rows(f"{name}.zip")[0] for name in FAR})}
+    tasks = {"far": (list(set(train_labels)), {name: reader.read(f"{name}.zip")[0] for name in FAR})}
     sources = tomllib.loads(SUITE.read_text())["sources"]
     for number in (1, 2, 3):
         classes = sources[f"in{number}_train"]["classes"]
@@ -112,10 +149,10 @@ def main() -> None:
     print("task, head:", *(" + ".join(("fused", *joined)) for joined in JOINED), sep=" | ")
     for task, (classes, oods) in tasks.items():
         mine, here = np.isin(train_labels, classes), np.isin(test_labels, classes)
-        own = trained(features.pre_logits(train[mine]), train_labels[mine])
+        own = trained(reader.pre_logits(train[mine]), train_labels[mine])
         for kind, last in (("trained on these classes", own), ("ImageNet", imagenet)):
-            found = aurocs(features, last, train[mine], test[here], oods)
-            print(f"{task}, {kind}", *(f"{mean:.2f}" for mean in found), sep=" | ", flush=True)
+            means = aurocs(reader, last, train[mine], test[here], oods)
+            print(f"{task}, {kind}", *(f"{mean:.2f}" for mean in means), sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

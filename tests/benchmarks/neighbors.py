@@ -43,10 +43,10 @@ def main() -> None:
     index = make_index(bank, options.backend)
     built = time.perf_counter() - start
     start = time.perf_counter()
-    found = index.search(queries, K)[1]
+    nearest = index.search(queries, K)[1]
     rate = len(queries) / (time.perf_counter() - start)
     exact = make_index(bank, "torch").search(queries[:200], K)[1]
-    hits = [len(set(a) & set(b)) / K for a, b in zip(exact.tolist(), found[:200].tolist(), strict=True)]
+    hits = [len(set(a) & set(b)) / K for a, b in zip(exact.tolist(), nearest[:200].tolist(), strict=True)]
     print(f"{type(index).__name__} {options.backend}, {options.rows:,} x {WIDTH}: built in {built:.0f} s")
     print(f"{rate:,.0f} queries/s, recall@{K} {sum(hits) / len(hits):.3f}")
 

@@ -21,9 +21,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(64, 320))
-    known, fresh = (rng.normal(size=(rows, 64)) @ mixing for rows in (8_000, 50_000))
+    train, fresh = (rng.normal(size=(rows, 64)) @ mixing for rows in (8_000, 50_000))
     start = time.perf_counter()
-    detector = FeatureDiffusion().fit(known)
+    detector = FeatureDiffusion().fit(train)
     print(f"fit 8,000 x 320: {time.perf_counter() - start:.1f} s", flush=True)
     rates = []
     for _ in range(ROUNDS):

@@ -91,7 +91,7 @@ def test_options_of_score(featdiff_cli: Cli, vectors: Path, model: Path, tmp_pat
     assert featdiff_cli(*command, "-q").stderr == ""
     shown = featdiff_cli(*command, "--format", "table").stdout.splitlines()
     assert shown[0].split() == ["verdict", "p-value", "score", "path"] and shown[-1].startswith("OOD ")
-    fails(featdiff_cli(*command, "--fpr", "0.001"), 2, "fpr 0.001 needs at least 999")
+    fails(featdiff_cli(*command, "--fpr", "0.001"), 2, "--fpr 0.001 needs at least 999")
 
 
 def test_bad_rows_are_rows_of_the_answer(featdiff_cli: Cli, vectors: Path, model: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_info(featdiff_cli: Cli, model: Path) -> None:
 def test_models_of_images_and_of_vectors_are_not_mixed_up(
     featdiff_cli: Cli, vectors: Path, model: Path, tiny_model: Path, few_images: Path
 ) -> None:
-    fails(featdiff_cli("score", few_images, "-m", model), 1, "trained on vectors", "--features FILE")
+    fails(featdiff_cli("score", few_images, "-m", model), 1, "trained on vectors", "--features: ")
     fails(featdiff_cli("eval", "--id", few_images, "--ood", f"x={few_images}", "-m", model), 1, "trained on vectors")
     fails(featdiff_cli("score", "--features", vectors / "new.npy", "-m", tiny_model), 1, "trained on images")
 

@@ -129,6 +129,32 @@ def test_summary_counts(featdiff_cli: Cli, tiny_model: Path, mixed: Path) -> Non
     assert f"{flagged} OOD at fpr 0.9, 2 unreadable" in line
 
 
+def test_the_request_is_read_once(
+    featdiff_cli: Cli, tiny_model: Path, few_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing may take minutes, and standard input can be read once only."""
+    from featdiff.data import references
+    from featdiff.detectors import base
+
+    calls: list[str] = []
+    list_images, read_text = references.list_images, Path.read_text
+
+    def listing(*arguments: Any, **options: Any) -> Any:
+        calls.append("list_images")
+        return list_images(*arguments, **options)
+
+    def reading(file: Path, *arguments: Any, **options: Any) -> str:
+        if file.is_relative_to(tiny_model):
+            calls.append(file.name)
+        return read_text(file, *arguments, **options)
+
+    for module in (references, base):
+        monkeypatch.setattr(module, "list_images", listing)
+    monkeypatch.setattr(Path, "read_text", reading)
+    assert featdiff_cli("score", few_images, "-m", tiny_model, "-q").exit_code == 0
+    assert sorted(calls) == ["config.json", "list_images"]
+
+
 # ---- exit codes ----
 
 
@@ -220,9 +246,9 @@ def test_empty_stdin_gives_a_table_without_rows_or_is_refused(
 @pytest.mark.parametrize(
     ("fpr", "words"),
     [
-        ("0", ["fpr", "between 0 and 1"]),
-        ("1.5", ["fpr", "between 0 and 1"]),
-        ("0.0001", ["fpr 0.0001 needs at least 9999", "there are 78", "0.013"]),
+        ("0", ["--fpr", "between 0 and 1"]),
+        ("1.5", ["--fpr", "between 0 and 1"]),
+        ("0.0001", ["--fpr 0.0001 needs at least 9999", "there are 78", "0.013"]),
         ("x", ["--fpr"]),
     ],
 )

@@ -286,13 +286,13 @@ def test_many_unreadable_files_are_counted(featdiff_cli: Cli, photos: Path, quic
 @pytest.mark.parametrize("fpr", ["0", "1", "-1", "nan"])
 def test_impossible_rate(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, fpr: str) -> None:
     result = featdiff_cli("train", photos, "--config", quick, "--fpr", fpr, "-o", tmp_path / "model")
-    fails(result, 2, "fpr", "between 0 and 1")
+    fails(result, 2, "--fpr", "between 0 and 1")
     assert not (tmp_path / "model").exists()
 
 
 def test_rate_that_needs_more_images(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
     result = featdiff_cli("train", photos, "--config", quick, "--fpr", "0.01", "-o", tmp_path / "model")
-    fails(result, 2, "fpr 0.01 needs at least 99", "there are 8", "0.112")
+    fails(result, 2, "--fpr 0.01 needs at least 99", "there are 8", "0.112")
     assert not (tmp_path / "model").exists()
 
 

@@ -24,6 +24,7 @@ from featdiff import FeatureDiffusion, load_detector
 from featdiff.data.vector_files import open_arrays
 from featdiff.exceptions import ModelError, TooFewRows, UsageError
 from featdiff.scores.diffusion import DIFFUSION
+from featdiff.verdicts.calibration import Calibration
 
 #: Enough to tell apart what is easily told apart.
 QUICK = {"epochs": 2, "min_steps": 40, "batch_size": 32}
@@ -105,6 +106,30 @@ def test_strange_rows_score_higher(fitted: FeatureDiffusion) -> None:
     assert abs(np.median(home)) < 0.7
     assert (away[:, None] > home).mean() > 0.97
     assert np.array_equal(fitted.score_samples(outside(5)), -fitted.ood_score(outside(5)))
+
+
+def test_scores_of_the_calibration_rows_have_mean_0_and_std_1(fitted: FeatureDiffusion) -> None:
+    """Of each layer, too; fresh in-domain rows are about there."""
+    scores = fitted.calibration_.scores
+    assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
+    rows = inside(400, 0)  # those of fit, of which 80 calibrate
+    own = fitted.ood_score(rows)
+    held_out = rows[[int(np.argmin(abs(own - score))) for score in scores]]
+    layers = fitted.transform(held_out)
+    np.testing.assert_allclose(layers.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(layers.std(0), 1, atol=1e-3)
+
+    fresh = inside(300, 1)
+    assert abs(fitted.ood_score(fresh).mean()) < 0.5 and 0.5 < fitted.ood_score(fresh).std() < 2
+    assert (abs(fitted.transform(fresh).mean(0)) < 0.5).all()
+
+
+def test_rescaling_changes_no_p_value(fitted: FeatureDiffusion) -> None:
+    rows = np.concatenate([inside(100, 1), outside(20)])
+    heads = fitted.heads_.heads
+    location, scale = (values[0].double().item() for values in (heads.location, heads.scale))
+    unscaled = Calibration(fitted.calibration_.scores * scale + location)
+    np.testing.assert_array_equal(unscaled.p_values(fitted.ood_score(rows) * scale + location), fitted.p_values(rows))
 
 
 def test_false_alarms_on_new_rows_come_at_the_rate_asked_for() -> None:
@@ -338,7 +363,7 @@ def test_models_of_images_and_of_vectors_are_not_mixed_up(
     fitted: FeatureDiffusion, tiny_model: Path, tmp_path: Path
 ) -> None:
     fitted.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="trained on vectors.*--features FILE.*FeatureDiffusion"):
+    with pytest.raises(ModelError, match="trained on vectors.*file of features.*FeatureDiffusion"):
         load_detector(tmp_path)
     with pytest.raises(ModelError, match="trained on images"):
         FeatureDiffusion.from_pretrained(tiny_model)

@@ -66,6 +66,25 @@ def pipeline(folder: Path, size: int = 16, channels: int = 3, **scheduler: Any) 
 # ---- fit and score ----
 
 
+def test_repr_is_one_line(fitted: PixelDetector) -> None:
+    assert repr(PixelDetector(fpr=0.2)) == "PixelDetector(not fitted, fpr=0.2)"
+    images = "fitted on 120 images, 36 for calibration"
+    assert repr(fitted) == f"PixelDetector(U-Net at 16 px, {images}, fpr=0.1, device={fitted.device})"
+
+
+def test_scores_of_the_calibration_images_have_mean_0_and_std_1(
+    fitted: PixelDetector, folders: dict[str, Path]
+) -> None:
+    """So has every other distance; a fresh in-domain image is about there."""
+    scores = fitted.calibration_.scores
+    assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
+    held_out = fitted.feature_store().table(fitted.calibration_digests_)[:]
+    for values in fitted.all_heads(held_out).values():
+        assert abs(values.mean()) < 1e-3 and abs(values.std() - 1) < 1e-3
+    fresh = fitted.score(folders["test"]).ood_score
+    assert abs(fresh.mean()) < 1 and 0.4 < fresh.std() < 2.5  # 30 tiles, in the order of the photograph
+
+
 def test_images_like_those_of_training_get_valid_p_values(fitted: PixelDetector, folders: dict[str, Path]) -> None:
     assert (fitted.n_images_, len(fitted.calibration_)) == (120, 36)
     assert np.isfinite(fitted.calibration_.scores).all() and (np.diff(fitted.calibration_.scores) >= 0).all()

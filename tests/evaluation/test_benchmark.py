@@ -15,8 +15,9 @@ from click.testing import Result
 from helpers import fails
 
 from featdiff import Detector
+from featdiff.evaluation.baselines import fit_baselines
 from featdiff.evaluation.benchmark import run_suite
-from featdiff.evaluation.protocols import evaluate_detector, fit_rivals
+from featdiff.evaluation.protocols import evaluate_detector
 from featdiff.evaluation.suites import load_suite
 from featdiff.exceptions import UsageError
 from featdiff.report.tables import COLUMNS, grids, long_rows, to_csv, to_markdown
@@ -122,7 +123,7 @@ def test_numbers_are_those_of_separate_evaluations(
 ) -> None:
     found = result["tasks"][0]["pairs"][0]["heads"]
     sets = (data / "test", {"digits": data / "digits"}, ["matched"])
-    own = evaluate_detector(tiny_detector, *sets, rivals=fit_rivals(tiny_detector))["pairs"][0]["heads"]
+    own = evaluate_detector(tiny_detector, *sets, baselines=fit_baselines(tiny_detector))["pairs"][0]["heads"]
     assert {name: found[name] for name in own} == own
     short = {"epochs": 2, "min_steps": 20}
     joint = Detector(**{**tiny_arguments, "recipe": short}, joint=True, hidden_max=32, blocks=1, head="mse").fit(
@@ -142,12 +143,11 @@ def test_costs(result: dict[str, Any], tiny_detector: Detector) -> None:
     methods = task["methods"]
     assert set(methods) == {name for name in task["pairs"][0]["heads"] if not name.startswith("layer_")}
     rows, width = len(tiny_detector.bank_digests_), 96
-    assert methods["rival_knn"]["megabytes"] == rows * width * 4 / 1e6
-    assert methods["rival_mahalanobis"]["megabytes"] == (width * width + width) * 4 / 1e6
-    spaces = tiny_detector.heads_.banks.spaces
-    assert list(spaces) == ["layer4"]
-    kept = sum(part.stop - part.start for name, part in tiny_detector.extractor_.columns.items() if "layer4" in name)
-    assert methods["knn_layer4"]["megabytes"] == rows * (kept + 4) / 1e6
+    assert methods["baseline_knn"]["megabytes"] == rows * width * 4 / 1e6
+    assert methods["baseline_mahalanobis"]["megabytes"] == (width * width + width) * 4 / 1e6
+    assert [score.name for score in tiny_detector.heads_.members] == ["knn_layer4"]
+    layer4 = sum(part.width for part in tiny_detector.extractor_.layout.parts if part.layer == "layer4")
+    assert methods["knn_layer4"]["megabytes"] == rows * (layer4 + 4) / 1e6
     assert methods["lr"]["megabytes"] > methods["mse"]["megabytes"] > 0
     extra = methods["lr"]["megabytes"] - methods["mse"]["megabytes"]
     whole = sum(tensor.nbytes for tensor in tiny_detector.heads_.state_dict().values()) / 1e6
@@ -155,10 +155,10 @@ def test_costs(result: dict[str, Any], tiny_detector: Detector) -> None:
     assert methods["featdiff"]["training_seconds"] == tiny_detector.training_seconds_ > 0
     assert methods["other_mse"]["training_seconds"] > 0
     assert methods["knn_layer4"]["training_seconds"] == 0
-    assert all(methods[name]["training_seconds"] > 0 for name in methods if name.startswith("rival"))
+    assert all(methods[name]["training_seconds"] > 0 for name in methods if name.startswith("baseline"))
     speeds = {name: costs["images_per_second"] for name, costs in methods.items()}
     assert all(0 < speed < 1e5 for speed in speeds.values())
-    assert speeds["featdiff"] < speeds["rival_mahalanobis"]
+    assert speeds["featdiff"] < speeds["baseline_mahalanobis"]
 
 
 def test_second_run_repeats_no_training(
@@ -242,10 +242,10 @@ def test_rows(result: dict[str, Any]) -> None:
     heads = result["tasks"][0]["pairs"][0]["heads"]
     assert len(rows) == 2 * len(heads) + 2
     assert all(tuple(row) == COLUMNS for row in rows)
-    (row,) = [row for row in rows if row["method"] == "rival_pca" and row["protocol"] == "matched"]
+    (row,) = [row for row in rows if row["method"] == "baseline_pca" and row["protocol"] == "matched"]
     assert (row["task"], row["ood"], row["n_id"], row["n_ood"]) == ("far", "digits", 24, 16)
-    assert (row["auroc"], row["fpr95"]) == (heads["rival_pca"]["auroc"], heads["rival_pca"]["fpr95"])
-    assert [row["auroc_low"], row["auroc_high"]] == heads["rival_pca"]["auroc_ci"]
+    assert (row["auroc"], row["fpr95"]) == (heads["baseline_pca"]["auroc"], heads["baseline_pca"]["fpr95"])
+    assert [row["auroc_low"], row["auroc_high"]] == heads["baseline_pca"]["auroc_ci"]
     assert row["published_in"] is None
     paper, board = rows[-2:]
     assert (paper["auroc"], paper["fpr95"], paper["published_in"]) == (0.875, 0.4, "Someone 2020, table 1")
@@ -263,13 +263,14 @@ def test_grids(result: dict[str, Any]) -> None:
     assert matched.title == "far, matched (390 images to train, 292 of them for baselines, 24 to test)"
     assert matched.header == ["method", "digits", "mean", "images/s", "x time", "train", "MB"]
     lines = {line[0]: line[1:] for line in matched.lines}
-    m = result["tasks"][0]["pairs"][0]["heads"]["rival_knn"]
+    m = result["tasks"][0]["pairs"][0]["heads"]["baseline_knn"]
     low, high = m["auroc_ci"]
     assert (
-        lines["rival_knn"][0] == f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}"
+        lines["baseline_knn"][0]
+        == f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}"
     )
-    assert lines["rival_knn"][1] == f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}"
-    assert not any(name.startswith("layer_") or name.startswith("rival_mahalanobis_layer") for name in lines)
+    assert lines["baseline_knn"][1] == f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}"
+    assert not any(name.startswith("layer_") or name.startswith("baseline_mahalanobis_layer") for name in lines)
     assert lines["published: a leaderboard's (a leaderboard)"] == ["", "90.0", "", "", "", ""]
     others = {line[0]: line[1:] for line in published.lines}
     assert others["published: a paper's (Someone 2020, table 1)"] == ["87.5 / 40.0", "", "", "", "", ""]
@@ -313,7 +314,13 @@ def bench(featdiff_cli: Cli, suite_file: Path, data: Path, seeded_backbone: Path
 def test_command_prints_tables_and_writes_files(bench: Cli, tmp_path: Path) -> None:
     table = bench()
     assert table.exit_code == 0, table.output
-    for words in ("far, matched", "rival_mahalanobis_all", "other_mfsim", "published: a paper's", "left out: absent"):
+    for words in (
+        "far, matched",
+        "baseline_mahalanobis_all",
+        "other_mfsim",
+        "published: a paper's",
+        "left out: absent",
+    ):
         assert words in " ".join(table.stdout.split())
     assert "trained in" in table.stderr
     done = bench("-o", tmp_path / "x.csv", "-q")

@@ -1,4 +1,4 @@
-"""Rivals and metrics against another project's: pytorch-ood (extra ``bench``), on the same features."""
+"""Baselines and metrics against another project's: pytorch-ood (extra ``bench``), on the same features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from featdiff import Detector
+from featdiff.evaluation.baselines import fit_baselines
 from featdiff.evaluation.metrics import evaluate
-from featdiff.evaluation.protocols import fit_rivals
-from featdiff.features.store import FeatureStore
 from featdiff.scores.gaussian import Mahalanobis, moments
 
 detectors = pytest.importorskip("pytorch_ood.detector")
@@ -23,15 +22,13 @@ judges = pytest.importorskip("pytorch_ood.metrics")
 @pytest.fixture(scope="module")
 def features(tiny_detector: Detector) -> tuple[Tensor, Tensor]:
     """Features of the in-domain images that the detector keeps, and of strangers."""
-    extractor = tiny_detector.extractor_
-    store = FeatureStore(tiny_detector.cache / "features" / extractor.key(), extractor.width)
-    known = torch.cat(list(store.table([digest.tobytes() for digest in tiny_detector.bank_digests_]).chunks()))
+    known = tiny_detector.feature_store().table([digest.tobytes() for digest in tiny_detector.bank_digests_])[:]
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0))
     return known, known + 0.3 * known.std(0) * noise
 
 
 def last_stage(detector: Detector, features: Tensor) -> Tensor:
-    return features[:, detector.extractor_.columns["layer4"]]
+    return features[:, detector.extractor_.layout.last_stage.columns]
 
 
 def fitted(kind: Any, vectors: Tensor, **arguments: Any) -> Any:
@@ -41,7 +38,7 @@ def fitted(kind: Any, vectors: Tensor, **arguments: Any) -> Any:
 def test_knn(tiny_detector: Detector, features: tuple[Tensor, Tensor]) -> None:
     known, strange = features
     other = fitted(detectors.KNN, last_stage(tiny_detector, known), k=5)
-    ours = fit_rivals(tiny_detector)(strange)["rival_knn"]
+    ours = fit_baselines(tiny_detector)(strange)["baseline_knn"]
     np.testing.assert_allclose(ours, other.predict_features(last_stage(tiny_detector, strange)), rtol=1e-4)
 
 

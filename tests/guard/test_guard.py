@@ -495,6 +495,13 @@ def test_threads(guard: Guard) -> None:
 # ---------------------------------------- copies
 
 
+def test_repr_is_one_line(guard: Guard, saved: Path) -> None:
+    assert repr(guard) == "Guard(ResNet, fitted on 200 images, 40 for calibration, fpr=0.1)"
+    assert repr(Guard(own_code(), layers=OWN_LAYERS)) == "Guard(OwnCode, not fitted, fpr=0.05)"
+    abstaining = Guard.from_pretrained(saved, nn.DataParallel(guard.classifier), fpr=0.3, abstain=True)
+    assert repr(abstaining).startswith("Guard(ResNet, fitted on 200 images, 40 for calibration, fpr=0.3, abstain=True)")
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda guard: pickle.loads(pickle.dumps(guard))])
 def test_copies(again: Callable[[Guard], Guard], guard: Guard, images: Tensor) -> None:
     twin = again(guard)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from featdiff.data.batches import load
 from featdiff.data.labels import list_labelled
+from featdiff.detectors.config import Runtime
 from featdiff.exceptions import FeatdiffError, UsageError, WeightsError
 from featdiff.features.backbones import load_backbone
 from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Kind
@@ -630,7 +631,7 @@ def test_classes_too_small_for_the_energy_margin(classes: Path, tmp_path: Path, 
 
 def test_large_sets_hold_back_smaller_shares() -> None:
     def share(images: int) -> float:
-        return DatasetBuilder(Reader(Path()), 1, 0.05, None, 0.05, 2, None).held_back(images)
+        return DatasetBuilder(Reader(Runtime()), 1, 0.05, None, 0.05, 2, None).held_back(images)
 
     shares = [share(n) for n in (100, 300, 1_000, 100_000, 1_000_000)]
     assert shares == pytest.approx([0.25, 0.05 + 40 / 300, 0.15, 0.12, 0.012])

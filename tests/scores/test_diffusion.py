@@ -1,4 +1,4 @@
-"""The fitted middle: four heads from the same reconstructions, and what a saved detector holds of it."""
+"""Four scores from the same reconstructions, and what a saved detector holds of the model that they share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch import Tensor
 from featdiff.diffusion.lfdn import LFDN, LayerwiseLFDN
 from featdiff.diffusion.reconstruction import reconstruct
 from featdiff.diffusion.schedules import draw_noise
-from featdiff.features.layout import block_normalise
-from featdiff.scores.diffusion import DIFFUSION, DiffusionHeads
+from featdiff.exceptions import UsageError
+from featdiff.features.layout import FeatureLayout, block_normalise
+from featdiff.scores.diffusion import DIFFUSION, Diffusion
+from featdiff.scores.fused import Heads
 
+LAYOUT = FeatureLayout.of_stages({"a": 6, "b": 20, "c": 10})
 WIDTHS = (6, 20, 10)
 ENDS = ((0, 6), (6, 26), (26, 36))
 SETTINGS: dict[str, Any] = {
@@ -38,15 +41,21 @@ def features(rows: int, seed: int = 0) -> Tensor:
     return torch.rand(rows, 36, generator=source) * scale
 
 
-def make(fitted: bool = True, **changes: Any) -> DiffusionHeads:
-    """Heads whose two networks have seeded random weights, as if trained, and whose statistics are set."""
-    heads = DiffusionHeads(WIDTHS, **(SETTINGS | changes))
+def make(fitted: bool = True, **changes: Any) -> Diffusion:
+    """A model whose two networks have seeded random weights, as if trained, and whose statistics are set."""
+    model = Diffusion(LAYOUT, **(SETTINGS | changes))
     source = torch.Generator().manual_seed(1)
-    for parameter in heads.parameters():
+    for parameter in model.parameters():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source))
     if fitted:
-        heads.fit_statistics(features(64, seed=9))
-    return heads
+        model.fit_statistics(model.stages(features(64, seed=9)))
+    return model
+
+
+@torch.inference_mode()
+def all_scores(model: Diffusion, features: Tensor) -> dict[str, Tensor]:
+    """Each of the four scores (B,), by name."""
+    return {name: kind(model)(features) for name, kind in DIFFUSION.items()}
 
 
 def layer_mse(x: np.ndarray, x_hat: np.ndarray) -> np.ndarray:
@@ -58,40 +67,40 @@ def layer_mse(x: np.ndarray, x_hat: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_kind_and_size_of_the_network(joint: bool) -> None:
-    heads = DiffusionHeads(WIDTHS, **(SETTINGS | {"joint": joint, "hidden_max": 48, "blocks": 2}))
-    for network in (heads.denoiser, heads.early):
+    model = Diffusion(LAYOUT, **(SETTINGS | {"joint": joint, "hidden_max": 48, "blocks": 2}))
+    for network in (model.denoiser, model.early):
         assert isinstance(network, LFDN if joint else LayerwiseLFDN)
     if joint:
-        assert heads.denoiser.config.width == 36
-        assert heads.denoiser.config.hidden == 48
-        assert heads.denoiser.config.blocks == 2
+        assert model.denoiser.config.width == 36
+        assert model.denoiser.config.hidden == 48
+        assert model.denoiser.config.blocks == 2
     else:
-        assert [layer.config.width for layer in heads.denoiser.layers] == [6, 20, 10]
-        assert [layer.config.hidden for layer in heads.denoiser.layers] == [48, 48, 48]
+        assert [layer.config.width for layer in model.denoiser.layers] == [6, 20, 10]
+        assert [layer.config.hidden for layer in model.denoiser.layers] == [48, 48, 48]
 
 
-def test_new_heads_are_frozen_and_in_evaluation_mode() -> None:
-    heads = DiffusionHeads(WIDTHS, **SETTINGS)
-    assert not any(parameter.requires_grad for parameter in heads.parameters())
-    assert not any(module.training for module in heads.modules())
+def test_a_new_model_is_frozen_and_in_evaluation_mode() -> None:
+    model = Diffusion(LAYOUT, **SETTINGS)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
 
 
 def test_stored_noise_is_drawn_from_the_seed() -> None:
-    heads = DiffusionHeads(WIDTHS, **(SETTINGS | {"seed": 5, "draws": 4}))
-    assert heads.noise.shape == (3, 4, 36)
-    assert torch.equal(heads.noise.flatten(0, 1), draw_noise(12, 36, seed=5))
-    assert torch.equal(heads.noise.mean(1), torch.zeros(3, 36))  # pairs of opposite sign at every start time
+    model = Diffusion(LAYOUT, **(SETTINGS | {"seed": 5, "draws": 4}))
+    assert model.noise.shape == (3, 4, 36)
+    assert torch.equal(model.noise.flatten(0, 1), draw_noise(12, 36, seed=5))
+    assert torch.equal(model.noise.mean(1), torch.zeros(3, 36))  # pairs of opposite sign at every start time
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_odd_numbers_of_draws_work(draws: int) -> None:
-    heads = make(draws=draws)
-    assert heads.noise.shape == (3, draws, 36)
-    assert all(torch.isfinite(values).all() for values in heads(features(4))[0].values())
+def test_odd_numbers_of_noise_samples_work(draws: int) -> None:
+    model = make(draws=draws)
+    assert model.noise.shape == (3, draws, 36)
+    assert all(torch.isfinite(values).all() for values in all_scores(model, features(4)).values())
 
 
 def test_same_seed_same_module_other_seed_another() -> None:
-    first, again, other = (DiffusionHeads(WIDTHS, **(SETTINGS | {"seed": seed})).state_dict() for seed in (1, 1, 2))
+    first, again, other = (Diffusion(LAYOUT, **(SETTINGS | {"seed": seed})).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["noise"], other["noise"])
     name = "denoiser.layers.0.project_in.weight"
@@ -100,7 +109,7 @@ def test_same_seed_same_module_other_seed_another() -> None:
 
 def test_building_leaves_the_global_random_states_untouched() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-    make()(features(3))
+    all_scores(make(), features(3))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
     assert random.getstate() == before[2]
@@ -110,44 +119,45 @@ def test_building_leaves_the_global_random_states_untouched() -> None:
 def test_building_leaves_the_random_state_of_the_gpu_untouched() -> None:
     torch.cuda.manual_seed(123)
     before = torch.cuda.get_rng_state()
-    DiffusionHeads(WIDTHS, **SETTINGS)
+    Diffusion(LAYOUT, **SETTINGS)
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-# ---- the four heads ----
+# ---- the four scores ----
 
 
-def test_reconstructions_are_means_over_the_stored_draws() -> None:
-    heads = make(draws=4)
-    x = heads.normalised(features(5))
-    found = heads.reconstructions(heads.denoiser, x)
-    assert len(found) == 3
-    for x_hat, start, draws in zip(found, (20, 60, 95), heads.noise, strict=True):
-        each = [reconstruct(heads.denoiser, heads.scheduler, x, draw[None], start)[:, 0] for draw in draws]
+def test_reconstructions_are_means_over_the_stored_noise_samples() -> None:
+    model = make(draws=4)
+    x = model.normalised(features(5))
+    x_hats = model.reconstructions(model.denoiser, x)
+    assert len(x_hats) == 3
+    for x_hat, start, samples in zip(x_hats, (20, 60, 95), model.noise, strict=True):
+        each = [reconstruct(model.denoiser, model.scheduler, x, sample[None], start)[:, 0] for sample in samples]
         torch.testing.assert_close(x_hat, torch.stack(each).mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_stride_is_handed_on() -> None:
-    heads = make(stride=5)
-    x = heads.normalised(features(5))
-    expected = reconstruct(heads.denoiser, heads.scheduler, x, heads.noise[1], 60, stride=5).mean(1)
-    torch.testing.assert_close(heads.reconstructions(heads.denoiser, x)[1], expected)
+    model = make(stride=5)
+    x = model.normalised(features(5))
+    expected = reconstruct(model.denoiser, model.scheduler, x, model.noise[1], 60, stride=5).mean(1)
+    torch.testing.assert_close(model.reconstructions(model.denoiser, x)[1], expected)
     assert not torch.allclose(expected, make().reconstructions(make().denoiser, x)[1], atol=1e-3)
 
 
-def test_every_head_follows_its_formula() -> None:
+def test_every_score_follows_its_formula() -> None:
     """All from the reconstructions, in NumPy."""
-    heads = make()
+    model = make()
     raw = features(7)
-    x_tensor = heads.normalised(raw)
+    x_tensor = model.normalised(raw)
     torch.testing.assert_close(x_tensor, block_normalise(raw, WIDTHS))
+    assert torch.equal(x_tensor, model.stages(raw))
     x = x_tensor.double().numpy()
-    late = [part.double().numpy() for part in heads.reconstructions(heads.denoiser, x_tensor)]
-    early = [part.double().numpy() for part in heads.reconstructions(heads.early, x_tensor)]
+    late = [part.double().numpy() for part in model.reconstructions(model.denoiser, x_tensor)]
+    early = [part.double().numpy() for part in model.reconstructions(model.early, x_tensor)]
     errors = np.stack([layer_mse(x, part) for part in late], axis=1)  # (B, T, L)
     channels = np.array(WIDTHS)
 
-    z = (np.log(errors) - heads.mean.double().numpy()) / heads.deviation.double().numpy()
+    z = (np.log(errors) - model.mean.double().numpy()) / model.deviation.double().numpy()
     by_layer = z.mean(1)
     cosines = np.array(
         [
@@ -169,8 +179,10 @@ def test_every_head_follows_its_formula() -> None:
         "lr": (whole_late - whole_early).mean(0),
     }
 
-    scores, layers = heads(raw)
-    assert tuple(scores) == DIFFUSION
+    scores = all_scores(model, raw)
+    layers = model.layer_scores(raw)
+    assert tuple(scores) == ("layerwise", "mse", "mfsim", "lr")
+    torch.testing.assert_close(model.join(layers), scores["layerwise"])
     np.testing.assert_allclose(layers.numpy(), by_layer, rtol=2e-3, atol=2e-3)
     for name in DIFFUSION:
         assert scores[name].shape == (7,)
@@ -179,44 +191,66 @@ def test_every_head_follows_its_formula() -> None:
 
 
 def test_statistics_make_in_domain_log_errors_standard() -> None:
-    heads, held_out = make(fitted=False), features(3000, seed=9)
-    assert torch.equal(heads.mean, torch.zeros(3, 3))
-    assert torch.equal(heads.deviation, torch.ones(3, 3))
-    heads.fit_statistics(held_out)
-    z = (heads.errors(heads.normalised(held_out)).log() - heads.mean) / heads.deviation
+    model, held_out = make(fitted=False), features(3000, seed=9)
+    assert torch.equal(model.mean, torch.zeros(3, 3))
+    assert torch.equal(model.deviation, torch.ones(3, 3))
+    model.fit_statistics(model.stages(held_out))
+    z = (model.errors(model.normalised(held_out)).log() - model.mean) / model.deviation
     torch.testing.assert_close(z.mean(0), torch.zeros(3, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(3, 3), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("names", [("layerwise",), ("mse",), ("mfsim",), ("lr",), ("mse", "lr"), ()])
-def test_only_what_is_asked_for_comes_and_is_the_same(names: tuple[str, ...]) -> None:
-    heads = make()
-    everything, all_layers = heads(features(4))
-    some, layers = heads(features(4), names)
-    assert set(some) == set(names)
-    assert torch.equal(layers, all_layers)
-    assert all(torch.equal(some[name], everything[name]) for name in names)
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_a_detector_s_own_score_is_one_of_the_four(name: str) -> None:
+    """With no members beside it, nothing else is computed, and layers score as they always do."""
+    model = make()
+    expected = all_scores(model, features(4))[name]
+    unscaled = Heads(model, head=name).unscaled(features(4))
+    torch.testing.assert_close(unscaled[:, 0], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(unscaled[:, 1:], model.layer_scores(features(4)))
 
 
 def test_only_likelihood_regret_uses_the_early_network() -> None:
-    heads = make()
-    before, _ = heads(features(4))
+    model = make()
+    before = all_scores(model, features(4))
     calls: list[int] = []
-    heads.early.register_forward_hook(lambda *_: calls.append(1))
-    heads(features(4), ("layerwise", "mse", "mfsim"))
+    model.early.register_forward_hook(lambda *_: calls.append(1))
+    for name in ("layerwise", "mse", "mfsim"):
+        DIFFUSION[name](model)(features(4))
     assert not calls
-    heads(features(4), ("lr",))
+    DIFFUSION["lr"](model)(features(4))
     assert len(calls) == 1  # all start times in one pass
-    for parameter in heads.early.parameters():
+    for parameter in model.early.parameters():
         parameter.mul_(0.5)
-    after, _ = heads(features(4))
+    after = all_scores(model, features(4))
     assert [name for name in DIFFUSION if not torch.equal(before[name], after[name])] == ["lr"]
 
 
 def test_likelihood_regret_is_zero_when_training_changed_nothing() -> None:
-    heads = make()
-    heads.early.load_state_dict(heads.denoiser.state_dict())
-    assert torch.equal(heads(features(4))[0]["lr"], torch.zeros(4))
+    model = make()
+    model.early.load_state_dict(model.denoiser.state_dict())
+    assert torch.equal(DIFFUSION["lr"](model)(features(4)), torch.zeros(4))
+
+
+def test_sizes_are_those_of_the_shared_model() -> None:
+    """Only likelihood regret needs the early network, which is as large as the denoiser."""
+    model = make()
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    early = sum(tensor.nbytes for tensor in model.early.state_dict().values())
+    assert early > 0
+    assert {name: kind(model).nbytes for name, kind in DIFFUSION.items()} == {
+        **dict.fromkeys(("layerwise", "mse", "mfsim"), whole - early),
+        "lr": whole,
+    }
+
+
+def test_a_score_keeps_nothing_of_its_own_and_is_trained_with_a_context() -> None:
+    model = make()
+    for kind in DIFFUSION.values():
+        score = kind(model)
+        assert score.model is model and not score.state_dict()
+        with pytest.raises(UsageError, match="it needs a context that says how"):
+            score.fit(features(4))
 
 
 # ---- what must not change a score ----
@@ -224,57 +258,62 @@ def test_likelihood_regret_is_zero_when_training_changed_nothing() -> None:
 
 @pytest.mark.parametrize(("joint", "stride"), [(False, None), (True, None), (True, 20)])
 def test_a_row_does_not_depend_on_its_batch(joint: bool, stride: int | None) -> None:
-    heads, rows = make(joint=joint, stride=stride), features(16)
-    together, layers = heads(rows)
+    model = make(joint=joint, stride=stride)
+    batch = features(16)
+    together = all_scores(model, batch)
+    layers = model.layer_scores(batch)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
     for size in (1, 7):
-        parts = [heads(part) for part in rows[order].split(size)]
-        found = {name: torch.cat([scores[name] for scores, _ in parts]) for name in DIFFUSION}
+        parts = [all_scores(model, part) for part in batch[order].split(size)]
         for name in DIFFUSION:
-            spread = together[name].std()
-            assert (found[name] - together[name][order]).abs().max() < 1e-4 * spread, (name, size)
-        assert (torch.cat([part for _, part in parts]) - layers[order]).abs().max() < 1e-3
+            apart = torch.cat([part[name] for part in parts])
+            assert (apart - together[name][order]).abs().max() < 1e-4 * together[name].std(), (name, size)
+        layers_apart = torch.cat([model.layer_scores(part) for part in batch[order].split(size)])
+        assert (layers_apart - layers[order]).abs().max() < 1e-3
 
 
 def test_a_score_does_not_depend_on_the_global_seed_or_on_earlier_calls() -> None:
-    heads, rows = make(), features(5)
+    model = make()
     torch.manual_seed(1)
-    first = heads(rows)[0]
-    heads(features(9, seed=4))
+    first = all_scores(model, features(5))
+    all_scores(model, features(9, seed=4))
     torch.manual_seed(2)
-    again = heads(rows)[0]
+    again = all_scores(model, features(5))
     assert all(torch.equal(first[name], again[name]) for name in DIFFUSION)
 
 
 def test_scores_ignore_shift_and_scale_of_a_layer() -> None:
     """Features are normalised for each image and layer."""
-    heads, rows = make(), features(5)
-    moved = rows.clone()
+    model = make()
+    moved = features(5)
     moved[:, 6:26] = 7 * moved[:, 6:26] + 3
-    first, again = heads(rows)[0], heads(moved)[0]
+    first = all_scores(model, features(5))
+    again = all_scores(model, moved)
     for name in DIFFUSION:
         torch.testing.assert_close(again[name], first[name], rtol=1e-3, atol=1e-3)
 
 
 def test_features_are_left_as_they_are() -> None:
-    rows = features(5)
-    make()(rows)
-    assert torch.equal(rows, features(5))
+    batch = features(5)
+    all_scores(make(), batch)
+    assert torch.equal(batch, features(5))
 
 
 def test_dead_layers_give_finite_scores() -> None:
-    rows = features(3)
-    rows[:, :6] = 0.25
-    scores, layers = make()(rows)
-    assert torch.isfinite(layers).all()
-    assert all(torch.isfinite(values).all() for values in scores.values())
+    batch = features(3)
+    batch[:, :6] = 0.25
+    model = make()
+    assert torch.isfinite(model.layer_scores(batch)).all()
+    assert all(torch.isfinite(values).all() for values in all_scores(model, batch).values())
 
 
 @pytest.mark.filterwarnings("ignore:var")
 def test_no_rows_give_no_scores() -> None:
-    scores, layers = make()(features(0))
-    assert layers.shape == (0, 3)
-    assert {name: tuple(values.shape) for name, values in scores.items()} == dict.fromkeys(DIFFUSION, (0,))
+    model = make()
+    assert model.layer_scores(features(0)).shape == (0, 3)
+    assert {name: tuple(values.shape) for name, values in all_scores(model, features(0)).items()} == dict.fromkeys(
+        DIFFUSION, (0,)
+    )
 
 
 # ---- state ----
@@ -282,14 +321,15 @@ def test_no_rows_give_no_scores() -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_state_dict_holds_everything_that_decides_a_score(joint: bool) -> None:
-    heads = make(joint=joint)
-    names = set(heads.state_dict())
+    model = make(joint=joint)
+    names = set(model.state_dict())
     assert {"noise", "mean", "deviation"} < names
     rest = names - {"noise", "mean", "deviation"}
     assert {name.split(".")[0] for name in rest} == {"denoiser", "early"}
-    other = DiffusionHeads(WIDTHS, **(SETTINGS | {"joint": joint, "seed": 99}))
-    other.load_state_dict(heads.state_dict())
-    first, again = heads(features(6))[0], other(features(6))[0]
+    other = Diffusion(LAYOUT, **(SETTINGS | {"joint": joint, "seed": 99}))
+    other.load_state_dict(model.state_dict())
+    first = all_scores(model, features(6))
+    again = all_scores(other, features(6))
     assert all(torch.equal(first[name], again[name]) for name in DIFFUSION)
 
 
@@ -297,16 +337,16 @@ def test_state_dict_holds_everything_that_decides_a_score(joint: bool) -> None:
     "name", ["noise", "mean", "denoiser.layers.1.project_out.bias", "early.layers.0.norm_out.weight"]
 )
 def test_state_dict_is_strict(name: str) -> None:
-    heads = make()
-    lacking = {key: value for key, value in heads.state_dict().items() if key != name}
+    model = make()
+    lacking = {key: value for key, value in model.state_dict().items() if key != name}
     with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
         make().load_state_dict(lacking)
     with pytest.raises(RuntimeError, match="Unexpected key.*extra"):
-        make().load_state_dict(heads.state_dict() | {"extra": torch.zeros(1)})
+        make().load_state_dict(model.state_dict() | {"extra": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
-        make().load_state_dict(heads.state_dict() | {name: torch.zeros(1, 2, 3, 4)})
+        make().load_state_dict(model.state_dict() | {name: torch.zeros(1, 2, 3, 4)})
 
 
-def test_joint_state_does_not_fit_layerwise_heads() -> None:
+def test_joint_state_does_not_fit_a_model_of_one_network_a_layer() -> None:
     with pytest.raises(RuntimeError, match="Missing key"):
         make().load_state_dict(make(joint=True).state_dict())

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from featdiff.exceptions import UsageError, WeightsError
 from featdiff.features.backbones import load_backbone
 from featdiff.features.extractor import FeatureExtractor
-from featdiff.scores.distances import DISTANCES, LPIPS, MSE, SSIM, TRUNKS, FeatureCosine
+from featdiff.scores.distances import DISTANCES, LPIPS, MSE, PERCEPTUAL_NETWORKS, SSIM, FeatureCosine
 
 SHARED = ROOT.parent / "shared" / "weights" / "squeezenet1_1.torchvision.safetensors"
 
@@ -59,11 +59,11 @@ def test_ssim_of_flat_images_is_the_closed_form() -> None:
 
 def test_ssim_grows_with_noise() -> None:
     x, noise = images(), images(seed=1)
-    found = [SSIM()(x, x + scale * noise) for scale in (0.1, 0.3, 1.0)]
-    assert (found[0] < found[1]).all() and (found[1] < found[2]).all()
+    weak, middle, strong = (SSIM()(x, x + scale * noise) for scale in (0.1, 0.3, 1.0))
+    assert (weak < middle).all() and (middle < strong).all()
 
 
-def test_lpips_is_the_package_with_the_trunk_of_the_file(lpips_weights: Path) -> None:
+def test_lpips_is_the_package_with_the_network_of_the_file(lpips_weights: Path) -> None:
     import lpips
     from safetensors.torch import load_file
 
@@ -72,10 +72,10 @@ def test_lpips_is_the_package_with_the_trunk_of_the_file(lpips_weights: Path) ->
     for name, parameter in reference.net.named_parameters():
         parameter.data = state["features." + name.split(".", 1)[1]]
     x, y = images(), images(seed=1)
-    found = LPIPS("squeeze", lpips_weights)(x, y)
-    assert found.shape == (3,)
-    torch.testing.assert_close(found, reference(x, y).flatten())
-    assert (found > 0).all()
+    distances = LPIPS("squeeze", lpips_weights)(x, y)
+    assert distances.shape == (3,)
+    torch.testing.assert_close(distances, reference(x, y).flatten())
+    assert (distances > 0).all()
     assert torch.equal(LPIPS("squeeze", lpips_weights)(x, x), torch.zeros(3))
 
 
@@ -94,7 +94,7 @@ def test_the_state_of_lpips_is_its_trunk(lpips_weights: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="torchvision's own weights are not there")
-def test_lpips_with_trained_weights_hears_noise_better_than_brightness() -> None:
+def test_lpips_with_trained_weights_sees_noise_better_than_brightness() -> None:
     """What it is for: of two changes of the same mean square, the one that people see is the larger."""
     measure = LPIPS("squeeze", SHARED)
     smooth = F.interpolate(images(8)[:, :, :4, :4], size=32, mode="bicubic").clamp(-0.8, 0.8)
@@ -146,15 +146,15 @@ def test_weights_that_cannot_be_downloaded_say_what_else_to_do(monkeypatch: pyte
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(WeightsError) as error:
         LPIPS("squeeze")
-    assert "--weights" in str(error.value) and "--distances mse" in str(error.value)
+    assert "weights=..." in str(error.value) and "distances=mse,ssim" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
-def test_lpips_knows_the_smallest_image_its_trunk_can_see(trunk: str) -> None:
+@pytest.mark.parametrize("network", PERCEPTUAL_NETWORKS)
+def test_lpips_knows_the_smallest_image_its_network_can_see(network: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        measure = LPIPS(trunk, load=False)  # random weights: sizes are what is asked for
+        measure = LPIPS(network, load=False)  # random weights: only sizes matter here
     size = measure.smallest
     x, y = (torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     assert torch.isfinite(measure(x, y)).all()
@@ -169,7 +169,7 @@ def test_ssim_knows_the_smallest_image_its_window_fits_in() -> None:
     assert size == 11
 
 
-def test_an_unknown_trunk_is_refused() -> None:
+def test_an_unknown_perceptual_network_is_refused() -> None:
     with pytest.raises(UsageError, match="did you mean squeeze"):
         LPIPS("squeez")
-    assert set(TRUNKS) == {"squeeze", "alex", "vgg"}
+    assert set(PERCEPTUAL_NETWORKS) == {"squeeze", "alex", "vgg"}

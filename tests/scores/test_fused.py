@@ -1,81 +1,182 @@
-"""Joining layers and start times by statistics of in-domain errors."""
+"""What joins the scores of a detector, on seeded features of known layout."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from featdiff.scores.fusion import log_statistics, log_z, weighted_sum
+from featdiff.exceptions import UsageError
+from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Kind
+from featdiff.scores.baselines import LastStageMahalanobis
+from featdiff.scores.diffusion import DIFFUSION, Diffusion
+from featdiff.scores.fused import FUSED, Heads
+from featdiff.scores.registry import RESERVED, Options, Score, make_scores
 
-
-@pytest.fixture
-def errors() -> torch.Tensor:
-    """(N, start times, layers) of positive errors on very different scales."""
-    source = torch.Generator().manual_seed(0)
-    return torch.exp(torch.randn(200, 3, 2, generator=source) * torch.tensor([0.5, 2.0]) - 4)
-
-
-def test_statistics_are_those_of_the_logarithms(errors: torch.Tensor) -> None:
-    mean, deviation = log_statistics(errors)
-    logs = np.log(errors.double().numpy())
-    assert mean.shape == deviation.shape == (3, 2)
-    np.testing.assert_allclose(mean.numpy(), logs.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(deviation.numpy(), logs.std(0), rtol=1e-5)
-
-
-def test_in_domain_errors_become_standard(errors: torch.Tensor) -> None:
-    z = log_z(errors, *log_statistics(errors))
-    assert z.shape == errors.shape
-    torch.testing.assert_close(z.mean(0), torch.zeros(3, 2), atol=1e-5, rtol=0)
-    torch.testing.assert_close(z.std(0, correction=0), torch.ones(3, 2), atol=1e-5, rtol=0)
-
-
-def test_z_does_not_depend_on_the_scale_of_a_layer(errors: torch.Tensor) -> None:
-    other = errors * torch.tensor([1e-3, 1e4])
-    torch.testing.assert_close(
-        log_z(other, *log_statistics(other)), log_z(errors, *log_statistics(errors)), atol=1e-4, rtol=1e-4
-    )
+LAYOUT = FeatureLayout.of(
+    {
+        ("early", Kind.MEAN): 6,
+        ("last", Kind.MEAN): 20,
+        (PRE_LOGITS, Kind.PRE_LOGITS): 40,
+        ("last", Kind.SPATIAL_STD): 20,
+        (PRE_LOGITS, Kind.SPATIAL_STD): 40,
+    }
+)
+SETTINGS: dict[str, Any] = {
+    **{"joint": False, "hidden_ratio": 2.0, "hidden_max": 16, "blocks": 1, "timesteps": 100},
+    **{"start_times": (20, 60), "draws": 2, "stride": None, "seed": 0},
+}
+KNN = ["knn_last", "knn_pre_logits", "knn_pre_logits:std"]
 
 
-def test_known_values() -> None:
-    z = log_z(torch.tensor([[math.e, math.e**3]]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 4.0]))
-    torch.testing.assert_close(z, torch.tensor([[1.0, 0.5]]))
+def features(rows: int, seed: int = 0) -> Tensor:
+    """Positive, as after a ReLU, with some zeros."""
+    return (torch.randn(rows, 126, generator=torch.Generator().manual_seed(seed)) + 0.5).clamp_min(0) + 1e-3
 
 
-def test_greater_errors_have_greater_z(errors: torch.Tensor) -> None:
-    statistics = log_statistics(errors)
-    assert (log_z(errors * 1.01, *statistics) > log_z(errors, *statistics)).all()
+def unfitted(neighbors: int = 3, head: str = FUSED, **changes: Any) -> Heads:
+    members = make_scores("neighbors", LAYOUT, Options(50, neighbors)) if neighbors else []
+    return Heads(Diffusion(LAYOUT, **(SETTINGS | changes)), members, head)
 
 
-def test_a_perfect_reconstruction_is_the_lowest_finite_score(errors: torch.Tensor) -> None:
-    z = log_z(torch.zeros(1, 3, 2), *log_statistics(errors))
-    assert torch.isfinite(z).all()
-    assert (z < log_z(errors, *log_statistics(errors)).amin(0)).all()
+def make(neighbors: int = 3, head: str = FUSED) -> Heads:
+    heads = unfitted(neighbors, head)
+    source = torch.Generator().manual_seed(1)
+    for parameter in heads.parameters():  # as if trained
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source))
+    for score in heads.members:
+        score.fit(features(50))  # type: ignore[operator]
+    heads.fit_statistics(features(40, seed=3))
+    return heads
 
 
-def test_statistics_of_errors_that_are_zero_or_all_the_same_are_finite() -> None:
-    for errors in (torch.zeros(5, 1, 2), torch.full((5, 1, 2), 0.3), torch.full((1, 1, 2), 0.3)):
-        mean, deviation = log_statistics(errors)
-        assert torch.isfinite(mean).all()
-        assert (deviation > 0).all()
-        assert torch.isfinite(log_z(errors + 1, mean, deviation)).all()
+def test_reserved_names_are_those_that_detectors_use() -> None:
+    assert set(RESERVED) == {"featdiff", FUSED, *DIFFUSION}
 
 
-def test_weighted_sum_is_normalised_by_the_length_of_the_weights() -> None:
-    z = torch.tensor([[1.0, 2.0], [0.0, -5.0]])
-    found = weighted_sum(z, torch.tensor([3.0, 4.0]))
-    torch.testing.assert_close(found, torch.tensor([(3 + 8) / 5, -20 / 5]))
-    torch.testing.assert_close(weighted_sum(z, torch.tensor([30.0, 40.0])), found)
+def test_fused_is_the_standardised_sum_of_its_scores() -> None:
+    heads, held_out, queries = make(), features(40, seed=3), features(7, seed=4)
+
+    def raw(x: Tensor) -> np.ndarray:
+        scores = heads.all_scores(x)
+        return np.stack([scores["layerwise"], *(np.log(scores[name].numpy()) for name in KNN)], 1)
+
+    expected = raw(held_out)
+    z = (raw(queries) - expected.mean(0)) / np.maximum(expected.std(0), 0.05)
+    scores = heads.all_scores(queries)
+    assert list(scores) == list(heads.scores) == ["layerwise", "mse", "mfsim", "lr", *KNN]
+
+    fused, layers = heads(queries)  # not scaled yet
+    shares = np.array([0.75, 1, 1, 1])
+    np.testing.assert_allclose(fused, z @ shares / np.linalg.norm(shares), rtol=1e-3, atol=1e-4)
+    assert heads.layers == ["early", "last", "pre_logits"]
+    np.testing.assert_allclose(layers[:, 2], z[:, 2], rtol=1e-3, atol=1e-4)
+    weights = np.array([6, 20]) ** 0.75
+    layerwise = layers[:, :2].numpy() @ (weights / np.linalg.norm(weights))
+    np.testing.assert_allclose(scores["layerwise"], layerwise, rtol=1e-4, atol=1e-5)
 
 
-def test_weighted_sum_of_independent_layers_has_variance_one() -> None:
-    z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
-    assert weighted_sum(z, torch.tensor([1.0, 5.0, 0.2, 3.0])).std().item() == pytest.approx(1, abs=0.02)
+def test_held_out_images_score_about_zero() -> None:
+    score = make()(features(40, seed=3))[0]
+    assert abs(score.mean()) < 1e-5
+    assert 0.2 < score.std() < 2.1  # 1 if scores were independent, 2 if they were one
 
 
-def test_one_layer_is_itself() -> None:
-    z = torch.tensor([[1.5], [-2.0]])
-    torch.testing.assert_close(weighted_sum(z, torch.tensor([24.0]).sqrt()), z[:, 0])
+@pytest.mark.parametrize("head", [FUSED, "layerwise", "mse", "mfsim", "lr", "knn_last"])
+def test_scale_is_that_of_calibration_images(head: str) -> None:
+    """A shift and a factor: no order changes."""
+    heads = make(head=head)
+    calibration, queries = features(60, seed=6), features(20, seed=7)
+    before = heads.unscaled(queries)
+    heads.fit_scale(heads.unscaled(calibration))
+    score, layers = heads(calibration)
+    both = torch.cat([score[:, None], layers], 1)
+    torch.testing.assert_close(both.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(both.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(heads.unscaled(queries), before)
+    assert torch.equal(heads(queries)[0].argsort(), before[:, 0].argsort())
+    by_hand = (before - heads.location) / heads.scale
+    torch.testing.assert_close(heads.rescaled(before), by_hand)
+
+
+def test_scale_of_scores_that_never_change_is_finite() -> None:
+    heads = make()
+    heads.fit_scale(torch.full((5, 4), 3.0))
+    assert torch.isfinite(torch.cat([*(part.flatten() for part in heads(features(4)))])).all()
+    assert torch.equal(heads.scale, torch.ones(4))
+
+
+def test_a_stranger_ranks_highest() -> None:
+    strange = torch.zeros(1, 126)
+    strange[:, [0, 6, 26, 66, 86]] = 9.0  # one channel says it all
+    score = make()(torch.cat([features(20, seed=5), strange]))[0]
+    assert score.argmax() == 20
+
+
+def test_a_row_has_one_score_whatever_the_batch() -> None:
+    heads, queries = make(), features(9, seed=5)
+    together = heads.unscaled(queries)
+    apart = torch.cat([heads.unscaled(row) for row in queries.split(1)])
+    assert ((apart - together).abs().amax(0) < 1e-4 * together.std(0)).all()
+
+
+def test_without_neighbours_it_is_diffusion_alone() -> None:
+    heads = make(neighbors=0)
+    assert not heads.members and heads.layers == ["early", "last"]
+    held_out, queries = heads.all_scores(features(40, seed=3))["layerwise"], features(7, seed=4)
+    scores = heads.all_scores(queries)
+    assert set(scores) == {"layerwise", "mse", "mfsim", "lr"}
+    expected = (scores["layerwise"] - held_out.mean()) / held_out.std(correction=0)
+    torch.testing.assert_close(heads(queries)[0], expected)
+
+
+@pytest.mark.parametrize("head", ["layerwise", "mse", "mfsim", "lr", "knn_pre_logits"])
+def test_any_single_score_can_be_the_detector_s_own(head: str) -> None:
+    heads, fused, queries = make(head=head), make(), features(7, seed=4)
+    score, layers = heads(queries)
+    assert torch.equal(score, heads.all_scores(queries)[head])
+    torch.testing.assert_close(layers, fused(queries)[1])
+
+
+def test_state_dict_holds_everything_that_decides_a_score() -> None:
+    heads, queries = make(), features(7, seed=4)
+    heads.fit_scale(heads.unscaled(features(60, seed=6)))
+    other = unfitted(seed=9)
+    other.load_state_dict(heads.state_dict())
+    for name, values in heads.all_scores(queries).items():
+        assert torch.equal(other.all_scores(queries)[name], values)
+    for values, again in zip(heads(queries), other(queries), strict=True):
+        assert torch.equal(values, again)
+
+
+def test_scores_of_one_name_are_refused() -> None:
+    twice = [score for _ in range(2) for score in make_scores("neighbors", LAYOUT, Options(50))]
+    with pytest.raises(UsageError, match="two scores are called 'knn_last': give each a name of its own"):
+        Heads(Diffusion(LAYOUT, **SETTINGS), twice)
+    other = LastStageMahalanobis(LAYOUT)
+    other.name = "mse"
+    with pytest.raises(UsageError, match="two scores are called 'mse'"):
+        Heads(Diffusion(LAYOUT, **SETTINGS), [other])
+
+
+def test_a_group_of_scores_cannot_be_the_detector_s_own() -> None:
+    with pytest.raises(UsageError, match="'neighbors' stands for several scores") as caught:
+        unfitted(head="neighbors")
+    assert caught.value.argument == "head"
+
+
+def test_only_distances_are_joined_by_their_logarithm() -> None:
+    class Last(Score):
+        name = "last_column"
+
+        def forward(self, features: Tensor) -> Tensor:
+            return features[:, -1] - 1
+
+    heads = Heads(Diffusion(LAYOUT, **SETTINGS), [Last(LAYOUT)])
+    held_out = features(40, seed=3)
+    heads.fit_statistics(held_out)
+    assert heads.mean[1].item() == pytest.approx((held_out[:, -1] - 1).mean().item(), rel=1e-5)
+    assert heads.deviation[1].item() == pytest.approx(held_out[:, -1].std(correction=0).item(), rel=1e-5)

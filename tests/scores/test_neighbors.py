@@ -1,4 +1,4 @@
-"""k nearest neighbours: exact search against scikit-learn, FAISS against exact search, and the choice of a bank."""
+"""k nearest neighbours: exact search against scikit-learn, FAISS against exact search, and forked processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,11 @@ from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.scores import neighbors
 from featdiff.scores.neighbors import (
     BACKENDS,
-    CORESETS,
     CodedIndex,
     FaissIndex,
     Index,
     TorchIndex,
     check_backend,
-    check_coreset,
-    coreset,
 )
 from featdiff.scores.neighbors import make_index as make
 
@@ -55,8 +52,8 @@ def reference(bank: Tensor, queries: Tensor, k: int) -> tuple[np.ndarray, np.nda
     return tree.kneighbors(queries.double().numpy())
 
 
-def true_distances(bank: Tensor, queries: Tensor, rows: Tensor) -> np.ndarray:
-    return np.linalg.norm(bank.double().numpy()[rows.numpy()] - queries.double().numpy()[:, None], axis=2)
+def true_distances(bank: Tensor, queries: Tensor, indices: Tensor) -> np.ndarray:
+    return np.linalg.norm(bank.double().numpy()[indices.numpy()] - queries.double().numpy()[:, None], axis=2)
 
 
 @pytest.fixture(params=["torch", "faiss"])
@@ -79,33 +76,33 @@ def faiss_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("n", "width", "k"), [(500, 8, 1), (500, 37, 5), (300, 3, 50), (20, 4, 19), (1, 6, 1)])
 def test_exact_neighbours_are_those_of_scikit_learn(exact: str, n: int, width: int, k: int) -> None:
     bank, queries = normal(n, width), normal(40, width, seed=1)
-    distances, rows = make(bank, exact).search(queries, k)
+    distances, indices = make(bank, exact).search(queries, k)
     expected, ids = reference(bank, queries, k)
-    assert distances.shape == rows.shape == (40, k)
-    assert np.array_equal(rows.numpy(), ids)
+    assert distances.shape == indices.shape == (40, k)
+    assert np.array_equal(indices.numpy(), ids)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
 
 
 def test_all_of_the_bank_in_order(exact: str) -> None:
     bank, queries = normal(60, 5), normal(7, 5, seed=1)
-    distances, rows = make(bank, exact).search(queries, 60)
+    distances, indices = make(bank, exact).search(queries, 60)
     expected, ids = reference(bank, queries, 60)
-    assert np.array_equal(rows.numpy(), ids)
+    assert np.array_equal(indices.numpy(), ids)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
 
 
 def test_vectors_of_the_bank_find_themselves_at_distance_zero(exact: str) -> None:
     bank = normal(200, 16) + 30
-    distances, rows = make(bank, exact).search(bank, 2)
-    assert rows[:, 0].tolist() == list(range(200))
+    distances, indices = make(bank, exact).search(bank, 2)
+    assert indices[:, 0].tolist() == list(range(200))
     assert (distances[:, 0] == 0).all()
     assert (distances[:, 1] > 0).all()
 
 
-def test_among_equals_the_lower_row_is_first(exact: str) -> None:
+def test_among_equals_the_lower_index_is_first(exact: str) -> None:
     bank = torch.tensor([[3.0, 0], [0, 1], [1, 0], [0, -1], [-1, 0], [0, 1]])
-    distances, rows = make(bank, exact).search(torch.zeros(2, 2), 6)
-    assert rows.tolist() == [[1, 2, 3, 4, 5, 0]] * 2
+    distances, indices = make(bank, exact).search(torch.zeros(2, 2), 6)
+    assert indices.tolist() == [[1, 2, 3, 4, 5, 0]] * 2
     assert distances.tolist() == [[1, 1, 1, 1, 1, 3]] * 2
 
 
@@ -114,19 +111,19 @@ def test_near_duplicates_far_from_the_origin_are_told_apart(exact: str) -> None:
     centres = 100 + 5 * normal(50, 16)
     bank = centres.repeat_interleave(6, 0) + 0.001 * normal(300, 16, seed=1)
     queries = centres + 0.001 * normal(50, 16, seed=2)
-    distances, rows = make(bank, exact).search(queries, 6)
+    distances, indices = make(bank, exact).search(queries, 6)
     expected, ids = reference(bank, queries, 6)
     assert expected.max() < 0.02
-    assert np.array_equal(rows.numpy(), ids)
+    assert np.array_equal(indices.numpy(), ids)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_an_offset_of_all_vectors_changes_no_neighbour(exact: str, offset: float) -> None:
     bank, queries = normal(2000, 64) + offset, normal(30, 64, seed=1) + offset
-    distances, rows = make(bank, exact).search(queries, 5)
+    distances, indices = make(bank, exact).search(queries, 5)
     expected, ids = reference(bank, queries, 5)
-    assert np.array_equal(rows.numpy(), ids)
+    assert np.array_equal(indices.numpy(), ids)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
 
 
@@ -136,8 +133,8 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, block:
     bank[120:] = bank[:30]  # equals in different blocks
     whole = TorchIndex(bank).search(queries, 20)
     monkeypatch.setattr(neighbors, "_BLOCK", block)
-    distances, rows = TorchIndex(bank).search(queries, 20)
-    assert torch.equal(rows, whole[1])
+    distances, indices = TorchIndex(bank).search(queries, 20)
+    assert torch.equal(indices, whole[1])
     assert torch.equal(distances, whole[0])
 
 
@@ -157,45 +154,50 @@ def test_search_among_8_bit_numbers_is_exact(n: int, k: int) -> None:
     scales, queries = 0.01 + normal(n, 1, seed=1).abs() / 50, normal(30, 24, seed=2)
     queries[0] = codes[-1] * scales[-1]
     index = CodedIndex(codes, scales)
-    distances, rows = index.search(queries, k)
-    wanted, wanted_rows = TorchIndex(codes * scales).search(queries, k)
-    assert torch.equal(distances, wanted) and torch.equal(rows, wanted_rows)
-    assert distances[0, 0] == 0 and rows[0, 0] == n - 1
+    distances, indices = index.search(queries, k)
+    expected, ids = TorchIndex(codes * scales).search(queries, k)
+    assert torch.equal(distances, expected) and torch.equal(indices, ids)
+    assert distances[0, 0] == 0 and indices[0, 0] == n - 1
     assert index.bank.shape == (n, 24) and index.codes.dtype == torch.int8
 
 
 def test_exact_search_is_one_graph_when_compiled() -> None:
     index, queries = TorchIndex(normal(300, 8)), normal(7, 8, seed=1)
     compiled = torch.compile(index.search, backend="eager", fullgraph=True)
-    for found, wanted in zip(compiled(queries, 5), index.search(queries, 5), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(compiled(queries, 5), index.search(queries, 5), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_no_queries(exact: str) -> None:
-    distances, rows = make(normal(5, 3), exact).search(torch.empty(0, 3), 2)
-    assert distances.shape == rows.shape == (0, 2)
+    distances, indices = make(normal(5, 3), exact).search(torch.empty(0, 3), 2)
+    assert distances.shape == indices.shape == (0, 2)
 
 
 def test_half_precision_is_searched_in_single_precision(exact: str) -> None:
     bank, queries = normal(100, 8).half(), normal(9, 8, seed=1).half()
-    distances, rows = make(bank, exact).search(queries, 4)
+    distances, indices = make(bank, exact).search(queries, 4)
     expected, ids = reference(bank, queries, 4)
     assert distances.dtype == torch.float32
-    assert np.array_equal(rows.numpy(), ids)
+    assert np.array_equal(indices.numpy(), ids)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
+
+
+def test_torch_is_exact_at_a_thousand_deviations_from_the_origin() -> None:
+    bank, queries = normal(2000, 64) + 1000, normal(30, 64, seed=1) + 1000
+    assert np.array_equal(make(bank, "torch").search(queries, 5)[1].numpy(), reference(bank, queries, 5)[1])
 
 
 # ---- approximate search ----
 
 
 @pytest.mark.parametrize("backend", APPROXIMATE)
-def test_approximate_search_finds_most_neighbours_and_tells_true_distances(backend: str) -> None:
+def test_approximate_search_finds_most_neighbours_and_returns_true_distances(backend: str) -> None:
     bank, queries = clustered(3000), clustered(60, seed=2)
-    distances, rows = approximate(backend, 3000).search(queries, 10)
+    distances, indices = approximate(backend, 3000).search(queries, 10)
     _, ids = reference(bank, queries, 10)
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), ids.tolist(), strict=True)])
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices.tolist(), ids.tolist(), strict=True)])
     assert recall >= (0.8 if backend == "faiss-pq" else 0.98)
-    np.testing.assert_allclose(distances.numpy(), true_distances(bank, queries, rows), rtol=1e-6)
+    np.testing.assert_allclose(distances.numpy(), true_distances(bank, queries, indices), rtol=1e-6)
     assert (distances.diff(dim=1) >= 0).all()
 
 
@@ -203,19 +205,20 @@ def test_approximate_search_finds_most_neighbours_and_tells_true_distances(backe
 @pytest.mark.parametrize(("n", "k"), [(300, 298), (3000, 2990)])  # 3000: more lists than are looked at
 def test_k_close_to_the_size_of_the_bank(backend: str, n: int, k: int) -> None:
     bank, queries = clustered(n), clustered(4, seed=2)
-    distances, rows = approximate(backend, n).search(queries, k)
-    assert rows.min() >= 0
-    assert [len(set(found)) for found in rows.tolist()] == [k] * 4
-    np.testing.assert_allclose(distances.numpy(), true_distances(bank, queries, rows), rtol=1e-6)
+    distances, indices = approximate(backend, n).search(queries, k)
+    assert indices.min() >= 0
+    assert [len(set(neighbours)) for neighbours in indices.tolist()] == [k] * 4
+    np.testing.assert_allclose(distances.numpy(), true_distances(bank, queries, indices), rtol=1e-6)
     assert (distances.diff(dim=1) >= 0).all()
 
 
 @pytest.mark.parametrize("backend", APPROXIMATE)
 def test_all_of_the_bank_is_found_exactly(backend: str) -> None:
     bank, queries = clustered(3000), clustered(3, seed=2)
-    found, expected = approximate(backend, 3000).search(queries, 3000), TorchIndex(bank).search(queries, 3000)
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0], expected[0])
+    distances, indices = approximate(backend, 3000).search(queries, 3000)
+    expected, ids = TorchIndex(bank).search(queries, 3000)
+    assert torch.equal(indices, ids)
+    assert torch.equal(distances, expected)
 
 
 def test_a_query_whose_lists_are_too_short_is_searched_exactly() -> None:
@@ -225,21 +228,21 @@ def test_a_query_whose_lists_are_too_short_is_searched_exactly() -> None:
     assert isinstance(index, FaissIndex)
     index._index.nprobe = 1
     queries = torch.stack([bank[5], torch.full((4,), 50.0), bank[9]])
-    distances, rows = index.search(queries, 40)
+    distances, indices = index.search(queries, 40)
     expected, ids = reference(bank, queries[1:2], 40)
-    assert np.array_equal(rows[1:2].numpy(), ids)
+    assert np.array_equal(indices[1:2].numpy(), ids)
     np.testing.assert_allclose(distances[1:2].numpy(), expected, rtol=1e-6)
-    assert rows[[0, 2], 0].tolist() == [5, 9]
-    assert [len(set(found)) for found in rows.tolist()] == [40] * 3
+    assert indices[[0, 2], 0].tolist() == [5, 9]
+    assert [len(set(neighbours)) for neighbours in indices.tolist()] == [40] * 3
 
 
 @pytest.mark.parametrize("width", [1, 7, 67])
 def test_compressed_search_of_any_width(width: int) -> None:
     pytest.importorskip("faiss")
     bank = normal(300, width)
-    distances, rows = make(bank, "faiss-pq").search(bank[:5], 3)
-    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_allclose(distances.numpy(), true_distances(bank, bank[:5], rows), rtol=1e-6)
+    distances, indices = make(bank, "faiss-pq").search(bank[:5], 3)
+    assert indices[:, 0].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(distances.numpy(), true_distances(bank, bank[:5], indices), rtol=1e-6)
 
 
 def test_too_few_vectors_to_compress_are_refused() -> None:
@@ -251,8 +254,8 @@ def test_too_few_vectors_to_compress_are_refused() -> None:
 @pytest.mark.parametrize("backend", ["faiss-ivf", "faiss-hnsw"])
 def test_a_bank_of_one_vector(backend: str) -> None:
     pytest.importorskip("faiss")
-    distances, rows = make(torch.ones(1, 4), backend).search(torch.zeros(2, 4), 1)
-    assert (distances.tolist(), rows.tolist()) == ([[2], [2]], [[0], [0]])
+    distances, indices = make(torch.ones(1, 4), backend).search(torch.zeros(2, 4), 1)
+    assert (distances.tolist(), indices.tolist()) == ([[2], [2]], [[0], [0]])
 
 
 # ---- auto ----
@@ -417,130 +420,3 @@ def test_a_wrong_process_is_known_without_a_fork(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(FeatdiffError, match="spawn"):
         index.search(normal(2, 4), 1)
-
-
-# ---- the choice of a bank ----
-
-
-@pytest.mark.parametrize("method", CORESETS)
-@pytest.mark.parametrize(("n", "size"), [(200, 1), (200, 30), (200, 199)])
-def test_a_coreset_has_unique_ascending_rows(method: str, n: int, size: int) -> None:
-    rows = coreset(normal(n, 6), size, method)
-    assert len(rows) == size
-    assert (np.diff(rows) > 0).all()
-    assert 0 <= rows[0] <= rows[-1] < n
-
-
-@pytest.mark.parametrize("method", CORESETS)
-@pytest.mark.parametrize("size", [50, 51, 10_000])
-def test_a_small_set_is_kept_whole(method: str, size: int) -> None:
-    assert coreset(normal(50, 6), size, method).tolist() == list(range(50))
-
-
-@pytest.mark.parametrize("method", CORESETS)
-def test_a_coreset_follows_from_the_seed(method: str) -> None:
-    vectors = normal(300, 6)
-    first, again, other = (coreset(vectors, 20, method, seed) for seed in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-def test_random_keeps_the_density() -> None:
-    """Every row equally often over seeds, within five standard errors."""
-    vectors, counts = torch.zeros(40, 1), np.zeros(40)
-    for seed in range(400):
-        counts[coreset(vectors, 10, "random", seed)] += 1
-    assert counts.sum() == 400 * 10
-    assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
-
-
-def farthest_first(vectors: np.ndarray, size: int, start: int) -> list[int]:
-    """k-center greedy, as slow and plain as can be."""
-    chosen = [start]
-    while len(chosen) < size:
-        gaps = [min(np.linalg.norm(v - vectors[c]) for c in chosen) for v in vectors]
-        chosen.append(int(np.argmax(gaps)))
-    return sorted(chosen)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_greedy_takes_the_farthest_vector_each_time(seed: int) -> None:
-    vectors = normal(50, 3)
-    found = coreset(vectors, 9, "greedy", seed).tolist()
-    assert found in [farthest_first(vectors.double().numpy(), 9, start) for start in found]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_greedy_covers_a_far_outlier(seed: int) -> None:
-    vectors = normal(300, 6)
-    vectors[123] += 40
-    assert 123 in coreset(vectors, 2, "greedy", seed)
-
-
-@pytest.mark.parametrize("method", ["greedy", "cluster"])
-def test_every_group_has_its_vector(method: str) -> None:
-    groups = torch.arange(5).repeat_interleave(torch.tensor([200, 100, 50, 30, 20]))
-    vectors = 100 * torch.eye(5)[groups] + normal(400, 5)
-    assert groups[coreset(vectors, 5, method)].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_cluster_takes_the_vectors_in_the_middle() -> None:
-    """Of a group of vectors around one in their middle, that one."""
-    offsets = torch.cat([torch.zeros(1, 3), torch.eye(3), -torch.eye(3)])
-    vectors = torch.cat([offsets, offsets + 100, offsets - 100])
-    assert coreset(vectors, 3, "cluster").tolist() == [0, 7, 14]
-
-
-@pytest.mark.parametrize("method", CORESETS)
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_copies_still_fill_the_bank(method: str) -> None:
-    vectors = torch.ones(60, 4)
-    vectors[[20, 40]] = torch.tensor([[5.0], [-5.0]])
-    for seed in range(3):
-        rows = coreset(vectors, 10, method, seed)
-        assert len(set(rows.tolist())) == 10
-        if method == "greedy":  # what differs comes before any copy
-            assert {20, 40} <= set(rows.tolist())
-
-
-@pytest.mark.parametrize("method", CORESETS)
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_vectors_that_are_all_the_same_give_different_rows(method: str) -> None:
-    rows = coreset(torch.full((30, 4), 0.3), 12, method)
-    assert len(set(rows.tolist())) == 12
-
-
-def test_coreset_refuses_what_makes_no_sense() -> None:
-    with pytest.raises(UsageError, match="unknown coreset 'kmeans'; known: random, greedy, cluster"):
-        coreset(normal(9, 2), 3, "kmeans")
-    for method in CORESETS:
-        check_coreset(method)
-        for size in (0, -3):
-            with pytest.raises(UsageError, match=f"size of a bank must be above 0, not {size}"):
-                coreset(normal(9, 2), size, method)
-
-
-@pytest.mark.parametrize("method", ["greedy", "cluster"])
-def test_coreset_names_the_row_of_a_nan(method: str) -> None:
-    vectors = normal(20, 3)
-    vectors[11, 1] = torch.nan
-    with pytest.raises(UsageError, match="the vectors of a bank hold NaN or infinite values, first in row 11"):
-        coreset(vectors, 5, method)
-
-
-# ---- known faults: each fails today, see the reason ----
-
-
-def test_torch_is_exact_at_a_thousand_deviations_from_the_origin() -> None:
-    bank, queries = normal(2000, 64) + 1000, normal(30, 64, seed=1) + 1000
-    assert np.array_equal(make(bank, "torch").search(queries, 5)[1].numpy(), reference(bank, queries, 5)[1])
-
-
-def test_random_refuses_nan() -> None:
-    with pytest.raises(UsageError, match="NaN"):
-        coreset(torch.full((9, 2), torch.nan), 3, "random")
-
-
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_cluster_fills_up_at_random() -> None:
-    assert len({tuple(coreset(torch.ones(60, 4), 10, "cluster", seed)) for seed in range(4)}) > 1

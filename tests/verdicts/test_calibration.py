@@ -1,15 +1,16 @@
-"""p-values, rates, thresholds and splits: the formulas, their guarantees and their edges."""
+"""p-values, rates and thresholds: the formulas, their guarantees and their edges."""
 
 from __future__ import annotations
 
+import copy
 import re
 
 import numpy as np
 import pytest
+import torch
 
-from featdiff.data.splits import Split, split, split_by_content
 from featdiff.exceptions import UsageError
-from featdiff.verdicts.calibration import check_fpr, flagged, p_values, threshold
+from featdiff.verdicts.calibration import Calibration, check_fpr, check_supported
 
 
 def by_hand(score: float, calibration: np.ndarray) -> float:
@@ -24,33 +25,33 @@ def by_hand(score: float, calibration: np.ndarray) -> float:
 def test_p_values_follow_the_formula(n: int, ties: bool) -> None:
     rng = np.random.default_rng(n)
     draw = (lambda size: rng.integers(0, 4, size).astype(float)) if ties else rng.normal
-    calibration = np.sort(draw(size=n))
+    calibration = draw(size=n)
     scores = np.concatenate([draw(size=30), calibration, [-np.inf, np.inf]])
     expected = [by_hand(score, calibration) for score in scores]
-    np.testing.assert_allclose(p_values(scores, calibration), expected, rtol=1e-15)
+    np.testing.assert_allclose(Calibration(calibration).p_values(scores), expected, rtol=1e-15)
 
 
 def test_a_tie_counts_against_the_alarm() -> None:
-    assert p_values(np.array([2.0]), np.array([1.0, 2.0, 2.0, 3.0])) == [4 / 5]
+    assert Calibration([1.0, 2.0, 2.0, 3.0]).p_values(np.array([2.0])) == [4 / 5]
 
 
 def test_range_of_p_values() -> None:
-    calibration = np.arange(19.0)
-    p = p_values(np.array([-np.inf, -1, 0, 18, 18.5, np.inf]), calibration)
+    p = Calibration(np.arange(19.0)).p_values(np.array([-np.inf, -1, 0, 18, 18.5, np.inf]))
     np.testing.assert_allclose(p, [1, 1, 1, 2 / 20, 1 / 20, 1 / 20])
 
 
 def test_nan_gives_nan_and_no_alarm() -> None:
-    p = p_values(np.array([np.nan, 100.0, -100.0]), np.arange(9.0))
-    assert np.isnan(p[0])
-    assert flagged(p, 0.5).tolist() == [False, True, False]
-    assert flagged(np.array([np.nan]), 0.999).tolist() == [False]
+    calibration = Calibration(np.arange(9.0))
+    p, flagged = calibration.flags(np.array([np.nan, 100.0, -100.0]), 0.5)
+    assert np.isnan(p[0]) and not np.isnan(p[1:]).any()
+    assert flagged.tolist() == [False, True, False]
+    assert calibration.flags(np.array([np.nan]), 0.999)[1].tolist() == [False]
 
 
 def test_no_scores() -> None:
-    p = p_values(np.empty(0), np.arange(9.0))
+    p, flagged = Calibration(np.arange(9.0)).flags(np.empty(0), 0.5)
     assert p.shape == (0,)
-    assert flagged(p, 0.5).shape == (0,)
+    assert flagged.shape == (0,)
 
 
 @pytest.mark.parametrize("n", [19, 50])
@@ -61,7 +62,7 @@ def test_false_alarms_on_exchangeable_data_keep_the_rate(n: int, rate: float) ->
     alarms = 0
     for _ in range(trials):
         scores = rng.gumbel(size=n + 1)
-        alarms += int(flagged(p_values(scores[:1], np.sort(scores[1:])), rate)[0])
+        alarms += int(Calibration(scores[1:]).flags(scores[:1], rate)[1][0])
     exact = np.floor(rate * (n + 1) + 1e-9) / (n + 1)
     assert exact <= rate
     assert alarms / trials == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / trials))
@@ -73,7 +74,7 @@ def test_false_alarms_stay_below_the_rate_with_ties(rate: float) -> None:
     alarms = 0
     for _ in range(trials):
         scores = rng.integers(0, 5, 40).astype(float)
-        alarms += int(flagged(p_values(scores[:1], np.sort(scores[1:])), rate)[0])
+        alarms += int(Calibration(scores[1:]).flags(scores[:1], rate)[1][0])
     assert alarms / trials <= rate + 4 * np.sqrt(rate * (1 - rate) / trials)
 
 
@@ -82,28 +83,35 @@ def test_false_alarms_stay_below_the_rate_with_ties(rate: float) -> None:
 
 @pytest.mark.parametrize("fpr", [0, 0.0, 1, 1.0, -1, -0.05, 1.5, 5, float("nan"), float("inf"), True])
 def test_rates_outside_0_to_1_are_refused(fpr: float) -> None:
-    with pytest.raises(UsageError, match=f"--fpr.*between 0 and 1, not {fpr}"):
+    with pytest.raises(UsageError, match=f"^fpr, the false-alarm rate, must lie between 0 and 1, not {fpr}") as caught:
         check_fpr(fpr)
-    with pytest.raises(UsageError, match="--fpr"):
-        threshold(np.arange(100.0), fpr)
+    assert caught.value.argument == "fpr"
+    for check in (Calibration(np.arange(100.0)).threshold, Calibration(np.arange(100.0)).check):
+        with pytest.raises(UsageError, match="^fpr, the false-alarm rate"):
+            check(fpr)
 
 
 @pytest.mark.parametrize("fpr", ["0.05", None, [0.05]])
 def test_rates_that_are_no_numbers_are_refused(fpr: object) -> None:
-    with pytest.raises(UsageError, match="--fpr"):
-        check_fpr(fpr)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="^fpr, the false-alarm rate"):
+        check_fpr(fpr)
 
 
 @pytest.mark.parametrize("fpr", [0.05, 0.5, 1e-9, 0.999, np.float64(0.05), np.float32(0.05)])
 def test_any_real_number_between_0_and_1_will_do(fpr: float) -> None:
-    check_fpr(fpr)
+    rate = check_fpr(fpr)
+    assert type(rate) is float and rate == float(fpr)
 
 
 @pytest.mark.parametrize(("fpr", "needed"), [(0.05, 19), (0.01, 99), (1 / 3, 2), (0.5, 1), (0.001, 999), (0.07, 14)])
 def test_refusal_names_the_images_needed(fpr: float, needed: int) -> None:
-    check_fpr(fpr, needed)
-    with pytest.raises(UsageError, match=rf"needs at least {needed} held-out images.*there are {needed - 1}:"):
-        check_fpr(fpr, needed - 1)
+    check_supported(fpr, needed)
+    Calibration(np.arange(float(needed))).check(fpr)
+    with pytest.raises(
+        UsageError, match=rf"^fpr .* needs at least {needed} held-out images.*there are {needed - 1}:"
+    ) as caught:
+        check_supported(fpr, needed - 1)
+    assert caught.value.argument == "fpr"
 
 
 def test_the_numbers_in_a_refusal_are_right_for_many_rates() -> None:
@@ -112,23 +120,30 @@ def test_the_numbers_in_a_refusal_are_right_for_many_rates() -> None:
     rates = [1 / k for k in range(2, 60)] + [round(float(rate), 4) for rate in rng.uniform(0.0005, 0.9, 200)]
     for fpr in rates:
         smallest = next(n for n in range(1, 5000) if fpr * (n + 1) >= 1 - 1e-9)
-        check_fpr(fpr, smallest)
+        check_supported(fpr, smallest)
         for n in {smallest - 1, smallest // 2} - {0, smallest}:
             with pytest.raises(UsageError) as caught:
-                check_fpr(fpr, n)
+                check_supported(fpr, n)
             message = str(caught.value)
             assert f"needs at least {smallest} held-out images" in message
             assert f"there are {n}:" in message
             assert "\n" not in message
-            offered = re.search(r"ask for --fpr (\S+) or more", message)
+            offered = re.search(r"ask for fpr (\S+) or more", message)
             assert offered
-            check_fpr(float(offered[1]), n)
+            check_supported(float(offered[1]), n)
 
 
 def test_a_rate_is_met_by_a_p_value_written_differently() -> None:
-    assert flagged(np.array([1 / 20, 3 / 20, 0.1 + 0.2]), 0.15).tolist() == [True, True, False]
-    assert flagged(np.array([0.1 + 0.2]), 0.3).tolist() == [True]
-    assert flagged(np.array([1 / 20, 1 / 20 + 1e-6]), 0.05).tolist() == [True, False]
+    """Rates that are p-values but for the last bits of a float."""
+    calibration = Calibration(np.arange(19.0))  # p-values are multiples of 1/20
+    scores = np.array([18.5, 16.5, 13.5, 12.5])
+    p, flagged = calibration.flags(scores, 0.15)
+    np.testing.assert_allclose(p, [1 / 20, 3 / 20, 6 / 20, 7 / 20])
+    assert flagged.tolist() == [True, True, False, False]
+    assert 6 / 20 > 0.1 + 0.2 - 1e-9 and 0.1 + 0.2 != 0.3
+    for rate in (0.3, 0.1 + 0.2, 0.3 - 1e-12):
+        assert calibration.flags(scores, rate)[1].tolist() == [True, True, True, False]
+    assert calibration.flags(scores, 0.05 - 1e-6)[1].tolist() == [False] * 4
 
 
 # ---- thresholds ----
@@ -148,107 +163,128 @@ def test_flagged_is_the_same_as_above_the_threshold(ties: bool) -> None:
         for fpr in (on_the_grid, decimal):
             if not 1 / (n + 1) <= fpr < 1:
                 continue
-            alarms = flagged(p_values(scores, calibration), fpr)
-            assert np.array_equal(alarms, scores > threshold(calibration, fpr)), (n, fpr)
+            fitted = Calibration(calibration)
+            alarms = fitted.flags(scores, fpr)[1]
+            assert np.array_equal(alarms, scores > fitted.threshold(fpr)), (n, fpr)
 
 
 @pytest.mark.parametrize(
     ("fpr", "n"), [(0.333333333, 9998), (0.666666667, 9998), (0.0499999995, 9999), (0.679999999, 24)]
 )
 def test_threshold_and_p_values_agree_when_a_rate_nearly_meets_a_p_value(fpr: float, n: int) -> None:
-    calibration = np.arange(float(n))
+    calibration = Calibration(np.arange(float(n)))
     scores = np.arange(-1, n + 1, 0.5)
-    alarms = flagged(p_values(scores, calibration), fpr)
-    assert np.array_equal(alarms, scores > threshold(calibration, fpr))
+    alarms = calibration.flags(scores, fpr)[1]
+    assert np.array_equal(alarms, scores > calibration.threshold(fpr))
 
 
 def test_threshold_of_a_known_set() -> None:
-    calibration = np.arange(1.0, 20.0)  # 19 scores
-    assert threshold(calibration, 0.05) == 19
-    assert threshold(calibration, 0.1) == 18
-    assert threshold(calibration, 0.149) == 18
-    assert threshold(calibration, 0.95) == 1
+    calibration = Calibration(np.arange(1.0, 20.0))  # 19 scores
+    assert calibration.threshold(0.05) == 19
+    assert calibration.threshold(0.1) == 18
+    assert calibration.threshold(0.149) == 18
+    assert calibration.threshold(0.95) == 1
 
 
 def test_threshold_that_the_set_cannot_support_is_refused() -> None:
     with pytest.raises(UsageError, match="needs at least 19"):
-        threshold(np.arange(18.0), 0.05)
+        Calibration(np.arange(18.0)).threshold(0.05)
 
 
 @pytest.mark.parametrize("fpr", [0.05, 0.1, 0.33])
 def test_share_above_the_threshold_is_at_most_the_rate(fpr: float) -> None:
     rng = np.random.default_rng(3)
-    calibration = np.sort(rng.normal(size=5000))
+    held_out = rng.normal(size=5000)
+    threshold = Calibration(held_out).threshold(fpr)
     fresh = rng.normal(size=20_000)
-    assert np.mean(calibration > threshold(calibration, fpr)) <= fpr
-    assert np.mean(fresh > threshold(calibration, fpr)) == pytest.approx(fpr, abs=0.02)
+    assert np.mean(held_out > threshold) <= fpr
+    assert np.mean(fresh > threshold) == pytest.approx(fpr, abs=0.02)
 
 
-# ---- splits ----
+# ---- tensors ----
 
 
-@pytest.mark.parametrize("n", [3, 4, 5, 8, 19, 20, 95, 1000])
-@pytest.mark.parametrize(("calibration", "validation"), [(0.2, 0.05), (0.4, 0.4), (0.49, 0.49), (0.01, 0.01)])
-def test_split_is_disjoint_whole_sorted_and_never_empty(n: int, calibration: float, validation: float) -> None:
-    rows = split(n, calibration, validation, seed=0)
-    parts = (rows.training, rows.validation, rows.calibration)
-    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(n))
-    for part in parts:
-        assert len(part) >= 1
-        assert np.array_equal(part, np.sort(part))
+@pytest.mark.parametrize("n", [1, 19, 200, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_give_the_p_values_of_arrays(n: int, dtype: torch.dtype) -> None:
+    """With ties, beyond both ends, and for NaN; in the precision of the scores."""
+    rng = np.random.default_rng(n)
+    calibration = Calibration(rng.integers(0, 9, n) / 8)
+    values = [*rng.integers(-2, 11, 50) / 8, *rng.normal(size=20), -np.inf, np.inf, np.nan]
+    scores = torch.tensor(values, dtype=dtype)
+    p = calibration.p_values(scores)
+    assert p.dtype == dtype and p.shape == scores.shape
+    expected = calibration.p_values(scores.double().numpy())
+    np.testing.assert_allclose(p.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-15)
+    assert p[:-1].min() > 0 and p[:-1].max() <= 1 and p[-1].isnan()
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(8000, (6000, 400, 1600)), (100, (75, 5, 20)), (3, (1, 1, 1))])
-def test_split_sizes(n: int, sizes: tuple[int, int, int]) -> None:
-    rows = split(n, 0.2, 0.05, seed=0)
-    assert (len(rows.training), len(rows.validation), len(rows.calibration)) == sizes
+@pytest.mark.parametrize("n", [19, 200, 9_999])
+def test_tensors_give_the_verdicts_of_arrays(n: int) -> None:
+    """At rates that are p-values, where rounding to float32 would tell."""
+    calibration = Calibration(np.arange(float(n)))
+    scores = torch.arange(-1.0, n + 1, 0.5)
+    for k in {1, 2, n // 7 + 1, n // 2, n}:
+        rate = k / (n + 1)
+        p, flagged = calibration.flags(scores, rate)
+        assert flagged.dtype == torch.bool and torch.equal(p, calibration.p_values(scores))
+        assert np.array_equal(flagged, calibration.flags(scores.numpy(), rate)[1])
+        assert np.array_equal(flagged, scores > calibration.threshold(rate))
+    assert calibration.flags(torch.tensor([torch.nan]), 0.999)[1].tolist() == [False]
+    assert calibration.flags(torch.empty(0), 0.5)[0].shape == (0,)
 
 
-def test_split_is_capped() -> None:
-    rows = split(1_000_000, 0.2, 0.05, seed=0)
-    assert len(rows.calibration) == 10_000
-    assert len(rows.validation) == 2_000
-    assert len(rows.training) == 988_000
+def test_tensors_can_be_traced_and_scored_in_any_mode() -> None:
+    calibration = Calibration(np.arange(19.0))
+    scores = torch.tensor([-1.0, 5.0, 18.5])
+    with torch.inference_mode():  # what it keeps must outlive this
+        expected = calibration.p_values(scores).clone()
+
+    class Module(torch.nn.Module):
+        def forward(self, scores: torch.Tensor) -> torch.Tensor:
+            return calibration.p_values(scores)
+
+    exported = torch.export.export(Module(), (scores,)).module()
+    torch.testing.assert_close(exported(scores), torch.tensor([1.0, 15 / 20, 1 / 20]))
+    leaf = scores.clone().requires_grad_()
+    assert torch.equal(calibration.p_values(leaf), expected)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
-def test_too_few_rows_are_refused(n: int) -> None:
-    with pytest.raises(UsageError, match=f"{n} different images are too few"):
-        split(n, 0.2, 0.05, seed=0)
+# ---- the object ----
 
 
-def test_split_follows_from_the_seed() -> None:
-    first, again, other = (split(100, 0.2, 0.05, seed) for seed in (1, 1, 2))
-    assert np.array_equal(first.calibration, again.calibration)
-    assert np.array_equal(first.training, again.training)
-    assert not np.array_equal(first.calibration, other.calibration)
+def test_scores_are_sorted_and_read_only() -> None:
+    given = np.array([3.0, 1.0, 2.0], dtype=np.float32)
+    calibration = Calibration(given)
+    assert calibration.scores.tolist() == [1, 2, 3] and calibration.scores.dtype == np.float64
+    with pytest.raises(ValueError, match="read-only"):
+        calibration.scores[0] = 9
+    given[:] = 0  # the caller's array stays the caller's
+    assert calibration.scores.tolist() == [1, 2, 3] and given.flags.writeable
 
 
-def test_split_is_random_over_the_rows() -> None:
-    """Rows come sorted by path, often by class: no stretch of them may be left out."""
-    counts = np.zeros(60)
-    for seed in range(400):
-        counts[split(60, 0.25, 0.05, seed).calibration] += 1
-    assert counts.sum() == 400 * 15
-    assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
+@pytest.mark.parametrize(
+    "scores", [[], np.empty(0), [np.nan], [1.0, np.inf], [1.0, -np.inf], [[1.0, 2.0]], np.empty((0, 3)), 0.5]
+)
+def test_scores_that_cannot_calibrate_are_refused(scores: object) -> None:
+    with pytest.raises(UsageError, match="at least one score, all finite"):
+        Calibration(scores)  # type: ignore[arg-type]
 
 
-def test_a_split_by_content_keeps_images_where_they_were() -> None:
-    rng = np.random.default_rng(0)
-    digests = [rng.bytes(16) for _ in range(2000)]
-    few, all_ = split_by_content(digests[:1000], 0.1, 0.05), split_by_content(digests, 0.1, 0.05)
-    for rows in (few, all_):
-        rows.check(2000)
-        assert [len(part) for part in (rows.calibration, rows.validation)] == [
-            round(share * sum(map(len, (rows.training, rows.validation, rows.calibration)))) for share in (0.1, 0.05)
-        ]
-    assert not set(few.training) & set(all_.calibration)
-    assert len(set(few.calibration) & set(all_.calibration)) >= 80
-    turned = split_by_content(digests[::-1], 0.1, 0.05)  # the order of the images does not matter
-    assert set(1999 - turned.calibration) == set(all_.calibration)
+def test_size_repr_and_smallest_rate() -> None:
+    calibration = Calibration(np.arange(19.0))
+    assert len(calibration) == 19
+    assert calibration.smallest_fpr == 1 / 20
+    assert repr(calibration) == "Calibration(n=19, smallest_fpr=0.05)"
+    calibration.check(calibration.smallest_fpr)
+    with pytest.raises(UsageError, match=r"fpr 0.049 needs at least 20 held-out images .*ask for fpr 0.05 or more"):
+        calibration.check(0.049)
 
 
-@pytest.mark.parametrize("parts", [([0, 1], [1], [2]), ([0], [], [1]), ([0], [1], [3]), ([-1], [1], [2])])
-def test_splits_that_make_no_sense(parts: tuple[list[int], ...]) -> None:
-    with pytest.raises(UsageError, match="need different rows, at least one each|the split has row 3, counted from 0"):
-        Split(*(np.array(part, dtype=np.int64) for part in parts)).check(3)
+def test_a_deep_copy_is_the_same_object_for_nothing_about_it_changes() -> None:
+    calibration = Calibration(np.arange(9.0))
+    calibration.p_values(torch.zeros(1))
+    holder = {"calibration": calibration, "again": calibration}
+    other = copy.deepcopy(holder)
+    assert other["calibration"] is other["again"] is calibration
+    assert np.array_equal(other["calibration"].scores, calibration.scores)
