@@ -99,6 +99,16 @@ class PixelDetector(BaseDetector[PixelSettings]):
     ------
     UsageError
         An argument outside its range, or a mask, network or size that do not fit each other.
+
+    Examples
+    --------
+    >>> photos = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), dtype=np.uint8)  # yours go here
+    >>> small = {"size": 8, "width": 8, "multipliers": [1], "attention": [], "blocks": 1, "mask_blocks": 2}
+    >>> quick = {"steps": 2, "repetitions": 1, "recipe": {"epochs": 1, "min_steps": 1}, "device": "cpu"}
+    >>> detector = PixelDetector(**small, **quick, distances=["mse"], fpr=0.2)
+    >>> scores = detector.fit(photos).score(photos[:3])
+    >>> scores.p_value.shape
+    (3,)
     """
 
     mode = "pixel"

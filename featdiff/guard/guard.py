@@ -47,6 +47,15 @@ class Verdict:
         Score (B,) of each layer, in in-domain standard deviations; higher = more OOD.
     predicted : Tensor of shape (B,), int64
         Class of the largest logit; -1 for flagged images if the guard abstains.
+
+    Examples
+    --------
+    A guard makes them; see :class:`Guard`.
+
+    >>> flags = torch.tensor([False, True])
+    >>> verdict = Verdict(torch.tensor([-0.2, 7.5]), torch.tensor([0.6, 0.01]), flags, {}, torch.tensor([3, -1]))
+    >>> verdict.predicted[~verdict.is_ood]
+    tensor([3])
     """
 
     ood_score: Tensor
