@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -87,7 +88,7 @@ class Commands(click.Group):
             raise Stopped from None
         except FeatdiffError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            return _report(error, option_of(command, error.argument))
+            return _report(error, command)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
@@ -123,7 +124,7 @@ def option_of(command: click.Command | None, argument: str) -> str:
     return ""
 
 
-def _report(error: Exception, option: str = "") -> int:
+def _report(error: Exception, command: click.Command | None = None) -> int:
     """Print an error as one line on standard error; returns the exit code."""
     from featdiff.exceptions import FeatdiffError, UsageError
 
@@ -132,7 +133,7 @@ def _report(error: Exception, option: str = "") -> int:
     message = " ".join(str(error).split())
 
     if isinstance(error, FeatdiffError):
-        message = _with_option(message, error.argument, option)
+        message = _with_options(message, command, error.argument)
     elif not isinstance(error, OSError):
         message = f"{type(error).__name__}: {message} (a bug: please report it; featdiff --debug shows where)"
 
@@ -140,9 +141,20 @@ def _report(error: Exception, option: str = "") -> int:
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
 
 
-def _with_option(message: str, argument: str, option: str) -> str:
-    """``fpr 0.001 needs ...`` -> ``--fpr 0.001 needs ...``; in front of any other message ``--fpr: ``."""
-    if not option:
+def _with_options(message: str, command: click.Command | None, argument: str) -> str:
+    """A message of the library with the command's options in place of its arguments.
+
+    ``fpr 0.001 needs ...`` -> ``--fpr 0.001 needs ...``; in front of any other message ``--fpr: ``. Advice like
+    ``backbone=resnet50`` becomes ``--backbone resnet50``.
+    """
+
+    def as_option(match: re.Match[str]) -> str:
+        option = option_of(command, match[1])
+        return f"{option} " if option else match[0]
+
+    message = re.sub(r"\b([a-z_]+)=(?=\S)", as_option, message)
+    option = option_of(command, argument)
+    if not option or option in message:
         return message
     if message.startswith(f"{argument} "):
         return option + message.removeprefix(argument)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 #: Indices (B,) of training samples -> the clean samples (B, ...).
 ReadSamples = Callable[[np.ndarray], Tensor]
-Rows = ReadSamples  # the former name, until featdiff.detectors.fitting no longer uses it
 #: Clean samples (B, ...) and a random generator -> the samples to train on, same shape.
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -236,7 +236,7 @@ def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
 
     tag = _resolved_tag(name)
     if ":" not in name and not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
-        raise WeightsError(f"timm has no pretrained weights for {name}: pass a file as the argument weights")
+        raise WeightsError(f"timm has no pretrained weights for {name}: give weights=FILE", argument="weights")
 
     with_classifier = {key: value for key, value in args.items() if key != "num_classes"}
     try:
@@ -249,7 +249,7 @@ def _create_pretrained(name: str, args: dict[str, Any]) -> nn.Module:
     except Exception as error:
         raise WeightsError(
             f"no weights for {tag}: {_reason(error)}. Three ways out: connect to the hub once (they are cached after), "
-            f"give a local copy as weights=..., or use the embedded default backbone={DEFAULT_BACKBONE}"
+            f"give a local copy as weights=FILE, or use the embedded default backbone={DEFAULT_BACKBONE}"
         ) from None
 
     broken = [key for key, value in model.state_dict().items() if not is_finite(value)]

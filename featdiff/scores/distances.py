@@ -179,7 +179,7 @@ def _read(network: str, weights: str | os.PathLike[str] | None) -> dict[str, Ten
     except Exception as error:  # urllib and torch.hub raise errors of many kinds
         raise WeightsError(
             f"the weights of {name}, which the distance lpips needs, could not be downloaded ({first_line(error)}): "
-            "give a file as weights=..., or choose other distances: distances=mse,ssim"
+            "give a file as weights=FILE, or choose other distances: distances=mse,ssim"
         ) from None
     return state
 

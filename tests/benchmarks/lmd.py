@@ -19,7 +19,7 @@ from torch import Tensor
 from featdiff import Detector, FeatureExtractor, PixelDetector
 from featdiff.diffusion.masks import make_masks
 from featdiff.diffusion.schedules import make_sampler
-from featdiff.evaluation.benchmark import _timed_pass
+from featdiff.evaluation.costs import timed_pass
 from featdiff.evaluation.metrics import auroc, fpr_at_tpr
 from featdiff.evaluation.suite_images import find_images
 from featdiff.evaluation.suites import load_suite
@@ -101,7 +101,7 @@ def rows_of(detector: PixelDetector, refs: list, count: int) -> Tensor:
 
 def feature_seconds(detector: Detector, refs: list) -> float:
     """Seconds for an image: decoding, backbone and all heads."""
-    seconds, features = _timed_pass(detector, refs)
+    seconds, features = timed_pass(detector, refs)
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()

@@ -61,7 +61,7 @@ def test_packages_that_are_missing(
     monkeypatch.setitem(sys.modules, package, None)
     options = ["-o", tmp_path / "out", "--verify", few_images, "-q"]
     result = featdiff_cli("export", "-m", tiny_model, *options)
-    fails(result, 2, f"{package} is not installed", "pip install 'featdiff[onnx]'", "--format pt2")
+    fails(result, 2, f"{package} is not installed", "pip install 'featdiff[onnx]'", "choose the format pt2")
     assert not (tmp_path / "out").exists()
 
 

@@ -120,7 +120,7 @@ def no_weights(folder: Path) -> None:
         (other_schedule, "ScoreSdeVeScheduler"),
         (no_weights, "cannot be read"),
         (learned_variance, "gives 6 channels for 3"),
-        (with_classes, "wants to be told a class"),
+        (with_classes, "is class-conditional"),
         (no_size, "None pixels"),
         (odd_schedule, "wavy"),
     ],
