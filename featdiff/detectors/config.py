@@ -215,9 +215,12 @@ class FeatureSettings(Settings):
     @property
     def registered_heads(self) -> list[str]:
         """Scores that are built by name beside those of diffusion."""
-        own = [] if self.head in (FUSED, *DIFFUSION) else [self.head]
-        neighbors = ["neighbors"] if self.head == FUSED and self.neighbors else []
-        return list(dict.fromkeys([*own, *neighbors, *self.extra_heads]))
+        if self.head in DIFFUSION:
+            return []
+        if self.head != FUSED:
+            return [self.head]
+        neighbors = ["neighbors"] if self.neighbors else []
+        return [*neighbors, *self.extra_heads]
 
     @property
     def needs_logits(self) -> bool:
@@ -238,8 +241,6 @@ class FeatureSettings(Settings):
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
-        if "neighbors" in self.registered_heads and not self.neighbors:
-            raise UsageError("the head neighbors looks at no neighbours: neighbors must be 1 or more", "neighbors")
 
     def _check_input_size(self) -> None:
         size = self.input_size

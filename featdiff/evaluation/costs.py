@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class Method:
     nbytes: int
 
 
-class TimedPass(NamedTuple):
+@dataclass(frozen=True)
+class TimedPass:
     """Seconds per image for decoding and backbone, and the features (N, D) of the timed images."""
 
     seconds: float

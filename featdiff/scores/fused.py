@@ -173,11 +173,7 @@ class Heads(nn.Module):
 
     def _own(self, features: Tensor, z: Tensor) -> Tensor:
         """The detector's own score (B,), from features and from all z-scores (B, 1 + members)."""
-        if self.head == FUSED:
-            return weighted_sum(z, self.weights)
-        if self.head in self.scores:
-            return self.scores[self.head](features)
-        return weighted_sum(z[:, 1:], self.weights[1:])  # one name for several members, as for ``neighbors``
+        return weighted_sum(z, self.weights) if self.head == FUSED else self.scores[self.head](features)
 
     def _raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """What is standardised (B, 1 + members), and the scores of the stages (B, stages)."""

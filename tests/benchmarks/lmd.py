@@ -101,7 +101,8 @@ def rows_of(detector: PixelDetector, refs: list, count: int) -> Tensor:
 
 def feature_seconds(detector: Detector, refs: list) -> float:
     """Seconds for an image: decoding, backbone and all heads."""
-    seconds, features = timed_pass(detector, refs)
+    timed = timed_pass(detector, refs)
+    seconds, features = timed.seconds, timed.features
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()

@@ -117,7 +117,7 @@ def test_outliers_of_stable_diffusion_in_the_students_features(
     assert (tmp_path / "latents.png").read_bytes().startswith(b"\x89PNG")
     narrow = write_pipeline(tmp_path / "sd2", 32, "!", DDIMScheduler(**NOISE, clip_sample=False), attention_head_dim=2)
     fails(featdiff_cli(*made, "--force", "--pipeline", narrow), 2, "have 96 numbers", "takes 32")
-    fails(featdiff_cli(*made, "--force", "--pipeline", tmp_path / "no"), 1, "Stable Diffusion", "--method diffusion")
+    fails(featdiff_cli(*made, "--force", "--pipeline", tmp_path / "no"), 1, "Stable Diffusion", "the method diffusion")
 
 
 def test_an_older_student_is_not_replaced_unasked(
@@ -129,7 +129,7 @@ def test_an_older_student_is_not_replaced_unasked(
     fails(done, 2, "is a file: name a folder")
     (tmp_path / "left_out.csv").write_text("mine")
     done = featdiff_cli("harden", folders["train"], "--student", "test_resnet", "-o", tmp_path)
-    fails(done, 2, "has a left_out.csv of somebody else's")
+    fails(done, 2, "has a left_out.csv that featdiff did not write")
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_an_older_student_is_not_replaced_unasked(
     [
         (["--kd", 2], ["--teacher"]),
         (["--micl", 0.2], ["--outliers", "featdiff outliers"]),
-        (["--margin", 3], ["--margin belongs to --energy"]),
-        (["--teacher", "resnet18", "--kd", 0, "--feature-kd", 0], ["leave it away"]),
-        (["--teacher", "resnet18", "--kd", 0, "--temperature", 2], ["--temperature belongs to --kd"]),
-        (["--outliers", "o.safetensors", "--micl", 0], ["leave one of them away"]),
+        (["--margin", 3], ["--margin belongs to energy"]),
+        (["--teacher", "resnet18", "--kd", 0, "--feature-kd", 0], ["the teacher has no effect: drop it"]),
+        (["--teacher", "resnet18", "--kd", 0, "--temperature", 2], ["--temperature belongs to distillation"]),
+        (["--outliers", "o.safetensors", "--micl", 0], ["drop one of them"]),
         (["--as-published"], ["needs a --teacher and --outliers"]),
         (["--layers", "layer9"], ["unknown layer 'layer9'"]),
         (["--student", "no/such"], ["there is no folder no/such"]),

@@ -61,7 +61,7 @@ def test_default_is_the_folder_that_train_writes(
 
 def test_backbone_is_not_needed(featdiff_cli: Cli, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    config["arguments"]["weights"] = "/gone/weights.safetensors"
+    config["settings"]["weights"] = "/gone/weights.safetensors"
     config["backbone"]["tag"] = "no_such_network"
     (model / "config.json").write_text(json.dumps(config))
     result = featdiff_cli("info", model)
@@ -83,7 +83,7 @@ def test_damaged_files(featdiff_cli: Cli, model: Path) -> None:
     fails(featdiff_cli("info", model), 1, "damaged")
 
 
-@pytest.mark.parametrize("key", ["backbone", "images", "arguments", "layers", "featdiff_version"])
+@pytest.mark.parametrize("key", ["backbone", "images", "settings", "layers", "featdiff_version"])
 @pytest.mark.parametrize("option", [[], ["--json"]], ids=["", "json"])
 def test_config_that_lacks_a_part(featdiff_cli: Cli, model: Path, key: str, option: list[str]) -> None:
     config = json.loads((model / "config.json").read_text())

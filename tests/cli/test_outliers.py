@@ -47,7 +47,7 @@ def test_a_file_a_picture_and_a_table(featdiff_cli: Cli, tiny_model: Path, photo
     assert distances[2] > distances[0] > 0
     detector = Detector.from_pretrained(tiny_model)
     scores = detector.score_features(outliers.vectors)
-    p = [(1 + (detector.calibration_ >= score).sum()) / (len(detector.calibration_) + 1) for score in scores]
+    p = [(1 + (detector.calibration_.scores >= score).sum()) / (len(detector.calibration_) + 1) for score in scores]
     assert float(found[2][2]) == pytest.approx(100 * np.mean([value <= 0.05 for value in p]), abs=0.06)
     assert f"20 outliers of 2 classes: {file}" in result.stderr
 

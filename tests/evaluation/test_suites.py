@@ -63,7 +63,7 @@ def test_suite_of_start_times_compares_like_with_like() -> None:
     assert len(suite.detectors) >= 8
     for arguments in suite.detectors.values():
         assert set(arguments) == {"start_times", "draws", "head"}
-        assert Detector(**arguments).head == "layerwise"
+        assert Detector(**arguments).settings.head == "layerwise"
     default = list(inspect.signature(Detector).parameters["start_times"].default)
     assert default in [arguments["start_times"] for arguments in suite.detectors.values()]
 

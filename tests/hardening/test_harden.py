@@ -321,7 +321,7 @@ def test_the_guards_calibration_images_trained_nothing(
     assert [digests[i] for i in split.calibration] == held_out  # the same split for student and guard
     kept = found.guard.detector.feature_store().table(held_out)
     mine = found.guard.detector.score_features(kept[np.arange(40)])
-    assert np.array_equal(np.sort(mine), found.guard.detector.calibration_)
+    assert np.array_equal(np.sort(mine), found.guard.detector.calibration_.scores)
 
 
 def test_a_second_run_finds_everything_in_the_cache(plain: Hardened, classes: Path, seeded_backbone: Path) -> None:
@@ -605,9 +605,7 @@ def test_a_teacher_of_other_classes(classes: Path, saved: Path, tmp_path: Path, 
 
 
 def test_too_few_images_for_the_rate(classes: Path, seeded_backbone: Path) -> None:
-    assert refused(classes, weights=seeded_backbone, fpr=0.01).startswith(
-        "--fpr 0.01 needs at least 99 held-out images"
-    )
+    assert refused(classes, weights=seeded_backbone, fpr=0.01).startswith("fpr 0.01 needs at least 99 held-out images")
 
 
 def test_networks_that_do_not_end_in_one_linear_layer(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from featdiff.outliers.denoised import DenoisedDirections
 from featdiff.outliers.outlier_file import Outliers, load_outliers
 from featdiff.outliers.space import Space
 from featdiff.outliers.synthesis import Synthesis, self_check, synthesise
+from featdiff.verdicts.calibration import Calibration
 
 LAYOUT = FeatureLayout.of({("a", Kind.MEAN): 5, ("b", Kind.MEAN): 7, ("b", Kind.SPATIAL_STD): 4})
 
@@ -234,7 +235,9 @@ def test_a_denoiser_explains_the_outlier_worse_than_its_row(rows: Tensor, tiny_d
     outliers = DenoisedDirections(heads, Space(tiny_detector.extractor_.layout, rows), rows, points, 8, 1.0, keep=1)(0)[
         :, 0
     ]
-    before, after = (heads.diffusion.errors(heads.stages(part)).mean((1, 2)) for part in (rows[points], outliers))
+    before, after = (
+        heads.diffusion.errors(heads.diffusion.stages(part)).mean((1, 2)) for part in (rows[points], outliers)
+    )
     assert (after > before).float().mean() > 0.95
 
 
@@ -255,9 +258,8 @@ def test_the_numbers_are_what_they_are_called(found: Synthesis, tiny_detector: D
     distances = torch.cdist(joined, joined).fill_diagonal_(torch.inf)
     assert found.distances["in-domain"] == pytest.approx(float(np.median(distances.min(1).values)), abs=1e-5)
     scores = tiny_detector.score_features(found.outliers.vectors)
-    flags = [
-        (1 + (tiny_detector.calibration_ >= s).sum()) / (len(tiny_detector.calibration_) + 1) <= 0.05 for s in scores
-    ]
+    held_out = tiny_detector.calibration_.scores
+    flags = [(1 + (held_out >= s).sum()) / (len(held_out) + 1) <= 0.05 for s in scores]
     assert found.flagged["outliers"] == pytest.approx(np.mean(flags))
 
 
@@ -412,7 +414,7 @@ def test_self_check_starts_at_held_out_images(tiny_detector: Detector, monkeypat
     self_check(tiny_detector, 200)
     kept = tiny_detector.feature_store().table(tiny_detector.calibration_digests_)
     scores = np.sort(tiny_detector.score_features(kept[np.arange(len(kept))]))
-    assert np.allclose(scores, tiny_detector.calibration_, atol=1e-5)
+    assert np.allclose(scores, tiny_detector.calibration_.scores, atol=1e-5)
     held_out = {row.numpy().tobytes() for row in kept[np.arange(len(kept))]}
     assert {row.numpy().tobytes() for row in seen[0]} == held_out
 
@@ -420,7 +422,7 @@ def test_self_check_starts_at_held_out_images(tiny_detector: Detector, monkeypat
 def test_self_check_sees_a_detector_that_lost_its_bearings(tiny_detector: Detector) -> None:
     """With a threshold that nothing reaches, nothing is flagged."""
     blind = copy.copy(tiny_detector)
-    blind.calibration_ = np.full(78, 1e9)
+    blind.calibration_ = Calibration(np.full(78, 1e9))
     assert self_check(blind, 50) == 0
 
 

@@ -288,9 +288,9 @@ def test_logits_are_read_for_a_head_that_needs_them() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words", "argument"),
     [
-        ({"extra_heads": ["mahalanobs"]}, "unknown score 'mahalanobs'; did you mean mahalanobis", ""),
-        ({"extra_heads": ["knn"]}, "unknown score 'knn'.*; known: .*mahalanobis", ""),
-        ({"extra_heads": ["neighbors"]}, "unknown score 'neighbors'", ""),
+        ({"extra_heads": ["mahalanobs"]}, "unknown score 'mahalanobs'; did you mean mahalanobis", "extra_heads"),
+        ({"extra_heads": ["knn"]}, "unknown score 'knn'.*; known: .*mahalanobis", "extra_heads"),
+        ({"extra_heads": ["neighbors"]}, "unknown score 'neighbors'", "extra_heads"),
         ({"extra_heads": ["pca", "pca"]}, "extra_heads must be a list of different names", "extra_heads"),
         ({"extra_heads": "pca"}, "extra_heads must be a list", "extra_heads"),
         ({"extra_heads": ["pca"], "head": "mse"}, "extra_heads are joined by head='fused' only", "extra_heads"),
