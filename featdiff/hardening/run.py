@@ -140,7 +140,7 @@ def train_student(
     """
     state = start(_objective(networks.trained, recipe, batches, seed), recipe)
     is_first = accelerator is None or accelerator.is_main_process
-    keeper = Checkpointer(state, file, is_first)
+    checkpointer = Checkpointer(state, file, is_first)
 
     def before_epoch(epoch: int) -> None:
         if recipe.energy:
@@ -150,10 +150,10 @@ def train_student(
         return batches.held_out(split.validation)
 
     for step in learn(state, batches, len(split.training), held_out, recipe, seed, before_epoch, accelerator):
-        keeper.after_step(step.accuracy is not None)
+        checkpointer.after_step(step.accuracy is not None)
         if progress and is_first:
             progress("training", step.step, step.steps)
-    keeper.finish()
+    checkpointer.finish()
 
     if accelerator:  # buffers differ between processes: all continue with those of the first one
         accelerator.wait_for_everyone()

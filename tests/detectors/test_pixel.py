@@ -218,7 +218,7 @@ def test_a_killed_training_goes_on_to_the_same_loss_curve(
 def test_a_checkpoint_of_another_config_is_not_used(
     folders: dict[str, Path], fitted: PixelDetector, tmp_path: Path
 ) -> None:
-    """Another network has a file of its own; the file of another network in its place is as good as none."""
+    """Another network has a file of its own; the file of another network in its place is ignored."""
     wider = PixelDetector(**PIXEL | {"width": 16}, cache=tmp_path).fit(folders["train"])
     assert wider.training_log_.name != fitted.training_log_.name
     taken = wider.training_log_.with_name(fitted.training_log_.name).with_suffix(".pt")
