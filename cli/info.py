@@ -51,48 +51,48 @@ def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
     backbone = config["backbone"]
-    arguments = config["settings"]
+    settings = config["settings"]
     parameters = _parameters(tensors, "diffusion.denoiser.")
 
     neighbours = "none"
-    if arguments["head"] == "fused" and arguments["neighbors"] > 0:
-        neighbours = f"{arguments['neighbors']} of {config['images']['bank']:,} in-domain images"
+    if settings["head"] == "fused" and settings["neighbors"] > 0:
+        neighbours = f"{settings['neighbors']} of {config['images']['bank']:,} in-domain images"
 
     return {
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
-        "denoisers": f"{parameters:.2g} M parameters, {'joint' if arguments['joint'] else 'one per layer'}",
+        "denoisers": f"{parameters:.2g} M parameters, {'joint' if settings['joint'] else 'one per layer'}",
         "neighbours": neighbours,
-        "score": f"{arguments['head']}, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
+        "score": f"{settings['head']}, start times {settings['start_times']}, {settings['draws']} stored noise samples each",
     }
 
 
 def _pixel_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
-    arguments = config["settings"]
+    settings = config["settings"]
     size = config["unet"]["sample_size"]
     channels = config["unet"]["in_channels"]
-    source = arguments["pretrained"] or "trained here"
+    source = settings["pretrained"] or "trained here"
 
     return {
         "images": f"{size} x {size} pixels, {channels} channel{'s' if channels > 1 else ''}",
         "U-Net": f"{_parameters(tensors, 'denoiser.'):.2g} M parameters, {source}",
-        "inpainting": f"mask {arguments['mask']}, {arguments['sampler']} in {arguments['steps']} steps, "
-        f"{arguments['repetitions']} repetitions",
-        "score": f"{arguments['aggregate']} of {arguments['distances'][0]} over repetitions",
+        "inpainting": f"mask {settings['mask']}, {settings['sampler']} in {settings['steps']} steps, "
+        f"{settings['repetitions']} repetitions",
+        "score": f"{settings['aggregate']} of {settings['distances'][0]} over repetitions",
     }
 
 
 def _vector_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
     bank = config["images"]["bank"]
-    arguments = config["settings"]
+    settings = config["settings"]
     parameters = _parameters(tensors, "heads.diffusion.denoiser.")
 
     return {
         "vectors": f"rows of {config['width']:,} numbers",
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, one per layer",
-        "neighbours": f"{arguments['neighbors']} of {bank:,} in-domain rows" if bank else "none",
-        "score": f"fused, start times {arguments['start_times']}, {arguments['draws']} stored draws each",
+        "neighbours": f"{settings['neighbors']} of {bank:,} in-domain rows" if bank else "none",
+        "score": f"fused, start times {settings['start_times']}, {settings['draws']} stored noise samples each",
     }
 
 

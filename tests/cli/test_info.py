@@ -35,7 +35,7 @@ def test_facts(featdiff_cli: Cli, tiny_model: Path) -> None:
     assert "layer1 (32), layer2 (48), layer4 (96)" in lines["layers"]
     assert "one per layer" in lines["denoisers"] and not lines["denoisers"].split()[1].startswith("0.0")
     assert "5 of 292 in-domain images" in lines["neighbours"]
-    assert "fused, start times [70, 95], 2 stored draws" in lines["score"]
+    assert "fused, start times [70, 95], 2 stored noise samples" in lines["score"]
     assert "390 different images" in lines["trained"]
     assert "78 held-out images; fpr 0.05, possible from 0.013 up" in lines["calibrated"]
 
