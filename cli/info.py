@@ -63,7 +63,8 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, {'joint' if settings['joint'] else 'one per layer'}",
         "neighbours": neighbours,
-        "score": f"{settings['head']}, start times {settings['start_times']}, {settings['draws']} stored noise samples each",
+        "score": f"{settings['head']}, start times {settings['start_times']}, "
+        f"{settings['draws']} stored noise samples each",
     }
 
 

@@ -132,7 +132,7 @@ class Settings(Runtime):
         object.__setattr__(self, "recipe", make_recipe(self.recipe))
         check_share("calibration", self.calibration)
         check_share("validation", self.validation)
-        check_fpr(self.fpr)
+        object.__setattr__(self, "fpr", check_fpr(self.fpr))
         if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be a whole number of 0 or more, not {self.seed!r}", argument="seed")
 

@@ -301,10 +301,9 @@ class Detector(BaseDetector[FeatureSettings]):
             raise ModelError("the classifier gives other layers than this detector was fitted on: call fit on it")
 
         other.heads_ = copy.deepcopy(self.heads_)
-        for name in ("calibration_", "bank_digests_", "n_images_", "precision_"):
+        learned = ("calibration_", "bank_digests_", "n_images_", "precision_", "validation_loss_", "training_seconds_")
+        for name in learned:
             setattr(other, name, getattr(self, name))
-        other.validation_loss_ = self.validation_loss_
-        other.training_seconds_ = self.training_seconds_
         return other
 
     # ---- score ----

@@ -88,10 +88,10 @@ def feature_values(
     runtime: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Settings of a saved detector; arguments of the user replace saved ones."""
-    check_runtime(runtime)
+    chosen = check_runtime(runtime)
     check_config(config, folder, "feature")
 
-    values = {**config["settings"], **runtime}
+    values = {**config["settings"], **chosen}
     if weights:
         values["weights"] = weights
 
@@ -105,13 +105,13 @@ def feature_values(
 
 def pixel_values(config: dict[str, Any], folder: Path, runtime: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a saved detector of the pixel mode."""
-    check_runtime(runtime)
+    chosen = check_runtime(runtime)
     check_config(config, folder, "pixel")
-    return {**config["settings"], **runtime}
+    return {**config["settings"], **chosen}
 
 
-def check_runtime(runtime: Mapping[str, Any]) -> None:
-    """Refuse settings that cannot be changed when a detector is loaded, and those outside their range."""
+def check_runtime(runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are set; refuses settings that cannot be changed when a detector is loaded, or are out of range."""
     for name in runtime:
         if name not in RUNTIME:
             raise UsageError(f"{name!r} cannot be changed when a detector is loaded; known: {', '.join(RUNTIME)}")
@@ -119,6 +119,7 @@ def check_runtime(runtime: Mapping[str, Any]) -> None:
     chosen = {name: value for name, value in runtime.items() if value is not None}
     settings = Runtime(**chosen)
     resolve_device(settings.device)
+    return chosen
 
 
 def take_facts(detector: BaseDetector[Any], config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,7 @@ class Heads(nn.Module):
     members : sequence of Score
         What ``fused`` joins besides the diffusion score.
     head : str, default "fused"
-        Which score is the detector's own: ``fused``, a diffusion score, a member's name, or the name under which
-        all members were registered together.
+        Which score is the detector's own: ``fused``, a diffusion score, or a member's name.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class Heads(nn.Module):
         """
         state = self.diffusion.fit(context)
         for score in self._scores:
-            score.fit(features, context)
+            score.fit(features, replace(context, checkpoint=None))  # that file is the denoisers'
         self.fit_statistics(context.validation[:])
         return state
 

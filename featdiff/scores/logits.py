@@ -27,7 +27,8 @@ class LogitScore(Score):
         super().__init__(layout)
         if layout.logits is None:
             raise UsageError(
-                f"the score {self.name!r} needs logits: give a classifier (a module) as backbone, or use featdiff.Guard"
+                f"the score {type(self).__name__} needs logits: give a classifier (a module) as backbone, or use "
+                "featdiff.Guard"
             )
         self._logits: Part = layout.logits
 

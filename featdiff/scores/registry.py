@@ -157,7 +157,7 @@ _entries: dict[str, Entry] = {}
 _loaded: set[str] = set()
 
 
-def register(name: str, *, head: bool = False, baseline: bool = False) -> Callable[[S], S]:
+def register(name: str, *, head: bool = False, baseline: bool = False, reads_logits: bool = False) -> Callable[[S], S]:
     """Register a score under a name of its own.
 
     Parameters
@@ -167,6 +167,8 @@ def register(name: str, *, head: bool = False, baseline: bool = False) -> Callab
         Whether ``Detector(extra_heads=[name])`` can join it.
     baseline : bool, default False
         Whether evaluations print it as ``baseline_<name>``.
+    reads_logits : bool, default False
+        Whether it needs a classifier's logits; for functions, as classes say so themselves.
 
     Returns
     -------
@@ -201,12 +203,14 @@ def register(name: str, *, head: bool = False, baseline: bool = False) -> Callab
         make: Factory = score
         if isinstance(score, type):
             kind: Any = score
-            kind.name = name
 
             def make(layout: FeatureLayout, options: Options) -> list[Score]:
-                return [kind(layout)]
+                built: Score = kind(layout)
+                built.name = vars(kind).get("name", name)
+                return [built]
 
-        _entries[name] = Entry(name, make, head, baseline, getattr(score, "reads_logits", False), origin)
+        needs_logits = reads_logits or getattr(score, "reads_logits", False)
+        _entries[name] = Entry(name, make, head, baseline, needs_logits, origin)
         return score
 
     return decorate
@@ -245,7 +249,7 @@ def need_logits(names: Sequence[str]) -> bool:
 def check_registered(names: Sequence[str], among: Callable[[], list[str]] | None = None, argument: str = "") -> None:
     """Refuse a name under which there is no score (``UsageError`` names its nearest neighbours)."""
     for name in names:
-        if name in _entries and (among is None or name in among()):
+        if among is None and name in _entries:
             continue
         known = among() if among else list(_all())
         if name not in known:
