@@ -108,7 +108,8 @@ def test_vim_of_images_that_are_all_alike_is_finite() -> None:
 @pytest.mark.parametrize("kind", [Energy, MaximumSoftmax, VirtualLogit])
 def test_logits_are_needed(kind: type[Energy]) -> None:
     assert kind.reads_logits and not kind.log_scale
-    with pytest.raises(UsageError, match=rf"the score {kind.__name__} needs logits: give a classifier .*featdiff.Guard"):
+    words = rf"the score {kind.__name__} needs logits: give a classifier .*featdiff.Guard"
+    with pytest.raises(UsageError, match=words):
         kind(STAGES_ONLY)
 
 
