@@ -108,11 +108,21 @@ class Commands(click.Group):
             click.echo("interrupted", err=True)
             code = EXIT_INTERRUPTED
         except BrokenPipeError:  # the reader (head, less) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             code = EXIT_FAILED
         except Exception as error:
             code = _report(error)
+            if isinstance(error, OSError):
+                _discard_output()
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _discard_output() -> None:
+    """Send what could not be written nowhere: Python would try once more at exit, and fail in its own words."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def option_of(command: click.Command | None, argument: str) -> str:
