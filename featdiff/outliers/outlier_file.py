@@ -171,12 +171,9 @@ def _layout(columns: dict[str, Any], file: Path) -> FeatureLayout:
         if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, int) for end in ends):
             raise _damaged(file, f"the columns of {name} are not what they should be")
     try:
-        layout = FeatureLayout.from_json(columns)
+        return FeatureLayout.from_json(columns)
     except UsageError as error:
         raise _damaged(file, str(error)) from None
-    if not layout.parts:
-        raise _damaged(file, "it names no columns")
-    return layout
 
 
 def _check_tensors(tensors: dict[str, Tensor], width: int, classes: int, file: Path) -> None:

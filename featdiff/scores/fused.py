@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..diffusion.training import TrainingState
 from ..exceptions import UsageError
 from ..features.layout import FeatureLayout
-from .diffusion import DIFFUSION, Diffusion, full_precision
+from .diffusion import DIFFUSION, Diffusion, Layerwise, full_precision
 from .fusion import log, statistics, weighted_sum
 from .registry import Context, Features, Score
 
@@ -114,7 +114,7 @@ class Heads(nn.Module):
     def fit_statistics(self, features: Tensor) -> None:
         """Set ``mean`` and ``deviation`` from held-out in-domain features (N, D)."""
         with full_precision(self.mean):
-            raw = torch.cat([self._raw(part)[0] for part in features.split(1024)])
+            raw = torch.cat([self._raw(part)[0] for part in features.to(self.mean.device).split(1024)])
             mean, deviation = statistics(raw)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
@@ -153,14 +153,14 @@ class Heads(nn.Module):
         """Rows of features (B, D) -> the detector's own score, then that of each layer, as they come (B, 1 + L)."""
         features = features.to(self.mean.device)
         with full_precision(self.mean):
-            if self.head in DIFFUSION and not self._scores:
-                layers = self.diffusion.layer_scores(features)
-                own = self.diffusion.join(layers) if self.head == "layerwise" else self.scores[self.head](features)
-                return torch.cat([own[:, None], layers], dim=1)
-
-            raw, layers = self._raw(features)
+            raw, layers, values = self._raw(features)
             z = (raw - self.mean) / self.deviation
-            own = self._own(features, z)
+            if self.head == FUSED:
+                own = weighted_sum(z, self.weights)
+            elif self.head in values:
+                own = values[self.head]
+            else:
+                own = self.scores[self.head](features)
             further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
             return torch.cat([own[:, None], layers, *further], dim=1)
 
@@ -171,19 +171,16 @@ class Heads(nn.Module):
         with full_precision(self.mean):
             return {name: score(features) for name, score in self.scores.items()}
 
-    def _own(self, features: Tensor, z: Tensor) -> Tensor:
-        """The detector's own score (B,), from features and from all z-scores (B, 1 + members)."""
-        return weighted_sum(z, self.weights) if self.head == FUSED else self.scores[self.head](features)
-
-    def _raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What is standardised (B, 1 + members), and the scores of the stages (B, stages)."""
-        features = features.to(self.mean.device)
+    def _raw(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What is standardised (B, 1 + members), the scores of the stages (B, stages), and each score joined (B,)."""
         layers = self.diffusion.layer_scores(features)
-        columns = [self.diffusion.join(layers)]
+        values = {Layerwise.name: self.diffusion.join(layers)}
+        columns = [values[Layerwise.name]]
         for score in self._scores:
             value = score(features)
+            values[score.name] = value
             columns.append(log(value) if score.log_scale else value)
-        return torch.stack(columns, dim=1), layers
+        return torch.stack(columns, dim=1), layers, values
 
 
 def _check_names(names: Sequence[str], head: str) -> None:
