@@ -45,6 +45,10 @@ class TooFewRows(UsageError, UserWarning):
     """A false-alarm rate that so few rows cannot support. A warning where a larger rate can stand in."""
 
 
+class NearCopiesFound(FeatdiffError, UserWarning):
+    """A warning: many images are near-copies of each other, and were kept together without being asked for."""
+
+
 class UnreadableImage(FeatdiffError, ValueError):
     """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
 

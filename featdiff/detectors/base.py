@@ -13,17 +13,19 @@ from torch import Tensor
 
 from ..data.batches import Batch, batches_from_loader, is_loader, iter_batches, iter_loaded
 from ..data.decoding import Transform
+from ..data.groups import Groups, label_images, numbered
 from ..data.references import list_images
-from ..data.splits import Split, split
+from ..data.splits import Plan, Split
 from ..exceptions import NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
-from ..features.store import Features, FeatureStore, FeatureTable
+from ..features.store import FeatureStore, FeatureTable
 from ..files.model_folder import save
 from ..runtime.progress import Progress
 from ..verdicts.calibration import Calibration, check_supported
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .config import Settings
+from .grouping import Grouping, make_checked_plan
 
 S = TypeVar("S", bound=Settings)
 
@@ -50,6 +52,8 @@ class BaseDetector(Generic[S]):
         Scores of held-out in-domain images.
     calibration_digests_ : list of bytes
         Which images these were; known where the detector was fitted, and not saved.
+    grouping_ : Grouping
+        Which images were taken to belong together; known where the detector was fitted on a split of its own.
     n_images_, n_duplicates_ : int
         Different images, and copies that were left out.
     unreadable_ : list of (path, reason)
@@ -70,6 +74,7 @@ class BaseDetector(Generic[S]):
     calibration_: Calibration
     calibration_digests_: list[bytes]
     unreadable_: list[tuple[str, str]]
+    grouping_: Grouping
     n_images_: int
     n_duplicates_: int
     validation_loss_: float
@@ -143,7 +148,11 @@ class BaseDetector(Generic[S]):
         return {
             "featdiff_version": version("featdiff"),
             "mode": self.mode,
-            "images": {"different": self.n_images_, "calibration": len(self.calibration_)},
+            "images": {
+                "different": self.n_images_,
+                "calibration": len(self.calibration_),
+                "calibration_groups": self.calibration_.groups,
+            },
             "validation_loss": self.validation_loss_,
             "training_seconds": self.training_seconds_,
             "settings": self.settings.saved(),
@@ -233,39 +242,45 @@ class BaseDetector(Generic[S]):
     # ---- parts of fit ----
 
     def _divide(
-        self, digests: list[bytes], store: FeatureStore, rows: Split | None
-    ) -> tuple[list[bytes], FeatureTable, Split]:
+        self, extraction: Extraction, store: FeatureStore, split: Split | None, groups: Groups | None
+    ) -> tuple[list[bytes], FeatureTable, Plan]:
         """Different contents, their features, and which of them train, validate and calibrate.
 
-        Copies of one image count once: they must not be on both sides. ``rows`` is a split that the caller wants.
+        Copies of one image count once: they must not be on both sides. ``split`` is one that the caller wants.
         """
-        unique = list(dict.fromkeys(digests))
+        unique = list(dict.fromkeys(extraction.digests))
+        features = store.table(unique)
         self.n_images_ = len(unique)
-        self.n_duplicates_ = len(digests) - len(unique)
+        self.n_duplicates_ = len(extraction.digests) - len(unique)
 
-        if rows is None:
-            settings = self.settings
-            rows = split(len(unique), settings.calibration, settings.validation, settings.seed)
+        if split is not None:
+            if groups is not None:
+                raise UsageError("a split says who trains and who calibrates, so drop groups", argument="groups")
+            split.check(len(unique))
+            check_supported(self.fpr, len(split.calibration))
+            plan = Plan(split, (), len(split.calibration))
         else:
-            rows.check(len(unique))
-        check_supported(self.fpr, len(rows.calibration))
-        self.calibration_digests_ = [unique[i] for i in rows.calibration]
-        return unique, store.table(unique), rows
+            grouping = self._group(extraction, features, groups)
+            self.grouping_ = grouping
+            settings = self.settings
+            plan = make_checked_plan(
+                len(unique), settings.calibration, settings.validation, settings.seed, grouping.numbers, self.fpr
+            )
+        self.calibration_digests_ = [unique[i] for i in plan.calibration]
+        return unique, features, plan
 
-    def _training_key(self, digests: list[bytes], rows: Split, version: int, names: Sequence[str]) -> str:
+    def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
+        """The group of each different image, where groups are given."""
+        if groups is None:
+            return Grouping()
+        labels = label_images(groups, extraction.paths, extraction.positions, extraction.total)
+        return Grouping.of(numbered(labels, extraction.digests), groups)
+
+    def _training_key(self, digests: list[bytes], split: Split, version: int, names: Sequence[str]) -> str:
         """A hash of all that decides a training run: its images, settings of these names, and the recipe."""
         facts = repr([version, self.settings.recipe, [getattr(self.settings, name) for name in names]])
-        contents = b"".join(digests[i] for part in (rows.training, rows.validation) for i in part)
-        return hashlib.sha256(f"{facts} {len(rows.training)} ".encode() + contents).hexdigest()[:16]
-
-    def _in_chunks(self, features: Features, progress: Progress | None = None) -> Iterator[Tensor]:
-        """Rows that calibrate, as many at a time as are scored at once."""
-        done = 0
-        for chunk in features.chunks(self.rows_at_once):
-            yield chunk
-            done += len(chunk)
-            if progress:
-                progress("calibrating", done, len(features))
+        contents = b"".join(digests[i] for part in (split.training, split.validation) for i in part)
+        return hashlib.sha256(f"{facts} {len(split.training)} ".encode() + contents).hexdigest()[:16]
 
     # ---- score ----
 

@@ -13,20 +13,24 @@ import torch
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..data.splits import Split, split
-from ..diffusion.training import Recipe, TrainingState
+from ..data.groups import AUTO, NONE, Groups, check_groups, label_images, numbered
+from ..data.splits import make_plan
+from ..diffusion.training import Recipe
 from ..exceptions import ModelError, UsageError
+from ..features.store import Features
 from ..files.model_folder import load, locate, save
 from ..runtime.progress import Progress
+from ..scores.fused import Heads, Measured
 from ..scores.nearest import NearestNeighbors
 from ..scores.registry import Context
 from ..verdicts.calibration import Calibration
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .checks import make_recipe
-from .estimator_checks import check_settings, draw_seed, layers_from_json, supported_fpr, without_copies
+from .estimator_checks import check_settings, draw_seed, first_of_each, layers_from_json, row_digest, supported_fpr
 from .estimator_scores import PreparedRows, VectorHeads, find_columns
-from .fitting import choose_bank
+from .fitting import Bank, fit_heads
+from .grouping import Grouping
 from .saved import VECTORS, check_config, load_tensors
 
 #: Why a row has no score.
@@ -63,8 +67,9 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         A number in (0, 0.5]: flag this share of the rows of ``fit`` themselves, as other outlier detectors do.
     fpr : float, default 0.05
         False-alarm rate of ``auto``, in (0, 1).
-    calibration : float, default 0.2
-        Share of the rows held out for p-values, in (0, 0.5); at most 10,000 rows.
+    calibration : "auto" or float, default "auto"
+        Share of the rows held out for p-values, in (0, 0.5); at most 10,000 rows. ``auto``: up to 500 rows all of them
+        calibrate, by five folds; of more, a fifth.
     hidden_max : int, default 128
         Largest width of a denoiser; see :class:`featdiff.Detector`.
     blocks : int, default 2
@@ -103,6 +108,8 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         Different rows of ``fit``.
     n_duplicates_ : int
         Copies that were left out: copies of one row must not fall on both sides of a split.
+    grouping_ : Grouping
+        Which rows were taken to belong together.
     validation_loss_ : float
         Smallest validation loss of the denoisers.
     training_seconds_ : float
@@ -129,7 +136,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         layers: Sequence[slice] | Mapping[str, slice] | None = None,
         contamination: str | float = "auto",
         fpr: float = 0.05,
-        calibration: float = 0.2,
+        calibration: str | float = "auto",
         hidden_max: int = 128,
         blocks: int = 2,
         start_times: Sequence[int] = (95,),
@@ -156,7 +163,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
 
     # ---- fit ----
 
-    def fit(self, X: object, y: object = None, progress: Progress | None = None) -> Self:
+    def fit(self, X: object, y: object = None, progress: Progress | None = None, groups: Groups | None = None) -> Self:
         """Learn what is in-domain from ordinary rows; no labels, no OOD rows.
 
         Parameters
@@ -166,6 +173,9 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         y : object, optional
             Ignored.
         progress : callable (stage, done, total), optional
+        groups : "auto", "none", or sequence of length n, optional
+            Which rows belong together, so that they are never on two sides of a split: a label for each, or ``auto``:
+            near-copies do. Default: as ``auto`` where a split by chance would make the false-alarm rate wrong.
 
         Returns
         -------
@@ -181,7 +191,10 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         -----
         TooFewRows
             ``fpr`` needs more held-out rows than there are: the smallest rate that they support is used.
+        NearCopiesFound
+            Near-copies were taken as groups without being asked for.
         """
+        check_groups(groups)
         settings = self._settings()
         check_settings(settings)
         recipe = make_recipe(self.recipe)
@@ -190,27 +203,41 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         seed = draw_seed(self.random_state)
 
         # rows -> features
-        different = without_copies(rows)
-        parts = split(len(different), settings["calibration"], _VALIDATION, seed)
-        fpr = supported_fpr(settings["fpr"], len(parts.calibration), settings["calibration"])
-        bank_size = min(settings["bank_size"], len(parts.training)) if settings["neighbors"] else 1
-        heads = _new_heads(settings, columns, bank_size, seed)
-        sample = np.random.default_rng(seed).permutation(parts.training)[:_SCALE_ROWS]
-        heads.fit_level(rows[different[np.sort(sample)]])
-
-        # features -> scores
+        digests = [row_digest(row) for row in rows]
+        different = first_of_each(digests)
+        heads = _new_heads(settings, columns, 1, seed)
+        sample = np.sort(np.random.default_rng(seed).permutation(different)[:_SCALE_ROWS])
+        heads.fit_level(rows[sample])
         features = PreparedRows(rows, different, heads)
-        trained = _fit_heads(heads, features, parts, bank_size, settings, recipe, seed, progress)
+        self.grouping_ = _group(features, digests, heads, groups)
+        plan = make_plan(len(different), settings["calibration"], _VALIDATION, seed, self.grouping_.numbers)
+        fpr = supported_fpr(settings["fpr"], plan.groups, settings["calibration"])
 
-        # scores -> calibration
+        # features -> scores -> calibration
+        def measure(trained: Heads, held_out: Features) -> Measured:
+            heads.heads = trained
+            return heads.measure(held_out)
+
+        fitted = fit_heads(
+            features,
+            plan,
+            Bank(settings["bank_size"], settings["coreset"] if settings["neighbors"] else "random", seed),
+            lambda size: _new_heads(settings, columns, size if settings["neighbors"] else 1, seed).heads,
+            lambda split: Context(
+                features.select(split.training), features.select(split.validation), recipe, seed, progress=progress
+            ),
+            measure,
+        )
+
+        heads.heads = fitted.heads
         self.heads_ = heads
         self.layers_ = columns
         self.fpr_ = fpr
         self.n_rows_ = len(different)
         self.n_duplicates_ = len(rows) - len(different)
-        self.validation_loss_ = trained.best_loss
-        self.training_seconds_ = trained.seconds
-        self.calibration_ = Calibration(heads.calibrate(rows[different[parts.calibration]]))
+        self.validation_loss_ = fitted.validation_loss
+        self.training_seconds_ = fitted.seconds
+        self.calibration_ = Calibration(fitted.calibration, plan.groups)
         self.offset_ = self._offset(rows)
         return self
 
@@ -323,6 +350,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             "images": {
                 "different": self.n_rows_,
                 "calibration": len(self.calibration_),
+                "calibration_groups": self.calibration_.groups,
                 "bank": self._bank_rows(),
             },
             "validation_loss": self.validation_loss_,
@@ -391,7 +419,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         if {name: part.stop - part.start for name, part in columns.items()} != config["layers"]:
             raise ModelError(f"the model at {folder} is damaged: its layers are not those it was saved with")
 
-        detector.calibration_ = load_tensors(heads, tensors, images["calibration"], folder)
+        detector.calibration_ = load_tensors(heads, tensors, images, folder)
         detector.heads_ = heads
         detector.layers_ = columns
         detector.n_features_in_ = width
@@ -405,23 +433,14 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         return detector
 
 
-def _fit_heads(
-    heads: VectorHeads,
-    features: PreparedRows,
-    parts: Split,
-    bank_size: int,
-    settings: Mapping[str, Any],
-    recipe: Recipe,
-    seed: int,
-    progress: Progress | None,
-) -> TrainingState:
-    """Choose the bank of in-domain rows, then train the denoisers and fit the other scores."""
-    method = settings["coreset"] if settings["neighbors"] else "random"
-    bank = choose_bank(features, parts.training, bank_size, method, seed, heads.heads.diffusion.stages)
-    training = features.select(parts.training)
-    validation = features.select(parts.validation)
-    context = Context(training, validation, recipe, seed, progress=progress)
-    return heads.heads.fit(features.select(bank), context)
+def _group(features: PreparedRows, digests: list[bytes], heads: VectorHeads, groups: Groups | None) -> Grouping:
+    """The group of each different row."""
+    if groups is None or isinstance(groups, str):
+        if groups not in (None, AUTO, NONE):
+            raise UsageError(f"groups of rows are 'auto', 'none', or a label for each row, not {groups!r}", "groups")
+        return Grouping() if groups == NONE else Grouping.found(features, heads.heads.layout, asked=groups == AUTO)
+    labels = label_images(groups, [str(i) for i in range(len(digests))])
+    return Grouping.of(numbered(labels, digests), groups)
 
 
 def _new_heads(settings: Mapping[str, Any], columns: Mapping[str, slice], bank_rows: int, seed: int) -> VectorHeads:

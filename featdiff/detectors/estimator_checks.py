@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,18 @@ from sklearn.utils import check_random_state
 
 from ..exceptions import TooFewRows, UsageError, first_line
 from ..scores.coreset import CORESETS
-from ..verdicts.calibration import check_fpr, check_supported
+from ..verdicts.calibration import check_fpr, is_supported, offered
 from .checks import check_choice, check_neighbors, check_share, check_times, check_whole, is_number
 from .estimator_scores import TIMESTEPS
+from .grouping import needed_in_all
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse parameters outside their range (``UsageError``); layers are checked once the columns are known."""
     for name in ("hidden_max", "blocks", "draws", "bank_size"):
         check_whole(name, settings[name])
-    check_share("calibration", settings["calibration"], "rows")
+    if settings["calibration"] != "auto":
+        check_share("calibration", settings["calibration"], "rows")
     check_fpr(settings["fpr"])
     check_times("start_times", settings["start_times"], TIMESTEPS - 1)
     check_neighbors(settings["neighbors"], settings["bank_size"])
@@ -54,12 +55,16 @@ def draw_seed(random_state: object) -> int:
         raise UsageError(message, argument="random_state") from None
 
 
-def without_copies(rows: np.ndarray) -> np.ndarray:
-    """Indices of the different rows: the first of each."""
+def row_digest(row: np.ndarray) -> bytes:
+    """A hash of a row's numbers, 16 bytes."""
+    positive_zeros = row + 0  # -0 + 0 is 0
+    return hashlib.blake2b(positive_zeros.tobytes(), digest_size=16).digest()
+
+
+def first_of_each(digests: Sequence[bytes]) -> np.ndarray:
+    """Indices of the different rows: the first of each (``UsageError`` if they are fewer than three)."""
     first_index: dict[bytes, int] = {}
-    for i, row in enumerate(rows):
-        positive_zeros = row + 0  # -0 + 0 is 0
-        digest = hashlib.blake2b(positive_zeros.tobytes(), digest_size=16).digest()
+    for i, digest in enumerate(digests):
         first_index.setdefault(digest, i)
 
     n = len(first_index)
@@ -68,15 +73,11 @@ def without_copies(rows: np.ndarray) -> np.ndarray:
     return np.fromiter(first_index.values(), dtype=np.int64)
 
 
-def supported_fpr(fpr: float, n_calibration: int, share: float) -> float:
-    """``fpr``, or with a warning the smallest rate that so many calibration rows, a ``share`` of all, support."""
-    try:
-        check_supported(fpr, n_calibration)
-    except UsageError:
-        smallest = 1 / (n_calibration + 1)
-        needed = math.ceil((1 / fpr - 1) / share)
-        rounded = math.ceil(1000 * smallest) / 1000
-        message = f"fpr {fpr:g} needs about {needed} different rows: fit on more, or ask for {rounded:g}"
-        warnings.warn(TooFewRows(message, argument="fpr"), stacklevel=3)
-        return smallest
-    return fpr
+def supported_fpr(fpr: float, n: int, share: float | str) -> float:
+    """``fpr``, or with a warning the smallest rate that ``n`` groups of rows support; ``share``: how many calibrate."""
+    if is_supported(fpr, n):
+        return fpr
+    needed = needed_in_all(fpr, share)
+    message = f"fpr {fpr:g} needs about {needed:,} different rows or groups: fit on more, or ask for {offered(n)}"
+    warnings.warn(TooFewRows(message, argument="fpr"), stacklevel=3)
+    return 1 / (n + 1)

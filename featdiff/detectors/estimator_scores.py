@@ -13,7 +13,7 @@ from ..exceptions import UsageError
 from ..features.layout import FeatureLayout
 from ..features.store import Features
 from ..scores.diffusion import Diffusion
-from ..scores.fused import Heads
+from ..scores.fused import Heads, Measured
 from ..scores.registry import Options, Score, make_scores
 
 #: Length of the noise schedule.
@@ -108,26 +108,29 @@ class VectorHeads(nn.Module):
             parts += [x.clamp(-_LARGEST, _LARGEST), constants]
         return torch.cat(parts, dim=1)
 
-    def calibrate(self, rows: np.ndarray) -> np.ndarray:
-        """Set the scale of the scores from held-out rows (n, d), and return their scores (n,)."""
-        unscaled = self._unscaled(rows)
-        self.heads.fit_scale(unscaled)
-        return self.heads.rescaled(unscaled)[:, 0].double().numpy()
+    def measure(self, features: Features) -> Measured:
+        """Prepared rows (N, d + 2 for each layer) -> what the heads measure, in batches of one size."""
+        parts = []
+        for chunk in features.chunks(_ROWS):
+            parts.append(self.heads.measure(_padded(chunk))[: len(chunk)])
+        return Measured.concatenate(parts)
 
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Finite rows (N, d) -> (ood_score (N,), layer scores (N, L)), float64, higher = more OOD."""
-        scores = self.heads.rescaled(self._unscaled(rows)).double().numpy()
-        return scores[:, 0], scores[:, 1:]
-
-    def _unscaled(self, rows: np.ndarray) -> Tensor:
-        """Rows (N, d) -> scores before scaling (N, 1 + L), in batches of one size."""
         scores = torch.empty(len(rows), 1 + len(self.heads.layers))
-        block = np.zeros((_ROWS, rows.shape[1]), np.float32)
         for start in range(0, len(rows), _ROWS):
-            part = rows[start : start + _ROWS]
-            block[: len(part)] = part
-            scores[start : start + len(part)] = self.heads.unscaled(self.prepared(block))[: len(part)]
-        return scores
+            chunk = self.prepared(rows[start : start + _ROWS])
+            unscaled = self.heads.unscaled(_padded(chunk))[: len(chunk)]
+            scores[start : start + len(chunk)] = self.heads.rescaled(unscaled)
+        doubles = scores.double().numpy()
+        return doubles[:, 0], doubles[:, 1:]
+
+
+def _padded(prepared: Tensor) -> Tensor:
+    """At most ``_ROWS`` prepared rows -> exactly so many, the others zeros."""
+    block = torch.zeros(_ROWS, prepared.shape[1])
+    block[: len(prepared)] = prepared
+    return block
 
 
 class PreparedRows(Features):

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..data.batches import is_loader, peek_size
 from ..data.decoding import Transform
+from ..data.groups import AUTO, Groups, check_groups
 from ..data.splits import Split
 from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
+from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.networks import device_of, identity
-from ..features.store import Features, FeatureStore, FeatureTable
+from ..features.store import FeatureStore, FeatureTable
 from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
 from ..scores.diffusion import Diffusion
@@ -30,7 +32,8 @@ from .base import BaseDetector
 from .checks import make_recipe
 from .config import FeatureSettings
 from .constructors import takes
-from .fitting import as_digests, choose_bank
+from .fitting import Bank, as_digests, fit_heads
+from .grouping import Grouping
 from .saved import check_fingerprint, check_layers, feature_values, load_tensors, take_digests, take_facts, widths_of
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
@@ -145,7 +148,13 @@ class Detector(BaseDetector[FeatureSettings]):
 
     # ---- fit ----
 
-    def fit(self, images: object, progress: Progress | None = None, rows: Split | None = None) -> Self:
+    def fit(
+        self,
+        images: object,
+        progress: Progress | None = None,
+        split: Split | None = None,
+        groups: Groups | None = None,
+    ) -> Self:
         """Learn what is in-domain from ordinary images; no labels, no OOD images.
 
         Parameters
@@ -154,9 +163,14 @@ class Detector(BaseDetector[FeatureSettings]):
             As for :func:`featdiff.data.references.list_images`, or a DataLoader of preprocessed batches. Files that
             cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
-        rows : featdiff.data.splits.Split, optional
+        split : featdiff.data.splits.Split, optional
             Which of the different, readable images train, validate and calibrate, for example because a classifier was
-            trained on others. Default: random ones.
+            trained on others. Default: up to 500 images all calibrate, by five folds; of more, a fifth.
+        groups : str, path, sequence or mapping, optional
+            Which images belong together (bursts, video frames, patients), so that they are never on two sides of the
+            split: ``auto``, ``none``, ``folder``, ``gap:N``, a regular expression, a CSV file, or labels; see
+            :func:`featdiff.data.groups.label_images`. Default: near-copies are looked for, and are groups where a split
+            by chance would make the false-alarm rate wrong.
 
         Returns
         -------
@@ -169,34 +183,42 @@ class Detector(BaseDetector[FeatureSettings]):
             No images, or too few for ``fpr``.
         WeightsError, FeatdiffError
             The backbone cannot be had, the cache cannot be written, or training diverged.
+
+        Warns
+        -----
+        NearCopiesFound
+            Near-copies were taken as groups without being asked for.
         """
+        check_groups(groups)
         vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
         # images -> features
         images, size = self._input_size(images)
         self.extractor_ = self._make_extractor(size)
         self.precision_ = self.extractor_.precision
         extraction, store = self._extract(images, progress)
-        digests, features, rows = self._divide(extraction.digests, store, rows)
+        digests, features, plan = self._divide(extraction, store, split, groups)
 
-        # features -> scores
-        bank_size = min(self.settings.bank_size, len(rows.training))
-        self.heads_ = self._make_heads(bank_size)
-        bank = choose_bank(
+        # features -> scores -> calibration
+        settings = self.settings
+        fitted = fit_heads(
             features,
-            rows.training,
-            bank_size,
-            self.settings.coreset,
-            self.settings.seed,
-            self.heads_.diffusion.stages,
+            plan,
+            Bank(settings.bank_size, settings.coreset, settings.seed),
+            self._make_heads,
+            lambda part: self._context(features, digests, part, store, progress),
         )
-        trained = self.heads_.fit(features.select(bank), self._context(features, digests, rows, store, progress))
-        self.validation_loss_ = trained.best_loss
-        self.training_seconds_ = trained.seconds
-        self.bank_digests_ = as_digests(digests, bank)
-
-        # scores -> calibration
-        self._calibrate(features.select(rows.calibration))
+        self.heads_ = fitted.heads
+        self.validation_loss_ = fitted.validation_loss
+        self.training_seconds_ = fitted.seconds
+        self.bank_digests_ = as_digests(digests, fitted.bank)
+        self.calibration_ = Calibration(fitted.calibration, plan.groups)
         return self
+
+    def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
+        """The group of each different image: given, or found in the features."""
+        if groups is None or groups == AUTO:
+            return Grouping.found(features, self.extractor_.layout, asked=groups == AUTO)
+        return super()._group(extraction, features, groups)
 
     def _input_size(self, images: object) -> tuple[object, Sequence[int] | None]:
         """The images, and the size that a module of the user's own is fitted for: that of a loader's first batch."""
@@ -206,24 +228,18 @@ class Detector(BaseDetector[FeatureSettings]):
         return images, self.settings.input_size
 
     def _context(
-        self, features: FeatureTable, digests: list[bytes], rows: Split, store: FeatureStore, progress: Progress | None
+        self, features: FeatureTable, digests: list[bytes], split: Split, store: FeatureStore, progress: Progress | None
     ) -> Context:
-        key = self._training_key(digests, rows, _TRAINING_VERSION, _TRAINING_SETTINGS)
+        key = self._training_key(digests, split, _TRAINING_VERSION, _TRAINING_SETTINGS)
         return Context(
-            training=features.select(rows.training),
-            validation=features.select(rows.validation),
+            training=features.select(split.training),
+            validation=features.select(split.validation),
             recipe=make_recipe(self.settings.recipe),
             seed=self.settings.seed,
             classifier=self._classifier(),
             checkpoint=store.folder / f"training-{key}.pt",
             progress=progress,
         )
-
-    def _calibrate(self, features: Features) -> None:
-        """Set the scale of the scores, and keep those of held-out images."""
-        unscaled = torch.cat([self.heads_.unscaled(chunk) for chunk in self._in_chunks(features)])
-        self.heads_.fit_scale(unscaled)
-        self.calibration_ = Calibration(self.heads_.rescaled(unscaled)[:, 0].double().cpu().numpy())
 
     def check_layers(self) -> None:
         """Refuse layers that cannot be read, by passing one image through the backbone (``UsageError``)."""
@@ -427,7 +443,7 @@ class Detector(BaseDetector[FeatureSettings]):
 
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
         detector.heads_ = detector._make_heads(len(detector.bank_digests_))
-        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
         take_facts(detector, config)
         detector.precision_ = config["backbone"].get("precision", detector.extractor_.precision)
         return detector

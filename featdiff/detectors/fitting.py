@@ -1,17 +1,145 @@
-"""Which in-domain features a detector keeps. What the detectors' fit leaves to others."""
+"""Features and a plan of who trains and who calibrates -> fitted scores, and what calibrates them.
+
+What the detectors' fit leaves to others, be it on images or on rows of numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
+from ..data.splits import Plan, Split
+from ..diffusion.training import TrainingState
 from ..features.store import Features
 from ..scores.coreset import coreset
+from ..scores.fused import Heads, Measured
+from ..scores.registry import Context
 
 # Choosing among many more rows than are kept needs memory and time, and gains nothing.
 _CANDIDATES = 20
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Which of the rows that train are kept, to look up neighbours in.
+
+    Parameters
+    ----------
+    size : int
+        How many, at most.
+    method : str
+        See :func:`featdiff.scores.coreset.coreset`.
+    seed : int
+    """
+
+    size: int
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a fit.
+
+    Attributes
+    ----------
+    heads : Heads
+        Fitted, with the scale of its scores.
+    bank : ndarray of int
+        Rows that the scores keep.
+    calibration : ndarray of shape (n,)
+        Scores of the rows that calibrate, higher = more OOD.
+    validation_loss, seconds : float
+        Of the training of the denoisers that are kept; time of all trainings.
+    """
+
+    heads: Heads
+    bank: np.ndarray
+    calibration: np.ndarray
+    validation_loss: float
+    seconds: float
+
+
+def fit_heads(
+    features: Features,
+    plan: Plan,
+    bank: Bank,
+    new_heads: Callable[[int], Heads],
+    context_of: Callable[[Split], Context],
+    measure: Callable[[Heads, Features], Measured] = Heads.measure_all,
+) -> Fitted:
+    """Fit scores, and calibrate them on rows that they have not seen.
+
+    With folds, each row is measured by scores that were fitted without it and its group. Those measurements set the
+    statistics of the final scores, which are fitted on all rows, and calibrate them (as in cross-conformal prediction,
+    Vovk 2015, arXiv 1208.0806, but with one final model). The final scores have seen a quarter more rows than those of
+    a fold, so that p-values err towards too large, if at all.
+
+    Parameters
+    ----------
+    features : Features
+        Rows (N, D) of different contents.
+    plan : Plan
+    bank : Bank
+    new_heads : callable
+        Number of rows in the bank -> unfitted scores.
+    context_of : callable
+        Split -> how to train on it.
+    measure : callable, optional
+        Fitted scores and features -> what they measure.
+
+    Returns
+    -------
+    Fitted
+    """
+    count = len(plan.folds) + 1
+    parts = []
+    seconds = 0.0
+    for number, fold in enumerate(plan.folds):
+        context = _part_of(context_of(fold), number, count)
+        heads, _, state = _fit(features, fold.training, bank, new_heads, context)
+        parts.append(measure(heads, features.select(fold.calibration)))
+        seconds += state.seconds
+
+    final = plan.final
+    candidates = np.sort(np.concatenate([final.training, final.validation])) if plan.folds else final.training
+    context = _part_of(context_of(final), count - 1, count)
+    heads, kept, state = _fit(features, candidates, bank, new_heads, context)
+    if plan.folds:
+        measured = Measured.concatenate(parts)
+        heads.fit_statistics(measured)
+    else:
+        measured = measure(heads, features.select(final.calibration))
+
+    unscaled = heads.combined(measured)
+    heads.fit_scale(unscaled)
+    scores = heads.rescaled(unscaled)[:, 0].double().cpu().numpy()
+    return Fitted(heads, kept, scores, state.best_loss, seconds + state.seconds)
+
+
+def _fit(
+    features: Features, candidates: np.ndarray, bank: Bank, new_heads: Callable[[int], Heads], context: Context
+) -> tuple[Heads, np.ndarray, TrainingState]:
+    """Fitted scores, the rows that they keep of the candidates, and what came of training."""
+    size = min(bank.size, len(candidates))
+    heads = new_heads(size)
+    kept = choose_bank(features, candidates, size, bank.method, bank.seed, heads.diffusion.stages)
+    return heads, kept, heads.fit(features.select(kept), context)
+
+
+def _part_of(context: Context, number: int, count: int) -> Context:
+    """The context of one of several trainings of about one length, which reports its progress as a part of all."""
+    report = context.progress
+    if report is None or count == 1:
+        return context
+
+    def progress(stage: str, done: int, total: int) -> None:
+        report(stage, number * total + done, count * total)
+
+    return replace(context, progress=progress)
 
 
 def choose_bank(

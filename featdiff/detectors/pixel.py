@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.groups import Groups, check_groups
 from ..diffusion.fit import fit_denoiser
 from ..diffusion.schedules import plain_config
 from ..exceptions import ModelError, UsageError
 from ..features.networks import fingerprint
 from ..features.pixels import Pixels
-from ..features.store import FeatureStore, FeatureTable
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..files.model_folder import load, locate
 from ..runtime.processes import make_accelerator
 from ..runtime.progress import Progress
@@ -128,7 +130,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
 
     # ---- fit ----
 
-    def fit(self, images: object, progress: Progress | None = None) -> Self:
+    def fit(self, images: object, progress: Progress | None = None, groups: Groups | None = None) -> Self:
         """Learn what is in-domain from ordinary images; no labels, no OOD images.
 
         With several processes (``accelerate launch``), all train, and only the first one continues: the detectors of
@@ -141,6 +143,9 @@ class PixelDetector(BaseDetector[PixelSettings]):
             [-1, 1]. Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content
             count once.
         progress : callable (stage, done, total), optional
+        groups : str, path, sequence or mapping, optional
+            Which images belong together; see :func:`featdiff.data.groups.label_images` (``auto`` needs the feature
+            mode). Default: each image is on its own.
 
         Returns
         -------
@@ -154,29 +159,31 @@ class PixelDetector(BaseDetector[PixelSettings]):
         WeightsError, FeatdiffError
             A pipeline or the weights of a distance cannot be loaded, the cache cannot be written, or training diverged.
         """
+        check_groups(groups)
         for name in ("calibration_", "examples_", "_distance_store"):
             vars(self).pop(name, None)  # unfitted until this fit ends
         self.prepare()
 
         # images -> pixels
         extraction, store = self._extract(images, progress)
-        digests, pixels, rows = self._divide(extraction.digests, store, None)
+        digests, pixels, plan = self._divide(extraction, store, None, groups)
+        split = plan.final
 
         # pixels -> noise -> denoise
         self.validation_loss_ = 0.0
         self.training_seconds_ = 0.0
         if self.settings.pretrained is None:
-            key = self._training_key(digests, rows, _TRAINING_VERSION, _TRAINING_SETTINGS)
+            key = self._training_key(digests, split, _TRAINING_VERSION, _TRAINING_SETTINGS)
             self.training_log_ = store.folder / f"training-{key}"
-            if not self._train(pixels.select(rows.training), pixels[rows.validation], progress):
+            if not self._train(pixels.select(split.training), pixels[split.validation], progress):
                 return self
 
         # mask -> inpaint -> distance -> calibrate
-        held_out = pixels.select(rows.calibration)
-        distances = torch.cat([self._distances(chunk) for chunk in self._in_chunks(held_out, progress)])
+        held_out = pixels.select(split.calibration)
+        distances = torch.cat([self._distances(chunk) for chunk in _in_chunks(held_out, self.rows_at_once, progress)])
         self.heads_.fit_statistics(distances)
         scores = self.heads_.scores(distances)[:, 0].double().cpu().numpy()
-        self.calibration_ = Calibration(scores)
+        self.calibration_ = Calibration(scores, plan.groups)
         self.examples_ = held_out[least_and_most(scores)]
         return self
 
@@ -391,7 +398,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
             raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
 
         detector.extractor_ = detector.heads_.pixels
-        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"]["calibration"], folder)
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
         if detector._perceptual_fingerprint() != config["features"]:
             backbone = detector.settings.backbone
             raise ModelError(f"{backbone} has other weights than the detector at {folder} was fitted with")
@@ -415,3 +422,13 @@ def flip_half(x: Tensor, source: torch.Generator) -> Tensor:
     """Mirror each image of (B, C, H, W) with probability 1/2."""
     flipped = torch.rand(len(x), 1, 1, 1, generator=source, device=x.device) < 0.5
     return torch.where(flipped, x.flip(-1), x)
+
+
+def _in_chunks(features: Features, size: int, progress: Progress | None) -> Iterator[Tensor]:
+    """Rows that calibrate, as many at a time as are scored at once."""
+    done = 0
+    for chunk in features.chunks(size):
+        yield chunk
+        done += len(chunk)
+        if progress:
+            progress("calibrating", done, len(features))

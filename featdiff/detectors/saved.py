@@ -29,6 +29,7 @@ _SHARED_KINDS: dict[str, Any] = {
     "featdiff_version": str,
     "images.different": int,
     "images.calibration": int,
+    "images.calibration_groups": int,
     "validation_loss": (int, float),
     "training_seconds": (int, float),
     "settings": dict,
@@ -159,13 +160,17 @@ def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndar
     return digests.numpy()
 
 
-def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], n_calibration: int, folder: Path) -> Calibration:
+def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], images: Mapping[str, int], folder: Path) -> Calibration:
     """Load the tensors into ``heads``, strictly, and return the calibration."""
     scores = tensors.pop("calibration", None)
     check_tensors(tensors, heads.state_dict(), folder)
 
-    if scores is None or scores.dim() != 1 or len(scores) != n_calibration or n_calibration == 0:
+    expected = images["calibration"]
+    if scores is None or scores.dim() != 1 or len(scores) != expected or expected == 0:
         raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
 
     heads.load_state_dict(tensors)
-    return Calibration(scores.double().numpy())
+    try:
+        return Calibration(scores.double().numpy(), images["calibration_groups"])
+    except UsageError as error:
+        raise ModelError(f"the model at {folder} is damaged: {error}") from None

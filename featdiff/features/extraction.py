@@ -104,8 +104,10 @@ class Extraction:
 
     Attributes
     ----------
-    paths, digests : lists
-        Of the images that could be read, in their order.
+    paths, digests, positions : lists
+        Of the images that could be read, in their order; a position counts all images.
+    total : int
+        How many images there were.
     unreadable : list of (path, reason)
     computed : int
         How many went through the backbone just now.
@@ -113,6 +115,8 @@ class Extraction:
 
     paths: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    total: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     computed: int = 0
 
@@ -153,9 +157,11 @@ def extract(
                     store.add(item.digest, vectors[i])
                 extraction.paths.append(item.ref.path)
                 extraction.digests.append(item.digest)
+                extraction.positions.append(done + i)
 
             extraction.computed += len(vectors)
             done += len(batch.loaded)
+            extraction.total = done
             if progress:
                 progress("features", done, max(total, done))
     finally:

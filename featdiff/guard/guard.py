@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import is_batch
+from ..data.groups import Groups
 from ..data.splits import Split
 from ..detectors import Detector
 from ..exceptions import NotFittedError, UsageError
@@ -204,7 +205,13 @@ class Guard(nn.Module):
         """
         self._new_detector().check_layers()
 
-    def fit(self, loader: object, progress: Progress | None = None, rows: Split | None = None) -> Self:
+    def fit(
+        self,
+        loader: object,
+        progress: Progress | None = None,
+        split: Split | None = None,
+        groups: Groups | None = None,
+    ) -> Self:
         """Learn what is in-domain from ordinary images, in the classifier's own features; no labels are needed.
 
         Parameters
@@ -214,8 +221,10 @@ class Guard(nn.Module):
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
             Fit in the precision of later use: in half precision, or under the same ``autocast``.
         progress : callable (stage, done, total), optional
-        rows : featdiff.data.splits.Split, optional
+        split : featdiff.data.splits.Split, optional
             Which of the different images train, validate and calibrate; see :meth:`featdiff.Detector.fit`.
+        groups : str, path, sequence or mapping, optional
+            Which images belong together; see :meth:`featdiff.Detector.fit`.
 
         Returns
         -------
@@ -239,7 +248,7 @@ class Guard(nn.Module):
             loader = iter(loader)
 
         with torch.random.fork_rng(devices=[]):  # loaders draw from the global source
-            self.detector = detector.fit(loader, progress, rows)
+            self.detector = detector.fit(loader, progress, split, groups)
         return self
 
     # ---- the forward pass ----

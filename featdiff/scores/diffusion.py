@@ -101,7 +101,7 @@ class Diffusion(nn.Module):
     # ---- fit ----
 
     def fit(self, context: Context) -> TrainingState:
-        """Train the denoiser, or take it from the checkpoint, and set the statistics; returns what came of training."""
+        """Train the denoiser, or take it from the checkpoint, and set the statistics from the validation rows."""
         training = context.training
         validation = self.stages(context.validation[:])
         with full_precision(self.noise):
@@ -117,13 +117,13 @@ class Diffusion(nn.Module):
                 context.progress,
             )
             self.early.load_state_dict(state.early)
-            self.fit_statistics(validation)
+            with torch.inference_mode():
+                self.fit_statistics(torch.cat([self.errors(part) for part in validation.split(1024)]))
         return state
 
     @torch.inference_mode()
-    def fit_statistics(self, stages: Tensor) -> None:
-        """Set ``mean`` and ``deviation`` from normalised stages of held-out images (N, sum of widths)."""
-        errors = torch.cat([self.errors(part) for part in stages.split(1024)])
+    def fit_statistics(self, errors: Tensor) -> None:
+        """Set ``mean`` and ``deviation`` from errors of held-out images (N, start times, stages)."""
         mean, deviation = log_statistics(errors)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
@@ -164,7 +164,10 @@ class Diffusion(nn.Module):
 
     def layer_scores(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> log error of each stage in in-domain standard deviations (B, L)."""
-        errors = self.errors(self.stages(features))
+        return self.standardised(self.errors(self.stages(features)))
+
+    def standardised(self, errors: Tensor) -> Tensor:
+        """Errors (B, start times, stages) -> of each stage in in-domain standard deviations of the log (B, L)."""
         return log_z(errors, self.mean, self.deviation).mean(1)
 
     def join(self, layer_scores: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,40 @@ from .registry import Context, Features, Score
 FUSED = "fused"
 # Set once, on sets far from and near to CIFAR-10 (tests/benchmarks/RESULTS.md): a balance of the two, for all data.
 _DIFFUSION_WEIGHT = 0.75
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured about B images before anything is standardised.
+
+    Attributes
+    ----------
+    errors : Tensor of shape (B, start times, stages)
+        Reconstruction errors.
+    members : Tensor of shape (B, members)
+        Scores that are joined with the diffusion score, of distances the logarithm.
+    own : Tensor of shape (B,), optional
+        The detector's own score, where it is neither joined nor made of ``errors``.
+    """
+
+    errors: Tensor
+    members: Tensor
+    own: Tensor | None
+
+    def __getitem__(self, rows: slice) -> Measured:
+        """What was measured about some of the images."""
+        own = None if self.own is None else self.own[rows]
+        return Measured(self.errors[rows], self.members[rows], own)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Measured]) -> Measured:
+        """Parts end to end."""
+        own = [part.own for part in parts if part.own is not None]
+        return cls(
+            torch.cat([part.errors for part in parts]),
+            torch.cat([part.members for part in parts]),
+            torch.cat(own) if own else None,
+        )
 
 
 class Heads(nn.Module):
@@ -107,15 +141,16 @@ class Heads(nn.Module):
         state = self.diffusion.fit(context)
         for score in self._scores:
             score.fit(features, replace(context, checkpoint=None))  # that file is the denoisers'
-        self.fit_statistics(context.validation[:])
+        self.fit_statistics(self.measure_all(context.validation))
         return state
 
     @torch.inference_mode()
-    def fit_statistics(self, features: Tensor) -> None:
-        """Set ``mean`` and ``deviation`` from held-out in-domain features (N, D)."""
+    def fit_statistics(self, measured: Measured) -> None:
+        """Set what scores are standardised with from held-out in-domain images."""
         with full_precision(self.mean):
-            raw = torch.cat([self._raw(part)[0] for part in features.to(self.mean.device).split(1024)])
-            mean, deviation = statistics(raw)
+            self.diffusion.fit_statistics(measured.errors)
+            joined, _ = self._joined(measured)
+            mean, deviation = statistics(joined)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
 
@@ -148,21 +183,49 @@ class Heads(nn.Module):
         """:meth:`unscaled` scores (B, 1 + L) -> shifted and scaled."""
         return (scores - self.location) / self.scale
 
-    @torch.inference_mode()
     def unscaled(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> the detector's own score, then that of each layer, as they come (B, 1 + L)."""
+        return self.combined(self.measure(features))
+
+    def measure_all(self, features: Features) -> Measured:
+        """:meth:`measure` of many rows of features (N, D), some at a time."""
+        return Measured.concatenate([self.measure(part) for part in features.chunks()])
+
+    @torch.inference_mode()
+    def measure(self, features: Tensor) -> Measured:
+        """Rows of features (B, D) -> all that scores are made of, before it is standardised."""
         features = features.to(self.mean.device)
         with full_precision(self.mean):
-            raw, layers, values = self._raw(features)
-            z = (raw - self.mean) / self.deviation
-            if self.head == FUSED:
-                own = weighted_sum(z, self.weights)
-            elif self.head in values:
-                own = values[self.head]
-            else:
-                own = self.scores[self.head](features)
+            errors = self.diffusion.errors(self.diffusion.stages(features))
+            values = {}
+            members = []
+            for score in self._scores:
+                value = score(features)
+                values[score.name] = value
+                members.append(log(value) if score.log_scale else value)
+
+            own = None
+            if self.head not in (FUSED, Layerwise.name):
+                own = values[self.head] if self.head in values else self.scores[self.head](features)
+            empty = errors.new_empty(len(errors), 0)
+            return Measured(errors, torch.stack(members, dim=1) if members else empty, own)
+
+    @torch.inference_mode()
+    def combined(self, measured: Measured) -> Tensor:
+        """What was measured of B images -> the detector's own score, then that of each layer (B, 1 + L)."""
+        with full_precision(self.mean):
+            joined, layers = self._joined(measured)
+            z = (joined - self.mean) / self.deviation
+            own = measured.own
+            if own is None:
+                own = weighted_sum(z, self.weights) if self.head == FUSED else joined[:, 0]
             further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
             return torch.cat([own[:, None], layers, *further], dim=1)
+
+    def _joined(self, measured: Measured) -> tuple[Tensor, Tensor]:
+        """What is standardised and joined (B, 1 + members), and the scores of the stages (B, stages)."""
+        layers = self.diffusion.standardised(measured.errors)
+        return torch.cat([self.diffusion.join(layers)[:, None], measured.members], dim=1), layers
 
     @torch.inference_mode()
     def all_scores(self, features: Tensor) -> dict[str, Tensor]:
@@ -170,17 +233,6 @@ class Heads(nn.Module):
         features = features.to(self.mean.device)
         with full_precision(self.mean):
             return {name: score(features) for name, score in self.scores.items()}
-
-    def _raw(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What is standardised (B, 1 + members), the scores of the stages (B, stages), and each score joined (B,)."""
-        layers = self.diffusion.layer_scores(features)
-        values = {Layerwise.name: self.diffusion.join(layers)}
-        columns = [values[Layerwise.name]]
-        for score in self._scores:
-            value = score(features)
-            values[score.name] = value
-            columns.append(log(value) if score.log_scale else value)
-        return torch.stack(columns, dim=1), layers, values
 
 
 def _check_names(names: Sequence[str], head: str) -> None:

@@ -98,9 +98,19 @@ class NearestNeighbors(Score):
 @register("neighbors", head=True)
 def neighbors(layout: FeatureLayout, options: Options) -> list[Score]:
     """In the last stage, in the pre-logits, and in the spatial standard deviations of these, where there are such."""
+    return [NearestNeighbors(layout, parts, options) for parts in _spaces(layout)]
+
+
+def views(layout: FeatureLayout) -> list[Callable[[Tensor], Tensor]]:
+    """Rows of features (B, D) -> vectors (B, width) of each space that :func:`neighbors` searches."""
+    return [NearestNeighbors(layout, parts, Options(rows=1)).view for parts in _spaces(layout)]
+
+
+def _spaces(layout: FeatureLayout) -> list[list[Part]]:
+    """What the vectors of each space are made of."""
     last = [layout.last_stage, layout.spatial_std(layout.last_stage)]
     spaces = [[part for part in last if part is not None]]
     if layout.pre_logits is not None:
         std = layout.spatial_std(layout.pre_logits)
         spaces += [[part] for part in (layout.pre_logits, std) if part is not None]
-    return [NearestNeighbors(layout, parts, options) for parts in spaces]
+    return spaces

@@ -27,23 +27,49 @@ def check_fpr(fpr: object) -> float:
     return float(fpr)
 
 
-def check_supported(fpr: float, n: int) -> None:
+def is_supported(fpr: float, n: int) -> bool:
+    """Whether ``n`` held-out scores support a false-alarm rate: one of at least 1 / (n + 1)."""
+    return (check_fpr(fpr) + _SLACK) * (n + 1) >= 1
+
+
+def needed_for(fpr: float) -> int:
+    """The number of held-out scores that a false-alarm rate needs."""
+    return math.ceil(1 / (check_fpr(fpr) + _SLACK)) - 1
+
+
+def check_supported(fpr: float, n: int, what: str = "held-out images") -> None:
     """Refuse a false-alarm rate that ``n`` held-out scores cannot support: one below 1 / (n + 1).
+
+    Parameters
+    ----------
+    fpr : float
+        False-alarm rate.
+    n : int
+        Number of independent held-out scores.
+    what : str, default "held-out images"
+        What they are called in the message.
 
     Raises
     ------
     UsageError
-        Naming the number of held-out images that would do.
+        Naming the number that would do.
     """
-    check_fpr(fpr)
-    if (fpr + _SLACK) * (n + 1) >= 1:
+    if is_supported(fpr, n):
         return
-    needed = math.ceil(1 / (fpr + _SLACK)) - 1
     raise UsageError(
-        f"fpr {fpr:g} needs at least {needed} held-out images for calibration, and there are {n}: "
-        f"train on more images, or ask for fpr {math.ceil(1000 / (n + 1)) / 1000:g} or more",
+        f"fpr {fpr:g} needs at least {needed_for(fpr):,} {what} for calibration, and there are {n:,}: "
+        f"train on more images, or ask for {offered(n)}",
         argument="fpr",
     )
+
+
+def offered(n: int) -> str:
+    """The smallest rate that ``n`` held-out scores support, as advice; rounded up to two digits."""
+    if n < 1:
+        return "nothing yet"
+    smallest = 1 / (n + 1)
+    unit = 10.0 ** (math.floor(math.log10(smallest)) - 1)
+    return f"fpr {math.ceil(smallest / unit - _SLACK) * unit:.2g} or more"
 
 
 class Calibration:
@@ -52,20 +78,28 @@ class Calibration:
     Split-conformal: if an image comes from the distribution of the held-out images, P(p <= a) <= a for every a (Vovk et
     al. 2005; Bates et al. 2023, arXiv 2104.08279). The guarantee is on average over held-out sets.
 
+    Images of one group (a burst, a patient) are no independent evidence. With G groups of n images in all,
+    p = (1 + G/n #{held-out scores >= score}) / (G + 1): exact for an image of a new group where groups are equally
+    large (Lee, Barber and Willett 2023, arXiv 2306.06342), and the formula above where each image is a group.
+
     Parameters
     ----------
     scores : array of shape (n,)
         Higher = more OOD, in any order; at least one, all finite.
+    groups : int, optional
+        How many independent groups the scores come from, 1 .. n. Default: each is a group of its own.
 
     Attributes
     ----------
     scores : ndarray of shape (n,)
         Sorted ascending, float64, read-only.
+    groups : int
+        As above.
 
     Raises
     ------
     UsageError
-        No score, or one that is not finite.
+        No score, one that is not finite, or an impossible number of groups.
 
     Examples
     --------
@@ -76,34 +110,40 @@ class Calibration:
     0.3
     """
 
-    def __init__(self, scores: np.ndarray | Sequence[float]) -> None:
+    def __init__(self, scores: np.ndarray | Sequence[float], groups: int | None = None) -> None:
         values = np.asarray(scores, dtype=np.float64)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise UsageError("calibration needs a list of at least one score, all finite")
         self.scores = np.sort(values)
         self.scores.flags.writeable = False
+        self.groups = len(values) if groups is None else groups
+        if not 1 <= self.groups <= len(values):
+            raise UsageError(f"{len(values)} scores cannot come from {groups} groups", argument="groups")
+        self._weight = self.groups / len(values)
         self._tensors: dict[Any, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __repr__(self) -> str:
-        return f"Calibration(n={len(self)}, smallest_fpr={self.smallest_fpr:.2g})"
+        groups = "" if self.groups == len(self) else f", groups={self.groups}"
+        return f"Calibration(n={len(self)}{groups}, smallest_fpr={self.smallest_fpr:.2g})"
 
     def __deepcopy__(self, memo: object) -> Calibration:
         return self  # nothing about it changes
 
     @property
     def smallest_fpr(self) -> float:
-        """The smallest false-alarm rate that so many held-out images support, 1 / (n + 1)."""
-        return 1 / (len(self) + 1)
+        """The smallest false-alarm rate that so many held-out images, or groups of them, support: 1 / (groups + 1)."""
+        return 1 / (self.groups + 1)
 
     def check(self, fpr: float) -> None:
         """Refuse a false-alarm rate below :attr:`smallest_fpr`; see :func:`check_supported`."""
-        check_supported(fpr, len(self))
+        what = "held-out images" if self.groups == len(self) else "held-out groups of images"
+        check_supported(fpr, self.groups, what)
 
     def p_values(self, scores: Array) -> Array:
-        """Conformal p-values: (1 + #{held-out scores >= score}) / (n + 1).
+        """Conformal p-values: (1 + #{held-out scores >= score}) / (n + 1); with groups, as the class says.
 
         Parameters
         ----------
@@ -119,9 +159,9 @@ class Calibration:
         if isinstance(scores, Tensor):
             at_least = (self._like(scores) >= scores[:, None]).sum(1)
             precise = torch.promote_types(scores.dtype, torch.float32)
-            return torch.where(scores.isnan(), scores, (1 + at_least).to(precise) / (n + 1))
+            return torch.where(scores.isnan(), scores, (1 + self._weight * at_least.to(precise)) / (self.groups + 1))
         at_least = n - np.searchsorted(self.scores, scores, side="left")
-        return np.where(np.isnan(scores), np.nan, (1 + at_least) / (n + 1))
+        return np.where(np.isnan(scores), np.nan, (1 + self._weight * at_least) / (self.groups + 1))
 
     def flags(self, scores: Array, fpr: float) -> tuple[Array, Array]:
         """Scores -> p-values and verdicts.
@@ -151,7 +191,8 @@ class Calibration:
         """
         self.check(fpr)
         n = len(self)
-        ranks = np.arange(1, n + 1) / (n + 1)  # p-values of a score that 0, 1 ... held-out ones reach
+        # p-values of a score that 0, 1 ... held-out ones reach
+        ranks = (1 + self._weight * np.arange(n)) / (self.groups + 1)
         reached = int((ranks <= fpr + _ROUNDING).sum()) - 1
         return float(self.scores[n - 1 - reached])
 

@@ -111,7 +111,9 @@ def fitted(reader: Reader, train: Tensor, last: nn.Linear) -> Heads:
 @torch.no_grad()
 def standardised(heads: Heads, features: Tensor) -> Tensor:
     """Features (B, D) -> z-scores of diffusion and of each member (B, 1 + members)."""
-    return torch.cat([(heads._raw(part)[0] - heads.mean) / heads.deviation for part in features.split(512)])
+    return torch.cat(
+        [(heads._joined(heads.measure(part))[0] - heads.mean) / heads.deviation for part in features.split(512)]
+    )
 
 
 def aurocs(reader: Reader, last: nn.Linear, train: Tensor, test: Tensor, oods: Mapping[str, Tensor]) -> list[float]:

@@ -48,7 +48,7 @@ def make(fitted: bool = True, **changes: Any) -> Diffusion:
     for parameter in model.parameters():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source))
     if fitted:
-        model.fit_statistics(model.stages(features(64, seed=9)))
+        model.fit_statistics(model.errors(model.stages(features(64, seed=9))))
     return model
 
 
@@ -194,7 +194,7 @@ def test_statistics_make_in_domain_log_errors_standard() -> None:
     model, held_out = make(fitted=False), features(3000, seed=9)
     assert torch.equal(model.mean, torch.zeros(3, 3))
     assert torch.equal(model.deviation, torch.ones(3, 3))
-    model.fit_statistics(model.stages(held_out))
+    model.fit_statistics(model.errors(model.stages(held_out)))
     z = (model.errors(model.normalised(held_out)).log() - model.mean) / model.deviation
     torch.testing.assert_close(z.mean(0), torch.zeros(3, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(3, 3), atol=1e-3, rtol=0)

@@ -49,7 +49,7 @@ def make(neighbors: int = 3, head: str = FUSED) -> Heads:
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source))
     for score in heads.members:
         score.fit(features(50))  # type: ignore[operator]
-    heads.fit_statistics(features(40, seed=3))
+    heads.fit_statistics(heads.measure(features(40, seed=3)))
     return heads
 
 
@@ -177,6 +177,6 @@ def test_only_distances_are_joined_by_their_logarithm() -> None:
 
     heads = Heads(Diffusion(LAYOUT, **SETTINGS), [Last(LAYOUT)])
     held_out = features(40, seed=3)
-    heads.fit_statistics(held_out)
+    heads.fit_statistics(heads.measure(held_out))
     assert heads.mean[1].item() == pytest.approx((held_out[:, -1] - 1).mean().item(), rel=1e-5)
     assert heads.deviation[1].item() == pytest.approx(held_out[:, -1].std(correction=0).item(), rel=1e-5)
