@@ -8,6 +8,7 @@ if _typing.TYPE_CHECKING:
     from .detectors import Detector as Detector
     from .detectors import PixelDetector as PixelDetector
     from .detectors import load_detector as load_detector
+    from .detectors.audit import audit as audit
     from .detectors.estimator import FeatureDiffusion as FeatureDiffusion
     from .exceptions import FeatdiffError as FeatdiffError
     from .features.extractor import FeatureExtractor as FeatureExtractor
@@ -25,6 +26,7 @@ _HOMES = {
     "PixelDetector": "detectors",
     "Scores": "verdicts.results",
     "Verdict": "guard.guard",
+    "audit": "detectors.audit",
     "load_detector": "detectors",
 }
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "PixelDetector",
     "Scores",
     "Verdict",
+    "audit",
     "load_detector",
 ]
 

@@ -190,12 +190,8 @@ class Detector(BaseDetector[FeatureSettings]):
             Near-copies were taken as groups without being asked for.
         """
         check_groups(groups)
-        vars(self).pop("calibration_", None)  # until this fit is through, there is nothing to score with
         # images -> features
-        images, size = self._input_size(images)
-        self.extractor_ = self._make_extractor(size)
-        self.precision_ = self.extractor_.precision
-        extraction, store = self._extract(images, progress)
+        extraction, store = self.read(images, progress)
         digests, features, plan = self._divide(extraction, store, split, groups)
 
         # features -> scores -> calibration
@@ -219,6 +215,28 @@ class Detector(BaseDetector[FeatureSettings]):
         if groups is None or groups == AUTO:
             return Grouping.found(features, self.extractor_.layout, asked=groups == AUTO)
         return super()._group(extraction, features, groups)
+
+    def read(self, images: object, progress: Progress | None = None) -> tuple[Extraction, FeatureStore]:
+        """The first step of :meth:`fit`: the features of all images, computed where the cache does not hold them.
+
+        Parameters
+        ----------
+        images : object
+            As for :meth:`fit`.
+        progress : callable (stage, done, total), optional
+
+        Returns
+        -------
+        extraction : Extraction
+            Which images these are, and which could not be read.
+        store : FeatureStore
+            Their features by digest.
+        """
+        vars(self).pop("calibration_", None)  # until a fit is through, there is nothing to score with
+        images, size = self._input_size(images)
+        self.extractor_ = self._make_extractor(size)
+        self.precision_ = self.extractor_.precision
+        return self._extract(images, progress)
 
     def _input_size(self, images: object) -> tuple[object, Sequence[int] | None]:
         """The images, and the size that a module of the user's own is fitted for: that of a loader's first batch."""

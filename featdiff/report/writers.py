@@ -124,21 +124,19 @@ class ParquetWriter:
         self._writer: Any = None
         self._rows: list[dict[str, object]] = []
         self._columns: list[str] = list(COLUMNS)
+        self._texts: list[str] = []
 
     def write(self, scores: Scores) -> None:
         self._columns = scores.columns
+        self._texts = list(scores.extra)
         self._rows += scores.rows()
         if len(self._rows) >= 10_000:
             self._write_group()
 
     def _write_group(self) -> None:
         arrow = self._arrow
-        kinds = {
-            "path": arrow.string(),
-            "status": arrow.string(),
-            "reason": arrow.string(),
-            "is_ood": arrow.bool_(),
-        }
+        kinds = {name: arrow.string() for name in ("path", "status", "reason", *self._texts)}
+        kinds["is_ood"] = arrow.bool_()
         schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in self._columns])
 
         if self._writer is None:
@@ -170,6 +168,9 @@ class TableWriter:
                 line = f"{verdict:<10} {row['p_value']:>9.4f} {row['ood_score']:>8.2f}  {row['path']}"
             else:
                 line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
+            further = [f"{name.replace('_', ' ')} {row[name]}" for name in scores.extra if row[name]]
+            if further:
+                line += f"  ({', '.join(further)})"
 
             # a line break or a control character in a path must not break the table
             line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)

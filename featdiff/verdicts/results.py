@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, overload
 
@@ -41,6 +41,8 @@ class Row:
         Whether the image was flagged.
     layers : dict of str to float
         The score of each layer, in in-domain standard deviations.
+    extra : dict of str to str
+        Further columns of text.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Row:
     p_value: float
     is_ood: bool
     layers: dict[str, float]
+    extra: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
@@ -77,6 +80,10 @@ class Scores:
         The score of each layer, in in-domain standard deviations.
     fpr : float, optional
         The false-alarm rate behind ``is_ood``.
+    extra : dict of str to list of str
+        Further columns of text, for example ``group`` and ``nearest`` of an audit.
+    known : (N,) bool, optional
+        Which images the model has in its bank of training images; not written to files.
 
     Examples
     --------
@@ -110,6 +117,8 @@ class Scores:
     is_ood: np.ndarray
     layers: dict[str, np.ndarray]
     fpr: float | None = None
+    extra: dict[str, list[str]] = field(default_factory=dict)
+    known: np.ndarray | None = None
 
     def __repr__(self) -> str:
         images = f"{len(self):,} image{'' if len(self) == 1 else 's'}"
@@ -171,6 +180,7 @@ class Scores:
             p_value=float(self.p_value[i]),
             is_ood=bool(self.is_ood[i]),
             layers={name: float(values[i]) for name, values in self.layers.items()},
+            extra={name: texts[i] for name, texts in self.extra.items()},
         )
 
     def _take(self, positions: np.ndarray) -> Scores:
@@ -183,6 +193,8 @@ class Scores:
             is_ood=self.is_ood[positions],
             layers={name: values[positions] for name, values in self.layers.items()},
             fpr=self.fpr,
+            extra={name: [texts[i] for i in positions] for name, texts in self.extra.items()},
+            known=None if self.known is None else self.known[positions],
         )
 
     def sorted(self) -> Scores:
@@ -201,7 +213,7 @@ class Scores:
     @property
     def columns(self) -> list[str]:
         """Column names of :meth:`rows` and :meth:`to_pandas`."""
-        return [*COLUMNS, *(f"layer_{name}" for name in self.layers)]
+        return [*COLUMNS, *self.extra, *(f"layer_{name}" for name in self.layers)]
 
     def rows(self) -> Iterator[dict[str, object]]:
         """One plain dict per image, as it is written to files.
@@ -213,9 +225,12 @@ class Scores:
 
             if self.status[i] == OK:
                 cells += [_plain(self.ood_score[i]), _plain(self.p_value[i]), bool(self.is_ood[i])]
+                cells += [texts[i] for texts in self.extra.values()]
                 cells += [_plain(values[i]) for values in self.layers.values()]
             else:
-                cells += [None] * (3 + len(self.layers))
+                cells += [None] * 3
+                cells += [texts[i] for texts in self.extra.values()]
+                cells += [None] * len(self.layers)
 
             yield dict(zip(self.columns, cells, strict=True))
 
@@ -250,6 +265,7 @@ class Scores:
             "p_value": np.where(unreadable, np.nan, self.p_value),
             "is_ood": is_ood,
         }
+        data |= self.extra
         for name, values in self.layers.items():
             data[f"layer_{name}"] = np.where(unreadable, np.nan, values)
 
@@ -305,6 +321,8 @@ class Scores:
             is_ood=numbers("is_ood"),
             layers={name: np.concatenate([part.layers[name] for part in several]) for name in several[0].layers},
             fpr=rates.pop() if len(rates) == 1 else None,
+            extra={name: [text for part in several for text in part.extra[name]] for name in several[0].extra},
+            known=None if several[0].known is None else numbers("known"),
         )
 
 
