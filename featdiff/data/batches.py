@@ -27,6 +27,8 @@ from .references import HeldRef, ImageRef, MissingRef
 
 # Pillow reads the file behind an open picture on first use, which two threads must not do at once.
 _PICTURES = threading.Lock()
+# A batch of images of several shapes may be larger by this factor.
+_MIXED = 4
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,39 @@ class LoadedImage:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Decoded images of one shape.
+
+    Attributes
+    ----------
+    pixels : Tensor of shape (B, C, H, W)
+    positions : list of int
+        Where in the batch these images stand, ascending.
+    """
+
+    pixels: Tensor
+    positions: list[int]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Some images, and the pixels of those that were decoded.
 
     Attributes
     ----------
     loaded : list of LoadedImage
-        All images, unreadable and known ones among them.
-    pixels : Tensor, optional
-        (B, 3, H, W), those of ``loaded[i]`` for i in ``decoded``, in this order; None if there are none.
-    decoded : list of int
-        Positions in ``loaded``.
+        All images, unreadable and known ones among them. The pixels are in ``stacks``.
+    stacks : list of Stack
+        Decoded images, those of one shape together.
     """
 
     loaded: list[LoadedImage]
-    pixels: Tensor | None
-    decoded: list[int]
+    stacks: list[Stack]
+
+    @property
+    def decoded(self) -> list[int]:
+        """Positions of the decoded images, ascending."""
+        return sorted(position for stack in self.stacks for position in stack.positions)
 
 
 def load(
@@ -183,36 +202,50 @@ def _load_held(
 
 
 def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
-    """Group loaded images into batches.
+    """Group loaded images into batches, in their order.
 
     Parameters
     ----------
     loaded : iterator of LoadedImage
     size : int
-        A batch has at most this many decoded images, and at most 16 times as many images in all.
+        A stack has at most this many images. A batch has one stack if all its decoded images have one shape, else at
+        most four times as many decoded images, so that stacks are fuller. It has at most 16 times as many images in
+        all.
 
     Yields
     ------
     Batch
     """
     group: list[LoadedImage] = []
-    decoded: list[int] = []
+    by_shape: dict[torch.Size, list[int]] = {}
+    decoded = 0
     for item in loaded:
         if item.pixels is not None:
-            decoded.append(len(group))
+            by_shape.setdefault(item.pixels.shape, []).append(len(group))
+            decoded += 1
         group.append(item)
 
-        if len(decoded) == size or len(group) == 16 * size:
-            yield _batch(group, decoded)
+        limit = size if len(by_shape) <= 1 else _MIXED * size
+        if decoded >= limit or len(group) == 16 * size:
+            yield _batch(group, by_shape, size)
             group = []
-            decoded = []
+            by_shape = {}
+            decoded = 0
     if group:
-        yield _batch(group, decoded)
+        yield _batch(group, by_shape, size)
 
 
-def _batch(group: list[LoadedImage], decoded: list[int]) -> Batch:
-    stack = [pixels for i in decoded if (pixels := group[i].pixels) is not None]
-    return Batch(group, torch.stack(stack) if stack else None, decoded)
+def _batch(group: list[LoadedImage], by_shape: Mapping[torch.Size, list[int]], size: int) -> Batch:
+    """Images as a batch; ``group`` gives up their pixels, so that they are held once."""
+    stacks = []
+    for positions in by_shape.values():
+        for start in range(0, len(positions), size):
+            part = positions[start : start + size]
+            pixels = [pixels for i in part if (pixels := group[i].pixels) is not None]
+            stacks.append(Stack(torch.stack(pixels), part))
+            for i in part:
+                group[i] = replace(group[i], pixels=None)
+    return Batch(group, stacks)
 
 
 def is_loader(source: object) -> TypeGuard[Iterable[object]]:
@@ -292,4 +325,4 @@ def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) 
         count += len(loaded)
 
         fresh = [i for i, image in enumerate(loaded) if image.digest not in known]
-        yield Batch(loaded, pixels[fresh] if fresh else None, fresh)
+        yield Batch(loaded, [Stack(pixels[fresh], fresh)] if fresh else [])

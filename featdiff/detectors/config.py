@@ -20,6 +20,7 @@ from ..data.splits import CALIBRATION
 from ..diffusion.training import Recipe
 from ..exceptions import UsageError, did_you_mean
 from ..features.layers import Layers
+from ..features.views import check_view
 from ..features.weights import DEFAULT_BACKBONE
 from ..files.cache import default_cache
 from ..runtime.devices import resolve_device
@@ -180,6 +181,8 @@ class FeatureSettings(Settings):
     pretrained: bool = True
     model_args: Mapping[str, Any] | None = None
     transform: Mapping[str, Any] | Transform | None = None
+    view: str = "whole"
+    size: int | None = None
     input_size: Sequence[int] | None = None
     layers: Layers = "auto"
     joint: bool = False
@@ -216,6 +219,7 @@ class FeatureSettings(Settings):
         check_choice("backend", self.backend, BACKENDS)
         self._check_heads()
         self._check_input_size()
+        self._check_view()
 
     @property
     def registered_heads(self) -> list[str]:
@@ -255,6 +259,18 @@ class FeatureSettings(Settings):
             raise UsageError(
                 f"input_size must be three whole numbers (channels, height, width), not {size!r}", "input_size"
             )
+
+    def _check_view(self) -> None:
+        check_view(self.view)
+        if self.size is not None:
+            check_whole("size", self.size)
+        if not isinstance(self.backbone, nn.Module):
+            return
+        for name, value, default in (("view", self.view, "whole"), ("size", self.size, None)):
+            if value != default:
+                raise UsageError(
+                    f"{name} is for backbones by name: a module sees what its transform makes of a picture", name
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.networks import device_of, identity
 from ..features.store import FeatureStore, FeatureTable
+from ..features.views import settings_of
 from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
 from ..scores.diffusion import Diffusion
@@ -61,6 +62,11 @@ class Detector(BaseDetector[FeatureSettings]):
         :class:`featdiff.Guard`).
     weights, pretrained, model_args, transform
         See :func:`featdiff.features.backbones.load_backbone`.
+    view : {"whole", "rectangle", "squash", "crop"}, default "whole"
+        How much of a picture the backbone sees; ``crop`` is timm's own preprocessing. See there. A module sees what its
+        ``transform`` makes of a picture.
+    size : int, optional
+        Side in pixels of the square whose area the backbone sees, such as 384; default: the backbone's own.
     layers : "auto", or names or indices of layers
         See :func:`featdiff.features.layers.resolve_layers`.
     joint : bool
@@ -272,7 +278,13 @@ class Detector(BaseDetector[FeatureSettings]):
                 settings.backbone, settings.layers, self.device, True, transform, input_size, logits
             )
         backbone = load_backbone(
-            settings.backbone, settings.weights, settings.pretrained, settings.model_args, transform
+            settings.backbone,
+            settings.weights,
+            settings.pretrained,
+            settings.model_args,
+            transform,
+            settings.view,
+            settings.size,
         )
         return FeatureExtractor(backbone, settings.layers, self.device)
 
@@ -324,6 +336,8 @@ class Detector(BaseDetector[FeatureSettings]):
             weights=None,
             pretrained=True,
             model_args=None,
+            view="whole",
+            size=None,
             layers=self.extractor_.layers,
             device=str(device_of(classifier)),
             transform=self.settings.transform if backbone.source == "module" else self.extractor_.transform,
@@ -381,13 +395,11 @@ class Detector(BaseDetector[FeatureSettings]):
         backbone = self.extractor_.backbone
         own = backbone.source == "module"
         config["images"]["bank"] = len(self.bank_digests_)
-        config["settings"] |= {
-            "backbone": backbone.tag,
-            "transform": {} if own else backbone.data_config,
-            "layers": self.extractor_.layers,
-        }
+        config["settings"] |= {"backbone": backbone.tag, "layers": self.extractor_.layers}
         if own:
-            config["settings"]["input_size"] = list(backbone.data_config["input_size"])
+            config["settings"] |= {"transform": {}, "input_size": list(backbone.data_config["input_size"])}
+        else:
+            config["settings"] |= settings_of(backbone.data_config)
         config["backbone"] = {
             "tag": backbone.tag,
             "source": backbone.source,

@@ -325,7 +325,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
 
     def _read_rows(self, images: object) -> Tensor:
         batches, _ = self.batches(images)
-        rows = [self.extractor_(batch.pixels) for batch in batches if batch.pixels is not None]
+        rows = [self.extractor_(stack.pixels) for batch in batches for stack in batch.stacks]
         if not rows:
             raise UsageError("none of the images to inpaint could be read")
         return torch.cat(rows)

@@ -67,7 +67,8 @@ def make_distances(settings: PixelSettings, device: torch.device, load: bool = T
     def features() -> Distance:
         from ..features.extractor import FeatureExtractor
 
-        return FeatureCosine(FeatureExtractor(load_backbone(settings.backbone), device=device))
+        backbone = load_backbone(settings.backbone, view="crop")  # it is given tensors of one size, no pictures
+        return FeatureCosine(FeatureExtractor(backbone, device=device))
 
     make: dict[str, Callable[[], Distance]] = {
         "lpips": lambda: LPIPS(settings.trunk, settings.weights, load),

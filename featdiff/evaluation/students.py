@@ -26,7 +26,7 @@ _OUTLIERS = 10_000
 _RECIPE = [field.name for field in fields(HardenRecipe)]
 # Settings of a guard that harden sets by itself, and those that belong to a network with a name.
 _SET_BY_HARDEN = ("fpr", "extra_heads", "transform", "seed", *RUNTIME)
-_OF_BACKBONES = ("backbone", "weights", "pretrained", "model_args", "input_size")
+_OF_BACKBONES = ("backbone", "weights", "pretrained", "model_args", "view", "size", "input_size")
 _GUARD = [name for name in ("abstain", *FeatureSettings.names()) if name not in _OF_BACKBONES]
 # Arguments of harden that a suite may set.
 _NOT_OF_A_SUITE = ("images", "recipe", "progress", "runtime")

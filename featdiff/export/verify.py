@@ -184,13 +184,13 @@ def _readable(
             if item.reason:
                 unreadable[item.ref.path] = item.reason
 
-        if batch.pixels is not None:
-            finite = batch.pixels.isfinite().flatten(1).all(1)
-            for i, is_finite in zip(batch.decoded, finite, strict=True):
+        for stack in batch.stacks:
+            finite = stack.pixels.isfinite().flatten(1).all(1)
+            for i, is_finite in zip(stack.positions, finite, strict=True):
                 if not is_finite:
                     unreadable[batch.loaded[i].ref.path] = "NaN or infinite values"
             if finite.any():
-                yield batch.pixels[finite]
+                yield stack.pixels[finite]
 
         done += len(batch.loaded)
         if progress:

@@ -19,6 +19,7 @@ from torch import nn
 from ..data.decoding import Transform
 from ..exceptions import UsageError, WeightsError, did_you_mean, first_line
 from .networks import fingerprint
+from .views import check_view, make_transform, preprocessing, takes_size
 from .weights import DEFAULT_BACKBONE, EMBEDDED_TAG, is_embedded, is_finite, load_embedded, load_weights
 
 
@@ -37,7 +38,8 @@ class Backbone:
     fingerprint : str
         SHA-256 of the weights, in hex.
     data_config : dict
-        The preprocessing, as timm describes it.
+        The preprocessing, as timm describes it; ``crop_mode`` may also be ``rectangle``
+        (:class:`featdiff.features.views.Rectangle`).
     transform : callable
         The preprocessing: RGB picture -> Tensor of shape (3, H, W).
     """
@@ -56,6 +58,8 @@ def load_backbone(
     pretrained: bool = True,
     model_args: Mapping[str, Any] | None = None,
     transform: Mapping[str, Any] | None = None,
+    view: str = "whole",
+    size: int | None = None,
 ) -> Backbone:
     """Create a timm backbone without its classifier, and load its weights strictly.
 
@@ -71,7 +75,17 @@ def load_backbone(
     model_args : mapping, optional
         Further arguments of ``timm.create_model``, for example ``{"pad_type": "same"}``.
     transform : mapping, optional
-        Settings that replace those of the model's own preprocessing; keys as in ``TRANSFORM_KEYS``.
+        Settings that replace those of the model's own preprocessing; keys as in ``TRANSFORM_KEYS``. ``crop_pct`` and
+        ``crop_mode`` belong to ``view="crop"``.
+    view : {"whole", "rectangle", "squash", "crop"}, default "whole"
+        How much of a picture is seen. ``rectangle``: all of it, resized to about the input's area in about its own
+        shape (:func:`featdiff.features.views.rectangle`). ``squash``: all of it, resized to the input's shape.
+        ``whole``: a rectangle if the network takes images of any size of at least 64 pixels, else the squash; that is
+        found out by trying. ``crop``: timm's own resize and centre crop, which leave out a quarter of a square picture
+        and more of a long one.
+    size : int, optional
+        Side of the square input in pixels; a rectangle has about its area. Default: the network's own. A network that
+        takes one size only is built for this one, if it can be.
 
     Returns
     -------
@@ -90,52 +104,80 @@ def load_backbone(
     >>> backbone.tag, backbone.source
     ('test_resnet.r160_in1k', 'random')
     """
-    from timm.data import create_transform, resolve_model_data_config
-
     check_name(name)
-    overrides = _check_transform(transform or {})
+    check_view(view)
+    overrides = _check_transform(transform or {}, view, size)
     args = {"num_classes": 0, **(model_args or {})}
     if ":" not in name:
         with torch.device("meta"):  # wrong arguments are found before anything is downloaded
             _create(name, args)
 
     model, source = _load_model(name, args, weights, pretrained)
-    model.eval().requires_grad_(False)
-    config = resolve_model_data_config(model) | overrides
+    if size is not None and not _fits(model, size):
+        model = _load_for_size(name, args, weights, pretrained, size)
+
+    tag = _resolved_tag(name)
+    config = preprocessing(model, _own_config(model) | overrides, view, tag)
     return Backbone(
         model=model,
-        tag=_resolved_tag(name),
+        tag=tag,
         source=source,
         fingerprint=fingerprint(model),
         data_config=config,
-        transform=create_transform(**config, is_training=False),
+        transform=make_transform(config),
     )
+
+
+def _own_config(model: nn.Module) -> dict[str, Any]:
+    from timm.data import resolve_model_data_config
+
+    return dict(resolve_model_data_config(model))
+
+
+def _fits(model: nn.Module, size: int) -> bool:
+    """Whether a network takes square images of this side."""
+    return _own_config(model)["input_size"] == (3, size, size) or takes_size(model, size, size)
+
+
+def _load_for_size(
+    name: str, args: dict[str, Any], weights: str | os.PathLike[str] | None, pretrained: bool, size: int
+) -> nn.Module:
+    """A network that takes one size only, built for this one (``UsageError`` if it cannot be)."""
+    try:
+        model, _ = _load_model(name, args | {"img_size": size}, weights, pretrained)
+    except (UsageError, WeightsError):
+        model = None
+    if model is not None and takes_size(model, size, size):
+        return model
+
+    _, height, width = _own_config(_create(name, args))["input_size"]
+    raise UsageError(f"{name} takes images of {height} x {width} pixels, not of {size} x {size}", argument="size")
 
 
 def _load_model(
     name: str, args: dict[str, Any], weights: str | os.PathLike[str] | None, pretrained: bool
 ) -> tuple[nn.Module, str]:
-    """The network, and where its weights came from."""
+    """The network, frozen and in eval mode, and where its weights came from."""
+    source = "hub"
     if weights is not None:
         model = _create(name, args)
         load_weights(model, weights)
-        return model, f"file {Path(weights).name}"
-
-    if not pretrained:
-        return _create(name, args), "random"
-
-    if is_embedded(name):
+        source = f"file {Path(weights).name}"
+    elif not pretrained:
+        model = _create(name, args)
+        source = "random"
+    elif is_embedded(name):
         model = _create(name, args)
         load_embedded(model)
-        return model, "embedded"
-
-    if name.startswith("local-dir:"):
+        source = "embedded"
+    elif name.startswith("local-dir:"):
         file = _weights_in(Path(name.partition(":")[2]))
         model = _create(name, args)
         load_weights(model, file)
-        return model, "local folder"
-
-    return _create_pretrained(name, args), "hub"
+        source = "local folder"
+    else:
+        model = _create_pretrained(name, args)
+    return model.eval().requires_grad_(False), source
 
 
 def list_backbones(pattern: str = "") -> list[tuple[str, str]]:
@@ -277,9 +319,9 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def _check_transform(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, lists as tuples; ``UsageError`` names the first one that is unknown or wrong."""
-    checked = {}
+def _check_transform(overrides: Mapping[str, Any], view: str, size: int | None) -> dict[str, Any]:
+    """The settings with ``size``, lists as tuples; ``UsageError`` names the first one that is unknown or wrong."""
+    checked: dict[str, Any] = {}
     for key, value in overrides.items():
         if key not in _TRANSFORM_CHECKS:
             hint = did_you_mean(key, list(TRANSFORM_KEYS))
@@ -292,6 +334,14 @@ def _check_transform(overrides: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(
                 f"transform setting {key} must be {description}, not {checked[key]!r}", argument="transform"
             )
+        if key in _OF_CROPS and view != "crop":
+            raise UsageError(f"transform setting {key} belongs to view='crop'", argument="transform")
+
+    if size is not None:
+        if not _is_input_size((3, size, size)):
+            raise UsageError(f"size must be a whole number above 0, not {size!r}", argument="size")
+        if checked.setdefault("input_size", (3, size, size)) != (3, size, size):
+            raise UsageError(f"size {size} contradicts the transform setting input_size: drop one", argument="size")
     return checked
 
 
@@ -319,6 +369,8 @@ def _is_crop_share(value: Any) -> bool:
 
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+# Settings that only a crop has.
+_OF_CROPS = ("crop_pct", "crop_mode")
 _CROP_MODES = ("center", "squash", "border")
 # Keys of timm's data config that a user may override: whether a value is valid, and what is, in words.
 _TRANSFORM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {

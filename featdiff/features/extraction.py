@@ -77,25 +77,31 @@ def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
     """Run the backbone over a batch; an image whose features are not finite has failed."""
     paths = [item.ref.path for item in batch.loaded]
     failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
-    if batch.pixels is None:
+
+    rows: list[Tensor] = []
+    positions: list[int] = []
+    for stack in batch.stacks:
+        features = extractor(stack.pixels)
+        finite, reason = _finite(features, stack.pixels)
+        failed |= {i: reason for i, good in zip(stack.positions, finite, strict=True) if not good}
+        positions += [i for i, good in zip(stack.positions, finite, strict=True) if good]
+        rows.append(features if all(finite) else features[finite])
+
+    if not positions:
         return FeatureBatch(paths, torch.empty(0, extractor.width), [], failed)
+    if len(rows) == 1:
+        return FeatureBatch(paths, rows[0], positions, failed)
 
-    features = extractor(batch.pixels)
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    return FeatureBatch(paths, torch.cat(rows)[order], [positions[i] for i in order], failed)
+
+
+def _finite(features: Tensor, pixels: Tensor) -> tuple[list[bool], str]:
+    """Which rows of a stack can be used, and what is wrong with the others."""
     if features.is_floating_point():
-        judged = features
-        reason = "the backbone gives NaN or infinite features for it"
-    else:  # whole numbers hide what was wrong
-        judged = batch.pixels.flatten(1)
-        reason = "it holds NaN or infinite values"
-
-    finite = torch.isfinite(judged).all(1)
-    positions = batch.decoded
-    if not finite.all():
-        flags = finite.tolist()
-        failed |= {i: reason for i, good in zip(batch.decoded, flags, strict=True) if not good}
-        positions = [i for i, good in zip(batch.decoded, flags, strict=True) if good]
-        features = features[finite.to(features.device)]
-    return FeatureBatch(paths, features, positions, failed)
+        return torch.isfinite(features).all(1).tolist(), "the backbone gives NaN or infinite features for it"
+    # whole numbers hide what was wrong
+    return torch.isfinite(pixels.flatten(1)).all(1).tolist(), "it holds NaN or infinite values"
 
 
 @dataclass

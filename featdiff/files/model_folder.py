@@ -17,7 +17,7 @@ from .atomic import write_together
 from .hub import find_folder, is_repository
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 

@@ -100,7 +100,8 @@ def new_classifier(
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise UsageError(f"a classifier needs two classes or more, each named once, not {', '.join(classes) or 'none'}")
     build_args = _without_classes(model_args or {})
-    backbone = load_backbone(name, weights, pretrained, build_args)
+    # a classifier sees what its network was trained on, and what timm shows it where it is used without featdiff
+    backbone = load_backbone(name, weights, pretrained, build_args, view="crop")
     model: Any = backbone.model
 
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +141,7 @@ def load_classifier(folder: str | os.PathLike[str]) -> Classifier:
     classes = _class_names(config, folder)
 
     try:
-        backbone = load_backbone(f"local-dir:{folder}", model_args={"num_classes": len(classes)})
+        backbone = load_backbone(f"local-dir:{folder}", model_args={"num_classes": len(classes)}, view="crop")
     except UsageError as error:  # the folder is wrong, not the request
         raise ModelError(f"the classifier at {folder} is damaged: {error}") from None
     if (folder / TENSORS).is_file():

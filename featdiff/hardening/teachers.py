@@ -186,7 +186,7 @@ def load_teacher(name: str, classes: Sequence[str], device: torch.device | str =
 
 def _backbone_teacher(name: str, device: torch.device | str) -> Teacher:
     try:
-        backbone = load_backbone(name)
+        backbone = load_backbone(name, view="crop")  # what its student sees
     except WeightsError as error:
         raise WeightsError(
             f"the teacher: {error}. (The argument weights is the student's: put the teacher's into a folder, as "

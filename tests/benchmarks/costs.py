@@ -36,8 +36,9 @@ start = time.perf_counter()
 loaded = iter_loaded(list_images(sys.argv[1]), extractor.transform, ahead=64)
 with torch.inference_mode():
     for batch in iter_batches(loaded, int(sys.argv[2])):
-        pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
-        extractor.model.forward_intermediates(pixels, intermediates_only=True)
+        for stack in batch.stacks:
+            pixels = stack.pixels.contiguous(memory_format=torch.channels_last)
+            extractor.model.forward_intermediates(pixels, intermediates_only=True)
 print(time.perf_counter() - start)
 """
 

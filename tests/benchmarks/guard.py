@@ -28,8 +28,8 @@ def batches(files: Path, transform: Callable[..., Tensor], count: int, size: int
     refs = list_images(files)
     step = max(1, len(refs) // count)
     for batch in iter_batches(iter_loaded(refs[::step][:count], transform), size):
-        assert batch.pixels is not None
-        yield batch.pixels
+        for stack in batch.stacks:
+            yield stack.pixels
 
 
 def seconds(ways: dict[str, Callable[[Tensor], object]], images: Tensor) -> dict[str, float]:

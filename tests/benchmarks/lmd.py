@@ -95,8 +95,8 @@ def line(setting: tuple[str, int, int], cells: list[str], seconds: float, fast: 
 def rows_of(detector: PixelDetector, refs: list, count: int) -> Tensor:
     """Rows of ``count`` images, evenly spread over a set."""
     chosen = [refs[i] for i in np.linspace(0, len(refs) - 1, min(count, len(refs))).astype(int)]
-    decoded = [batch.pixels for batch in detector.batches(chosen)[0] if batch.pixels is not None]
-    return torch.cat([detector.extractor_(pixels) for pixels in decoded])
+    stacks = [stack for batch in detector.batches(chosen)[0] for stack in batch.stacks]
+    return torch.cat([detector.extractor_(stack.pixels) for stack in stacks])
 
 
 def feature_seconds(detector: Detector, refs: list) -> float:

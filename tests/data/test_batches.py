@@ -325,11 +325,11 @@ def shapes(batches: Iterator[Batch]) -> list[tuple[int, int]]:
     place = 0
     for batch in batches:
         assert [item.ref.path for item in batch.loaded] == [str(place + i) for i in range(len(batch.loaded))]
-        assert batch.decoded == [i for i, item in enumerate(batch.loaded) if item.pixels is not None]
-        if batch.pixels is None:
-            assert batch.decoded == []
-        else:
-            assert batch.pixels[:, 0, 0, 0].tolist() == [place + i for i in batch.decoded]
+        assert all(item.pixels is None for item in batch.loaded)  # they are held once, in the stacks
+        assert len(batch.stacks) == min(1, len(batch.decoded))
+        for stack in batch.stacks:
+            assert stack.positions == batch.decoded
+            assert stack.pixels[:, 0, 0, 0].tolist() == [place + i for i in stack.positions]
         found.append((len(batch.loaded), len(batch.decoded)))
         place += len(batch.loaded)
     return found
@@ -368,7 +368,7 @@ def check_loader_batches(batches: Sequence[Batch], sizes: list[int]) -> None:
     assert [len(batch.loaded) for batch in batches] == sizes
     names = [item.ref.path for batch in batches for item in batch.loaded]
     assert names == [f"loader[{i}]" for i in range(10)]
-    assert torch.equal(torch.cat([batch.pixels for batch in batches]), TILES)  # type: ignore[misc]
+    assert torch.equal(torch.cat([stack.pixels for batch in batches for stack in batch.stacks]), TILES)
     assert all(batch.decoded == list(range(len(batch.loaded))) for batch in batches)
 
 
@@ -389,9 +389,9 @@ def test_generator_of_batches() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_loader_batches_of_every_float_type_become_float32(dtype: torch.dtype) -> None:
     (batch,) = batches_from_loader([TILES.to(dtype)])
-    assert batch.pixels is not None
-    assert batch.pixels.dtype == torch.float32
-    assert torch.equal(batch.pixels, TILES.to(dtype).float())
+    (stack,) = batch.stacks
+    assert stack.pixels.dtype == torch.float32
+    assert torch.equal(stack.pixels, TILES.to(dtype).float())
     assert len({item.digest for item in batch.loaded}) == 10
 
 
@@ -407,22 +407,22 @@ def test_known_images_of_a_loader_are_not_passed_on() -> None:
     digests = [item.digest for item in batch.loaded]
     assert len(set(digests)) == 10
     first, second = batches_from_loader(TILES.split(5), known=set(digests[:6]))
-    assert (first.pixels, first.decoded, len(first.loaded)) == (None, [], 5)
+    assert (first.stacks, first.decoded, len(first.loaded)) == ([], [], 5)
     assert second.decoded == [1, 2, 3, 4]
-    assert torch.equal(second.pixels, TILES[6:])  # type: ignore[arg-type]
+    assert torch.equal(second.stacks[0].pixels, TILES[6:])
     assert [item.reason for item in second.loaded] == [""] * 5
 
 
 def test_empty_loader_and_empty_batch() -> None:
     assert list(batches_from_loader([])) == []
     (batch,) = batches_from_loader([torch.zeros(0, 3, 4, 4)])
-    assert (batch.loaded, batch.pixels, batch.decoded) == ([], None, [])
+    assert (batch.loaded, batch.stacks, batch.decoded) == ([], [], [])
 
 
 def test_batches_of_a_mapping_and_of_grey_images() -> None:
     grey = torch.rand(2, 1, 4, 4)
     named, plain = batches_from_loader([{"pixel_values": grey, "labels": [0, 1]}, grey])
-    assert torch.equal(named.pixels, grey)  # type: ignore[arg-type]
+    assert torch.equal(named.stacks[0].pixels, grey)
     assert [item.digest for item in named.loaded] == [item.digest for item in plain.loaded]
 
 

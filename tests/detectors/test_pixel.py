@@ -93,8 +93,8 @@ def test_a_score_depends_on_no_other_image(fitted: PixelDetector, folders: dict[
 
 def test_scores_at_hand_are_those_of_a_stream(fitted: PixelDetector, folders: dict[str, Path]) -> None:
     batch = next(fitted.batches(folders["digits"])[0])
-    assert batch.pixels is not None
-    rows = fitted.extractor_(batch.pixels)
+    (stack,) = batch.stacks
+    rows = fitted.extractor_(stack.pixels)
     heads = fitted.all_heads(rows)
     assert list(heads) == ["featdiff", "mse", "ssim"]
     assert np.array_equal(heads["featdiff"], heads["mse"])
@@ -107,9 +107,9 @@ def test_the_score_is_the_standardised_log_of_the_median_distance(
 ) -> None:
     """By hand, from inpaintings."""
     batch = next(fitted.batches(folders["test"])[0])
-    assert batch.pixels is not None
-    x, inpainted = fitted.heads_.inpainted(fitted.extractor_(batch.pixels))
-    assert torch.equal(x, batch.pixels)
+    (stack,) = batch.stacks
+    x, inpainted = fitted.heads_.inpainted(fitted.extractor_(stack.pixels))
+    assert torch.equal(x, stack.pixels)
     masks = make_masks("checkerboard_alt", 16, 2, blocks=4)
     for repetition, mask in enumerate(masks):
         assert torch.equal(inpainted[:, repetition, :, mask], x[:, :, mask])

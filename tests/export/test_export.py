@@ -141,8 +141,8 @@ def files(command: subprocess.CompletedProcess[str]) -> dict[str, Path]:
 def pixels(tiny_detector: Detector, names: list[Path]) -> Tensor:
     """The images as the backbone gets them."""
     (batch,) = tiny_detector.batches(names)[0]
-    assert batch.pixels is not None
-    return batch.pixels
+    (stack,) = batch.stacks
+    return stack.pixels
 
 
 @pytest.fixture(scope="module")

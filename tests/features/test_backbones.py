@@ -53,7 +53,7 @@ def test_embedded_default_by_its_full_name() -> None:
 
 def test_embedded_weights_know_a_palace_and_a_daisy() -> None:
     """Every tensor of the package sits where timm wants it: the whole network classifies real photographs."""
-    backbone = load_backbone(model_args={"num_classes": 1000})
+    backbone = load_backbone(model_args={"num_classes": 1000}, view="crop")
     photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     with torch.inference_mode():
         logits = backbone.model(torch.stack([backbone.transform(photograph) for photograph in photographs]))
