@@ -10,11 +10,11 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..exceptions import UnreadableImage, UsageError
+from .datasets import is_image, is_map_style, iter_refs
 from .decoding import MAX_PIXELS, Transform, decode, one_line
-from .references import HeldRef, ImageRef, MissingRef
+from .references import ImageRef, MissingRef
 
 # Pillow reads the file behind an open picture on first use, which two threads must not do at once.
 _PICTURES = threading.Lock()
@@ -144,7 +145,7 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def iter_loaded(
-    refs: Sequence[ImageRef],
+    refs: Iterable[ImageRef],
     transform: Transform,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -155,7 +156,8 @@ def iter_loaded(
 
     Parameters
     ----------
-    refs : sequence of ImageRef
+    refs : iterable of ImageRef
+        A stream is read as far ahead as images are held.
     transform, max_pixels, known
         As for :func:`load`.
     workers : int, optional
@@ -187,9 +189,11 @@ def iter_loaded(
 
 
 def _in_order(ref: ImageRef) -> ImageRef:
-    """Read on the calling thread: archives that can only be read front to back are read in that order."""
+    """Read on the calling thread: datasets, and archives that can only be read front to back, are read in order."""
     try:
-        return HeldRef(ref.path, ref.read())
+        return ref.held()
+    except UnreadableImage as error:
+        return MissingRef(ref.path, str(error))
     except Exception as error:  # damaged archives raise nearly anything
         return MissingRef(ref.path, f"cannot be read: {one_line(error)}")
 
@@ -198,6 +202,8 @@ def _load_held(
     ref: ImageRef, held: ImageRef, transform: Transform, max_pixels: int, known: Container[bytes]
 ) -> LoadedImage:
     """Load bytes that were read already; the result refers to the original, so that the bytes can be freed."""
+    if held.path != ref.path:  # its name was known only after reading
+        ref = replace(ref, path=held.path)
     return replace(load(held, transform, max_pixels, known), ref=ref)
 
 
@@ -249,9 +255,18 @@ def _batch(group: list[LoadedImage], by_shape: Mapping[torch.Size, list[int]], s
 
 
 def is_loader(source: object) -> TypeGuard[Iterable[object]]:
-    """Whether ``source`` yields ready batches (a DataLoader, a generator) rather than naming images."""
-    named = isinstance(source, str | os.PathLike | list | tuple | np.ndarray | Tensor | Image.Image)
-    return hasattr(source, "__iter__") and not named
+    """Whether ``source`` yields ready batches or images (a DataLoader, a generator) rather than naming images."""
+    named = isinstance(source, str | bytes | os.PathLike | list | tuple | Mapping | np.ndarray | Tensor | Image.Image)
+    if named or not hasattr(source, "__iter__"):
+        return False
+    return not is_map_style(source) or _begins_with_batch(source)
+
+
+def _begins_with_batch(dataset: Any) -> bool:
+    try:
+        return is_batch(dataset[0])
+    except Exception:  # becomes a row with a reason
+        return False
 
 
 def is_batch(item: object) -> bool:
@@ -286,12 +301,49 @@ def _pixels_of(item: object) -> Tensor:
 def peek_size(loader: Iterable[object]) -> tuple[Iterable[object], tuple[int, ...] | None]:
     """A loader's batches, the first of them still included, and the size (C, H, W) of its images.
 
-    The size is None if there are no batches.
+    The size is None if there are no batches, or if single images come, which are still to be prepared.
     """
-    batches = iter(loader)
-    for first in batches:
-        return chain([first], batches), tuple(_pixels_of(first).shape[1:])
+    items = iter(loader)
+    for first in items:
+        whole = chain([first], items)
+        if not is_batch(first) and is_image(first):
+            return whole, None
+        return whole, tuple(_pixels_of(first).shape[1:])
     return (), None
+
+
+def batches_from_stream(
+    stream: Iterable[object],
+    prepare: Callable[[Iterable[ImageRef]], Iterator[Batch]],
+    known: Container[bytes] = (),
+) -> Iterator[Batch]:
+    """Batches of an iterable that gives ready batches, or single images; its first item tells which.
+
+    Parameters
+    ----------
+    stream : iterable
+        Batches as for :func:`batches_from_loader`, or images as for :func:`featdiff.data.datasets.iter_refs`.
+    prepare : callable
+        Turns references to single images into batches.
+    known : container of bytes, default ()
+        Images of ready batches with these digests are not passed on.
+
+    Yields
+    ------
+    Batch
+
+    Raises
+    ------
+    UsageError
+        Items of another kind.
+    """
+    items = iter(stream)
+    for first in items:
+        whole = chain([first], items)
+        if not is_batch(first) and is_image(first):
+            yield from prepare(iter_refs(whole))
+        else:
+            yield from batches_from_loader(whole, known)
 
 
 def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) -> Iterator[Batch]:

@@ -1,14 +1,10 @@
-"""Files, folders, archives, globs and arrays -> an ordered list of image references. Nothing is decoded here.
-
-A reference is small and picklable, and can be read on any thread or in a spawned process.
-"""
+"""Files, folders, archives, globs, arrays and datasets -> an ordered list of image references."""
 
 from __future__ import annotations
 
 import functools
 import glob
 import os
-import stat
 import sys
 import tarfile
 import threading
@@ -16,12 +12,28 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
-
-import numpy as np
-from PIL import Image
+from typing import IO, ClassVar
 
 from ..exceptions import UnreadableImage, UsageError
+from .datasets import dataset_refs, is_map_style
+from .image_refs import FileRef, HeldRef, ImageRef, MissingRef, printable
+from .memory import refs_in_memory
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "TAR_SUFFIXES",
+    "ZIP_SUFFIXES",
+    "FileRef",
+    "HeldRef",
+    "ImageRef",
+    "MissingRef",
+    "TarMemberRef",
+    "TarRef",
+    "ZipRef",
+    "list_images",
+    "printable",
+    "split_archive",
+]
 
 # Formats that Pillow cannot decode out of the box are listed too: a folder of HEIC photographs
 # must give rows that say so, not an empty answer.
@@ -31,62 +43,6 @@ IMAGE_SUFFIXES = (
 )
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """One image that can be read later.
-
-    A subclass with a ``read`` of its own brings in images from anywhere.
-
-    Attributes
-    ----------
-    path : str
-        The name that reports print: valid Unicode, never empty.
-    sequential : bool
-        True if reading out of order would be very slow; then one thread reads in order.
-
-    Examples
-    --------
-    >>> from dataclasses import dataclass
-    >>> from featdiff.data.references import ImageRef
-    >>> @dataclass(frozen=True)
-    ... class BucketRef(ImageRef):
-    ...     key: str
-    ...
-    ...     def read(self):
-    ...         return fetch(self.key)  # the bytes of an image file
-    >>> BucketRef("s3://photos/1.jpg", key="1.jpg").path
-    's3://photos/1.jpg'
-    """
-
-    path: str
-    sequential: ClassVar[bool] = False
-
-    def read(self) -> bytes | Image.Image:
-        """The encoded bytes, or the picture itself if it never was a file.
-
-        Raises
-        ------
-        OSError, UnreadableImage
-            The image cannot be read.
-        """
-        raise UnreadableImage(f"{type(self).__name__} cannot be read")
-
-
-@dataclass(frozen=True)
-class FileRef(ImageRef):
-    """An image file."""
-
-    file: str
-
-    def read(self) -> bytes:
-        mode = os.stat(self.file).st_mode
-        if not stat.S_ISREG(mode):  # a pipe or a device would block or never end
-            raise UnreadableImage("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
-
-        with open(self.file, "rb") as stream:
-            return stream.read()
 
 
 @dataclass(frozen=True)
@@ -131,26 +87,6 @@ class TarMemberRef(ImageRef):
             return stream.read()
 
 
-@dataclass(frozen=True)
-class HeldRef(ImageRef):
-    """An image already in memory: a picture, or the bytes of a file."""
-
-    content: bytes | Image.Image
-
-    def read(self) -> bytes | Image.Image:
-        return self.content
-
-
-@dataclass(frozen=True)
-class MissingRef(ImageRef):
-    """Something that was named but holds no image; it becomes a row with a reason."""
-
-    reason: str
-
-    def read(self) -> bytes:
-        raise UnreadableImage(self.reason)
-
-
 _READING = threading.Lock()
 
 
@@ -172,25 +108,23 @@ def _open_tar(archive: str, *version: int) -> tuple[tarfile.TarFile, dict[str, t
     return tar, {member.name: member for member in tar.getmembers()}  # tarfile searches a list, for each member anew
 
 
-def printable(path: str | os.PathLike[str]) -> str:
-    """A path as valid Unicode; bytes that are not UTF-8 become ``\\xNN``."""
-    try:
-        text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a lone surrogate, which no file name can hold
-        text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
-    return text or "(empty name)"
-
-
 def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRef]:
     """Every image behind ``sources``, each path once, in a fixed order.
 
     Parameters
     ----------
-    sources : str, Path, PIL image, array, tensor, ImageRef, or a list of these
+    sources : str, Path, PIL image, array, tensor, dataset, ImageRef, or a list of these
         A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
         folder inside one (``data.zip/train``), ``-`` (paths on standard input, one a line), a PIL image,
-        an array (H, W), (H, W, C) or (N, H, W, C) of uint8 or of floats in [0, 1],
-        a tensor (C, H, W) or (N, C, H, W) of the same.
+        an array or tensor of uint8 or of floats in [0, 1], or a dataset.
+
+        An array of two dimensions is a grey picture (H, W). Of three dimensions the last holds the channels if it is
+        1, 3 or 4 long, (H, W, C), else the first, if that is, (C, H, W). A tensor is read the other way round: first,
+        then last. Four dimensions are a stack of images, (N, H, W, C) or (N, C, H, W) by the same rule.
+
+        A dataset has a length and items by number, such as a torch ``Dataset``, torchvision's ``ImageFolder`` or a
+        Hugging Face ``Dataset``. Its first item is looked at. Items are pictures, tuples that begin with one, mappings
+        that hold one under ``image`` or ``img``, bytes of image files, paths, or arrays of one image.
     stdin : binary stream, default ``sys.stdin.buffer``
         Read for ``-``.
 
@@ -225,15 +159,19 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
             refs += _from_path(os.fspath(item))
         elif isinstance(item, ImageRef):
             refs.append(item)
+        elif is_map_style(item):
+            refs += dataset_refs(item, "dataset" if len(items) == 1 else f"dataset[{number}]")
+        elif isinstance(item, Iterator):
+            raise UsageError("a generator can be read only once, and these images are needed again: give a dataset")
         else:
-            refs += _from_memory(item, number)
+            refs += refs_in_memory(item, number)
 
     if not streamed and all(isinstance(ref, MissingRef) for ref in refs):
         first = refs[0] if refs else None
         raise UsageError(f"{first.path}: {first.reason}" if isinstance(first, MissingRef) else "no images were named")
 
-    # two different files may be printed alike, and one file may be named twice
-    return list({getattr(ref, "file", ref.path): ref for ref in refs}.values())
+    # one file may be named twice
+    return list({ref.identity: ref for ref in refs}.values())
 
 
 def _from_path(path: str) -> list[ImageRef]:
@@ -341,48 +279,3 @@ def _tar_members(archive: str, label: str, prefix: str) -> list[ImageRef]:
 
 def _utf8(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _from_memory(item: object, number: int) -> list[ImageRef]:
-    """A picture, an array or a tensor; of a stack of images, one reference each."""
-    if isinstance(item, Image.Image):
-        return [HeldRef(f"image[{number}]", item)]
-
-    array: Any = item
-    channels_first = hasattr(item, "detach")  # a torch tensor, told without importing torch
-    if channels_first:
-        tensor = array.detach().cpu()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
-    if not isinstance(array, np.ndarray):
-        raise UsageError(f"images cannot come from a {type(item).__name__}; give paths, PIL images, arrays or tensors")
-    if array.ndim not in (2, 3, 4):
-        raise UsageError(f"an image array has 2 to 4 dimensions, not {array.ndim}")
-
-    label = f"array[{number}]"
-    if array.ndim < 4:
-        return [_array_ref(label, array, channels_first)]
-    return [_array_ref(f"{label}[{i}]", image, channels_first) for i, image in enumerate(array)]
-
-
-def _array_ref(label: str, image: np.ndarray, channels_first: bool) -> ImageRef:
-    """uint8 as it is, floats in [0, 1] scaled to uint8; anything else becomes a row with a reason."""
-    if channels_first and image.ndim == 3:
-        image = np.moveaxis(image, 0, -1)
-
-    if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
-        return MissingRef(label, f"an image has 1, 3 or 4 channels, not {image.shape[2]}")
-    if 0 in image.shape:
-        return MissingRef(label, "an empty array")
-
-    if image.dtype != np.uint8:
-        if not np.issubdtype(image.dtype, np.floating):
-            return MissingRef(label, f"pixels are uint8 or floats in [0, 1], not {image.dtype}")
-        if not np.isfinite(image).all():
-            return MissingRef(label, "NaN or infinite pixels")
-        if image.min() < 0 or image.max() > 1:
-            return MissingRef(label, "float pixels must lie in [0, 1]; give a DataLoader for images already normalised")
-        image = np.round(image * 255).astype(np.uint8)
-
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[:, :, 0]
-    return HeldRef(label, Image.fromarray(image))

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, batches_from_loader, is_loader, iter_batches, iter_loaded
+from ..data.batches import Batch, batches_from_stream, is_loader, iter_batches, iter_loaded
 from ..data.decoding import Transform
 from ..data.groups import Groups, label_images, numbered
-from ..data.references import list_images
+from ..data.references import ImageRef, list_images
 from ..data.splits import Plan, Split
 from ..exceptions import NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
@@ -190,19 +190,23 @@ class BaseDetector(Generic[S]):
         total : int
             How many images there are, 0 if unknown.
         """
-        if is_loader(images):
-            return batches_from_loader(images, known), 0
-        refs = list_images(images)
         size = self.settings.image_batch
-        loaded = iter_loaded(
-            refs,
-            transform or self.extractor_.transform,
-            self.settings.workers,
-            self.settings.max_pixels,
-            known,
-            ahead=2 * size,
-        )
-        return iter_batches(loaded, size), len(refs)
+
+        def prepare(refs: Iterable[ImageRef]) -> Iterator[Batch]:
+            loaded = iter_loaded(
+                refs,
+                transform or self.extractor_.transform,
+                self.settings.workers,
+                self.settings.max_pixels,
+                known,
+                ahead=2 * size,
+            )
+            return iter_batches(loaded, size)
+
+        if is_loader(images):
+            return batches_from_stream(images, prepare, known), 0
+        refs = list_images(images)
+        return prepare(refs), len(refs)
 
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
         store = self.feature_store()

@@ -166,8 +166,9 @@ class Detector(BaseDetector[FeatureSettings]):
         Parameters
         ----------
         images : object
-            As for :func:`featdiff.data.references.list_images`, or a DataLoader of preprocessed batches. Files that
-            cannot be read are skipped and listed in ``unreadable_``; images of the same content count once.
+            As for :func:`featdiff.data.references.list_images`; a DataLoader of preprocessed batches; or a generator of
+            such batches, or of single images as a dataset has them. What cannot be read is skipped and listed in
+            ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
         split : featdiff.data.splits.Split, optional
             Which of the different, readable images train, validate and calibrate, for example because a classifier was

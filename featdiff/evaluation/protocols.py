@@ -115,7 +115,7 @@ def evaluate_detector(
             ood_scores = _score_set(detector, baselines, ood_set, ood_size, unreadable, progress)
             pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores))
 
-    return {"id": _label(in_domain), "model": detector.name, "pairs": pairs}
+    return {"id": _label(in_domain, len(id_set.refs)), "model": detector.name, "pairs": pairs}
 
 
 def measure_accuracy(
@@ -159,12 +159,12 @@ def measure_accuracy(
     return float(np.mean(predicted == expected))
 
 
-def _label(source: object) -> str:
-    """Name of a set in a result: its paths, or its number of images."""
+def _label(source: object, count: int) -> str:
+    """Name of a set of so many images in a result: its paths, or its number of images."""
     items: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
     if all(isinstance(item, str | os.PathLike) for item in items):
         return ", ".join(os.fspath(item) for item in items)
-    return f"{len(items)} images in memory"
+    return f"{count} images in memory"
 
 
 def _image_set(name: str, source: object) -> ImageSet:

@@ -35,6 +35,8 @@ class Hook:
         Read the module's input in place of its output.
     skip : int, default 0
         Leave out so many tokens at the beginning (class tokens).
+    channels_last : bool, default False
+        Its map is (B, H, W, C), whatever the module declares.
     """
 
     module: str
@@ -43,6 +45,7 @@ class Hook:
     spatial_std: bool = False
     input: bool = False
     skip: int = 0
+    channels_last: bool = False
 
 
 class Hooks:
@@ -128,7 +131,11 @@ class Hooks:
             return
 
         with torch.no_grad():
-            activation = channels_first(first_tensor(args if hook.input else output), module, self.model)
+            activation = first_tensor(args if hook.input else output)
+            if hook.channels_last and activation.dim() == 4:
+                activation = activation.movedim(-1, 1)
+            else:
+                activation = channels_first(activation, module, self.model)
             if hook.skip:
                 activation = activation[:, hook.skip :]
 

@@ -10,9 +10,29 @@ from torch import nn
 from ..exceptions import UsageError, did_you_mean
 from .layout import PRE_LOGITS
 
-#: ``layers="auto"`` takes all stages of a CNN or Swin, and this many evenly spaced blocks of a plain ViT.
+#: ``layers="auto"`` takes all stages of a CNN or Swin, and this many evenly spaced blocks of a plain ViT; of other
+#: networks it takes all stages, or this many of them where there are more than one above that.
 AUTO_LAYERS = 5
 Layers = str | Sequence[str | int]
+
+
+def is_auto(layers: Layers) -> bool:
+    """Whether ``layers`` are to be chosen, and not named.
+
+    Parameters
+    ----------
+    layers : str or sequence of str or int
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> is_auto("auto"), is_auto(["auto"]), is_auto(["layer1"])
+    (True, True, False)
+    """
+    return layers == "auto" or (isinstance(layers, list | tuple) and list(layers) == ["auto"])
 
 
 def resolve_layers(
@@ -38,8 +58,8 @@ def resolve_layers(
     Raises
     ------
     UsageError
-        A layer that does not exist (similar names are suggested), no layer or one twice, ``auto`` for a module without
-        stages, or ``pre_logits`` alone.
+        A layer that does not exist (similar names are suggested), no layer or one twice, ``auto`` for a network whose
+        stages are not known, or ``pre_logits`` alone.
 
     Examples
     --------
@@ -71,7 +91,7 @@ def resolve_layers(
 def _auto_layers(stages: Sequence[str], has_classifier: bool) -> tuple[str, ...]:
     """All stages, or evenly spaced ones if there are many; then the pre-logits."""
     if not stages:
-        raise UsageError("layers='auto' needs a timm model; name the layers of your module", argument="layers")
+        raise UsageError("layers='auto' finds no stages in this network: name its layers", argument="layers")
 
     count = len(stages)
     if count > AUTO_LAYERS + 1:

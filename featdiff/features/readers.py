@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..exceptions import UsageError, first_line
 from .hooks import Hook, Hooks, channels_first, find_module, pool, spatial_std
-from .layers import Layers, resolve_layers, stage_names
+from .layers import Layers, is_auto, resolve_layers, stage_names
 from .layout import LOGITS, PRE_LOGITS, Key, Kind
 from .networks import evaluating, logits_of
+from .stages import Output, find_stages, maps_with_channels_last, watch
 
 
 class Reader:
@@ -139,8 +140,9 @@ class ModuleReader(Reader):
     model : nn.Module
     tag : str
     layers : "auto", names or indices
-        ``auto`` for timm models; ``pre_logits`` is the input of the linear layer that gives the logits, or, in a model
-        without one, its output.
+        ``auto`` takes the stages of a timm model, and finds those of others (:mod:`featdiff.features.stages`);
+        ``pre_logits`` is the input of the linear layer that gives the logits, or, in a timm model without one, its
+        output.
     probe : Tensor of shape (1, C, H, W)
         An image, to see what the modules do.
     logits : bool
@@ -156,7 +158,10 @@ class ModuleReader(Reader):
 
         classes: Any = getattr(model, "num_classes", 0)
         headless = bool(self.stage_names) and hasattr(model, "forward_head") and not classes
-        self.layers = resolve_layers(layers, self.stage_names, self.module_names, headless or bool(self._last_linear))
+        stages = self.stage_names
+        if is_auto(layers) and not stages:
+            stages = self._find_stages(probe)
+        self.layers = resolve_layers(layers, stages, self.module_names, headless or bool(self._last_linear))
         self.hooks = Hooks(model, self._make_hooks(probe))
 
     @property
@@ -187,7 +192,22 @@ class ModuleReader(Reader):
         assert isinstance(module, nn.Linear | nn.Conv2d)
         return module
 
+    def _find_stages(self, probe: Tensor) -> list[str]:
+        """Names of the stages of a network that does not tell them; sets its last linear layer as well."""
+        if not self._last_linear:
+            with self.evaluated(probe), torch.no_grad():
+                output = self.model(probe)
+            if _is_classifier_output(output):
+                self._last_linear = self._find_last_linear(probe)
+        return find_stages(self.model, self._watch(probe), tuple(probe.shape[1:]))
+
+    def _watch(self, probe: Tensor) -> dict[str, Output]:
+        with self.evaluated(probe):
+            return watch(self.model, lambda: self.model(probe), probe)
+
     def _make_hooks(self, probe: Tensor) -> list[Hook]:
+        # timm models declare their layout
+        channels_last = set() if self.stage_names else maps_with_channels_last(self._watch(probe))
         hooks = []
         for name in self.layers:
             if name == PRE_LOGITS:
@@ -196,7 +216,8 @@ class ModuleReader(Reader):
                 raise UsageError(f"layer {name!r} of {self.tag} is no module of its own; name other layers")
             # stages of a timm model are what forward_intermediates would give, without class tokens
             tokens = getattr(self.model, "num_prefix_tokens", 0) if name in self.stage_names else 0
-            hooks.append(Hook(name, name, spatial_std=name == self.last_stage, skip=tokens))
+            is_last = name == self.last_stage
+            hooks.append(Hook(name, name, spatial_std=is_last, skip=tokens, channels_last=name in channels_last))
 
         if PRE_LOGITS in self.layers and self._last_linear:
             hooks.append(Hook(self._last_linear, PRE_LOGITS, Kind.PRE_LOGITS, input=True))
@@ -222,6 +243,14 @@ class ModuleReader(Reader):
         with self.evaluated(probe), torch.no_grad():
             final = run(probe)
             return find_module(self.model, lambda: run(probe), lambda _, output: _same_values(output, final))
+
+
+def _is_classifier_output(output: Any) -> bool:
+    """Whether a network's output is, or holds, logits (B, classes)."""
+    try:
+        return logits_of(output).dim() == 2
+    except UsageError:
+        return False
 
 
 def make_reader(

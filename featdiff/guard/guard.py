@@ -19,7 +19,7 @@ from ..data.groups import Groups
 from ..data.splits import Split
 from ..detectors import Detector
 from ..exceptions import NotFittedError, UsageError
-from ..features.layers import Layers, resolve_layers, stage_names
+from ..features.layers import Layers, is_auto, resolve_layers, stage_names
 from ..features.layout import Key
 from ..features.networks import device_of, logits_of
 from ..files.model_folder import load, locate
@@ -81,7 +81,8 @@ class Guard(nn.Module):
     detector : Detector, optional
         Fitted on this classifier, or on its backbone. Default: call :meth:`fit`.
     layers : "auto" or sequence of str, default "auto"
-        For :meth:`fit`; see :func:`featdiff.features.layers.resolve_layers`. ``auto`` is for timm models.
+        For :meth:`fit`; see :func:`featdiff.features.layers.resolve_layers`. ``auto`` takes the stages of any network
+        whose resolution changes or that has a list of blocks, and the input of its last linear layer.
     fpr : float, optional
         False-alarm rate: this share of in-domain images is flagged. Default: the detector's, or 0.05. Can be changed.
     abstain : bool, default False
@@ -143,14 +144,21 @@ class Guard(nn.Module):
             self._arguments = {"layers": "auto"} | arguments
             if fpr is not None:
                 self._arguments["fpr"] = fpr
-            names = [name for name, _ in network.named_modules() if name]
-            resolve_layers(self._arguments["layers"], stage_names(network), names, has_classifier=True)
+            self._check_names(network)
             self.detector = self._new_detector()
         else:
             self.detector = detector.on(network)
             if fpr is not None:
                 self.fpr = fpr
         self._prepare()
+
+    def _check_names(self, network: nn.Module) -> None:
+        """Refuse layers that the network does not have, before any image is there to find its stages with."""
+        layers: Any = self._arguments["layers"]
+        stages = stage_names(network)
+        if stages or not is_auto(layers):
+            names = [name for name, _ in network.named_modules() if name]
+            resolve_layers(layers, stages, names, has_classifier=True)
 
     @property
     def fpr(self) -> float:

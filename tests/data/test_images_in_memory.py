@@ -48,6 +48,28 @@ def test_arrays_of_uint8(pixels: np.ndarray) -> None:
     assert np.array_equal(held(grey[:, :, None]), np.stack([grey] * 3, axis=2))
 
 
+def test_arrays_with_channels_first(pixels: np.ndarray) -> None:
+    first = pixels.transpose(2, 0, 1)  # (3, 5, 7)
+    assert np.array_equal(held(first), pixels)
+    assert np.array_equal(held((first / 255).astype(np.float32)), pixels)
+    assert np.array_equal(held(first[:1]), np.stack([pixels[:, :, 0]] * 3, axis=2))
+    refs = list_images(np.stack([first, 255 - first]))
+    assert [ref.path for ref in refs] == ["array[0][0]", "array[0][1]"]
+    assert np.array_equal(np.asarray(decode(refs[1].read())), 255 - pixels)
+
+
+def test_tensors_with_channels_last(pixels: np.ndarray) -> None:
+    assert np.array_equal(held(torch.from_numpy(pixels)), pixels)
+    refs = list_images(torch.from_numpy(np.stack([pixels, 255 - pixels])))
+    assert np.array_equal(np.asarray(decode(refs[1].read())), 255 - pixels)
+
+
+def test_of_two_possible_orders_an_array_has_its_channels_last_and_a_tensor_first() -> None:
+    both = np.random.default_rng(1).integers(0, 256, (3, 8, 3), dtype=np.uint8)
+    assert np.array_equal(held(both), both)
+    assert np.array_equal(held(torch.from_numpy(both)), both.transpose(1, 2, 0))
+
+
 def test_array_with_alpha_is_laid_on_white(pixels: np.ndarray) -> None:
     alpha = np.zeros((5, 7, 1), np.uint8)
     alpha[2:] = 255
@@ -100,10 +122,9 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray | torch.Tensor, str]] = {
     "uint16": (np.zeros((4, 4), np.uint16), "uint16"),
     "bool": (np.zeros((4, 4), bool), "bool"),
     "complex": (np.zeros((4, 4), complex), "complex"),
-    "two channels": (np.zeros((4, 4, 2), np.uint8), "channels.* 2"),
-    "five channels": (np.zeros((4, 4, 5), np.uint8), "channels.* 5"),
-    "channels first": (np.zeros((3, 8, 9), np.uint8), "channels.* 9"),
-    "tensor channels last": (torch.zeros(8, 9, 3), "channels.* 8"),
+    "two channels": (np.zeros((5, 6, 2), np.uint8), r"\(H, W, C\) or \(C, H, W\).*\(5, 6, 2\)"),
+    "five channels": (np.zeros((5, 6, 7), np.uint8), r"\(H, W, C\) or \(C, H, W\).*\(5, 6, 7\)"),
+    "tensor of two channels": (torch.zeros(2, 8, 9), r"\(H, W, C\) or \(C, H, W\).*\(2, 8, 9\)"),
     "no rows": (np.zeros((0, 4, 3), np.uint8), "empty"),
     "no columns": (torch.zeros(3, 4, 0), "empty"),
     "1-d": (np.zeros(4, np.uint8), "2 to 4 dimensions, not 1"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,64 @@ def test_loader_can_be_scored(fitted: Detector, fresh: list[str], labels: bool) 
     np.testing.assert_allclose(scores.ood_score, fitted.score(fresh).ood_score, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(3, 8, 8), "text", (), None], ids=["3d", "text", "empty", "none"])
+@pytest.mark.parametrize("batch", [torch.zeros(2, 8), (), None], ids=["2d", "empty", "none"])
 def test_loader_of_something_else_is_refused(fitted: Detector, batch: object) -> None:
     with pytest.raises(UsageError, match=r"a loader must give .*\(B, C, H, W\)"):
         fitted.score(iter([batch]))
+
+
+def test_loader_of_single_tensors_is_refused_with_both_ways_out(fitted: Detector) -> None:
+    with pytest.raises(UsageError, match=r"\(3, 8, 8\).*DataLoader.*\(B, C, H, W\).*transform"):
+        fitted.score(iter([torch.zeros(3, 8, 8)]))
+
+
+class Pictures:
+    """A dataset of (picture, label)."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.items = [(picture, i) for i, picture in enumerate(pictures(files))]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.items[index]
+
+
+def test_datasets_and_generators_are_fitted_and_scored_as_the_files_are(
+    fitted: Detector, small: dict[str, Any], files: list[str], fresh: list[str]
+) -> None:
+    expected = fitted.score(fresh).ood_score
+    for source in (Pictures(files), iter(pictures(files)), iter(files)):
+        detector = Detector(**small).fit(source)
+        assert detector.n_images_ == fitted.n_images_
+        np.testing.assert_allclose(detector.score(Pictures(fresh)).ood_score, expected, rtol=1e-4, atol=1e-5)
+
+    scores = fitted.score(
+        {"image": picture, "path": path} for picture, path in zip(pictures(fresh), fresh, strict=True)
+    )
+    assert scores.path == fresh
+    np.testing.assert_allclose(scores.ood_score, expected, rtol=1e-4, atol=1e-5)
+    names, _ = fitted.features(Pictures(fresh))
+    assert names == [f"dataset[{i}]" for i in range(len(fresh))]
+
+
+def test_rows_of_a_generator_come_while_it_runs(small: dict[str, Any], files: list[str]) -> None:
+    detector = Detector(**{**small, "image_batch": 2}).fit(files)
+    read: list[str] = []
+    totals: list[int] = []
+
+    def stream() -> Iterator[object]:
+        for file in files:
+            read.append(file)
+            yield {"image": file}
+
+    parts = detector.iter_scores(stream(), progress=lambda stage, done, total: totals.append(total - done))
+    assert read == []
+    assert next(parts).path == files[:2]
+    assert len(read) < 10
+    assert [path for part in parts for path in part.path] == files[2:]
+    assert set(totals) == {0}  # how many there will be is not known
 
 
 @pytest.mark.parametrize("method", ["fit", "score"])

@@ -126,7 +126,7 @@ def test_module_layers_of_every_kind() -> None:
         ("cube", ["'cube'", "(1, 1, 4, 222, 222)"]),
         ("named", ["'named'", "dict"]),
         ("vectr", ["did you mean", "vector"]),
-        ("auto", ["name the layers"]),
+        ("auto", ["finds no stages in Several", "maps (4, 222, 222), vector (6)"]),
         ([0], ["name them"]),
     ],
 )
