@@ -1,7 +1,7 @@
 """How much of a picture a network sees: all of it, or timm's centre crop.
 
-In: a network and its preprocessing, as timm describes it. Out: preprocessing for a view. It keeps timm's names, with one
-crop mode more, ``rectangle``.
+In: a network and its preprocessing, as timm describes it. Out: preprocessing for a view. It keeps timm's names, with
+one crop mode more, ``rectangle``.
 """
 
 from __future__ import annotations
