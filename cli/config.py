@@ -8,17 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TABLES = {"detector": "arguments of a detector", "data": "images = [...]"}
+_TABLES = {"detector": "arguments of a detector", "data": "images = [...], groups = ..."}
 FEATURE = "feature"
 
 
 @dataclass
 class Config:
-    """``mode``: which kind of detector; ``detector``: its arguments; ``images``: what to train on, may be empty."""
+    """What to train, and on what.
+
+    ``mode``: which kind of detector; ``detector``: its arguments; ``images``: what to train on, may be empty;
+    ``groups``: which of the images belong together.
+    """
 
     mode: str = FEATURE
     detector: dict[str, Any] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
+    groups: str | None = None
 
 
 def preset_folder() -> Path:
@@ -54,14 +59,19 @@ def load_config(name: str) -> Config:
         raise UsageError(f"{file}: unknown mode {mode!r}{hint}; known: {', '.join(SETTINGS)}")
     check_keys(content, list(_TABLES), str(file), "table")
     check_keys(detector, SETTINGS[mode].names(), str(file))
-    check_keys(data, ["images"], str(file))
+    check_keys(data, ["images", "groups"], str(file))
 
     images = data.get("images", [])
     if isinstance(images, str):
         images = [images]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UsageError(f"{file}: images must be a path or a list of paths, not {images!r}")
-    return Config(mode, detector, [str(file.parent / image) for image in images])
+    groups = data.get("groups")
+    if not isinstance(groups, str | None):
+        raise UsageError(f"{file}: groups must be text, not {groups!r}")
+    if groups is not None and groups.lower().endswith((".csv", ".tsv")):
+        groups = str(file.parent / groups)
+    return Config(mode, detector, [str(file.parent / image) for image in images], groups)
 
 
 def _find(name: str) -> Path:

@@ -14,6 +14,7 @@ import click
 
 # command name -> (module, one line for the overview); the overview must not import torch
 COMMANDS = {
+    "audit": ("audit", "Find the odd images of a folder; no model is needed."),
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
@@ -186,6 +187,7 @@ def main(debug: bool) -> None:
     """Tell when an image is something your model was never made for.
 
     \b
+    featdiff audit photos/          which of these are odd?
     featdiff train photos/          learn what is normal
     featdiff score new_images/      one row per image, with a p-value
     """

@@ -86,6 +86,31 @@ def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
     return ({"weights": options["weights"]} if options["weights"] else {}) | runtime_arguments(options)
 
 
+def output_options(function: F) -> F:
+    """Format and file of the rows."""
+    for option in (
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the rows [standard output]."),
+        click.option(
+            "--format",
+            "format_",
+            type=click.Choice(["table", "csv", "jsonl", "parquet"]),
+            help="[by -o; table on a terminal, else csv]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def groups_option(default: str) -> Callable[[F], F]:
+    """``--groups``: which images belong together; ``default`` says what happens without it."""
+    return click.option(
+        "--groups",
+        metavar="HOW",
+        help="Which images belong together, as in bursts: auto (near-copies), none, folder, gap:N (a gap in the last "
+        f"number of the name), a regular expression with brackets, or a .csv of path,group [{default}].",
+    )
+
+
 def runtime_options(function: F) -> F:
     """How to run: device, batch size, threads, limits, cache, quiet."""
     for option in (

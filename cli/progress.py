@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from featdiff.detectors.grouping import Grouping
+    from featdiff.verdicts.calibration import Calibration
 
 
 class Bars:
@@ -75,6 +83,30 @@ def say(text: str, quiet: bool = False) -> None:
     """Print a line for people on standard error."""
     if not quiet:
         click.echo(text, err=True)
+
+
+@contextmanager
+def telling_warnings(quiet: bool = False) -> Iterator[None]:
+    """featdiff's own warnings as lines for people, the command's options named; shown once the work is done."""
+    from featdiff.exceptions import NearCopiesFound
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NearCopiesFound)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, NearCopiesFound):
+            text = re.sub(r"\b([a-z]+)=(?=\w)", r"--\1 ", str(warning.message))
+            say(f"WARNING: {text}", quiet)
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def calibrated(calibration: Calibration, grouping: Grouping, what: str) -> str:
+    """A line on what p-values are compared with."""
+    groups = ""
+    if grouping.count is not None:
+        groups = f" in {calibration.groups:,} groups ({grouping.how})"
+    return f"calibrated on {len(calibration):,} held-out {what}{groups}: --fpr from {calibration.smallest_fpr:.2g} up"
 
 
 def list_unreadable(

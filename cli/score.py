@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
-from .options import load_model, model_option, runtime_options, weights_option
+from .options import load_model, model_option, output_options, runtime_options, weights_option
+from .output import guess_format, open_output
 from .progress import Bars, say
 from .vectors import features_option, open_vectors, score_vectors
 
@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 @features_option
 @model_option
 @weights_option
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["table", "csv", "jsonl", "parquet"]),
-    help="[by -o; table on a terminal, else csv]",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the rows [standard output].")
+@output_options
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
 @click.option(
     "--figure",
@@ -80,8 +74,8 @@ def command(
     if first is None:
         raise UsageError("there are no paths on standard input")
     counts = Counts()
-    with _open(output) as stream, bars:
-        scores = _write(chain([first], work.parts), format_ or _guess(output), stream, counts, keep=bool(work.draw))
+    with open_output(output) as stream, bars:
+        scores = _write(chain([first], work.parts), guess_format(output, format_), stream, counts, keep=bool(work.draw))
     if work.draw:
         work.draw(scores)
 
@@ -196,19 +190,3 @@ def _figure(
             save_inpaintings(file, *pixels.inpaintings(shown))
 
     return draw
-
-
-def _guess(output: Path | None) -> str:
-    by_suffix = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".txt": "table"}
-    if output is not None:
-        return by_suffix.get(output.suffix.lower(), "csv")
-    return "table" if sys.stdout.isatty() else "csv"
-
-
-@contextmanager
-def _open(output: Path | None) -> Iterator[IO[bytes]]:
-    if output is None:
-        yield sys.stdout.buffer
-        return
-    with output.open("wb") as file:
-        yield file

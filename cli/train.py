@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .options import MODEL_FOLDER, backbone_options, detector_arguments, runtime_options
-from .progress import Bars, list_unreadable, say
+from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options
+from .progress import Bars, calibrated, list_unreadable, say, telling_warnings
 from .vectors import features_option, train_on_vectors
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ INPAINTINGS = "inpaintings.png"
 @click.command("train")
 @click.argument("images", nargs=-1)
 @features_option
+@groups_option("near-copies, where there are too many for a split by chance")
 @backbone_options
 @click.option(
     "--mode",
@@ -49,7 +50,13 @@ INPAINTINGS = "inpaintings.png"
 )
 @runtime_options
 def command(
-    images: tuple[str, ...], output: Path, force: bool, no_pretrained: bool, quiet: bool, **options: Any
+    images: tuple[str, ...],
+    groups: str | None,
+    output: Path,
+    force: bool,
+    no_pretrained: bool,
+    quiet: bool,
+    **options: Any,
 ) -> int:
     """Learn what is normal from IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
 
@@ -73,7 +80,7 @@ def command(
     _check_free(output, force)
     if options["features"]:
         options["no_pretrained"] = no_pretrained
-        return train_on_vectors(options["features"], images, output, quiet, options)
+        return train_on_vectors(options["features"], images, groups, output, quiet, options)
 
     config = load_config(options["config"]) if options["config"] else Config()
     detector = _new_detector(config, no_pretrained, options)
@@ -82,8 +89,8 @@ def command(
     source: object = list(images) or config.images or _sample_set()
 
     try:
-        with Bars(quiet) as bars:
-            detector.fit(source, _tell_where(bars, detector, quiet))
+        with Bars(quiet) as bars, telling_warnings(quiet):
+            detector.fit(source, _tell_where(bars, detector, quiet), groups=groups or config.groups)
         if not is_first_process():
             return 0
         _save(detector, output)
@@ -186,9 +193,7 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     else:
         say("training found complete in the cache", quiet)
 
-    calibration = detector.calibration_
-    least = f"--fpr from {calibration.smallest_fpr:.2g} up"
-    say(f"calibrated on {len(calibration):,} held-out images: {least}", quiet)
+    say(calibrated(detector.calibration_, detector.grouping_, "images"), quiet)
     if isinstance(detector, PixelDetector):
         say(f"the least and the most strange of them: {output / INPAINTINGS}", quiet)
     else:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .progress import Bars, list_unreadable, say
+from .progress import Bars, calibrated, list_unreadable, say, telling_warnings
 
 if TYPE_CHECKING:
     import numpy as np
 
     from featdiff import FeatureDiffusion, Scores
+    from featdiff.data.groups import Groups
     from featdiff.data.vector_files import Arrays
 
 # Options that make sense only for images.
@@ -43,7 +44,9 @@ features_option = click.option(
 )
 
 
-def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool, options: dict[str, Any]) -> int:
+def train_on_vectors(
+    file: str, images: Sequence[str], groups: str | None, output: Path, quiet: bool, options: dict[str, Any]
+) -> int:
     """Learn what is normal from the rows of a file, and save the model."""
     import numpy as np
 
@@ -66,8 +69,9 @@ def train_on_vectors(file: str, images: Sequence[str], output: Path, quiet: bool
     try:
         with bars, warnings.catch_warnings():
             warnings.simplefilter("error", TooFewRows)
-            rows, unreadable = _good_rows(arrays)
-            detector.fit(rows, progress=bars)
+            rows, names, unreadable = _good_rows(arrays)
+            with telling_warnings(quiet):
+                detector.fit(rows, progress=bars, groups=_row_groups(groups, names))
     except KeyboardInterrupt:
         raise Stopped("interrupted; no model is written") from None
 
@@ -134,8 +138,15 @@ def _is_whole_or_empty(text: str) -> bool:
     return text == "" or (text.isascii() and text.isdigit())
 
 
-def _good_rows(arrays: Arrays) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Finite rows, and the names of the others with a reason each."""
+def _row_groups(groups: str | None, names: list[str]) -> Groups | None:
+    """Groups as the estimator takes them: a word, or a label for each row."""
+    from featdiff.data.groups import AUTO, NONE, label_images
+
+    return groups if groups in (None, AUTO, NONE) else label_images(groups, names)
+
+
+def _good_rows(arrays: Arrays) -> tuple[np.ndarray, list[str], list[tuple[str, str]]]:
+    """Finite rows and their names, and the names of the others with a reason each."""
     import numpy as np
 
     from featdiff.detectors.estimator import NOT_FINITE
@@ -149,10 +160,11 @@ def _good_rows(arrays: Arrays) -> tuple[np.ndarray, list[tuple[str, str]]]:
         raise UsageError(f"none of the rows of {arrays.file} can be used; the first: {arrays.name(0)}: {NOT_FINITE}")
 
     rows = arrays.rows(0, len(arrays))
+    names = [arrays.name(int(i)) for i in np.flatnonzero(good)]
     if good.all():
-        return rows, []
+        return rows, names, []
     unreadable = [(arrays.name(int(i)), NOT_FINITE) for i in np.flatnonzero(~good)]
-    return rows[good], unreadable
+    return rows[good], names, unreadable
 
 
 def _check_same(detector: FeatureDiffusion, arrays: Arrays, model: str) -> None:
@@ -188,13 +200,11 @@ def _widths(layers: dict[str, slice]) -> str:
 def _summary(
     detector: FeatureDiffusion, arrays: Arrays, unreadable: int, output: Path, bars: Bars, quiet: bool
 ) -> None:
-    calibration = detector.calibration_
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {unreadable:,} unreadable" if unreadable else ""
 
     say(f"{detector.n_rows_:,} rows of {arrays.width:,} numbers{duplicates}{bad}", quiet)
     say(f"trained {bars.seconds['training']:.0f} s", quiet)
-    rates = f"--fpr from {calibration.smallest_fpr:.2g} up"
-    say(f"calibrated on {len(calibration):,} held-out rows: {rates}", quiet)
+    say(calibrated(detector.calibration_, detector.grouping_, "rows"), quiet)
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score --features FILE -m {output}", quiet)

@@ -1,0 +1,112 @@
+"""``featdiff audit``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .main import EXIT_UNREADABLE, Stopped
+from .options import backbone_options, detector_arguments, groups_option, output_options, runtime_options
+from .output import guess_format, open_output
+from .progress import Bars, list_unreadable, say
+
+if TYPE_CHECKING:
+    from featdiff import Scores
+
+# Rows on a terminal, and groups that are listed, unless more are asked for.
+_SHOWN = 20
+_LISTED = 10
+
+
+@click.command("audit")
+@click.argument("images", nargs=-1, required=True)
+@groups_option("auto")
+@click.option("--top", type=click.IntRange(1), metavar="N", help="Only the N oddest [20 on a terminal, else all].")
+@click.option("--fpr", type=float, default=0.05, show_default=True, help="Share of the images that is marked.")
+@output_options
+@backbone_options
+@runtime_options
+def command(
+    images: tuple[str, ...],
+    groups: str | None,
+    top: int | None,
+    fpr: float,
+    format_: str | None,
+    output: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Find the odd ones among IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
+
+    Needs no model and no training: each image is compared with the others, near-copies of itself left out. The oddest
+    come first. Beside the columns of score there are group (near-copies have one number), nearest (the nearest image
+    outside the group) and duplicate_of.
+
+    The p-value is a rank among these images, so that about the share --fpr is always marked; an ood_score above 3 says
+    that an image stands apart.
+
+    \b
+    Example: featdiff audit photos/
+    Example: featdiff audit photos/ --top 50 -o odd.csv
+    """
+    from featdiff.detectors.audit import audit
+    from featdiff.report.writers import open_writer
+    from featdiff.runtime.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    arguments = detector_arguments(options)
+    try:
+        with Bars(quiet) as bars:
+            scores = audit(list(images), groups=groups or "auto", fpr=fpr, progress=bars, **arguments)
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; features are kept, the same command goes on from there") from None
+
+    chosen = guess_format(output, format_)
+    if top is None and chosen == "table" and output is None and sys.stdout.isatty():
+        top = _SHOWN
+    with open_output(output) as stream:
+        writer = open_writer(chosen, stream)
+        try:
+            writer.write(scores.sorted()[:top])
+        finally:
+            writer.close()
+    return _summary(scores, bars, fpr, quiet)
+
+
+def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:
+    """What was found, on standard error; returns the exit code."""
+    from featdiff.detectors.audit import STANDS_APART
+    from featdiff.verdicts.results import UNREADABLE
+
+    unreadable = [(row.path, row.reason) for row in scores if row.status == UNREADABLE]
+    copies = [(row.path, row.extra["duplicate_of"]) for row in scores if row.extra["duplicate_of"]]
+    members: dict[str, list[str]] = {}
+    for row in scores:
+        if row.extra["group"] and not row.extra["duplicate_of"]:
+            members.setdefault(row.extra["group"], []).append(row.path)
+    near = {group: paths for group, paths in members.items() if len(paths) > 1}
+
+    apart = int((scores.ood_score > STANDS_APART).sum())
+    seconds = sum(bars.seconds.values())
+    bad = f", {len(unreadable):,} unreadable" if unreadable else ""
+    say(f"{len(scores):,} images{bad}; {seconds:.0f} s ({bars.rate('features'):,.0f} images/s)", quiet)
+    marked = f"{int(scores.is_ood.sum()):,} marked: they are among the oddest {fpr:.2g} of these images"
+    say(f"{marked}. {apart:,} stand apart (ood_score above {STANDS_APART:g}).", quiet)
+    if near:
+        say(f"{sum(map(len, near.values())):,} near-copies in {len(near):,} groups", quiet)
+        for group, paths in list(near.items())[:_LISTED]:
+            others = f" ... ({len(paths)})" if len(paths) > 4 else ""
+            say(f"  group {group}: {', '.join(paths[:4])}{others}", quiet)
+        if len(near) > _LISTED:
+            say(f"  ... and {len(near) - _LISTED:,} more groups", quiet)
+    if copies:
+        say(f"{len(copies):,} duplicates", quiet)
+        for path, original in copies[:_LISTED]:
+            say(f"  {path} has the content of {original}", quiet)
+        if len(copies) > _LISTED:
+            say(f"  ... and {len(copies) - _LISTED:,} more", quiet)
+    list_unreadable(unreadable, quiet)
+    return EXIT_UNREADABLE if unreadable else 0
