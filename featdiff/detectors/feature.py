@@ -53,13 +53,13 @@ class Detector(BaseDetector[FeatureSettings]):
     Parameters
     ----------
     backbone : str or nn.Module
-        A timm name, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or any module (then ``layers`` by name, and ``transform``
-        a callable from an RGB picture to a (3, H, W) tensor if files are to be read; see also
-        :class:`featdiff.Guard`).
+        A timm name, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or any module (then ``transform`` is a callable from an
+        RGB picture to a (3, H, W) tensor if pictures are to be read; see also :class:`featdiff.Guard`).
     weights, pretrained, model_args, transform
         See :func:`featdiff.features.backbones.load_backbone`.
     layers : "auto", or names or indices of layers
-        See :func:`featdiff.features.layers.resolve_layers`.
+        See :func:`featdiff.features.layers.resolve_layers`. For a module that is no timm model, ``auto`` finds the
+        stages by a pass (:mod:`featdiff.features.stages`).
     joint : bool
         One denoiser on the concatenation of all layers, as in the paper, in place of one per layer.
     hidden_ratio, hidden_max, blocks
