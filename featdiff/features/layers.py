@@ -13,8 +13,8 @@ from torch import nn
 from ..exceptions import UsageError, did_you_mean
 from .layout import PRE_LOGITS
 
-#: ``layers="auto"`` takes all stages of a CNN or Swin. Of more than one above this number, such as the blocks of a plain
-#: ViT, it takes this many, evenly spaced, the last among them.
+#: ``layers="auto"`` takes all stages of a CNN or Swin. Where there are more than one above this number, such as the
+#: blocks of a plain ViT, it takes this many, evenly spaced, the last among them.
 AUTO_LAYERS = 5
 Layers = str | Sequence[str | int]
 
