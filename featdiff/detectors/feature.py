@@ -57,9 +57,8 @@ class Detector(BaseDetector[FeatureSettings]):
     Parameters
     ----------
     backbone : str or nn.Module
-        A timm name, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or any module (then ``layers`` by name, and ``transform``
-        a callable from an RGB picture to a (3, H, W) tensor if files are to be read; see also
-        :class:`featdiff.Guard`).
+        A timm name, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or any module (then ``transform`` is a callable from an
+        RGB picture to a (3, H, W) tensor if pictures are to be read; see also :class:`featdiff.Guard`).
     weights, pretrained, model_args, transform
         See :func:`featdiff.features.backbones.load_backbone`.
     view : {"whole", "rectangle", "squash", "crop"}, default "whole"
@@ -68,7 +67,8 @@ class Detector(BaseDetector[FeatureSettings]):
     size : int, optional
         Side in pixels of the square whose area the backbone sees, such as 384; default: the backbone's own.
     layers : "auto", or names or indices of layers
-        See :func:`featdiff.features.layers.resolve_layers`.
+        See :func:`featdiff.features.layers.resolve_layers`. For a module that is no timm model, ``auto`` finds the
+        stages by a pass (:mod:`featdiff.features.stages`).
     joint : bool
         One denoiser on the concatenation of all layers, as in the paper, in place of one per layer.
     hidden_ratio, hidden_max, blocks

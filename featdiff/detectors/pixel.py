@@ -139,9 +139,9 @@ class PixelDetector(BaseDetector[PixelSettings]):
         Parameters
         ----------
         images : images
-            As for :func:`featdiff.data.references.list_images`, or a DataLoader of (B, C, size, size) tensors in
-            [-1, 1]. Files that cannot be read are skipped and listed in ``unreadable_``; images of the same content
-            count once.
+            As for :func:`featdiff.data.references.list_images`; a DataLoader of (B, C, size, size) tensors in [-1, 1];
+            or a generator of such batches, or of single images as a dataset has them. What cannot be read is skipped
+            and listed in ``unreadable_``; images of the same content count once.
         progress : callable (stage, done, total), optional
         groups : str, path, sequence or mapping, optional
             Which images belong together; see :func:`featdiff.data.groups.label_images` (``auto`` needs the feature

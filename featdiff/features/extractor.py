@@ -37,6 +37,8 @@ class FeatureExtractor:
     layers : "auto", names, or indices, default "auto"
         Names as in timm's ``feature_info`` or ``named_modules``; indices (negative ones too) into ``feature_info``;
         ``pre_logits`` for what the classifier of a timm model, or of a module that ends in a linear layer, sees.
+        ``auto`` takes the stages of a timm model, and finds those of other modules by a pass
+        (:mod:`featdiff.features.stages`).
     device : str or torch.device, default "cpu"
     mixed_precision : bool, default True
         Run a backbone by name under float16 autocast (GPU only). A module of your own runs as it is.

@@ -1,4 +1,7 @@
-"""``auto``, names or indices of layers -> the names of a network's layers."""
+"""``auto``, names or indices of layers -> the names of a network's layers.
+
+How ``auto`` finds the stages of networks that do not name them: :mod:`featdiff.features.stages`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from torch import nn
 from ..exceptions import UsageError, did_you_mean
 from .layout import PRE_LOGITS
 
-#: ``layers="auto"`` takes all stages of a CNN or Swin, and this many evenly spaced blocks of a plain ViT; of other
-#: networks it takes all stages, or this many of them where there are more than one above that.
+#: ``layers="auto"`` takes all stages of a CNN or Swin. Where there are more than one above this number, such as the
+#: blocks of a plain ViT, it takes this many, evenly spaced, the last among them.
 AUTO_LAYERS = 5
 Layers = str | Sequence[str | int]
 

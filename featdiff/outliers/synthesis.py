@@ -176,7 +176,7 @@ def synthesise(
     detector : Detector
         Of mode feature.
     images : object
-        As for :func:`featdiff.data.references.list_images`, or a DataLoader of preprocessed batches.
+        As for :meth:`featdiff.Detector.fit`.
     n : int
         Outliers in all; every class gets the same number.
     method : {"diffusion", "boundary"}, default "diffusion"

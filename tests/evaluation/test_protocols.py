@@ -150,6 +150,29 @@ def test_each_image_of_a_mixed_set_is_shrunk_by_its_own_size(
     assert heads(found, "mixed", "matched")["featdiff"]["auroc"] == pytest.approx(expected["auroc"], abs=1e-6)
 
 
+def test_datasets_are_measured_as_their_folders_are(
+    result: dict[str, Any], tiny_detector: Detector, tiles: Path, sharp: Path
+) -> None:
+    class Rows:
+        def __init__(self, folder: Path) -> None:
+            self.files = sorted(folder.iterdir())
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": Image.open(self.files[index]), "label": 0}
+
+    found = evaluate_detector(tiny_detector, Rows(tiles), {"sharp": Rows(sharp)})
+    assert found["id"] == "24 images in memory"
+    for protocol in PROTOCOLS:
+        expected = heads(result, "sharp", protocol)["featdiff"]["auroc"]
+        assert heads(found, "sharp", protocol)["featdiff"]["auroc"] == pytest.approx(expected, abs=1e-6)
+
+    with pytest.raises(UsageError, match="read only once"):
+        evaluate_detector(tiny_detector, (row for row in [Image.open(next(tiles.iterdir()))]), {"sharp": sharp})
+
+
 def test_swapped_sets_give_the_mirrored_auroc(
     result: dict[str, Any], tiny_detector: Detector, tiles: Path, sharp: Path
 ) -> None:
