@@ -29,7 +29,7 @@ hidden_max = 64
 blocks = 1
 fpr = 0.2
 recipe = {{ batch_size = 16, {recipe} }}
-transform = {{ input_size = [3, 32, 32], crop_pct = 1.0 }}
+size = 32
 {more}
 """
     )
