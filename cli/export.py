@@ -42,8 +42,8 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
     """Write a saved model and its backbone as one file each for ONNX Runtime and for torch.export.
 
     Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,) and p_value (B,) for any B, and for
-    every H and W that the model's pictures may have. Sizes, threshold, preprocessing and more are in their metadata. Files are made on the CPU. Those of a hardened student also return
-    its logits.
+    every H and W that the model's pictures may have. Sizes, threshold, preprocessing and more are in their metadata.
+    Files are made on the CPU. Those of a hardened student also return its logits.
 
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/

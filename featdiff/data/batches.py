@@ -241,8 +241,8 @@ def _batch(group: list[LoadedImage], by_shape: Mapping[torch.Size, list[int]], s
     for positions in by_shape.values():
         for start in range(0, len(positions), size):
             part = positions[start : start + size]
-            pixels = [pixels for i in part if (pixels := group[i].pixels) is not None]
-            stacks.append(Stack(torch.stack(pixels), part))
+            images = [pixels for i in part if (pixels := group[i].pixels) is not None]
+            stacks.append(Stack(torch.stack(images), part))
             for i in part:
                 group[i] = replace(group[i], pixels=None)
     return Batch(group, stacks)

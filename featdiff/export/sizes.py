@@ -68,7 +68,9 @@ class Sizes:
             return []
         source = torch.Generator().manual_seed(0)
         least = LEAST_CELLS * CELL
-        return [torch.rand(1, self.channels, *size, generator=source) for size in ((least, self.most), (self.most, least))]
+        return [
+            torch.rand(1, self.channels, *size, generator=source) for size in ((least, self.most), (self.most, least))
+        ]
 
     def dynamic_shapes(self) -> tuple[dict[int, Any]]:
         """The dimensions of images that may change, as ``torch.export`` takes them."""
@@ -110,9 +112,9 @@ def fixed_padding(model: nn.Module) -> Iterator[None]:
     """
     from timm.layers import Conv2dSame
 
-    padded = [module for module in model.modules() if type(module) is Conv2dSame]
+    padded: list[Any] = [module for module in model.modules() if type(module) is Conv2dSame]
     for module in padded:
-        module.forward = _FixedPadding(module)  # type: ignore[method-assign, assignment]
+        module.forward = _FixedPadding(module)
     try:
         yield
     finally:

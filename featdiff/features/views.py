@@ -1,7 +1,7 @@
 """How much of a picture a network sees: all of it, or timm's centre crop.
 
-In: a network and its preprocessing, as timm describes it. Out: preprocessing for a view. It keeps timm's names, with one
-crop mode more, ``rectangle``.
+In: a network and its preprocessing, as timm describes it. Out: preprocessing for a view, under timm's names, with one
+more crop mode: ``rectangle``.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ LEAST_CELLS = 2
 LARGEST = 1.25
 
 
-def check_view(view: object) -> None:
-    """Refuse a view of another name (``UsageError``)."""
+def check_view(view: object, size: object, own: bool = False) -> None:
+    """Refuse a view of another name, a wrong size, and either for a module of the user's own (``UsageError``)."""
     if view not in VIEWS:
         hint = did_you_mean(view, list(VIEWS)) if isinstance(view, str) else ""
         raise UsageError(f"view must be one of {', '.join(VIEWS)}, not {view!r}{hint}", argument="view")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise UsageError(f"size must be a whole number above 0, not {size!r}", argument="size")
+
+    for name, is_set in (("view", view != VIEWS[0]), ("size", size is not None)):
+        if own and is_set:
+            problem = f"{name} is for backbones by name: a module sees what its transform makes of a picture"
+            raise UsageError(problem, argument=name)
 
 
 def rectangle(width: int, height: int, area: float) -> tuple[int, int]:

@@ -474,9 +474,7 @@ def test_views_of_one_size_are_exported_for_it(view: str, pictures: list[Image.I
     assert [agreement.problem for agreement in verify(detector, [file], pictures)] == [""]
 
 
-def test_a_network_that_is_traced_for_some_sizes_only_is_refused(
-    pictures: list[Image.Image], tmp_path: Path
-) -> None:
+def test_a_network_that_is_traced_for_some_sizes_only_is_refused(pictures: list[Image.Image], tmp_path: Path) -> None:
     """It counts the rows of the map, so that the trace holds for one height."""
     detector = Detector("test_resnet", **SMALL | {"layers": "layer1,layer2", "pretrained": False}).fit(pictures)
     stage: Any = detector.extractor_.model.get_submodule("layer1")
