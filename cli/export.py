@@ -41,9 +41,9 @@ FOLDER = "featdiff-export"
 def command(model: str, output: Path, formats: str, images: tuple[str, ...], quiet: bool, **options: Any) -> int:
     """Write a saved model and its backbone as one file each for ONNX Runtime and for torch.export.
 
-    Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,) and p_value (B,) for any B. Threshold,
-    preprocessing and more are in their metadata. Files are made on the CPU. Those of a hardened student also return
-    its logits.
+    Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,) and p_value (B,) for any B, and for
+    every H and W that the model's pictures may have. Sizes, threshold, preprocessing and more are in their metadata.
+    Files are made on the CPU. Those of a hardened student also return its logits.
 
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/
@@ -90,8 +90,13 @@ def _summary(facts: dict[str, Any], classes: tuple[str, ...], quiet: bool) -> No
     outputs = "ood_score (B,), p_value (B,)"
     if classes:
         outputs += f", logits (B, {len(classes)})"
-    size = ", ".join(map(str, facts["input_size"]))
-    say(f"pixels (B, {size}) -> {outputs}", quiet)
+    side = facts["sizes"]["height"]
+    if side["min"] < side["max"]:
+        say(f"pixels (B, 3, H, W) -> {outputs}", quiet)
+        say(f"H and W: multiples of {side['multiple_of']} from {side['min']} to {side['max']}", quiet)
+    else:
+        size = ", ".join(map(str, facts["input_size"]))
+        say(f"pixels (B, {size}) -> {outputs}", quiet)
 
     rate = f"fpr {facts['fpr']:g}, {facts['calibration_images']:,} calibration images"
     say(f"OOD where ood_score > {facts['threshold']:.6g} ({rate})", quiet)

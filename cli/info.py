@@ -50,6 +50,8 @@ def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    from featdiff.features.views import in_words
+
     backbone = config["backbone"]
     settings = config["settings"]
     parameters = _parameters(tensors, "diffusion.denoiser.")
@@ -58,8 +60,10 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
     if settings["head"] == "fused" and settings["neighbors"] > 0:
         neighbours = f"{settings['neighbors']} of {config['images']['bank']:,} in-domain images"
 
+    view = "what the module's own transform shows" if backbone["source"] == "module" else in_words(settings)
     return {
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
+        "view": view,
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, {'joint' if settings['joint'] else 'one per layer'}",
         "neighbours": neighbours,

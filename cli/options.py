@@ -63,10 +63,12 @@ def weights_option(function: F) -> F:
 
 
 def backbone_options(function: F) -> F:
-    """What a new detector looks at: backbone, weights, layers, seed."""
+    """What a new detector looks at: backbone, weights, view, size, layers, seed."""
     for option in (
         click.option("--seed", type=int, help="Decides split, weights and noise [0]."),
         click.option("--layers", help="auto, or names or indices separated by commas [auto]."),
+        click.option("--size", type=click.IntRange(1), help="Look at about SIZE x SIZE pixels [the backbone's own]."),
+        click.option("--view", help="whole: the whole picture; crop: what is left of the backbone's own crop [whole]."),
         weights_option,
         click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0]."),
     ):
@@ -76,7 +78,7 @@ def backbone_options(function: F) -> F:
 
 def detector_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, as arguments of a new detector."""
-    names = ("backbone", "weights", "layers", "seed", "fpr")
+    names = ("backbone", "weights", "view", "size", "layers", "seed", "fpr")
     given = {name: options[name] for name in names if options.get(name) is not None}
     return given | runtime_arguments(options)
 

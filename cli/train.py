@@ -61,8 +61,8 @@ def command(
     """Learn what is normal from IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin.
 
     No labels and no bad examples are needed. Without IMAGES, the data named in the config is used, and without
-    that the built-in sample set. Size, mask, repetitions and steps of the pixel mode are set in a config, like the
-    preset lmd_small.
+    that the built-in sample set. Mask, repetitions and steps of the pixel mode are set in a config, like the preset
+    lmd_small.
 
     With --features, the rows of a file are learned in place of images; --layers then tells which columns belong to
     which layer, like 0:192,192:320.
@@ -150,8 +150,8 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
         given["distances"] = options["distances"].split(",")
     if mode == Detector.mode and (options["pretrained"] or options["distances"]):
         raise UsageError("--pretrained and --distances need --mode pixel")
-    if mode == PixelDetector.mode and (options["layers"] or no_pretrained):
-        raise UsageError("--layers and --no-pretrained mean nothing in pixel mode")
+    if mode == PixelDetector.mode and (options["layers"] or options["view"] or no_pretrained):
+        raise UsageError("--layers, --view and --no-pretrained mean nothing in pixel mode")
     if no_pretrained:
         given["pretrained"] = False
     values = config.detector | given
@@ -179,12 +179,15 @@ def _tell_where(bars: Bars, detector: Detector | PixelDetector, quiet: bool) -> 
 
 def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet: bool) -> None:
     from featdiff.detectors import PixelDetector
+    from featdiff.features.views import in_words
 
     duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
     bad = f", {len(detector.unreadable_):,} unreadable" if detector.unreadable_ else ""
     stage = "reading" if isinstance(detector, PixelDetector) else "features"
     speed = f"{stage} {bars.seconds['features']:.0f} s ({bars.rate('features'):,.0f} images/s)"
     say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
+    if not isinstance(detector, PixelDetector):
+        say(f"view: {in_words(detector.config()['settings'])}", quiet)
 
     if trained := bars.seconds.get("training"):
         say(f"trained {trained:.0f} s", quiet)

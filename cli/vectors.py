@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _OF_IMAGES = {
     "backbone": "--backbone",
     "weights": "--weights",
+    "view": "--view",
+    "size": "--size",
     "mode": "--mode",
     "pretrained": "--pretrained",
     "distances": "--distances",

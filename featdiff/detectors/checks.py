@@ -35,6 +35,16 @@ def check_whole(name: str, value: object) -> None:
         raise UsageError(f"{name} must be a whole number above 0, not {value!r}", argument=name)
 
 
+def check_input_size(size: object) -> None:
+    """Three whole numbers above 0, or None."""
+    if size is None:
+        return
+    if not is_list(size) or len(size) != 3 or not all(is_whole(n) and n > 0 for n in size):
+        raise UsageError(
+            f"input_size must be three whole numbers (channels, height, width), not {size!r}", "input_size"
+        )
+
+
 def check_share(name: str, value: object, of: str = "images") -> None:
     """A number between 0 and 0.5."""
     if not is_number(value) or not 0 < value < 0.5:

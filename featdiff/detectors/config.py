@@ -35,6 +35,7 @@ from .checks import (
     check_bool,
     check_choice,
     check_different_names,
+    check_input_size,
     check_names,
     check_neighbors,
     check_path,
@@ -218,8 +219,8 @@ class FeatureSettings(Settings):
         check_choice("coreset", self.coreset, CORESETS)
         check_choice("backend", self.backend, BACKENDS)
         self._check_heads()
-        self._check_input_size()
-        self._check_view()
+        check_input_size(self.input_size)
+        check_view(self.view, self.size, isinstance(self.backbone, nn.Module))
 
     @property
     def registered_heads(self) -> list[str]:
@@ -250,27 +251,6 @@ class FeatureSettings(Settings):
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
-
-    def _check_input_size(self) -> None:
-        size = self.input_size
-        if size is None:
-            return
-        if not is_list(size) or len(size) != 3 or not all(is_whole(n) and n > 0 for n in size):
-            raise UsageError(
-                f"input_size must be three whole numbers (channels, height, width), not {size!r}", "input_size"
-            )
-
-    def _check_view(self) -> None:
-        check_view(self.view)
-        if self.size is not None:
-            check_whole("size", self.size)
-        if not isinstance(self.backbone, nn.Module):
-            return
-        for name, value, default in (("view", self.view, "whole"), ("size", self.size, None)):
-            if value != default:
-                raise UsageError(
-                    f"{name} is for backbones by name: a module sees what its transform makes of a picture", name
-                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A fitted detector with its backbone as one file for other programs: ONNX, or ``torch.export`` (.pt2).
 
-Both take preprocessed images ``pixels`` (B, 3, H, W) float32, B >= 1, and return ``ood_score`` (B,), higher = more OOD,
+Both take preprocessed images ``pixels`` (B, 3, H, W) float32, B >= 1, of one size or of all sizes that the detector's
+pictures may become (:class:`featdiff.export.sizes.Sizes`), and return ``ood_score`` (B,), higher = more OOD,
 and ``p_value`` (B,) in (0, 1], both float32. The metadata (:func:`facts`) holds the preprocessing, the threshold and
 more; an image is OOD if ``ood_score > threshold``. :mod:`featdiff.export.verify` compares files with torch.
 """
@@ -26,6 +27,7 @@ from ..files.atomic import write_atomically
 from ..scores.diffusion import LikelihoodRegret
 from ..scores.nearest import NearestNeighbors
 from ..verdicts.calibration import Calibration
+from .sizes import Sizes, fixed_padding, preprocessing_facts
 
 if TYPE_CHECKING:
     from ..detectors import Detector
@@ -40,6 +42,8 @@ FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
 FACTS = "featdiff.json"
 INPUT = "pixels"
 OUTPUTS = ("ood_score", "p_value")
+#: Largest accepted difference between a file's score and torch's, relative to max(1, |score|).
+LIMIT = 1e-4
 
 
 class Exportable(nn.Module):
@@ -127,7 +131,8 @@ def export(
     NotFittedError, UsageError
         A detector that cannot be exported, an unknown format, or a missing package.
     FeatdiffError
-        An operation of the network cannot be exported, or the files cannot be written.
+        An operation of the network cannot be exported, or only for images of one size where the detector takes
+        several; the files cannot be written.
     """
     detector = check_exportable(model)
     if not formats:
@@ -145,7 +150,7 @@ def export(
         further = ("logits",)
     exportable = Exportable(run, detector.heads_, detector.calibration_, further)
     metadata = facts(model) | {"classes": list(classes)}
-    return write(exportable, metadata, folder, formats)
+    return write(exportable, metadata, Sizes.of(detector.extractor_.backbone), folder, formats)
 
 
 def detector_of(model: BaseDetector[Any] | Guard) -> BaseDetector[Any]:
@@ -185,22 +190,26 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
     """The metadata of a file; in ONNX each value is JSON, in .pt2 all are one JSON object (``FACTS``).
 
     ``preprocessing`` holds timm's names (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``), or a hash
-    that identifies a user transform. ``classes`` is empty here: :func:`export` fills in those of a classifier.
+    that identifies a user transform. With the crop mode ``rectangle``, its entry ``rectangle`` says how the size for a
+    picture is chosen (:func:`featdiff.features.views.rectangle`), to which the picture is then resized. ``sizes`` says
+    which heights and widths the file takes, ``input_size`` what a square picture becomes. ``classes`` is empty here:
+    :func:`export` fills in those of a classifier.
     """
     from importlib.metadata import version
 
     detector = check_exportable(model)
     fpr = model.fpr
     backbone = detector.extractor_.backbone
-    preprocessing = {key: value for key, value in backbone.data_config.items() if key != "input_size"}
+    sizes = Sizes.of(backbone)
     metadata = {
         "featdiff_version": version("featdiff"),
         "threshold": detector.calibration_.threshold(fpr),
         "fpr": fpr,
         "calibration_images": len(detector.calibration_),
         "classes": [],
-        "input_size": backbone.data_config["input_size"],
-        "preprocessing": preprocessing,
+        "input_size": [sizes.channels, sizes.height, sizes.width],
+        "sizes": sizes.to_json(),
+        "preprocessing": preprocessing_facts(backbone),
         "backbone": backbone.tag,
         "backbone_fingerprint": backbone.fingerprint,
         "layers": detector.extractor_.layers,
@@ -210,7 +219,11 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
 
 
 def write(
-    exportable: Exportable, metadata: Mapping[str, Any], folder: str | os.PathLike[str], formats: Sequence[str]
+    exportable: Exportable,
+    metadata: Mapping[str, Any],
+    sizes: Sizes,
+    folder: str | os.PathLike[str],
+    formats: Sequence[str],
 ) -> dict[str, Path]:
     """Trace ``exportable`` once and write it in each format, with its metadata; see :func:`export`."""
     target = Path(folder)
@@ -220,8 +233,8 @@ def write(
         raise _unwritable(target, error) from None
 
     with torch.inference_mode():
-        exportable(_example(metadata))  # a network that fails in torch, too, raises its own error
-    contents = _export_bytes(exportable, metadata, formats)
+        exportable(sizes.example())  # a network that fails in torch, too, raises its own error
+    contents = _export_bytes(exportable, metadata, sizes, formats)
 
     files = {name: target / FILES[name] for name in contents}
     try:
@@ -232,19 +245,24 @@ def write(
     return files
 
 
-def _export_bytes(exportable: Exportable, metadata: Mapping[str, Any], formats: Sequence[str]) -> dict[str, bytes]:
+def _export_bytes(
+    exportable: Exportable, metadata: Mapping[str, Any], sizes: Sizes, formats: Sequence[str]
+) -> dict[str, bytes]:
     """Contents of the files by format."""
     exporters = {"onnx": _onnx_bytes, "pt2": _pt2_bytes}
     contents: dict[str, bytes] = {}
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # exporters warn of their own internals
-            program = _trace(exportable, _example(metadata))
+            program = _trace(exportable, sizes)
             for name in formats:
                 contents[name] = exporters[name](program, metadata, exportable.outputs)
     except Exception as error:  # exporters raise many errors; the root cause is the most telling
         while error.__cause__ is not None:
             error = error.__cause__  # type: ignore[assignment]
-        raise FeatdiffError(f"{metadata['backbone']} cannot be exported: {first_line(error)}") from None
+        problem = f"{metadata['backbone']} cannot be exported: {first_line(error)[:300]}"
+        if sizes.area:
+            problem += ". It may be possible for images of one size: train with view='squash' or view='crop'"
+        raise FeatdiffError(problem) from None
     return contents
 
 
@@ -252,13 +270,14 @@ def _unwritable(folder: Path, error: OSError) -> FeatdiffError:
     return FeatdiffError(f"{folder} cannot be written: {error.strerror or error}")
 
 
-def _example(metadata: Mapping[str, Any]) -> Tensor:
-    return torch.zeros(2, *metadata["input_size"])  # a single image would fix the batch size
-
-
-def _trace(exportable: Exportable, pixels: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(exportable, (pixels,), dynamic_shapes=({0: batch},))
+def _trace(exportable: Exportable, sizes: Sizes) -> torch.export.ExportedProgram:
+    pixels = sizes.example()
+    if sizes.area:
+        with fixed_padding(exportable.run):
+            program = torch.export.export(exportable, (pixels,), dynamic_shapes=sizes.dynamic_shapes())
+        _check_sizes(program, exportable, sizes)
+    else:
+        program = torch.export.export(exportable, (pixels,), dynamic_shapes=sizes.dynamic_shapes())
 
     # what a file need not hold: two images, and paths of this machine
     program.example_inputs = None
@@ -266,6 +285,20 @@ def _trace(exportable: Exportable, pixels: Tensor) -> torch.export.ExportedProgr
         node.meta.pop("stack_trace", None)
 
     return program
+
+
+def _check_sizes(program: torch.export.ExportedProgram, exportable: Exportable, sizes: Sizes) -> None:
+    """Refuse a program that does not give the same scores for images of other sizes (``ValueError``)."""
+    run = program.module()
+    for pixels in sizes.others():
+        shape = f"{pixels.shape[2]} x {pixels.shape[3]} pixels"
+        expected = exportable(pixels)[0]
+        try:
+            score = run(pixels)[0]
+        except Exception:  # messages of failed guards fill pages
+            raise ValueError(f"what was traced does not take images of {shape}") from None
+        if not torch.allclose(score, expected, rtol=LIMIT, atol=LIMIT):
+            raise ValueError(f"what was traced gives other scores for images of {shape}")
 
 
 def _onnx_bytes(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], outputs: Sequence[str]) -> bytes:

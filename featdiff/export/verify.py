@@ -17,15 +17,12 @@ from torch import Tensor
 
 from ..exceptions import ModelError, UsageError, first_line
 from ..runtime.progress import Progress
-from .export import FACTS, INPUT, OUTPUTS, check_exportable, facts, need
+from .export import FACTS, INPUT, LIMIT, OUTPUTS, check_exportable, facts, need
 
 if TYPE_CHECKING:
     from ..detectors import Detector
     from ..detectors.base import BaseDetector
     from ..guard.guard import Guard
-
-#: Largest accepted difference between a file's score and torch's, relative to max(1, |score|).
-LIMIT = 1e-4
 
 Run = Callable[[Tensor], Sequence[np.ndarray]]
 
@@ -224,6 +221,12 @@ def _open(file: Path, expected: Mapping[str, Any]) -> Run:
     _check_metadata(file, metadata, expected)
 
     def checked(pixels: Tensor) -> Sequence[np.ndarray]:
+        for side, (name, limits) in zip(pixels.shape[2:], metadata["sizes"].items(), strict=True):
+            if not limits["min"] <= side <= limits["max"] or side % limits["multiple_of"]:
+                raise ModelError(
+                    f"{file} does not take a batch {tuple(pixels.shape)}: its {name} must be a multiple of "
+                    f"{limits['multiple_of']} from {limits['min']} to {limits['max']}"
+                )
         try:
             return run(pixels)
         except Exception as error:

@@ -105,7 +105,7 @@ def load_backbone(
     ('test_resnet.r160_in1k', 'random')
     """
     check_name(name)
-    check_view(view)
+    check_view(view, size)
     overrides = _check_transform(transform or {}, view, size)
     args = {"num_classes": 0, **(model_args or {})}
     if ":" not in name:
@@ -337,11 +337,8 @@ def _check_transform(overrides: Mapping[str, Any], view: str, size: int | None) 
         if key in _OF_CROPS and view != "crop":
             raise UsageError(f"transform setting {key} belongs to view='crop'", argument="transform")
 
-    if size is not None:
-        if not _is_input_size((3, size, size)):
-            raise UsageError(f"size must be a whole number above 0, not {size!r}", argument="size")
-        if checked.setdefault("input_size", (3, size, size)) != (3, size, size):
-            raise UsageError(f"size {size} contradicts the transform setting input_size: drop one", argument="size")
+    if size is not None and checked.setdefault("input_size", (3, size, size)) != (3, size, size):
+        raise UsageError(f"size {size} contradicts the transform setting input_size: drop one", argument="size")
     return checked
 
 

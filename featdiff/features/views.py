@@ -1,7 +1,7 @@
 """How much of a picture a network sees: all of it, or timm's centre crop.
 
-In: a network and its preprocessing, as timm describes it. Out: preprocessing for a view. It keeps timm's names, with
-one crop mode more, ``rectangle``.
+In: a network and its preprocessing, as timm describes it. Out: preprocessing for a view, under timm's names, with one
+more crop mode: ``rectangle``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ from .hooks import channels_first, pool
 VIEWS = ("whole", "rectangle", "squash", "crop")
 #: Sides of rectangles are multiples of it, in pixels: most networks shrink images by this factor.
 CELL = 32
-# Fewer cells in a row are too few for networks with large kernels, and for exported files.
-_LEAST_CELLS = 2
-# A rectangle has at most this share of the input's area: a very thin picture must not cost a multiple of the others.
-_LARGEST = 1.25
+#: Cells that a side has at least: one is too few for networks with large kernels, and for exported files.
+LEAST_CELLS = 2
+#: A rectangle has at most this share of the input's area: a very thin picture must not cost much more than others.
+LARGEST = 1.25
 
 
-def check_view(view: object) -> None:
-    """Refuse a view of another name (``UsageError``)."""
+def check_view(view: object, size: object, own: bool = False) -> None:
+    """Refuse a view of another name, a wrong size, and either for a module of the user's own (``UsageError``)."""
     if view not in VIEWS:
         hint = did_you_mean(view, list(VIEWS)) if isinstance(view, str) else ""
         raise UsageError(f"view must be one of {', '.join(VIEWS)}, not {view!r}{hint}", argument="view")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise UsageError(f"size must be a whole number above 0, not {size!r}", argument="size")
+
+    for name, is_set in (("view", view != VIEWS[0]), ("size", size is not None)):
+        if own and is_set:
+            problem = f"{name} is for backbones by name: a module sees what its transform makes of a picture"
+            raise UsageError(problem, argument=name)
 
 
 def rectangle(width: int, height: int, area: float) -> tuple[int, int]:
@@ -68,10 +75,10 @@ def rectangle(width: int, height: int, area: float) -> tuple[int, int]:
 @functools.lru_cache(maxsize=10_000)
 def _nearest(aspect: float, area: float) -> tuple[int, int]:
     """Rows and columns of cells for a picture of this aspect ratio, by :func:`rectangle`'s rule."""
-    best = (_LEAST_CELLS, _LEAST_CELLS)
+    best = (LEAST_CELLS, LEAST_CELLS)
     least = (math.inf, 0)
-    for rows in range(_LEAST_CELLS, most_cells(area) + 1):
-        for columns in range(_LEAST_CELLS, int(_LARGEST * area / rows) + 1):
+    for rows in range(LEAST_CELLS, most_cells(area) + 1):
+        for columns in range(LEAST_CELLS, int(LARGEST * area / rows) + 1):
             stretch = math.log(columns / rows / aspect)
             growth = math.log(rows * columns / area)
             error = (round(stretch**2 + growth**2, 9), rows * columns)  # rounded: 2 : 3 must mirror 3 : 2
@@ -83,7 +90,7 @@ def _nearest(aspect: float, area: float) -> tuple[int, int]:
 
 def most_cells(area: float) -> int:
     """The most cells that a side of a rectangle may have, for an input of ``area`` cells."""
-    return max(int(_LARGEST * area / _LEAST_CELLS), _LEAST_CELLS)
+    return max(int(LARGEST * area / LEAST_CELLS), LEAST_CELLS)
 
 
 class Rectangle:
@@ -190,23 +197,31 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"view": view, "size": height if height == width else None, "transform": transform}
 
 
-def in_words(view: str, height: int, width: int) -> str:
-    """What is seen of a picture, like ``whole picture, about 224 x 224 pixels``."""
+def in_words(settings: Mapping[str, Any]) -> str:
+    """What is seen of a picture, like ``whole picture, about 224 x 224 pixels``.
+
+    Parameters
+    ----------
+    settings : mapping
+        From :func:`settings_of`.
+    """
+    side = settings["size"]
+    height, width = (side, side) if side else settings["transform"]["input_size"][1:]
     size = f"{height} x {width} pixels"
     words = {
-        "rectangle": f"whole picture, about {size} in its own shape",
+        "rectangle": f"whole picture, about {size}",
         "squash": f"whole picture, squashed to {size}",
-        "crop": f"centre crop, {size}",
+        "crop": f"cropped to {size}",
     }
-    return words[view]
+    return words[settings["view"]]
 
 
 def takes_any_size(model: nn.Module, area: float) -> bool:
     """Whether a network takes rectangles of about ``area`` pixels; found out by trying a thin and a common one."""
     cells = area / CELL**2
-    if cells < _LEAST_CELLS**2:
+    if cells < LEAST_CELLS**2:
         return False
-    thin = (_LEAST_CELLS * CELL, most_cells(cells) * CELL)
+    thin = (LEAST_CELLS * CELL, most_cells(cells) * CELL)
     common = rectangle(2, 3, area)
     widths = {_width(model, *size) for size in (thin, common)}
     return len(widths) == 1 and None not in widths

@@ -181,6 +181,7 @@ def test_models_of_images_and_of_vectors_are_not_mixed_up(
     [
         (["photos/"], ["IMAGES"]),
         (["--backbone", "resnet50", "--weights", "x"], ["--backbone, --weights"]),
+        (["--view", "crop", "--size", "96"], ["--view, --size"]),
         (["--mode", "pixel"], ["--mode"]),
         (["--config", "lmd_small"], ["--config"]),
         (["--no-pretrained"], ["--no-pretrained"]),

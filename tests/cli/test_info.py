@@ -32,6 +32,7 @@ def test_facts(featdiff_cli: Cli, tiny_model: Path) -> None:
         f"test_resnet.r160_in1k (file test_resnet.safetensors), SHA-256 {config['backbone']['fingerprint'][:16]}"
         in (lines["backbone"])
     )
+    assert lines["view"].split(maxsplit=1)[1] == "whole picture, about 160 x 160 pixels"
     assert "layer1 (32), layer2 (48), layer4 (96)" in lines["layers"]
     assert "one per layer" in lines["denoisers"] and not lines["denoisers"].split()[1].startswith("0.0")
     assert "5 of 292 in-domain images" in lines["neighbours"]

@@ -114,6 +114,7 @@ def test_eval_and_info(featdiff_cli: Cli, model: Path, photos: Path) -> None:
         (["--distances", "lpip"], ["did you mean lpips"]),
         (["--pretrained", "nowhere"], ["no pipeline at nowhere: there is no such folder"]),
         (["--layers", "layer1"], ["--layers", "pixel mode"]),
+        (["--view", "crop"], ["--view", "pixel mode"]),
         (["--no-pretrained"], ["--no-pretrained", "pixel mode"]),
     ],
 )

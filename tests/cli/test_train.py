@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ hidden_max = 64
 blocks = 1
 fpr = 0.2
 recipe = {{ batch_size = 16, {recipe} }}
-transform = {{ input_size = [3, 32, 32], crop_pct = 1.0 }}
+size = 32
 {more}
 """
     )
@@ -56,6 +58,7 @@ def test_folder_becomes_a_model(featdiff_cli: Cli, photos: Path, quick: Path, tm
     assert result.stdout == ""
     assert "40 images" in result.stderr
     assert "images/s" in result.stderr
+    assert "view: whole picture, squashed to 32 x 32 pixels" in result.stderr
     assert "calibrated on 8 held-out images: --fpr from 0.11 up" in result.stderr
     assert f"featdiff score IMAGES -m {tmp_path / 'model'}" in result.stderr
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
@@ -439,3 +442,41 @@ def test_ctrl_c_while_training(featdiff_cli: Cli, photos: Path, seeded_backbone:
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} == kept
     assert "the same command goes on" in errors
     assert len(errors.splitlines()) == 1, errors
+
+
+# ---- view and size ----
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "saved"),
+    [
+        ((), "squashed to 32 x 32 pixels", ("squash", 32)),
+        (("--size", 96), "whole picture, about 96 x 96 pixels", ("rectangle", 96)),
+        (("--view", "crop", "--size", 64), "cropped to 64 x 64 pixels", ("crop", 64)),
+    ],
+)
+def test_view_and_size(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, options: Any, words: str, saved: tuple[str, int]
+) -> None:
+    """The command line wins over the file."""
+    result = featdiff_cli("train", photos, "--config", quick, "-o", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.output
+    assert words in result.stderr
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())["settings"]
+    assert (settings["view"], settings["size"]) == saved
+    assert words in featdiff_cli("info", tmp_path / "model").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--view", "hole"), ["--view", "did you mean whole"]),
+        (("--size", 0), ["--size"]),
+        (("--backbone", "levit_128s", "--no-pretrained", "--size", 100), ["--size", "224 x 224 pixels"]),
+    ],
+)
+def test_wrong_views_and_sizes(featdiff_cli: Cli, photos: Path, tmp_path: Path, options: Any, words: list[str]) -> None:
+    result = featdiff_cli("train", photos, "-o", tmp_path / "model", *options)
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in words)
+    assert not (tmp_path / "model").exists()

@@ -359,6 +359,62 @@ def test_batches_come_as_soon_as_they_are_full() -> None:
     assert next(source).ref.path == "3"
 
 
+# ---- batches of several shapes ----
+
+
+def mixed_images(kinds: str) -> Iterator[LoadedImage]:
+    """A letter is a shape, ``k`` known, ``x`` unreadable; decoded pixels tell their place."""
+    for i, kind in enumerate(kinds):
+        side = ord(kind) - ord("A") + 1
+        pixels = torch.full((3, 2, side), float(i)) if kind.isupper() else None
+        yield LoadedImage(MissingRef(str(i), ""), b"", pixels, "bad" if kind == "x" else "")
+
+
+def stacks(batch: Batch, kinds: str) -> list[str]:
+    """Each stack as letters, after checking that every image is where it belongs."""
+    found = []
+    first = int(batch.loaded[0].ref.path)
+    for stack in batch.stacks:
+        assert stack.positions == sorted(stack.positions)
+        assert stack.pixels[:, 0, 0, 0].tolist() == [first + i for i in stack.positions]
+        found.append("".join(kinds[first + i] for i in stack.positions))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size", "expected"),
+    [
+        ("AAAA", 2, [["AA"], ["AA"]]),
+        ("AB", 2, [["A", "B"]]),
+        ("ABABABAB", 2, [["AA", "AA", "BB", "BB"]]),
+        ("ABABABABA", 2, [["AA", "AA", "BB", "BB"], ["A"]]),
+        ("AAABAAAAA", 4, [["AAAA", "AAAA", "B"]]),
+        ("AAAABAAAA", 4, [["AAAA"], ["B", "AAAA"]]),
+        ("ABCDE", 1, [["A"], ["B"], ["C"], ["D"], ["E"]]),
+        ("xAkBxA", 2, [["AA", "B"]]),
+        ("x" * 31 + "AB", 2, [["A"], ["B"]]),
+    ],
+)
+def test_stacks_of_a_batch(kinds: str, size: int, expected: list[list[str]]) -> None:
+    """A batch of one shape is as large as ever; one of several shapes waits for up to four times as many."""
+    batches = list(iter_batches(mixed_images(kinds), size))
+    assert [stacks(batch, kinds) for batch in batches] == expected
+    assert [item.ref.path for batch in batches for item in batch.loaded] == [str(i) for i in range(len(kinds))]
+    decoded = [i for i, kind in enumerate(kinds) if kind.isupper()]
+    starts = np.cumsum([0, *(len(batch.loaded) for batch in batches)])
+    found = [start + i for start, batch in zip(starts, batches, strict=False) for i in batch.decoded]
+    assert found == decoded
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 32])
+def test_memory_of_mixed_shapes_is_bounded(size: int) -> None:
+    kinds = "".join("ABCDEFGHI"[i * 7 % 9] for i in range(500))
+    for batch in iter_batches(mixed_images(kinds), size):
+        assert sum(len(stack.pixels) for stack in batch.stacks) <= 4 * size
+        assert max(len(stack.pixels) for stack in batch.stacks) <= size
+        assert all(item.pixels is None for item in batch.loaded)
+
+
 # ---- loaders ----
 
 TILES = torch.randn(10, 3, 4, 5, generator=torch.Generator().manual_seed(0))

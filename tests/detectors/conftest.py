@@ -17,7 +17,7 @@ def small(tiny_arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **tiny_arguments,
         "layers": "layer1,layer2",
-        "transform": {"input_size": (3, 32, 32), "crop_pct": 1.0},
+        "transform": {"input_size": (3, 32, 32)},
         "hidden_max": 64,
         "blocks": 1,
         "fpr": 0.2,

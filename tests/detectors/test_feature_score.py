@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import subprocess
@@ -331,3 +332,48 @@ def test_rows_are_lazy(fitted: Detector, fresh: list[str]) -> None:
         raise AssertionError("read ahead")
 
     assert len(next(fitted.iter_scores(batches()))) == 2
+
+
+# ---- pictures of several shapes ----
+
+SHAPES = [(96, 32), (32, 64), (40, 30), (32, 32), (30, 40), (60, 40), (40, 60), (64, 32), (30, 90)]
+
+
+def reshaped(files: list[str]) -> list[Image.Image]:
+    """The files as pictures of nine shapes, in turn."""
+    return [Image.open(file).convert("RGB").resize(SHAPES[i % 9]) for i, file in enumerate(files)]
+
+
+@pytest.fixture(scope="module")
+def mixed(small: dict[str, Any], files: list[str]) -> Detector:
+    """Fitted on pictures of nine shapes."""
+    return Detector(**small | {"transform": None, "size": 96}).fit(reshaped(files))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_shapes_order_and_batches_leave_the_score_alone(mixed: Detector, fresh: list[str], batch: int) -> None:
+    shown = reshaped(fresh)
+    order = np.random.default_rng(batch).permutation(len(shown))
+    expected = mixed.score(shown).ood_score
+    assert np.ptp(expected) > 0.5
+
+    other = copy.copy(mixed)
+    other.settings = mixed.settings.with_(image_batch=batch)
+    found = other.score([shown[i] for i in order])
+    np.testing.assert_allclose(found.ood_score, expected[order], rtol=1e-4, atol=1e-4)
+
+
+def test_a_picture_of_another_shape_alone_gives_the_same_score(mixed: Detector, fresh: list[str]) -> None:
+    shown = reshaped(fresh)
+    alone = [mixed.score([picture]).ood_score[0] for picture in shown]
+    np.testing.assert_allclose(alone, mixed.score(shown).ood_score, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_detector_sees_the_same(mixed: Detector, fresh: list[str], tmp_path: Path) -> None:
+    mixed.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model", device="cpu")
+    assert (loaded.settings.view, loaded.settings.size) == ("rectangle", 96)
+    picture = reshaped(fresh)[0]
+    assert torch.equal(loaded.extractor_.transform(picture), mixed.extractor_.transform(picture))
+    assert loaded.extractor_.key() == mixed.extractor_.key()
+    np.testing.assert_array_equal(loaded.score(reshaped(fresh)).ood_score, mixed.score(reshaped(fresh)).ood_score)

@@ -20,13 +20,15 @@ import pytest
 import torch
 from helpers import ROOT, typed
 from onnx import numpy_helper
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from featdiff import Detector, Guard, PixelDetector
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
-from featdiff.export.export import FACTS, FILES, Exportable, Rows, export, facts
-from featdiff.export.verify import LIMIT, verify
+from featdiff.export.export import FACTS, FILES, LIMIT, Exportable, Rows, export, facts
+from featdiff.export.verify import verify
+from featdiff.features.backbones import load_backbone
 from featdiff.scores.diffusion import DIFFUSION
 from featdiff.scores.nearest import NearestNeighbors
 from featdiff.scores.neighbors import TorchIndex
@@ -200,7 +202,12 @@ def test_metadata_say_what_the_detector_is(tiny_detector: Detector, files: dict[
     assert found["input_size"] == [3, 160, 160]
     wanted = {key: backbone.data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     wanted |= {key: list(backbone.data_config[key]) for key in ("mean", "std")}
-    assert found["preprocessing"] == wanted
+    rule = found["preprocessing"]["rectangle"]
+    assert found["preprocessing"] == wanted | {"rectangle": rule}
+    assert wanted["crop_mode"] == "rectangle"
+    assert (rule["area"], rule["multiple_of"], rule["min_side"], rule["max_area"]) == (160 * 160, 32, 64, 32000)
+    side = {"min": 64, "max": 480, "multiple_of": 32}
+    assert found["sizes"] == {"height": side, "width": side}
     assert (found["backbone"], found["backbone_fingerprint"]) == (backbone.tag, backbone.fingerprint)
     assert (found["layers"], found["head"]) == (["layer1", "layer2", "layer4"], "fused")
     assert found["featdiff_version"] == version("featdiff")
@@ -297,10 +304,11 @@ def test_the_command_says_what_it_wrote_and_what_verify_found(
     command: subprocess.CompletedProcess[str], files: dict[str, Path]
 ) -> None:
     assert (command.returncode, command.stdout) == (3, "")
-    first, *sizes, shape, verdict, by_onnx, by_pt2, bad = command.stderr.splitlines()
+    first, *written, shape, sides, verdict, by_onnx, by_pt2, bad = command.stderr.splitlines()
     assert first.startswith("exporting test_resnet.r160_in1k")
-    assert sizes == [f"featdiff-export/{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in files.values()]
-    assert shape == "pixels (B, 3, 160, 160) -> ood_score (B,), p_value (B,)"
+    assert written == [f"featdiff-export/{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in files.values()]
+    assert shape == "pixels (B, 3, H, W) -> ood_score (B,), p_value (B,)"
+    assert sides == "H and W: multiples of 32 from 64 to 480"
     limit = metadata("onnx", files["onnx"])["threshold"]
     assert verdict == f"OOD where ood_score > {limit:.6g} (fpr 0.05, 78 calibration images)"
     for kind, line in (("onnx", by_onnx), ("pt2", by_pt2)):
@@ -393,11 +401,97 @@ def test_verify_refuses_damaged_and_foreign_files(
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_images_of_another_size(tiny_detector: Detector, files: dict[str, Path], kind: str) -> None:
-    """Torch takes them, the file was made for one size."""
-    with pytest.raises(ModelError, match=rf"model.{kind} fails on a batch \(2, 3, 128, 128\): .+") as caught:
-        verify(tiny_detector, [files[kind]], iter([noise(2, 128)]))
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("height", "width"), [(64, 480), (160, 160), (128, 192), (480, 64)])
+def test_images_of_every_size_that_a_picture_may_become(
+    tiny_detector: Detector, files: dict[str, Path], kind: str, height: int, width: int
+) -> None:
+    """The file has the same scores and p-values as torch, for one image too."""
+    images = torch.rand(3, 3, height, width, generator=torch.Generator().manual_seed(3))
+    for part in (images, images[:1]):
+        score, p = RUNS[kind](files[kind], part)
+        wanted = expected(tiny_detector, part)
+        same_scores(score, wanted)
+        np.testing.assert_allclose(p, tiny_detector.calibration_.p_values(wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_verify_takes_pictures_of_mixed_shapes(
+    tiny_detector: Detector, files: dict[str, Path], names: list[Path], kind: str
+) -> None:
+    picture = Image.open(names[0]).convert("RGB")
+    shapes = [(32, 32), (90, 30), (30, 90), (60, 40), (32, 32), (40, 60), (1500, 5)]
+    pictures = [picture.resize(shape) for shape in shapes]
+    (found,) = verify(tiny_detector, [files[kind]], pictures)
+    assert (found.images, found.problem) == (7, "")
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(("height", "width"), [(100, 160), (32, 480), (160, 512)])
+def test_images_of_another_size(
+    tiny_detector: Detector, files: dict[str, Path], kind: str, height: int, width: int
+) -> None:
+    """Torch takes them, no picture becomes one of them."""
+    pixels = torch.rand(2, 3, height, width)
+    with pytest.raises(ModelError, match=rf"model.{kind} does not take a batch \(2, 3, {height}, {width}\)") as caught:
+        verify(tiny_detector, [files[kind]], iter([pixels]))
+    assert "from 64 to 480" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- sizes ----
+
+
+def exported_backbone(view: str, pictures: list[Image.Image], folder: Path, **arguments: Any) -> tuple[Detector, Path]:
+    """A detector by name with TensorFlow's padding, and its .pt2 file."""
+    arguments = SMALL | {"layers": "blocks.1,blocks.3", "pretrained": False, "view": view} | arguments
+    detector = Detector("test_efficientnet", model_args={"pad_type": "same"}, **arguments).fit(pictures)
+    return detector, export(detector, folder, ["pt2"])["pt2"]
+
+
+@pytest.fixture(scope="module")
+def pictures(sample_folders: dict[str, Path]) -> list[Image.Image]:
+    """60 pictures of four shapes."""
+    shapes = [(32, 32), (48, 32), (32, 64), (90, 30)]
+    chosen = sorted(sample_folders["train"].iterdir())[::6][:60]
+    return [Image.open(file).convert("RGB").resize(shapes[i % 4]) for i, file in enumerate(chosen)]
+
+
+def test_padding_that_depends_on_the_size_is_exported_for_every_rectangle(
+    pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """The network itself is left as it was."""
+    detector, file = exported_backbone("whole", pictures, tmp_path)
+    assert [agreement.problem for agreement in verify(detector, [file], pictures)] == [""]
+    assert not any("forward" in vars(module) for module in detector.extractor_.model.modules())
+
+
+@pytest.mark.parametrize("view", ["squash", "crop"])
+def test_views_of_one_size_are_exported_for_it(view: str, pictures: list[Image.Image], tmp_path: Path) -> None:
+    detector, file = exported_backbone(view, pictures, tmp_path, size=96)
+    side = {"min": 96, "max": 96, "multiple_of": 96}
+    found = metadata("pt2", file)
+    assert (found["input_size"], found["sizes"]) == ([3, 96, 96], {"height": side, "width": side})
+    assert "rectangle" not in found["preprocessing"]
+    assert [agreement.problem for agreement in verify(detector, [file], pictures)] == [""]
+
+
+def test_a_network_that_is_traced_for_some_sizes_only_is_refused(pictures: list[Image.Image], tmp_path: Path) -> None:
+    """It counts the rows of the map, so that the trace holds for one height."""
+    detector = Detector("test_resnet", **SMALL | {"layers": "layer1,layer2", "pretrained": False}).fit(pictures)
+    stage: Any = detector.extractor_.model.get_submodule("layer1")
+    stage.register_forward_hook(lambda module, args, output: output * (1 + 1 / int(output.shape[2])))
+    with pytest.raises(FeatdiffError, match=r"test_resnet.* cannot be exported: .*view='squash' or view='crop'$"):
+        export(detector, tmp_path, ["pt2"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_guard_on_a_rectangle_detector_takes_every_size(pictures: list[Image.Image], tmp_path: Path) -> None:
+    """The transform came along from the backbone."""
+    detector = Detector("test_resnet", **SMALL | {"layers": "layer1,layer2", "pretrained": False}).fit(pictures)
+    classifier = load_backbone("test_resnet", pretrained=False).model
+    guard = Guard(classifier, detector)
+    file = export(guard, tmp_path, ["pt2"])["pt2"]
+    assert metadata("pt2", file)["preprocessing"] == facts(detector)["preprocessing"]
+    assert [agreement.problem for agreement in verify(guard, [file], pictures)] == [""]
 
 
 # ---- refusals ----

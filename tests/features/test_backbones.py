@@ -92,7 +92,7 @@ def test_local_folder(
     assert (backbone.tag, backbone.source) == (f"local-dir:{folder}", "local folder")
     assert backbone.fingerprint == seeded_sha256
     assert tuple(backbone.data_config["mean"]) == (0.1, 0.2, 0.3)
-    assert backbone.transform(Image.new("RGB", (200, 120))).shape == (3, 96, 96)
+    assert backbone.transform(Image.new("RGB", (200, 120))).shape == (3, 64, 128)
     monkeypatch.chdir(folder.parent)
     assert load_backbone("local-dir:model").fingerprint == seeded_sha256
 
@@ -294,7 +294,7 @@ def test_wrong_model_arguments(args: dict[str, Any], word: str) -> None:
 
 def test_transform_overrides_are_applied() -> None:
     overrides = {"input_size": [3, 64, 48], "mean": [0.0, 0.5, 1.0], "std": [1.0, 0.5, 0.25], "crop_pct": 1.0}
-    backbone = load_backbone("test_resnet", pretrained=False, transform=overrides)
+    backbone = load_backbone("test_resnet", pretrained=False, transform=overrides, view="crop")
     pixels = backbone.transform(Image.new("RGB", (100, 80), "white"))
     assert pixels.shape == (3, 64, 48)
     assert pixels.amin((1, 2)).tolist() == pixels.amax((1, 2)).tolist() == [1.0, 1.0, 0.0]
@@ -304,9 +304,9 @@ def test_transform_overrides_are_applied() -> None:
 
 def test_crop_and_interpolation_overrides_change_pixels() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
-    plain = load_backbone("test_resnet", pretrained=False).transform(picture)
+    plain = load_backbone("test_resnet", pretrained=False, view="crop").transform(picture)
     for change in ({"crop_pct": 0.5}, {"interpolation": "nearest"}, {"crop_mode": "squash"}):
-        pixels = load_backbone("test_resnet", pretrained=False, transform=change).transform(picture)
+        pixels = load_backbone("test_resnet", pretrained=False, transform=change, view="crop").transform(picture)
         assert pixels.shape == plain.shape and not torch.allclose(pixels, plain, atol=0.05)
 
 
@@ -339,7 +339,7 @@ def test_unknown_transform_settings(key: str, near: str | None) -> None:
 def test_wrong_transform_values_are_refused_at_once(override: dict[str, Any]) -> None:
     """Not image by image later on, where every picture would be called unreadable."""
     with pytest.raises(UsageError) as error:
-        load_backbone("test_resnet", pretrained=False, transform=override)
+        load_backbone("test_resnet", pretrained=False, transform=override, view="crop")
     assert next(iter(override)) in one_line(error)
 
 

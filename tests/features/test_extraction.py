@@ -160,6 +160,26 @@ def test_featurise_answers_by_position(few_images: Path, extractor: FeatureExtra
     np.testing.assert_allclose(featurised.features[1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_mixed_shapes_are_in_order(seeded_backbone: Path, tmp_path: Path) -> None:
+    """One is unreadable, and one gives NaN."""
+    mixed = FeatureExtractor(load_backbone("test_resnet", weights=seeded_backbone, size=96), "layer1,layer4")
+    sizes = [(96, 96), (40, 120), (120, 40), (96, 96), (40, 120), (30, 30), (70, 35)]
+    for i, size in enumerate(sizes):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"")
+    (batch,) = batches(tmp_path, mixed, size=4)
+    assert [stack.positions for stack in batch.stacks] == [[0, 5], [1, 4], [2], [6]]
+
+    batch.stacks[1].pixels[0] = torch.nan
+    featurised = featurise(batch, mixed)
+    assert featurised.positions == [0, 2, 4, 5, 6]
+    assert sorted(featurised.failed) == [1, 3] and "NaN" in featurised.failed[1]
+    for row, i in zip(featurised.features, featurised.positions, strict=True):
+        alone = mixed(mixed.transform(Image.open(tmp_path / f"{i}.png").convert("RGB"))[None])[0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_progress_counts_images(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     for total in (6, 0):  # known, unknown

@@ -39,8 +39,11 @@ def test_key_changes_with_weights_layers_transform_and_note(seeded_backbone: Pat
     other = tmp_path / "other.safetensors"
     save_file(state, other)
 
-    def extractor(weights: Path = seeded_backbone, layers: Any = "layer1,layer2", **transform: Any) -> FeatureExtractor:
-        return FeatureExtractor(load_backbone("test_resnet", weights=weights, transform=transform), layers)
+    def extractor(
+        weights: Path = seeded_backbone, layers: Any = "layer1,layer2", view: str = "whole", **transform: Any
+    ) -> FeatureExtractor:
+        backbone = load_backbone("test_resnet", weights=weights, transform=transform, view=view)
+        return FeatureExtractor(backbone, layers)
 
     keys = [
         extractor().key(),
@@ -51,7 +54,9 @@ def test_key_changes_with_weights_layers_transform_and_note(seeded_backbone: Pat
         extractor(input_size=(3, 96, 96)).key(),
         extractor(mean=(0.5, 0.5, 0.4)).key(),
         extractor(interpolation="nearest").key(),
-        extractor(crop_pct=0.9).key(),
+        extractor(view="squash").key(),
+        extractor(view="crop").key(),
+        extractor(view="crop", crop_pct=0.9).key(),
     ]
     assert len(set(keys)) == len(keys)
 
