@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE
-from .options import MODEL_FOLDER, load_model, runtime_options, weights_option
+from .options import MODEL_FOLDER, groups_option, load_model, runtime_options, weights_option
 from .progress import Bars, list_unreadable, say
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="matched: bring both sets to the smaller resolution first; as-published: straight to the model's size.",
 )
+@groups_option("none")
 @click.option("--baselines", is_flag=True, help="Print kNN, Mahalanobis and PCA residual on the same features, too.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
 @runtime_options
@@ -57,6 +58,7 @@ def command(
     ood: tuple[str, ...],
     models: tuple[str, ...],
     protocol: str,
+    groups: str | None,
     baselines: bool,
     as_json: bool,
     quiet: bool,
@@ -65,9 +67,10 @@ def command(
     """Measure how well a model separates in-domain test images from OOD sets.
 
     Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
-    score (featdiff) and for every other head. With --baselines, classic methods are fitted on the training images,
-    whose features are read from the cache. For a hardened student, the heads include the energy of its logits, and its
-    accuracy is printed where the in-domain images lie in folders of its classes.
+    score (featdiff) and for every other head. With --groups, the interval resamples whole groups. With --baselines,
+    classic methods are fitted on the training images, whose features are read from the cache. For a hardened student,
+    the heads include the energy of its logits, and its accuracy is printed where the in-domain images lie in folders
+    of its classes.
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
@@ -86,7 +89,7 @@ def command(
     for detector, guard, classes in loaded:
         with Bars(quiet) as bars:
             fitted = fit_baselines(detector) if baselines else None
-            result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, fitted)
+            result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, fitted, groups)
             if guard is not None:
                 result["accuracy"] = _accuracy(guard.detector, list(in_domain), classes, bars, quiet)
         results.append(result)

@@ -38,7 +38,14 @@ class Metrics:
         return asdict(self) | {"auroc_ci": list(self.auroc_ci)}
 
 
-def evaluate(id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 1000, seed: int = 0) -> Metrics:
+def evaluate(
+    id_scores: np.ndarray,
+    ood_scores: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 0,
+    id_groups: np.ndarray | None = None,
+    ood_groups: np.ndarray | None = None,
+) -> Metrics:
     """All metrics of two arrays of scores.
 
     Parameters
@@ -51,6 +58,9 @@ def evaluate(id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 100
         Bootstrap resamples for the interval.
     seed : int, default 0
         Decides the resamples.
+    id_groups, ood_groups : ndarrays of int, optional
+        Group of each image, 0 .. G - 1: the interval resamples whole groups, for images of a burst are no independent
+        evidence. Default: images.
 
     Returns
     -------
@@ -82,7 +92,7 @@ def evaluate(id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 100
         aupr_in=float(average_precision_score(1 - is_ood, -all_scores)),
         aupr_out=float(average_precision_score(is_ood, all_scores)),
         fpr95=fpr_at_tpr(id_scores, ood_scores),
-        auroc_ci=bootstrap_auroc(id_scores, ood_scores, resamples, seed),
+        auroc_ci=bootstrap_auroc(id_scores, ood_scores, resamples, seed, 0.95, id_groups, ood_groups),
     )
 
 
@@ -132,7 +142,13 @@ def fpr_at_tpr(id_scores: np.ndarray, ood_scores: np.ndarray, tpr: float = 0.95)
 
 
 def bootstrap_auroc(
-    id_scores: np.ndarray, ood_scores: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    id_scores: np.ndarray,
+    ood_scores: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    id_groups: np.ndarray | None = None,
+    ood_groups: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Percentile interval of the AUROC; ID and OOD images are resampled separately.
 
@@ -150,6 +166,8 @@ def bootstrap_auroc(
         Decides the resamples.
     level : float, default 0.95
         Share of the resamples inside the interval, above 0 and below 1.
+    id_groups, ood_groups : ndarrays of int, optional
+        Group of each image, 0 .. G - 1: whole groups are resampled. Default: images.
 
     Returns
     -------
@@ -163,15 +181,21 @@ def bootstrap_auroc(
 
     areas = np.empty(resamples)
     for i in range(resamples):
-        id_counts = _resampled_counts(rng, id_ranks, len(values))
-        ood_counts = _resampled_counts(rng, ood_ranks, len(values))
+        id_counts = _resampled_counts(rng, id_ranks, len(values), id_groups)
+        ood_counts = _resampled_counts(rng, ood_ranks, len(values), ood_groups)
         id_below = np.cumsum(id_counts) - id_counts / 2  # ties count half
-        areas[i] = id_below @ ood_counts / (len(id_scores) * len(ood_scores))
+        areas[i] = id_below @ ood_counts / (id_counts.sum() * ood_counts.sum())
 
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _resampled_counts(rng: np.random.Generator, ranks: np.ndarray, length: int) -> np.ndarray:
-    """How often each rank occurs in a resample."""
-    return np.bincount(rng.choice(ranks, len(ranks)), minlength=length)
+def _resampled_counts(
+    rng: np.random.Generator, ranks: np.ndarray, length: int, groups: np.ndarray | None
+) -> np.ndarray:
+    """How often each rank occurs in a resample of images, or of whole groups."""
+    if groups is None:
+        return np.bincount(rng.choice(ranks, len(ranks)), minlength=length)
+    count = int(groups.max()) + 1
+    times = np.bincount(rng.integers(count, size=count), minlength=count)
+    return np.bincount(ranks, weights=times[groups], minlength=length)

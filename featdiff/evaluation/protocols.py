@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 
 from ..data.decoding import Downscale, short_sides
+from ..data.groups import AUTO, NONE, check_groups, label_images
 from ..data.labels import list_labelled
 from ..data.references import ImageRef, list_images
 from ..detectors import BaseDetector, Detector
 from ..exceptions import UsageError, did_you_mean, some_of
-from ..features.extraction import extract
+from ..features.extraction import Extraction, extract
+from ..features.store import FeatureTable
 from ..runtime.progress import Progress
+from ..scores.near_copies import find_near_copies
+from ..scores.nearest import views
 from .baselines import Baselines
 from .metrics import evaluate
 
@@ -52,6 +56,22 @@ class ImageSet:
         return size
 
 
+@dataclass(frozen=True)
+class ScoredSet:
+    """Scores of the readable images of a set.
+
+    Parameters
+    ----------
+    scores : dict of str to ndarray of shape (N,)
+        By name of the head.
+    groups : ndarray of shape (N,) of int, optional
+        The group of each image.
+    """
+
+    scores: dict[str, np.ndarray]
+    groups: np.ndarray | None
+
+
 def evaluate_detector(
     detector: BaseDetector[Any],
     in_domain: object,
@@ -60,6 +80,7 @@ def evaluate_detector(
     progress: Progress | None = None,
     unreadable: dict[str, str] | None = None,
     baselines: Baselines | None = None,
+    groups: str | None = None,
 ) -> dict[str, Any]:
     """Score an in-domain test set against OOD sets.
 
@@ -81,6 +102,9 @@ def evaluate_detector(
         Filled with {path: reason} of images that were left out.
     baselines : Baselines, optional
         From :func:`featdiff.evaluation.baselines.fit_baselines`: their scores are measured beside the detector's.
+    groups : str, optional
+        Which images of a set belong together; see :func:`featdiff.data.groups.label_images`. Intervals then come from
+        resamples of whole groups. ``auto`` looks for near-copies. Default: each image counts alone.
 
     Returns
     -------
@@ -96,11 +120,12 @@ def evaluate_detector(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UsageError(f"unknown protocol {protocol!r}{did_you_mean(protocol, list(PROTOCOLS))}")
+    check_groups(groups)
     detector.check_fitted()
     unreadable = {} if unreadable is None else unreadable
 
     id_set = _image_set("id", in_domain)
-    id_scores: dict[int | None, dict[str, np.ndarray]] = {}  # by resolution: many pairs share one
+    id_scores: dict[int | None, ScoredSet] = {}  # by resolution: many pairs share one
     pairs = []
     for name, source in ood.items():
         ood_set = _image_set(name, source)
@@ -109,10 +134,10 @@ def evaluate_detector(
 
             id_size = id_set.shrunk_to(size)
             if id_size not in id_scores:
-                id_scores[id_size] = _score_set(detector, baselines, id_set, id_size, unreadable, progress)
+                id_scores[id_size] = _score_set(detector, baselines, id_set, id_size, groups, unreadable, progress)
 
             ood_size = ood_set.shrunk_to(size)
-            ood_scores = _score_set(detector, baselines, ood_set, ood_size, unreadable, progress)
+            ood_scores = _score_set(detector, baselines, ood_set, ood_size, groups, unreadable, progress)
             pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores))
 
     return {"id": _label(in_domain, len(id_set.refs)), "model": detector.name, "pairs": pairs}
@@ -181,9 +206,10 @@ def _score_set(
     baselines: Baselines | None,
     images: ImageSet,
     size: int | None,
+    groups: str | None,
     unreadable: dict[str, str],
     progress: Progress | None,
-) -> dict[str, np.ndarray]:
+) -> ScoredSet:
     """Scores of all heads and baselines for the readable images of a set, first shrunk to ``size`` if given."""
     extractor = detector.extractor_
     transform = Downscale(size, extractor.transform) if size else None
@@ -197,7 +223,8 @@ def _score_set(
 
     parts: list[dict[str, np.ndarray]] = []
     done = 0
-    for features in store.table(extraction.digests).chunks(detector.rows_at_once):
+    table = store.table(extraction.digests)
+    for features in table.chunks(detector.rows_at_once):
         scores = detector.all_heads(features)
         if baselines is not None:
             scores |= baselines(features)
@@ -206,20 +233,32 @@ def _score_set(
         done += len(features)
         if progress:
             progress("scoring", done, len(extraction.digests))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return ScoredSet(scores, _group(detector, extraction, table, groups))
 
 
-def _pair(
-    name: str, protocol: str, id_scores: dict[str, np.ndarray], ood_scores: dict[str, np.ndarray]
-) -> dict[str, Any]:
+def _group(
+    detector: BaseDetector[Any], extraction: Extraction, features: FeatureTable, groups: str | None
+) -> np.ndarray | None:
+    """The group of each readable image of a set; None if each counts alone."""
+    if groups in (None, NONE):
+        return None
+    if groups == AUTO and isinstance(detector, Detector):
+        return find_near_copies(features, views(detector.extractor_.layout)).groups
+    labels = label_images(str(groups), extraction.paths)
+    return np.unique([repr(label) for label in labels], return_inverse=True)[1]
+
+
+def _pair(name: str, protocol: str, in_domain: ScoredSet, ood: ScoredSet) -> dict[str, Any]:
     """Metrics of every head for one OOD set under one protocol."""
     metrics = {}
-    for head in id_scores:
-        metrics[head] = evaluate(id_scores[head], ood_scores[head]).to_dict()
+    for head, id_scores in in_domain.scores.items():
+        measured = evaluate(id_scores, ood.scores[head], id_groups=in_domain.groups, ood_groups=ood.groups)
+        metrics[head] = measured.to_dict()
     return {
         "ood": name,
         "protocol": protocol,
-        "n_id": len(id_scores["featdiff"]),
-        "n_ood": len(ood_scores["featdiff"]),
+        "n_id": len(in_domain.scores["featdiff"]),
+        "n_ood": len(ood.scores["featdiff"]),
         "heads": metrics,
     }
