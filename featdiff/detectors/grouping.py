@@ -13,7 +13,7 @@ from ..data.splits import CALIBRATION, FEW, Plan, make_plan
 from ..exceptions import NearCopiesFound, UsageError
 from ..features.layout import FeatureLayout
 from ..features.store import Features
-from ..scores.near_copies import TOLERATED, find_near_copies
+from ..scores.near_copies import find_near_copies
 from ..scores.nearest import views
 from ..verdicts.calibration import is_supported, needed_for, offered
 
@@ -67,7 +67,7 @@ class Grouping:
         near = find_near_copies(features, views(layout))
         if asked:
             return cls(AUTO, near.groups, near.copied, near.false_alarms)
-        if near.false_alarms <= TOLERATED:
+        if not near.spoil_a_split:
             return cls(NONE, None, near.copied, near.false_alarms)
 
         message = (
@@ -89,7 +89,7 @@ def _suspicious(features: Features, layout: FeatureLayout) -> bool:
     """Whether stretches of neighbours in a long list hold many near-copies."""
     starts = np.linspace(0, len(features) - _STRETCH, _STRETCHES).astype(int)
     rows = np.unique(np.concatenate([np.arange(start, start + _STRETCH) for start in starts]))
-    return find_near_copies(features.select(rows), views(layout)).false_alarms > TOLERATED
+    return find_near_copies(features.select(rows), views(layout)).spoil_a_split
 
 
 def make_checked_plan(

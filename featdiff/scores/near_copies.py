@@ -7,6 +7,7 @@ much nearer than the twentieth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,15 +20,24 @@ from .fusion import log
 from .neighbors import make_index
 from .registry import Features
 
-#: A split by chance is not to be trusted if it gives more false alarms than this where 5 % are asked for.
-TOLERATED = 0.075
-# Two images are near-copies if they are nearer than this share of the distance to the 20th neighbour of either ...
+# A split by chance is not to be trusted if so many images have near-copies, and it would give more false alarms than
+# this where 5 % are asked for.
+_MANY = 1 / 3
+_TOLERATED = 0.1
+# Two images are near-copies if they are nearer than a share of the distance to the 20th neighbour of either, or, since
+# a long burst holds the 20th, too, of that to the quarter of all images. For the 20th the share is at most this:
 _NEAR = 0.75
 _RANK = 20
-# ... or, since a long burst holds the 20th, too, of that to the quarter of all images, where the share is smaller: the
-# distance to the K-th of independent neighbours grows as K ** (1 / m). In the sets that were looked at, m is above 12.
-_DIMENSION = 12
 _FAR_SHARE = 0.25
+# In m dimensions, the distance to the K-th of independent neighbours grows as K ** (1 / m). Photographs have 15 to 40;
+# a share that would hold in 12 is careful.
+_MOST_DIMENSIONS = 12
+# Where there are fewer dimensions, near neighbours are no copies: (d_1 / d_K) ** m is a uniform number's K-th part, and
+# below this K-th part with this probability.
+_CHANCE = 0.2
+# Ranks, and shares of all images, between which the growth of distances tells the dimension.
+_SLOPES = ((5, 20), (16, 64))
+_FAR_SLOPES = ((0.125, 0.5), (0.5, 0.9))
 # Neighbours that are looked at; more of one burst change nothing.
 _NEIGHBORS = 64
 # Nearest images whose distances are compared to estimate false alarms.
@@ -69,6 +79,11 @@ class NearCopies:
     copied: float
     nearest: np.ndarray
     false_alarms: float
+
+    @property
+    def spoil_a_split(self) -> bool:
+        """Whether a split by chance would give false alarms at twice the rate that is asked for, or more."""
+        return self.copied >= _MANY and self.false_alarms >= _TOLERATED
 
 
 def find_near_copies(features: Features, views: Sequence[View]) -> NearCopies:
@@ -189,9 +204,10 @@ def _linked(vectors: Tensor, distances: Tensor, indices: Tensor) -> np.ndarray:
     """Groups of near-copies, and of near-copies of these, and so on: a number for each image (N,)."""
     n, k = distances.shape
     rank = max(1, min(_RANK, round(_FAR_SHARE * n), k))
-    far = _distance_to_share(vectors)
-    near_limit = _share_at(rank) * distances[:, rank - 1]
-    far_limit = _share_at(_FAR_SHARE * n) * far
+    far = _distance_to_share(vectors, _FAR_SHARE)
+    dimension = _dimension(distances, vectors)
+    near_limit = _share_at(rank, dimension) * distances[:, rank - 1]
+    far_limit = _share_at(_FAR_SHARE * n, dimension) * far
 
     linked = torch.zeros_like(distances, dtype=torch.bool)
     for limit in (near_limit, far_limit):
@@ -200,17 +216,35 @@ def _linked(vectors: Tensor, distances: Tensor, indices: Tensor) -> np.ndarray:
     return connected(n, rows, indices.numpy()[rows, columns])
 
 
-def _share_at(rank: float) -> float:
+def _share_at(rank: float, dimension: float) -> float:
     """Near-copies are nearer than this share of the distance to the neighbour of this rank."""
-    return float(_NEAR * (_RANK / rank) ** (1 / _DIMENSION))
+    careful = _NEAR * (_RANK / rank) ** (1 / _MOST_DIMENSIONS)
+    return float(min(careful, (_CHANCE / rank) ** (1 / dimension)))
 
 
-def _distance_to_share(vectors: Tensor) -> Tensor:
-    """The distance of each vector within which a quarter of all lie, from a sample of them (N,)."""
+def _dimension(distances: Tensor, vectors: Tensor) -> float:
+    """The intrinsic dimension, from how distances grow with the rank.
+
+    A burst is a jump in this growth, which looks like few dimensions between two ranks, and not between others. So the
+    largest of several estimates is taken.
+    """
+    growths = []
+    for low, high in _SLOPES:
+        if high <= distances.shape[1]:
+            growths.append((high / low, log(distances[:, high - 1]) - log(distances[:, low - 1])))
+    some = vectors[:: max(1, len(vectors) // _SAMPLE)]
+    for low, high in _FAR_SLOPES:
+        near, far = (_distance_to_share(vectors, share, some) for share in (low, high))
+        growths.append((high / low, log(far) - log(near)))
+    return max(math.log(ranks) / max(float(growth.median()), 1e-3) for ranks, growth in growths)
+
+
+def _distance_to_share(vectors: Tensor, share: float, queries: Tensor | None = None) -> Tensor:
+    """The distance of each query (all vectors, by default) within which a share of all vectors lie, from a sample."""
     chosen = np.random.default_rng(0).permutation(len(vectors))[:_SAMPLE]
     sample = vectors[torch.from_numpy(np.sort(chosen))]
-    parts = [torch.cdist(part, sample).quantile(_FAR_SHARE, dim=1) for part in vectors.split(1024)]
-    return torch.cat(parts)
+    queries = vectors if queries is None else queries
+    return torch.cat([torch.cdist(part, sample).quantile(share, dim=1) for part in queries.split(1024)])
 
 
 def _outside(vectors: Tensor, distances: Tensor, indices: Tensor, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
