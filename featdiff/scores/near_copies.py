@@ -228,14 +228,15 @@ def _dimension(distances: Tensor, vectors: Tensor) -> float:
     A burst is a jump in this growth, which looks like few dimensions between two ranks, and not between others. So the
     largest of several estimates is taken.
     """
-    growths = []
+    growths: list[tuple[float, Tensor]] = []
     for low, high in _SLOPES:
         if high <= distances.shape[1]:
             growths.append((high / low, log(distances[:, high - 1]) - log(distances[:, low - 1])))
     some = vectors[:: max(1, len(vectors) // _SAMPLE)]
-    for low, high in _FAR_SLOPES:
-        near, far = (_distance_to_share(vectors, share, some) for share in (low, high))
-        growths.append((high / low, log(far) - log(near)))
+    for share, larger in _FAR_SLOPES:
+        near = _distance_to_share(vectors, share, some)
+        far = _distance_to_share(vectors, larger, some)
+        growths.append((larger / share, log(far) - log(near)))
     return max(math.log(ranks) / max(float(growth.median()), 1e-3) for ranks, growth in growths)
 
 
