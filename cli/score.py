@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 @output_options
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
 @click.option(
+    "--exclude-known", is_flag=True, help="Do not compare training images with themselves; see also featdiff audit."
+)
+@click.option(
     "--figure",
     type=click.Path(path_type=Path),
     help="Pixel mode: a picture of the least and the most strange images and their inpaintings.",
@@ -45,6 +48,7 @@ def command(
     format_: str | None,
     output: Path | None,
     fpr: float | None,
+    exclude_known: bool,
     figure: Path | None,
     fail_on_ood: bool,
     quiet: bool,
@@ -66,9 +70,11 @@ def command(
     keep_freed_memory()
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
-        work = _vectors(features, images, model, fpr, options | {"figure": figure}, bars)
+        work = _vectors(
+            features, images, model, fpr, options | {"figure": figure, "exclude_known": exclude_known}, bars
+        )
     else:
-        work = _images(images, model, fpr, options, figure, bars)
+        work = _images(images, model, fpr, options, figure, bars, exclude_known)
 
     first = next(work.parts, None)
     if first is None:
@@ -87,21 +93,26 @@ def command(
 
 @dataclass
 class Work:
-    """What is scored: parts of the rows, as they come, the false-alarm rate, and what a row is called."""
+    """What is scored: parts of the rows, as they come, the false-alarm rate, and what a row is called.
+
+    ``excluded``: training images are not compared with themselves.
+    """
 
     parts: Iterator[Scores]
     fpr: float
     what: str
     draw: Callable[[list[np.ndarray]], None] | None = None
+    excluded: bool = False
 
 
 @dataclass
 class Counts:
-    """Rows that were written, and how many of them were flagged or could not be read."""
+    """Rows that were written, and how many of them were flagged, could not be read, or are training images."""
 
     rows: int = 0
     flagged: int = 0
     unreadable: int = 0
+    known: int = 0
 
 
 def _vectors(
@@ -119,6 +130,7 @@ def _images(
     options: dict[str, Any],
     figure: Path | None,
     bars: Bars,
+    exclude_known: bool,
 ) -> Work:
     from featdiff.data.references import list_images
 
@@ -127,11 +139,13 @@ def _images(
     detector = load_model(model, options).detector
     rate = detector.fpr if fpr is None else fpr
     if figure is None:
-        return Work(detector.iter_scores(list(images), fpr, bars), rate, "images")
+        parts = detector.iter_scores(list(images), fpr, bars, exclude_known)
+        return Work(parts, rate, "images", excluded=exclude_known)
 
     refs = list_images(list(images))  # the picture needs them again, and standard input ends
     draw = _figure(detector, refs, figure)
-    return Work(detector.iter_scores(refs, fpr, bars), rate, "images", draw)
+    parts = detector.iter_scores(refs, fpr, bars, exclude_known)
+    return Work(parts, rate, "images", draw, exclude_known)
 
 
 def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Counts, keep: bool) -> list[np.ndarray]:
@@ -147,6 +161,8 @@ def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Cou
             counts.rows += len(part)
             counts.flagged += int(part.is_ood.sum())
             counts.unreadable += part.status.count(UNREADABLE)
+            if part.known is not None:
+                counts.known += int(part.known.sum())
             if keep:
                 kept.append(part.ood_score)
     except KeyboardInterrupt:
@@ -161,6 +177,11 @@ def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
     speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
     bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
     say(f"{counts.rows:,} {work.what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+    if counts.known and not work.excluded:
+        say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)
+        say(
+            "Which of them are odd is what featdiff audit answers; --exclude-known leaves out each image itself.", quiet
+        )
 
 
 def _figure(

@@ -31,6 +31,7 @@ _OF_IMAGES = {
     "config": "--config",
     "no_pretrained": "--no-pretrained",
     "figure": "--figure",
+    "exclude_known": "--exclude-known",
     "cache": "--cache",
     "max_pixels": "--max-pixels",
     "workers": "--workers",

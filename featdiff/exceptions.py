@@ -49,6 +49,10 @@ class NearCopiesFound(FeatdiffError, UserWarning):
     """A warning: many images are near-copies of each other, and were kept together without being asked for."""
 
 
+class KnownImages(FeatdiffError, UserWarning):
+    """A warning: images that were scored are among the training images, and look ordinary for that reason alone."""
+
+
 class UnreadableImage(FeatdiffError, ValueError):
     """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -16,7 +17,7 @@ from ..data.decoding import Transform
 from ..data.groups import Groups, label_images, numbered
 from ..data.references import ImageRef, list_images
 from ..data.splits import Plan, Split
-from ..exceptions import NotFittedError, UsageError
+from ..exceptions import KnownImages, NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
 from ..features.store import FeatureStore, FeatureTable
 from ..files.model_folder import save
@@ -132,9 +133,16 @@ class BaseDetector(Generic[S]):
         """Rows of ``extractor_`` (B, D) -> ood_score (B,), higher = more OOD."""
         return self.layer_scores(features)[0]
 
-    def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of ``extractor_`` (B, D) -> ood_score (B,), and a score for each layer (B, L)."""
+    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of ``extractor_`` (B, D) -> ood_score (B,), and a score for each layer (B, L).
+
+        ``own`` (B,) names a row of the bank that each is not compared with; -1: none.
+        """
         raise NotImplementedError
+
+    def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray | None:
+        """Which row of the bank of training images holds each content (B,), -1: none; None if there is no bank."""
+        return None
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Rows of ``extractor_`` (B, D) -> scores (B,) by name; ``featdiff`` is the ood_score."""
@@ -288,7 +296,13 @@ class BaseDetector(Generic[S]):
 
     # ---- score ----
 
-    def score(self, images: object, fpr: float | None = None, progress: Progress | None = None) -> Scores:
+    def score(
+        self,
+        images: object,
+        fpr: float | None = None,
+        progress: Progress | None = None,
+        exclude_known: bool = False,
+    ) -> Scores:
         """Score all images at once; :meth:`iter_scores` gives the same as a stream.
 
         Parameters
@@ -298,22 +312,42 @@ class BaseDetector(Generic[S]):
         fpr : float, optional
             False-alarm rate; default: the one given at fit.
         progress : callable (stage, done, total), optional
+        exclude_known : bool, default False
+            Do not compare training images with themselves. (The denoisers have seen them all the same; to find odd
+            images in a training set, use :func:`featdiff.audit`.)
 
         Returns
         -------
         Scores
-            In the order of the images.
+            In the order of the images. ``known`` says which are training images, as far as the model keeps them.
 
         Raises
         ------
         NotFittedError
         UsageError
             Nothing to score, or an ``fpr`` that the calibration images cannot support.
+
+        Warns
+        -----
+        KnownImages
+            Some are training images, which look ordinary because they meet themselves.
         """
-        return Scores.concatenate(self.iter_scores(images, fpr, progress))
+        scores = Scores.concatenate(self.iter_scores(images, fpr, progress, exclude_known))
+        count = 0 if scores.known is None else int(scores.known.sum())
+        if count and not exclude_known:
+            message = (
+                f"{count:,} of {len(scores):,} images were in training, so they look ordinary: featdiff.audit finds "
+                "odd images in a training set; exclude_known=True does not compare them with themselves"
+            )
+            warnings.warn(KnownImages(message, argument="exclude_known"), stacklevel=2)
+        return scores
 
     def iter_scores(
-        self, images: object, fpr: float | None = None, progress: Progress | None = None
+        self,
+        images: object,
+        fpr: float | None = None,
+        progress: Progress | None = None,
+        exclude_known: bool = False,
     ) -> Iterator[Scores]:
         """Score images part by part, in their order; memory does not grow with their number.
 
@@ -326,10 +360,16 @@ class BaseDetector(Generic[S]):
         at_once = self.batches_at_once * self.settings.image_batch
         if is_loader(images):
             at_once = 1  # it may be a live stream
-        return self._stream(*self.batches(images), at_once, rate, progress)
+        return self._stream(*self.batches(images), at_once, rate, progress, exclude_known)
 
     def _stream(
-        self, batches: Iterable[Batch], total: int, at_once: int, fpr: float, progress: Progress | None
+        self,
+        batches: Iterable[Batch],
+        total: int,
+        at_once: int,
+        fpr: float,
+        progress: Progress | None,
+        exclude_known: bool,
     ) -> Iterator[Scores]:
         waiting: list[FeatureBatch] = []
         done = 0
@@ -341,24 +381,29 @@ class BaseDetector(Generic[S]):
                     progress("scoring", done, max(total, done))
                 if sum(map(len, waiting)) >= at_once:
                     part, waiting = waiting, []  # what is interrupted here is not begun again below
-                    yield self._judge(part, fpr)
+                    yield self._judge(part, fpr, exclude_known)
         except GeneratorExit:  # nobody listens any more
             raise
         except BaseException:  # Ctrl-C, too: what went through the backbone is not lost
             if waiting:
-                yield self._judge(waiting, fpr)
+                yield self._judge(waiting, fpr, exclude_known)
             raise
         if waiting:
-            yield self._judge(waiting, fpr)
+            yield self._judge(waiting, fpr, exclude_known)
 
-    def _judge(self, batches: list[FeatureBatch], fpr: float) -> Scores:
+    def _judge(self, batches: list[FeatureBatch], fpr: float, exclude_known: bool) -> Scores:
         batch = FeatureBatch.concatenate(batches)
         score = np.empty(0)
         layers = np.empty((0, len(self.layers)))
+        own = self.rows_in_bank(batch.digests)
         if batch.positions:
-            score, layers = self.layer_scores(batch.features)
+            score, layers = self.layer_scores(batch.features, own if exclude_known else None)
         by_layer = dict(zip(self.layers, layers.T, strict=True))
-        return judge(batch.paths, batch.positions, batch.failed, score, by_layer, self.calibration_, fpr)
+        scores = judge(batch.paths, batch.positions, batch.failed, score, by_layer, self.calibration_, fpr)
+        if own is not None:
+            scores.known = np.zeros(len(scores), dtype=bool)
+            scores.known[batch.positions] = own >= 0
+        return scores
 
     def check_fitted(self) -> None:
         """Raise ``NotFittedError`` unless there is something to score with."""

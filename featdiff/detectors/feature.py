@@ -137,6 +137,8 @@ class Detector(BaseDetector[FeatureSettings]):
     heads_: Heads
     bank_digests_: np.ndarray
     precision_: str
+    _index_of: np.ndarray | None = None
+    _index: dict[bytes, int]
 
     @takes(FeatureSettings)
     def __init__(self, settings: FeatureSettings) -> None:
@@ -357,13 +359,28 @@ class Detector(BaseDetector[FeatureSettings]):
 
     # ---- score ----
 
-    def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
+        """Which row of the bank holds each content (B,), -1: none."""
+        rows = self._bank_index
+        return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
+
+    @property
+    def _bank_index(self) -> dict[bytes, int]:
+        """Row of each digest in the bank."""
+        if self._index_of is not self.bank_digests_:
+            self._index_of = self.bank_digests_
+            self._index = {digest.tobytes(): row for row, digest in enumerate(self.bank_digests_)}
+        return self._index
+
+    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of features -> scores.
 
         Parameters
         ----------
         features : Tensor of shape (B, D)
             Of ``extractor_``, on any device.
+        own : ndarray of shape (B,) of int, optional
+            The row of the bank that each is not compared with; -1: none.
 
         Returns
         -------
@@ -372,7 +389,7 @@ class Detector(BaseDetector[FeatureSettings]):
             Both higher = more OOD, about 0 +- 1 for in-domain images.
         """
         self.check_fitted()
-        score, layers = self.heads_(features)
+        score, layers = self.heads_(features, None if own is None else torch.from_numpy(own))
         return score.double().cpu().numpy(), layers.double().cpu().numpy()
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:

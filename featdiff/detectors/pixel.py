@@ -264,7 +264,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
     # ---- score ----
 
     @torch.inference_mode()
-    def layer_scores(self, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of pixels (B, D) -> (ood_score (B,), no layer scores (B, 0)), higher = more OOD."""
         self.check_fitted()
         own_distance = self.heads_.names[:1]

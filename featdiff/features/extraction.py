@@ -46,12 +46,15 @@ class FeatureBatch:
         Which of the N images these are, ascending.
     failed : dict
         Position of each image that could not be read -> the reason.
+    digests : list of bytes
+        Content of the n images.
     """
 
     paths: list[str]
     features: Tensor
     positions: list[int]
     failed: dict[int, str]
+    digests: list[bytes]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,7 +65,9 @@ class FeatureBatch:
         paths: list[str] = []
         positions: list[int] = []
         failed: dict[int, str] = {}
+        digests: list[bytes] = []
         for batch in batches:
+            digests += batch.digests
             start = len(paths)
             paths += batch.paths
             positions += [start + position for position in batch.positions]
@@ -70,7 +75,7 @@ class FeatureBatch:
 
         with_features = [batch.features for batch in batches if batch.positions]
         features = torch.cat(with_features) if with_features else torch.empty(0, 0)
-        return cls(paths, features, positions, failed)
+        return cls(paths, features, positions, failed, digests)
 
 
 def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
@@ -88,12 +93,14 @@ def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
         rows.append(features if all(finite) else features[finite])
 
     if not positions:
-        return FeatureBatch(paths, torch.empty(0, extractor.width), [], failed)
-    if len(rows) == 1:
-        return FeatureBatch(paths, rows[0], positions, failed)
+        return FeatureBatch(paths, torch.empty(0, extractor.width), [], failed, [])
 
-    order = sorted(range(len(positions)), key=positions.__getitem__)
-    return FeatureBatch(paths, torch.cat(rows)[order], [positions[i] for i in order], failed)
+    features = rows[0]
+    if len(rows) > 1:
+        order = sorted(range(len(positions)), key=positions.__getitem__)
+        features = torch.cat(rows)[order]
+        positions = sorted(positions)
+    return FeatureBatch(paths, features, positions, failed, [batch.loaded[i].digest for i in positions])
 
 
 def _finite(features: Tensor, pixels: Tensor) -> tuple[list[bool], str]:

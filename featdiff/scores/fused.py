@@ -31,27 +31,27 @@ class Measured:
         Reconstruction errors.
     members : Tensor of shape (B, members)
         Scores that are joined with the diffusion score, of distances the logarithm.
-    own : Tensor of shape (B,), optional
+    single : Tensor of shape (B,), optional
         The detector's own score, where it is neither joined nor made of ``errors``.
     """
 
     errors: Tensor
     members: Tensor
-    own: Tensor | None
+    single: Tensor | None
 
     def __getitem__(self, rows: slice) -> Measured:
         """What was measured about some of the images."""
-        own = None if self.own is None else self.own[rows]
-        return Measured(self.errors[rows], self.members[rows], own)
+        single = None if self.single is None else self.single[rows]
+        return Measured(self.errors[rows], self.members[rows], single)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Measured]) -> Measured:
         """Parts end to end."""
-        own = [part.own for part in parts if part.own is not None]
+        single = [part.single for part in parts if part.single is not None]
         return cls(
             torch.cat([part.errors for part in parts]),
             torch.cat([part.members for part in parts]),
-            torch.cat(own) if own else None,
+            torch.cat(single) if single else None,
         )
 
 
@@ -163,12 +163,14 @@ class Heads(nn.Module):
 
     # ---- score ----
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows of features -> the detector's own score and that of each layer.
 
         Parameters
         ----------
         features : Tensor of shape (B, D)
+        own : Tensor of shape (B,) of int, optional
+            Rows of the bank that are left out, one for each image; see :meth:`featdiff.scores.registry.Score.without`.
 
         Returns
         -------
@@ -176,7 +178,7 @@ class Heads(nn.Module):
         layer_scores : Tensor of shape (B, L)
             Both higher = more OOD, about 0 +- 1 for in-domain images.
         """
-        scaled = self.rescaled(self.unscaled(features))
+        scaled = self.rescaled(self.combined(self.measure(features, own)))
         return scaled[:, 0], scaled[:, 1:]
 
     def rescaled(self, scores: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ class Heads(nn.Module):
         return Measured.concatenate([self.measure(part) for part in features.chunks()])
 
     @torch.inference_mode()
-    def measure(self, features: Tensor) -> Measured:
+    def measure(self, features: Tensor, own: Tensor | None = None) -> Measured:
         """Rows of features (B, D) -> all that scores are made of, before it is standardised."""
         features = features.to(self.mean.device)
         with full_precision(self.mean):
@@ -200,15 +202,15 @@ class Heads(nn.Module):
             values = {}
             members = []
             for score in self._scores:
-                value = score(features)
+                value = score(features) if own is None else score.without(features, own)
                 values[score.name] = value
                 members.append(log(value) if score.log_scale else value)
 
-            own = None
+            single = None
             if self.head not in (FUSED, Layerwise.name):
-                own = values[self.head] if self.head in values else self.scores[self.head](features)
+                single = values[self.head] if self.head in values else self.scores[self.head](features)
             empty = errors.new_empty(len(errors), 0)
-            return Measured(errors, torch.stack(members, dim=1) if members else empty, own)
+            return Measured(errors, torch.stack(members, dim=1) if members else empty, single)
 
     @torch.inference_mode()
     def combined(self, measured: Measured) -> Tensor:
@@ -216,7 +218,7 @@ class Heads(nn.Module):
         with full_precision(self.mean):
             joined, layers = self._joined(measured)
             z = (joined - self.mean) / self.deviation
-            own = measured.own
+            own = measured.single
             if own is None:
                 own = weighted_sum(z, self.weights) if self.head == FUSED else joined[:, 0]
             further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]

@@ -66,12 +66,22 @@ class NearestNeighbors(Score):
     @torch.inference_mode()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), > 0, higher = more OOD."""
+        return _mean_distance(self._search(features, self.k)[0])
+
+    @torch.inference_mode()
+    def without(self, features: Tensor, own: Tensor) -> Tensor:
+        """As :meth:`forward`, without the kept vector of this number (B,); -1: with all."""
+        wanted = min(self.k + 1, len(self.vectors))
+        distances, indices = self._search(features, wanted)
+        others = indices != own.to(indices.device)[:, None]
+        kept = distances.masked_fill(~others, torch.inf).sort(dim=1).values
+        return _mean_distance(kept[:, : min(self.k, max(1, wanted - 1))])
+
+    def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index = self._index  # kept by this name: another thread may move the vectors
         if not index:  # built when first needed: a loaded score may lie on another device
             index = self._index = (make_index(self.vectors.float() * self.scales, self.backend),)
-        distances = index[0].search(self.view(features.to(self.scales.device)), self.k)[0]
-        smallest = torch.finfo(torch.float32).eps  # a copy of an image that is kept has distance 0
-        return distances.clamp_min(smallest).log().mean(1).exp()
+        return index[0].search(self.view(features.to(self.scales.device)), k)
 
     def view(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> vectors in which neighbours are searched (B, width)."""
@@ -93,6 +103,12 @@ class NearestNeighbors(Score):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_index": ()}  # a copy builds its own: FAISS' are not ours to copy
+
+
+def _mean_distance(distances: Tensor) -> Tensor:
+    """Distances (B, k) -> their geometric mean (B,)."""
+    smallest = torch.finfo(torch.float32).eps  # a copy of an image that is kept has distance 0
+    return distances.clamp_min(smallest).log().mean(1).exp()
 
 
 @register("neighbors", head=True)

@@ -127,6 +127,22 @@ class Score(nn.Module):
         """Rows of features (B, D) -> (B,), higher = more out-of-distribution."""
         raise NotImplementedError
 
+    def without(self, features: Tensor, own: Tensor) -> Tensor:
+        """As :meth:`forward`, each image compared with all that the score keeps but one row.
+
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+        own : Tensor of shape (B,) of int
+            Number of the row that is left out, in the order in which :meth:`fit` was given them; -1: none.
+
+        Returns
+        -------
+        Tensor of shape (B,)
+        """
+        value: Tensor = self(features)  # a score that keeps no rows
+        return value
+
     @property
     def nbytes(self) -> int:
         """Bytes it needs to keep."""
