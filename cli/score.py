@@ -70,9 +70,8 @@ def command(
     keep_freed_memory()
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
-        work = _vectors(
-            features, images, model, fpr, options | {"figure": figure, "exclude_known": exclude_known}, bars
-        )
+        options |= {"figure": figure, "exclude_known": exclude_known}
+        work = _vectors(features, images, model, fpr, options, bars)
     else:
         work = _images(images, model, fpr, options, figure, bars, exclude_known)
 
@@ -179,9 +178,7 @@ def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
     say(f"{counts.rows:,} {work.what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
     if counts.known and not work.excluded:
         say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)
-        say(
-            "Which of them are odd is what featdiff audit answers; --exclude-known leaves out each image itself.", quiet
-        )
+        say("featdiff audit finds the odd ones of a training set; --exclude-known leaves out each image itself.", quiet)
 
 
 def _figure(

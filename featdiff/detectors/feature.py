@@ -137,8 +137,6 @@ class Detector(BaseDetector[FeatureSettings]):
     heads_: Heads
     bank_digests_: np.ndarray
     precision_: str
-    _index_of: np.ndarray | None = None
-    _index: dict[bytes, int]
 
     @takes(FeatureSettings)
     def __init__(self, settings: FeatureSettings) -> None:
@@ -361,16 +359,9 @@ class Detector(BaseDetector[FeatureSettings]):
 
     def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
         """Which row of the bank holds each content (B,), -1: none."""
-        rows = self._bank_index
+        bank = self.bank_digests_.tobytes()
+        rows = {bank[16 * row : 16 * row + 16]: row for row in range(len(self.bank_digests_))}
         return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
-
-    @property
-    def _bank_index(self) -> dict[bytes, int]:
-        """Row of each digest in the bank."""
-        if self._index_of is not self.bank_digests_:
-            self._index_of = self.bank_digests_
-            self._index = {digest.tobytes(): row for row, digest in enumerate(self.bank_digests_)}
-        return self._index
 
     def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of features -> scores.
