@@ -24,7 +24,15 @@ def one_line(error: pytest.ExceptionInfo[UsageError]) -> str:
 
 
 def test_folder_is_where_an_image_lies_also_inside_an_archive() -> None:
-    paths = ["a/1.png", "a/2.png", "a/b/1.png", "top.png", "shots.zip/x/1.png", "shots.zip/y/1.png", "shots.zip/x/2.png"]
+    paths = [
+        "a/1.png",
+        "a/2.png",
+        "a/b/1.png",
+        "top.png",
+        "shots.zip/x/1.png",
+        "shots.zip/y/1.png",
+        "shots.zip/x/2.png",
+    ]
     assert label_images("folder", paths) == ["a", "a", "a/b", ".", "shots.zip/x", "shots.zip/y", "shots.zip/x"]
 
 
