@@ -50,7 +50,8 @@ def label_images(
         are sorted by the last number in their names, and where two numbers differ by more than 120 another group
         begins. A regular expression: what its brackets find in the path. A ``.csv`` or ``.tsv`` file: the group that
         it gives for the path (columns ``path`` and ``group``; paths as they are printed, or seen from the file's
-        folder; an image without a group is one of its own, as in the table of an audit). A mapping: labels by path. A sequence: a label for each image.
+        folder; an image without a group is one of its own, as in the table of an audit). A mapping: labels by path. A
+        sequence: a label for each image.
     paths : sequence of str
         Names of the images, as :func:`featdiff.data.references.list_images` gives them.
     positions : sequence of int, optional
