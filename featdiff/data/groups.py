@@ -50,7 +50,8 @@ def label_images(
         are sorted by the last number in their names, and where two numbers differ by more than 120 another group
         begins. A regular expression: what its brackets find in the path. A ``.csv`` or ``.tsv`` file: the group that
         it gives for the path (columns ``path`` and ``group``; paths as they are printed, or seen from the file's
-        folder). A mapping: labels by path. A sequence: a label for each image.
+        folder; an image without a group is one of its own, as in the table of an audit). A mapping: labels by path. A
+        sequence: a label for each image.
     paths : sequence of str
         Names of the images, as :func:`featdiff.data.references.list_images` gives them.
     positions : sequence of int, optional
@@ -193,7 +194,10 @@ def _from_file(file: Path, paths: Sequence[str]) -> list[Hashable]:
             reader = csv.DictReader(stream, delimiter=delimiter)
             if not {"path", "group"} <= set(reader.fieldnames or ()):
                 raise UsageError(f"{file} needs a first line that names the columns path and group", argument="groups")
-            labels = {os.path.normpath(row["path"]): row["group"] for row in reader}
+            labels: dict[str, Hashable] = {}
+            for row in reader:
+                if row["path"]:
+                    labels[os.path.normpath(row["path"])] = row["group"] or (row["path"],)
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or str(error)).lower()}", argument="groups") from None
     except (UnicodeDecodeError, csv.Error) as error:
