@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import runtime_arguments, runtime_options
 from .progress import Bars, say
+
+if TYPE_CHECKING:
+    from featdiff import Detector, Scores
+
+# Rows of the audit that are shown.
+_TOP = 10
+# One split in place of five folds, which would train six times.
+_CALIBRATION = 0.2
 
 
 @click.command("demo")
@@ -22,27 +31,56 @@ from .progress import Bars, say
 )
 @runtime_options
 def command(output: Path, quiet: bool, **options: Any) -> None:
-    """Train, score and evaluate on a built-in sample set; under two minutes on two cores, no download.
+    """Audit, train, score and evaluate on built-in images; under two minutes on two cores, no download.
 
-    In-domain are tiles of two photographs, out-of-distribution are handwritten digits. Writes the images, the model,
-    scores.csv and histograms.png.
+    First question: which images of one folder are odd? The folder holds handwritten digits, and a few tiles of two
+    photographs among them. Second question: is a new image like those before? Tiles train a model, other tiles and
+    digits are scored. Writes the images, the model, scores.csv and histograms.png.
 
     \b
     Example: featdiff demo -o try-out
     """
-    from featdiff import Detector
     from featdiff.data import samples
+    from featdiff.runtime.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    arguments = runtime_arguments(options)
+    mixed = samples.write_images(samples.mixed(), output / "mixed")
+    folders = samples.write(output / "images")
+    _audit(mixed, arguments, quiet)
+    _train_and_score(output, folders, arguments, quiet)
+
+    say(f"written to {output}: mixed/, images/, model/, scores.csv, histograms.png", quiet)
+    say(f"Next: featdiff score {output}/images/digits -m {output}/model", quiet)
+
+
+def _audit(mixed: Path, arguments: dict[str, Any], quiet: bool) -> None:
+    """The oddest images of a folder, as ``featdiff audit`` prints them."""
+    from featdiff.detectors.audit import STANDS_APART, audit
+    from featdiff.report.writers import open_writer
+
+    say(f"1. Which images are odd? {mixed} holds 120 digits, and 8 tiles of photographs among them.", quiet)
+    say(f"$ featdiff audit {mixed} --top {_TOP}", quiet)
+    with Bars(quiet) as bars:
+        scores = audit(mixed, progress=bars, **arguments)
+    writer = open_writer("table", sys.stdout.buffer)
+    writer.write(scores.sorted()[:_TOP])
+    writer.close()
+
+    apart = int((scores.ood_score > STANDS_APART).sum())
+    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}).\n", quiet)
+
+
+def _train_and_score(output: Path, folders: dict[str, Path], arguments: dict[str, Any], quiet: bool) -> None:
+    """A model of the tiles, and what it makes of other tiles and of digits."""
+    from featdiff import Detector
     from featdiff.evaluation.baselines import fit_baselines
     from featdiff.evaluation.protocols import evaluate_detector
-    from featdiff.report.figures import save_histograms
-    from featdiff.report.writers import CsvWriter
-    from featdiff.runtime.allocator import keep_freed_memory
 
     from .evaluate import print_table
 
-    keep_freed_memory()
-    folders = samples.write(output / "images")
-    detector = Detector(**runtime_arguments(options))
+    say("2. Is a new image like those before? A model learns tiles, and scores other tiles and digits.", quiet)
+    detector = Detector(calibration=_CALIBRATION, **arguments)
     with Bars(quiet) as bars:
         detector.fit(folders["train"], bars)
         detector.save_pretrained(output / "model")
@@ -55,6 +93,17 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
             bars,
             baselines=fit_baselines(detector),
         )
+    _write(output, detector, scores)
+    print_table(result)
+    for name, part in (("other tiles", scores["test"]), ("digits", scores["digits"])):
+        say(f"{name}: {int(part.is_ood.sum())} of {len(part)} flagged at fpr {detector.fpr:g}", quiet)
+
+
+def _write(output: Path, detector: Detector, scores: dict[str, Scores]) -> None:
+    """All rows as CSV, and a picture of the scores."""
+    from featdiff.report.figures import save_histograms
+    from featdiff.report.writers import CsvWriter
+
     with (output / "scores.csv").open("wb") as stream:
         writer = CsvWriter(stream)
         for part in scores.values():
@@ -66,8 +115,3 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
         detector.fpr,
         "featdiff demo: tiles of two photographs against handwritten digits",
     )
-    print_table(result)
-    for name, part in scores.items():
-        say(f"{name}: {int(part.is_ood.sum())} of {len(part)} flagged at fpr {detector.fpr:g}", quiet)
-    say(f"written: {output}/model, scores.csv, histograms.png, images/", quiet)
-    say(f"Next: featdiff score {output}/images/digits -m {output}/model", quiet)

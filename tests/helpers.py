@@ -67,9 +67,11 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def newcomer_folder(folder: Path, samples: Path) -> None:
-    """Fill ``folder`` as the pages suppose it, from the sample set: photos/, test/, digits/, images/."""
+    """Fill ``folder`` as the pages suppose it, from the sample set: photos/, test/, digits/, images/, groups.csv ..."""
     for name, source in (("photos", "train"), ("test", "test"), ("digits", "digits")):
         shutil.copytree(samples / source, folder / name)
+    labels = [f"photos/{file.name},{file.name.rpartition('_')[0]}\n" for file in (folder / "photos").iterdir()]
+    (folder / "groups.csv").write_text("path,group\n" + "".join(labels))
     (folder / "images").mkdir()
     for file in (*sorted((samples / "test").iterdir())[:20], *sorted((samples / "digits").iterdir())[:10]):
         shutil.copy(file, folder / "images")

@@ -38,6 +38,7 @@ CONFIG = "featdiff train --config (test_docs_other)"
 SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
 ANSWER = "compared with what featdiff score prints (test_docs)"
+AUDITED = "compared with what featdiff audit prints (test_docs)"
 DRAWING = "not run: a drawing for people"
 
 #: Language -> (pattern, place); the first pattern that is found decides. What fits none fails a test.
@@ -54,12 +55,12 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
-        (r"^(FEATDIFF_\w+=\S+ )?featdiff (train|score|eval|bench|info|outliers|harden)", DEFAULT),
+        (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|eval|bench|info|outliers|harden)", DEFAULT),
         (r"^find images ", DEFAULT),
     ),
     "python": (
         (r"^@register", PLUGIN),
-        (r'Detector\(fpr=0\.05\)\.fit\("photos/"\)', DEFAULT),
+        (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
@@ -69,6 +70,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'^\[project\.entry-points\."featdiff\.scores"\]', ENTRY_POINTS),
     ),
     "text": (
+        (r"^verdict +p-value +score .*\n.* featdiff-demo/mixed/", AUDITED),
         (r"^verdict +p-value +score", ANSWER),
         (r"──>|->", DRAWING),
     ),

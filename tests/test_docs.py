@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from helpers import newcomer_folder, python, shell, typed
-from pages import ANSWER, DEFAULT, EXPECTED, blocks_at, commands_at
+from pages import ANSWER, AUDITED, DEFAULT, EXPECTED, blocks_at, commands_at
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +52,48 @@ def test_the_answer_on_the_front_page_is_what_featdiff_says(newcomer: Path) -> N
     """Verdicts to the letter, numbers but for another machine's rounding; needs the model of the commands above."""
     (block,) = blocks_at(ANSWER, language="text")
     assert block.page == "README.md"
-    done = typed("featdiff score images/ --format table", newcomer)
-    printed = done.stdout.splitlines()
-    header, *rows = block.text.splitlines()
-    assert header == printed[0]
-    by_path = {_path(line): line for line in printed[1:]}
+    _compare(block.text, typed("featdiff score images/ --format table", newcomer).stdout)
+
+
+def test_the_audit_on_the_front_page_is_what_featdiff_says(newcomer: Path) -> None:
+    """The tiles among the digits come first, and stand apart."""
+    (block,) = blocks_at(AUDITED, language="text")
+    assert block.page == "README.md"
+    done = typed("featdiff audit featdiff-demo/mixed --format table", newcomer)
+    _compare(block.text, done.stdout)
+    rows = [_row(line) for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 128
+    assert all("digit_" not in row.path and row.score > 3 for row in rows[:8])
+    assert all("digit_" in row.path and row.score < 3 for row in rows[8:])
+
+
+def _compare(expected: str, printed: str) -> None:
+    """Every expected row of a table is there, and means the same."""
+    header, *rows = expected.splitlines()
+    lines = printed.splitlines()
+    assert header == lines[0]
+    by_path = {row.path: row for row in map(_row, lines[1:])}
     assert len(rows) >= 5
-    for row in rows:
-        line = by_path[_path(row)]
-        verdict, p_value, score = _numbers(row)
-        assert _numbers(line)[0] == verdict, done.stdout
-        assert _numbers(line)[1] == pytest.approx(p_value, abs=0.05, nan_ok=True), done.stdout
-        assert _numbers(line)[2] == pytest.approx(score, abs=0.2, rel=0.1, nan_ok=True), done.stdout
+    for text in rows:
+        row = _row(text)
+        found = by_path[row.path]
+        assert found.verdict == row.verdict, printed
+        assert found.p_value == pytest.approx(row.p_value, abs=0.05, nan_ok=True), printed
+        assert found.score == pytest.approx(row.score, abs=0.2, rel=0.1, nan_ok=True), printed
 
 
-def _path(line: str) -> str:
-    (path,) = [word for word in line.split() if word.startswith("images/")]
-    return path
+class _Row(NamedTuple):
+    verdict: str
+    p_value: float
+    score: float
+    path: str
 
 
-def _numbers(line: str) -> tuple[str, float, float]:
-    verdict, *numbers = line.partition("images/")[0].split()
+def _row(line: str) -> _Row:
+    before, path = re.findall(r"^(.*?) (\S*/\S+)", line)[0]
+    verdict, *numbers = before.split()
     p_value, score = map(float, numbers or ("nan", "nan"))
-    return verdict, p_value, score
+    return _Row(verdict, p_value, score, path)
 
 
 def test_python_blocks(newcomer: Path) -> None:

@@ -13,6 +13,9 @@ from PIL import Image
 
 TILE = 32  # pixels; gives 520 tiles
 _TEST_SHARE = 4  # every fourth tile is kept for testing
+# Of the set in which some images are odd: digits, and tiles among them, evenly spread over both photographs.
+_MIXED_DIGITS = 120
+_ODD, _ODD_STEP = 8, 16
 
 
 def tiles() -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
@@ -71,8 +74,26 @@ def digits(count: int = 200) -> dict[str, Image.Image]:
     return images
 
 
+def mixed() -> dict[str, Image.Image]:
+    """Digits with a few tiles among them: a set in which some images are odd.
+
+    Returns
+    -------
+    dict of str to PIL image
+        120 digits and 8 of the test tiles, by file name.
+
+    Examples
+    --------
+    >>> names = list(mixed())
+    >>> len(names), sum(name.startswith("digit") for name in names)
+    (128, 120)
+    """
+    _, test = tiles()
+    return dict(list(test.items())[::_ODD_STEP][:_ODD]) | digits(_MIXED_DIGITS)
+
+
 def write(folder: Path) -> dict[str, Path]:
-    """Write the set as PNG files.
+    """Write tiles and digits as PNG files.
 
     Parameters
     ----------
@@ -87,8 +108,13 @@ def write(folder: Path) -> dict[str, Path]:
     train, test = tiles()
     folders = {}
     for name, images in (("train", train), ("test", test), ("digits", digits())):
-        folders[name] = folder / name
-        folders[name].mkdir(parents=True, exist_ok=True)
-        for file, image in images.items():
-            image.save(folders[name] / file)
+        folders[name] = write_images(images, folder / name)
     return folders
+
+
+def write_images(images: dict[str, Image.Image], folder: Path) -> Path:
+    """Write images by file name into a folder, which is made when missing; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, image in images.items():
+        image.save(folder / file)
+    return folder
