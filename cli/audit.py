@@ -45,8 +45,8 @@ def command(
     come first. Beside the columns of score there are group (near-copies have one number), nearest (the nearest image
     outside the group) and duplicate_of.
 
-    The p-value is a rank among these images, so that about the share --fpr is always marked; an ood_score above 3 says
-    that an image stands apart.
+    The p-value is a rank among these images, so that about the share --fpr is always marked. An ood_score above 2.5
+    is rare among ordinary images: such an image stands apart.
 
     \b
     Example: featdiff audit photos/
@@ -93,17 +93,21 @@ def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:
     seconds = sum(bars.seconds.values())
     bad = f", {len(unreadable):,} unreadable" if unreadable else ""
     say(f"{len(scores):,} images{bad}; {seconds:.0f} s ({bars.rate('features'):,.0f} images/s)", quiet)
-    marked = f"{int(scores.is_ood.sum()):,} marked: they are among the oddest {fpr:.2g} of these images"
-    say(f"{marked}. {apart:,} stand apart (ood_score above {STANDS_APART:g}).", quiet)
+    marked = (
+        f"{int(scores.is_ood.sum()):,} marked as OOD, the oddest {fpr:.3g} of them (a rank, so there are always some)"
+    )
+    say(f"{marked}; {apart:,} stand apart, with an ood_score above {STANDS_APART:g}", quiet)
     if near:
-        say(f"{sum(map(len, near.values())):,} near-copies in {len(near):,} groups", quiet)
+        say(
+            f"{sum(map(len, near.values())):,} near-copies in {len(near):,} group{'' if len(near) == 1 else 's'}", quiet
+        )
         for group, paths in list(near.items())[:_LISTED]:
             others = f" ... ({len(paths)})" if len(paths) > 4 else ""
             say(f"  group {group}: {', '.join(paths[:4])}{others}", quiet)
         if len(near) > _LISTED:
             say(f"  ... and {len(near) - _LISTED:,} more groups", quiet)
     if copies:
-        say(f"{len(copies):,} duplicates", quiet)
+        say(f"{len(copies):,} duplicate{'' if len(copies) == 1 else 's'}", quiet)
         for path, original in copies[:_LISTED]:
             say(f"  {path} has the content of {original}", quiet)
         if len(copies) > _LISTED:

@@ -65,7 +65,6 @@ def weights_option(function: F) -> F:
 def backbone_options(function: F) -> F:
     """What a new detector looks at: backbone, weights, view, size, layers, seed."""
     for option in (
-        click.option("--seed", type=int, help="Decides split, weights and noise [0]."),
         click.option("--layers", help="auto, or names or indices separated by commas [auto]."),
         click.option("--size", type=click.IntRange(1), help="Look at about SIZE x SIZE pixels [the backbone's own]."),
         click.option("--view", help="whole: the whole picture; crop: what is left of the backbone's own crop [whole]."),

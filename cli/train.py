@@ -29,6 +29,7 @@ INPAINTINGS = "inpaintings.png"
 @features_option
 @groups_option("near-copies, where there are too many for a split by chance")
 @backbone_options
+@click.option("--seed", type=int, help="Decides split, weights and noise [0].")
 @click.option(
     "--mode",
     type=click.Choice(["feature", "pixel"]),
