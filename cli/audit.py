@@ -45,7 +45,7 @@ def command(
     come first. Beside the columns of score there are group (near-copies have one number), nearest (the nearest image
     outside the group) and duplicate_of.
 
-    The p-value is a rank among these images, so that about the share --fpr is always marked. An ood_score above 2.5
+    The p-value is a rank among these images, so that about the share --fpr is always marked. An ood_score above 3
     is rare among ordinary images: such an image stands apart.
 
     \b
@@ -93,14 +93,11 @@ def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:
     seconds = sum(bars.seconds.values())
     bad = f", {len(unreadable):,} unreadable" if unreadable else ""
     say(f"{len(scores):,} images{bad}; {seconds:.0f} s ({bars.rate('features'):,.0f} images/s)", quiet)
-    marked = (
-        f"{int(scores.is_ood.sum()):,} marked as OOD, the oddest {fpr:.3g} of them (a rank, so there are always some)"
-    )
-    say(f"{marked}; {apart:,} stand apart, with an ood_score above {STANDS_APART:g}", quiet)
+    say(f"{int(scores.is_ood.sum()):,} marked as OOD: the oddest {fpr:.3g} of them, so there are always some", quiet)
+    say(f"{apart:,} stand apart, with an ood_score above {STANDS_APART:g}", quiet)
     if near:
-        say(
-            f"{sum(map(len, near.values())):,} near-copies in {len(near):,} group{'' if len(near) == 1 else 's'}", quiet
-        )
+        count = sum(map(len, near.values()))
+        say(f"{count:,} near-copies in {len(near):,} group{'' if len(near) == 1 else 's'}", quiet)
         for group, paths in list(near.items())[:_LISTED]:
             others = f" ... ({len(paths)})" if len(paths) > 4 else ""
             say(f"  group {group}: {', '.join(paths[:4])}{others}", quiet)

@@ -20,8 +20,8 @@ from .feature import Detector
 
 #: Fewer images say nothing about each other.
 FEWEST = 20
-#: From this score on an image stands apart, whatever share was asked for. Of ordinary sets, one in 50 to 200 does.
-STANDS_APART = 2.5
+#: From this score on an image stands apart, whatever share was asked for. Of ordinary sets, at most about one in 100 does.
+STANDS_APART = 3.0
 # k / n and the same rate written as a decimal may differ in the last bits.
 _ROUNDING = 1e-9
 
@@ -57,7 +57,7 @@ def audit(
     -------
     Scores
         In the order of the images. ``ood_score`` is 0 +- 1 for the bulk of the images, by median and median absolute
-        deviation; above about 2.5 an image stands apart. ``p_value`` is the share of images that are at least as odd,
+        deviation; above about 3 an image stands apart. ``p_value`` is the share of images that are at least as odd,
         itself included: exact where all images are alike. ``extra`` holds ``group`` (a number where near-copies or
         duplicates were found), ``nearest`` (the nearest image outside the own group) and ``duplicate_of`` (the first
         image of the same content).
