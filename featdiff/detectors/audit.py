@@ -20,7 +20,7 @@ from .feature import Detector
 
 #: Fewer images say nothing about each other.
 FEWEST = 20
-#: From this score on an image stands apart, whatever share was asked for. Of ordinary sets, at most about one in 100 does.
+#: From this score on an image stands apart, whatever share was asked for; at most about one in 100 of ordinary sets.
 STANDS_APART = 3.0
 # k / n and the same rate written as a decimal may differ in the last bits.
 _ROUNDING = 1e-9
