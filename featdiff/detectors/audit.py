@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.groups import AUTO, NONE, Groups, check_groups, label_images, numbered
+from ..data.groups import AUTO, NONE, Groups, check_groups, is_word, label_images, numbered
 from ..exceptions import UsageError
 from ..features.extraction import Extraction
 from ..runtime.progress import Progress
@@ -94,9 +94,9 @@ def audit(
     spaces = views(detector.extractor_.layout)
     near = find_near_copies(features, spaces)
     numbers = near.groups
-    if groups == NONE:
+    if is_word(groups, NONE):
         numbers = np.arange(len(different))
-    elif groups != AUTO:
+    elif not is_word(groups, AUTO):
         labels = label_images(groups, extraction.paths, extraction.positions, extraction.total)
         numbers = numbered(labels, extraction.digests)
     odd = oddness(features, spaces, numbers)
