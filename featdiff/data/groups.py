@@ -34,8 +34,14 @@ def check_groups(groups: object) -> None:
     if isinstance(groups, str | os.PathLike):
         _parsed(os.fspath(groups))
         return
-    if not isinstance(groups, Sequence | np.ndarray):
-        raise UsageError(f"groups must be {_HELP}, or a label for each image, not {groups!r}", argument="groups")
+    if not isinstance(groups, Sequence) and not hasattr(groups, "__array__"):
+        kind = type(groups).__name__
+        raise UsageError(f"groups must be {_HELP}, or a label for each image, not of type {kind}", argument="groups")
+
+
+def is_word(groups: object, word: str) -> bool:
+    """Whether ``groups`` are this word; an array would compare each of its labels with it."""
+    return isinstance(groups, str) and groups == word
 
 
 def label_images(
@@ -216,6 +222,12 @@ def _looked_up(labels: Mapping[str, Hashable], path: str, name: str) -> Hashable
 
 
 def _in_order(labels: Any, positions: Sequence[int], total: int) -> list[Hashable]:
+    if hasattr(labels, "__array__"):  # an array, a column of a table, or a tensor, whose numbers do not compare as keys
+        labels = np.asarray(labels).tolist()
     if len(labels) != total:
         raise UsageError(f"groups give {len(labels):,} labels, and there are {total:,} images", argument="groups")
-    return [labels[position] for position in positions]
+    chosen = [labels[position] for position in positions]
+    for label in chosen:
+        if not isinstance(label, Hashable):
+            raise UsageError(f"groups give the label {label!r}, which cannot name a group", argument="groups")
+    return chosen

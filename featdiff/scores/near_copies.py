@@ -113,6 +113,28 @@ def find_near_copies(features: Features, views: Sequence[View]) -> NearCopies:
     return NearCopies(groups, copied, nearest, float((among_others > limit).mean()))
 
 
+def nearest_outside(features: Features, views: Sequence[View], groups: np.ndarray) -> np.ndarray:
+    """The nearest image outside the own group.
+
+    Parameters
+    ----------
+    features : Features
+        Rows (N, D) of different images.
+    views : sequence of callable
+        Spaces in which distances are measured; each counts alike.
+    groups : ndarray of shape (N,) of int
+        Group of each image.
+
+    Returns
+    -------
+    ndarray of shape (N,) of int
+        -1 if all images are in one group.
+    """
+    vectors = _joint_vectors(features, views)
+    distances, indices = _nearest(vectors, min(_NEIGHBORS, len(vectors) - 1))
+    return _outside(vectors, distances, indices, groups)[1]
+
+
 @torch.inference_mode()
 def oddness(features: Features, views: Sequence[View], groups: np.ndarray) -> np.ndarray:
     """How far each image of a set lies from the others, its own group left out.

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+import torch
 
 from featdiff.data.groups import check_groups, connected, label_images, numbered
 from featdiff.exceptions import UsageError
@@ -194,7 +196,19 @@ def test_a_mapping_gives_labels_by_path() -> None:
     one_line(caught)
 
 
-@pytest.mark.parametrize("labels", [["p", "q", "r", "s"], np.array(["p", "q", "r", "s"]), ("p", "q", "r", "s")])
+LABELS = ["p", "q", "r", "s"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS,
+        tuple(LABELS),
+        np.array(LABELS),
+        np.array(LABELS, dtype=object),
+        pandas.Series(LABELS, index=[7, 3, 1, 0]),
+    ],
+)
 def test_labels_in_order_skip_images_that_cannot_be_read(labels: Any) -> None:
     assert list(label_images(labels, ["b", "d"], positions=[1, 3], total=4)) == ["q", "s"]
     assert list(label_images(labels, ["a", "b", "c", "d"])) == ["p", "q", "r", "s"]
@@ -203,6 +217,21 @@ def test_labels_in_order_skip_images_that_cannot_be_read(labels: Any) -> None:
 def test_the_first_images_may_be_the_unreadable_ones() -> None:
     assert label_images([5, 6, 7], ["c"], positions=[2], total=3) == [7]
     assert label_images([5, 6, 7], [], positions=[], total=3) == []
+
+
+def test_numbers_of_arrays_and_tensors_are_labels() -> None:
+    """Two tensors of one number are two keys, unless they are taken for numbers."""
+    for labels in (np.array([1, 2, 1]), torch.tensor([1, 2, 1]), pandas.Series([1, 2, 1])):
+        found = label_images(labels, ["a", "b", "c"])  # type: ignore[arg-type]
+        assert found == [1, 2, 1]
+        assert len(set(found)) == 2
+
+
+def test_labels_that_can_name_no_group() -> None:
+    for labels in ([[1], [2]], np.zeros((2, 3)), [{1}, {2}]):
+        with pytest.raises(UsageError, match="which cannot name a group") as caught:
+            label_images(labels, ["a", "b"])  # type: ignore[arg-type]
+        one_line(caught)
 
 
 @pytest.mark.parametrize(("count", "total"), [(3, 4), (5, 4), (0, 4)])
@@ -222,7 +251,8 @@ def test_what_can_be_no_groups_is_refused(groups: object) -> None:
 def test_what_may_be_groups() -> None:
     for groups in (None, "auto", "none", "folder", "gap:0", r"(\d)", "g.csv", Path("g.tsv"), [1, 2], {"a": 1}):
         check_groups(groups)
-    check_groups(np.arange(3))
+    for array in (np.arange(3), torch.arange(3), pandas.Series(["a", "b"])):
+        check_groups(array)
 
 
 # ---- numbers ----

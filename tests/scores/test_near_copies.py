@@ -9,7 +9,7 @@ from small_stores import InMemory
 from torch import Tensor
 
 from featdiff.scores import near_copies
-from featdiff.scores.near_copies import NearCopies, find_near_copies, oddness
+from featdiff.scores.near_copies import NearCopies, find_near_copies, nearest_outside, oddness
 
 
 def itself(x: Tensor) -> Tensor:
@@ -149,6 +149,18 @@ def test_the_nearest_image_lies_outside_the_own_group() -> None:
     distances = np.linalg.norm(rows[:, None] - rows, axis=2)
     distances[near.groups[:, None] == near.groups] = np.inf
     assert np.array_equal(near.nearest, distances.argmin(1))
+
+
+@pytest.mark.parametrize("size", [1, 4, 60, 119])
+def test_the_nearest_image_outside_groups_that_are_given(size: int) -> None:
+    """Also groups that are larger than the number of neighbours that are looked at."""
+    rows = gaussian(120, 16)
+    groups = np.arange(120) // size
+    distances = np.linalg.norm(rows[:, None] - rows, axis=2)
+    distances[groups[:, None] == groups] = np.inf
+    found = nearest_outside(InMemory(rows), [itself], groups)
+    assert np.array_equal(found, distances.argmin(1))
+    assert (nearest_outside(InMemory(rows), [itself], np.zeros(120, dtype=int)) == -1).all()
 
 
 def test_groups_are_numbered_without_holes() -> None:
