@@ -22,7 +22,7 @@ COMMANDS = {
     "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
     "harden": ("harden", "Fine-tune a classifier with a teacher and outliers, and put a guard on it."),
     "bench": ("bench", "Compare featdiff, its heads and baselines on a suite of image sets."),
-    "demo": ("demo", "Train, score and evaluate on a built-in sample set, with a picture."),
+    "demo": ("demo", "Audit, train, score and evaluate on built-in images, with a picture."),
     "info": ("info", "Show what a saved model is."),
     "backbones": ("backbones", "List backbones with pretrained weights."),
     "doctor": ("doctor", "Check this installation."),

@@ -17,8 +17,8 @@ from pages import ANSWER, AUDITED, DEFAULT, EXPECTED, blocks_at, commands_at
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages suppose it, made from what ``featdiff demo`` leaves."""
     folder = tmp_path_factory.mktemp("newcomer")
-    done = shell("featdiff demo", folder)
-    assert done.returncode == 0, done.stderr
+    done = shell("featdiff demo 2>&1 | tee demo.txt", folder)
+    assert done.returncode == 0, done.stdout
     newcomer_folder(folder, folder / "featdiff-demo" / "images")
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for file in sorted((folder / "images").glob("*.png"))[:5]:
@@ -36,6 +36,27 @@ def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
     assert sum(flagged["digits"]) >= 190
     assert sum(flagged["test"]) <= 16  # 5 % of 130 is 6.5; both kinds of scatter allowed for
     assert (newcomer / "featdiff-demo" / "histograms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_audits_first(newcomer: Path) -> None:
+    """What a stranger reads: a question, the command that answers it, and the odd ones on top."""
+    lines = (newcomer / "demo.txt").read_text().splitlines()
+    assert lines[0].startswith("1. Which images are odd? featdiff-demo/mixed holds 120 digits, and 8 tiles")
+    assert lines[1] == "$ featdiff audit featdiff-demo/mixed --top 10"
+    assert lines[2].split() == ["verdict", "p-value", "score", "path"]
+    assert not any("/digit_" in _row(line).path for line in lines[3:11])
+    assert all("/digit_" in _row(line).path for line in lines[11:13])
+    assert lines[13] == "8 of 128 images stand apart (score above 3)."
+    assert lines[15].startswith("2. Is a new image like those before?")
+
+    told = "\n".join(lines[16:])
+    for words in (
+        "other tiles: ",
+        "digits: ",
+        "Next: featdiff score featdiff-demo/images/digits -m featdiff-demo/model",
+    ):
+        assert words in told
+    assert "WARNING" not in told
 
 
 def test_commands(newcomer: Path) -> None:

@@ -75,6 +75,21 @@ def test_number_of_digits(asked: int, given: int) -> None:
     assert len(samples.digits(asked)) == given
 
 
+def test_a_few_tiles_among_digits(tmp_path: Path) -> None:
+    mixed = samples.mixed()
+    odd = [name for name in mixed if not name.startswith("digit_")]
+    assert (len(mixed), len(odd)) == (128, 8)
+    assert {place(name)[0] for name in odd} == {"china", "flower"}
+    assert {name: image.tobytes() for name, image in samples.digits(120).items()}.items() <= {
+        name: image.tobytes() for name, image in mixed.items()
+    }.items()
+
+    folder = samples.write_images(mixed, tmp_path / "new" / "mixed")
+    assert sorted(file.name for file in folder.iterdir()) == sorted(mixed)
+    with Image.open(folder / odd[0]) as stored:
+        np.testing.assert_array_equal(np.asarray(stored), np.asarray(mixed[odd[0]]))
+
+
 def test_written_files_hold_the_pixels(sample_folders: dict[str, Path]) -> None:
     train, test = samples.tiles()
     sets = {"train": train, "test": test, "digits": samples.digits()}
