@@ -45,8 +45,8 @@ def command(
     come first. Beside the columns of score there are group (near-copies have one number), nearest (the nearest image
     outside the group) and duplicate_of.
 
-    The p-value is a rank among these images, so that about the share --fpr is always marked; an ood_score above 3 says
-    that an image stands apart.
+    The p-value is a rank among these images, so that about the share --fpr is always marked. An ood_score above 3
+    is rare among ordinary images: such an image stands apart.
 
     \b
     Example: featdiff audit photos/
@@ -79,34 +79,45 @@ def command(
 def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:
     """What was found, on standard error; returns the exit code."""
     from featdiff.detectors.audit import STANDS_APART
+    from featdiff.exceptions import some_of
     from featdiff.verdicts.results import UNREADABLE
 
     unreadable = [(row.path, row.reason) for row in scores if row.status == UNREADABLE]
-    copies = [(row.path, row.extra["duplicate_of"]) for row in scores if row.extra["duplicate_of"]]
-    members: dict[str, list[str]] = {}
-    for row in scores:
-        if row.extra["group"] and not row.extra["duplicate_of"]:
-            members.setdefault(row.extra["group"], []).append(row.path)
-    near = {group: paths for group, paths in members.items() if len(paths) > 1}
-
     apart = int((scores.ood_score > STANDS_APART).sum())
     seconds = sum(bars.seconds.values())
     bad = f", {len(unreadable):,} unreadable" if unreadable else ""
     say(f"{len(scores):,} images{bad}; {seconds:.0f} s ({bars.rate('features'):,.0f} images/s)", quiet)
-    marked = f"{int(scores.is_ood.sum()):,} marked: they are among the oddest {fpr:.2g} of these images"
-    say(f"{marked}. {apart:,} stand apart (ood_score above {STANDS_APART:g}).", quiet)
-    if near:
-        say(f"{sum(map(len, near.values())):,} near-copies in {len(near):,} groups", quiet)
-        for group, paths in list(near.items())[:_LISTED]:
-            others = f" ... ({len(paths)})" if len(paths) > 4 else ""
-            say(f"  group {group}: {', '.join(paths[:4])}{others}", quiet)
-        if len(near) > _LISTED:
-            say(f"  ... and {len(near) - _LISTED:,} more groups", quiet)
+    say(f"{int(scores.is_ood.sum()):,} marked as OOD: the oddest {fpr:.3g} of them, so there are always some", quiet)
+    say(f"{apart:,} stand apart, with an ood_score above {STANDS_APART:g}", quiet)
+
+    groups = _near_copies(scores)
+    if groups:
+        count = sum(map(len, groups.values()))
+        lines = [f"group {name}: {some_of(paths)}" for name, paths in groups.items()]
+        _list(f"{count:,} near-copies in {len(groups):,} group{'' if len(groups) == 1 else 's'}", lines, quiet)
+
+    copies = [row for row in scores if row.extra["duplicate_of"]]
     if copies:
-        say(f"{len(copies):,} duplicates", quiet)
-        for path, original in copies[:_LISTED]:
-            say(f"  {path} has the content of {original}", quiet)
-        if len(copies) > _LISTED:
-            say(f"  ... and {len(copies) - _LISTED:,} more", quiet)
+        lines = [f"{row.path} has the content of {row.extra['duplicate_of']}" for row in copies]
+        _list(f"{len(copies):,} duplicate{'' if len(copies) == 1 else 's'}", lines, quiet)
+
     list_unreadable(unreadable, quiet)
     return EXIT_UNREADABLE if unreadable else 0
+
+
+def _near_copies(scores: Scores) -> dict[str, list[str]]:
+    """Different images of each group that has several, by its name."""
+    groups: dict[str, list[str]] = {}
+    for row in scores:
+        if row.extra["group"] and not row.extra["duplicate_of"]:
+            groups.setdefault(row.extra["group"], []).append(row.path)
+    return {name: paths for name, paths in groups.items() if len(paths) > 1}
+
+
+def _list(title: str, lines: list[str], quiet: bool) -> None:
+    """A title and the first lines below it."""
+    say(title, quiet)
+    for line in lines[:_LISTED]:
+        say(f"  {line}", quiet)
+    if len(lines) > _LISTED:
+        say(f"  ... and {len(lines) - _LISTED:,} more", quiet)

@@ -12,7 +12,7 @@ import click
 
 from .config import load_config, preset_folder
 from .main import EXIT_UNREADABLE
-from .options import backbone_options, detector_arguments, runtime_options
+from .options import backbone_options, detector_arguments, runtime_options, seed_option
 from .progress import Bars, list_unreadable, say
 
 
@@ -25,6 +25,7 @@ from .progress import Bars, list_unreadable, say
     help="Folder that holds the suite's images.",
 )
 @backbone_options
+@seed_option
 @click.option(
     "--lmd",
     "lmd_config",

@@ -63,9 +63,8 @@ def weights_option(function: F) -> F:
 
 
 def backbone_options(function: F) -> F:
-    """What a new detector looks at: backbone, weights, view, size, layers, seed."""
+    """What a new detector looks at: backbone, weights, view, size, layers."""
     for option in (
-        click.option("--seed", type=int, help="Decides split, weights and noise [0]."),
         click.option("--layers", help="auto, or names or indices separated by commas [auto]."),
         click.option("--size", type=click.IntRange(1), help="Look at about SIZE x SIZE pixels [the backbone's own]."),
         click.option("--view", help="whole: the whole picture; crop: what is left of the backbone's own crop [whole]."),
@@ -74,6 +73,11 @@ def backbone_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def seed_option(function: F) -> F:
+    """``--seed``: what a training draws."""
+    return click.option("--seed", type=int, help="Decides split, weights and noise [0].")(function)
 
 
 def detector_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options
+from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options, seed_option
 from .progress import Bars, calibrated, list_unreadable, say, telling_warnings
 from .vectors import features_option, train_on_vectors
 
@@ -29,6 +29,7 @@ INPAINTINGS = "inpaintings.png"
 @features_option
 @groups_option("near-copies, where there are too many for a split by chance")
 @backbone_options
+@seed_option
 @click.option(
     "--mode",
     type=click.Choice(["feature", "pixel"]),

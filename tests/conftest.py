@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "pretrained": False,
     "layers": "layer1,layer2,layer4",
     "recipe": {"epochs": 2, "min_steps": 20, "batch_size": 64},
+    "calibration": 0.2,
 }
 
 

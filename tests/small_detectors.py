@@ -55,6 +55,7 @@ MODULE: dict[str, Any] = {
     "blocks": 1,
     "fpr": 0.2,
     "recipe": {"epochs": 2, "min_steps": 1, "batch_size": 16},
+    "calibration": 0.2,
 }
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from featdiff.features.store import FeatureStore, FeatureTable
+from featdiff.features.store import Features, FeatureStore, FeatureTable
 
 WIDTH = 8
 
@@ -45,3 +47,16 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 
 def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+class InMemory(Features):
+    """Rows of features that are at hand."""
+
+    def __init__(self, rows: np.ndarray | Tensor) -> None:
+        self.rows = torch.as_tensor(rows, dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        return self.rows[torch.from_numpy(indices) if isinstance(indices, np.ndarray) else indices]

@@ -34,8 +34,14 @@ def check_groups(groups: object) -> None:
     if isinstance(groups, str | os.PathLike):
         _parsed(os.fspath(groups))
         return
-    if not isinstance(groups, Sequence | np.ndarray):
-        raise UsageError(f"groups must be {_HELP}, or a label for each image, not {groups!r}", argument="groups")
+    if not isinstance(groups, Sequence) and not hasattr(groups, "__array__"):
+        kind = type(groups).__name__
+        raise UsageError(f"groups must be {_HELP}, or a label for each image, not of type {kind}", argument="groups")
+
+
+def is_word(groups: object, word: str) -> bool:
+    """Whether ``groups`` are this word; an array would compare each of its labels with it."""
+    return isinstance(groups, str) and groups == word
 
 
 def label_images(
@@ -50,7 +56,8 @@ def label_images(
         are sorted by the last number in their names, and where two numbers differ by more than 120 another group
         begins. A regular expression: what its brackets find in the path. A ``.csv`` or ``.tsv`` file: the group that
         it gives for the path (columns ``path`` and ``group``; paths as they are printed, or seen from the file's
-        folder). A mapping: labels by path. A sequence: a label for each image.
+        folder; an image without a group is one of its own, as in the table of an audit). A mapping: labels by path. A
+        sequence: a label for each image.
     paths : sequence of str
         Names of the images, as :func:`featdiff.data.references.list_images` gives them.
     positions : sequence of int, optional
@@ -193,7 +200,10 @@ def _from_file(file: Path, paths: Sequence[str]) -> list[Hashable]:
             reader = csv.DictReader(stream, delimiter=delimiter)
             if not {"path", "group"} <= set(reader.fieldnames or ()):
                 raise UsageError(f"{file} needs a first line that names the columns path and group", argument="groups")
-            labels = {os.path.normpath(row["path"]): row["group"] for row in reader}
+            labels: dict[str, Hashable] = {}
+            for row in reader:
+                if row["path"]:
+                    labels[os.path.normpath(row["path"])] = row["group"] or (row["path"],)
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or str(error)).lower()}", argument="groups") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -212,6 +222,12 @@ def _looked_up(labels: Mapping[str, Hashable], path: str, name: str) -> Hashable
 
 
 def _in_order(labels: Any, positions: Sequence[int], total: int) -> list[Hashable]:
+    if hasattr(labels, "__array__"):  # an array, a column of a table, or a tensor, whose numbers do not compare as keys
+        labels = np.asarray(labels).tolist()
     if len(labels) != total:
         raise UsageError(f"groups give {len(labels):,} labels, and there are {total:,} images", argument="groups")
-    return [labels[position] for position in positions]
+    chosen = [labels[position] for position in positions]
+    for label in chosen:
+        if not isinstance(label, Hashable):
+            raise UsageError(f"groups give the label {label!r}, which cannot name a group", argument="groups")
+    return chosen

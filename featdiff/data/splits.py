@@ -180,7 +180,10 @@ def split(n: int, calibration: float, validation: float, seed: int, groups: np.n
         (by_group.validation, MOST_VALIDATION),
     ):
         rows = np.flatnonzero(np.isin(labels, chosen))
-        parts.append(rows if len(rows) <= most else _first_groups(rows, labels, chosen, most))
+        if len(rows) > most:
+            in_random_order = order[np.isin(order, chosen)]
+            rows = _first_groups(rows, labels, in_random_order, most)
+        parts.append(rows)
     training = np.flatnonzero(np.isin(labels, by_group.training))
     return Split(training=training, validation=parts[1], calibration=parts[0])
 

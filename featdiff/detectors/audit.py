@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.groups import AUTO, NONE, Groups, check_groups, label_images, numbered
+from ..data.groups import AUTO, Groups, check_groups, is_word, label_images, numbered
 from ..exceptions import UsageError
 from ..features.extraction import Extraction
 from ..runtime.progress import Progress
-from ..scores.near_copies import find_near_copies, oddness
+from ..scores.near_copies import find_near_copies, nearest_outside, oddness
 from ..scores.nearest import views
 from ..verdicts.calibration import Calibration, check_fpr, check_supported
 from ..verdicts.judge import judge
@@ -20,7 +20,7 @@ from .feature import Detector
 
 #: Fewer images say nothing about each other.
 FEWEST = 20
-#: From this score on an image stands apart, whatever share was asked for; of ordinary sets about one in 100 does.
+#: From this score on an image stands apart, whatever share was asked for; at most about one in 100 of ordinary sets.
 STANDS_APART = 3.0
 # k / n and the same rate written as a decimal may differ in the last bits.
 _ROUNDING = 1e-9
@@ -92,15 +92,16 @@ def audit(
 
     features = store.table(different)
     spaces = views(detector.extractor_.layout)
-    near = find_near_copies(features, spaces)
-    numbers = near.groups
-    if groups == NONE:
-        numbers = np.arange(len(different))
-    elif groups != AUTO:
+    if is_word(groups, AUTO):
+        near = find_near_copies(features, spaces)
+        numbers = near.groups
+        nearest = near.nearest
+    else:
         labels = label_images(groups, extraction.paths, extraction.positions, extraction.total)
         numbers = numbered(labels, extraction.digests)
+        nearest = nearest_outside(features, spaces, numbers)
     odd = oddness(features, spaces, numbers)
-    return _as_scores(extraction, different, odd, numbers, near.nearest, fpr)
+    return _as_scores(extraction, different, odd, numbers, nearest, fpr)
 
 
 def _as_scores(

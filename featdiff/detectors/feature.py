@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batches import is_loader, peek_size
 from ..data.decoding import Transform
-from ..data.groups import AUTO, Groups, check_groups
+from ..data.groups import AUTO, Groups, check_groups, is_word
 from ..data.splits import Split
 from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
@@ -219,8 +219,9 @@ class Detector(BaseDetector[FeatureSettings]):
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
         """The group of each different image: given, or found in the features."""
-        if groups is None or groups == AUTO:
-            return Grouping.found(features, self.extractor_.layout, asked=groups == AUTO)
+        asked = is_word(groups, AUTO)
+        if groups is None or asked:
+            return Grouping.found(features, self.extractor_.layout, asked)
         return super()._group(extraction, features, groups)
 
     def read(self, images: object, progress: Progress | None = None) -> tuple[Extraction, FeatureStore]:

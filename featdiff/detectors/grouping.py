@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -76,13 +77,24 @@ class Grouping:
             "flagged where 5% are asked for, so near-copies are kept together, as with groups=auto. Say which belong "
             "together if you know, or groups=none"
         )
-        warnings.warn(NearCopiesFound(message, argument="groups"), stacklevel=5)
+        warnings.warn(NearCopiesFound(message, argument="groups"), stacklevel=_level_of_caller())
         return cls(AUTO, near.groups, near.copied, near.false_alarms)
 
     @property
     def count(self) -> int | None:
         """How many groups there are; None where each image is its own."""
         return None if self.numbers is None else len(np.unique(self.numbers))
+
+
+def _level_of_caller() -> int:
+    """The stack level, seen from the caller, of the line outside this package that called fit."""
+    package = __name__.partition(".")[0]
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def _suspicious(features: Features, layout: FeatureLayout) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.groups import Groups, check_groups
+from ..data.groups import AUTO, Groups, check_groups, is_word
 from ..diffusion.fit import fit_denoiser
 from ..diffusion.schedules import plain_config
 from ..exceptions import ModelError, UsageError
@@ -160,6 +160,8 @@ class PixelDetector(BaseDetector[PixelSettings]):
             A pipeline or the weights of a distance cannot be loaded, the cache cannot be written, or training diverged.
         """
         check_groups(groups)
+        if is_word(groups, AUTO):
+            raise UsageError("groups='auto' needs the feature mode: say which images belong together", "groups")
         for name in ("calibration_", "examples_", "_distance_store"):
             vars(self).pop(name, None)  # unfitted until this fit ends
         self.prepare()

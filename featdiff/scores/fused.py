@@ -209,8 +209,8 @@ class Heads(nn.Module):
             single = None
             if self.head not in (FUSED, Layerwise.name):
                 single = values[self.head] if self.head in values else self.scores[self.head](features)
-            empty = errors.new_empty(len(errors), 0)
-            return Measured(errors, torch.stack(members, dim=1) if members else empty, single)
+            joined = torch.stack(members, dim=1) if members else errors[:, :0, 0]
+            return Measured(errors, joined, single)
 
     @torch.inference_mode()
     def combined(self, measured: Measured) -> Tensor:

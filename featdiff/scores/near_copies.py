@@ -35,6 +35,8 @@ _MOST_DIMENSIONS = 12
 # Where there are fewer dimensions, near neighbours are no copies: (d_1 / d_K) ** m is a uniform number's K-th part, and
 # below this K-th part with this probability.
 _CHANCE = 0.2
+# Nearer than this share of the median distance is the same, but for rounding. (Where all are copies, so is the 20th.)
+_SAME = 1e-5
 # Ranks, and shares of all images, between which the growth of distances tells the dimension.
 _SLOPES = ((5, 20), (16, 64))
 _FAR_SLOPES = ((0.125, 0.5), (0.5, 0.9))
@@ -111,6 +113,28 @@ def find_near_copies(features: Features, views: Sequence[View]) -> NearCopies:
     return NearCopies(groups, copied, nearest, float((among_others > limit).mean()))
 
 
+def nearest_outside(features: Features, views: Sequence[View], groups: np.ndarray) -> np.ndarray:
+    """The nearest image outside the own group.
+
+    Parameters
+    ----------
+    features : Features
+        Rows (N, D) of different images.
+    views : sequence of callable
+        Spaces in which distances are measured; each counts alike.
+    groups : ndarray of shape (N,) of int
+        Group of each image.
+
+    Returns
+    -------
+    ndarray of shape (N,) of int
+        -1 if all images are in one group.
+    """
+    vectors = _joint_vectors(features, views)
+    distances, indices = _nearest(vectors, min(_NEIGHBORS, len(vectors) - 1))
+    return _outside(vectors, distances, indices, groups)[1]
+
+
 @torch.inference_mode()
 def oddness(features: Features, views: Sequence[View], groups: np.ndarray) -> np.ndarray:
     """How far each image of a set lies from the others, its own group left out.
@@ -174,7 +198,9 @@ def _joint_vectors(features: Features, views: Sequence[View]) -> Tensor:
     widths = []
     for view in views:
         vectors = view(some)
-        scales.append(torch.pdist(vectors).median().clamp_min(torch.finfo(torch.float32).tiny))
+        distances = torch.pdist(vectors)
+        positive = distances[distances > 0]  # of a set of copies, most are 0
+        scales.append(positive.median() if len(positive) else torch.tensor(1.0))
         widths.append(vectors.shape[1])
 
     width = _WIDE if n <= _MANY_IMAGES else _NARROW
@@ -209,7 +235,7 @@ def _linked(vectors: Tensor, distances: Tensor, indices: Tensor) -> np.ndarray:
     near_limit = _share_at(rank, dimension) * distances[:, rank - 1]
     far_limit = _share_at(_FAR_SHARE * n, dimension) * far
 
-    linked = torch.zeros_like(distances, dtype=torch.bool)
+    linked = distances < _SAME
     for limit in (near_limit, far_limit):
         linked |= distances < torch.minimum(limit[:, None], limit[indices])
     rows, columns = linked.nonzero().T.numpy()

@@ -40,8 +40,12 @@ def test_constructor_takes_the_settings_with_their_defaults(kind: type[Settings]
     detector = DETECTORS[kind]()
     for item in dataclasses.fields(kind):
         assert parameters[item.name].default == item.default, item.name
-        if item.name != "recipe":  # whose default is filled in
-            assert getattr(detector.settings, item.name) == item.default, item.name
+        if item.name == "recipe":  # whose default is filled in
+            continue
+        value = item.default
+        if item.name == "calibration" and kind is PixelSettings:  # folds would train for hours
+            value = 0.2
+        assert getattr(detector.settings, item.name) == value, item.name
 
 
 @BOTH

@@ -125,7 +125,7 @@ def test_config_is_plain_and_holds_what_was_given(fitted: Detector, small: dict[
     fitted.save_pretrained(tmp_path / "model")
     config = load(tmp_path / "model")[0]
     assert config["layers"] == {"layer1": 32, "layer2": 48}
-    assert config["images"] == {"different": 40, "calibration": 8, "bank": 27}
+    assert config["images"] == {"different": 40, "calibration": 8, "calibration_groups": 8, "bank": 27}
     assert (config["settings"]["view"], config["settings"]["size"]) == ("squash", 32)
     assert config["settings"]["recipe"]["epochs"] == small["recipe"]["epochs"]
     assert config["settings"]["recipe"]["learning_rate"] == 1e-3

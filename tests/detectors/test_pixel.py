@@ -393,7 +393,7 @@ def test_half_of_the_images_are_mirrored() -> None:
         ({"mixed_precision": "int8"}, "unknown mixed_precision 'int8'"),
         ({"pretrained": True}, "pretrained must be text"),
         ({"recipe": {"epoch": 3}}, "did you mean epoch"),
-        ({"fpr": 0.001}, "fpr 0.001 needs at least 999"),
+        ({"fpr": 0.001}, "fpr 0.001 needs about 3,330 images, and there are 120"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_before_any_work(

@@ -105,7 +105,7 @@ def test_config_names_format_and_backbone(tiny_detector: Detector, tiny_model: P
     assert config["backbone"]["fingerprint"] == tiny_detector.extractor_.backbone.fingerprint
     assert config["layers"] == {part.layer: part.width for part in tiny_detector.extractor_.layout.layers}
     assert list(config["layers"]) == list(tiny_detector.extractor_.layers)
-    assert config["images"] == {"different": 390, "calibration": 78, "bank": 292}
+    assert config["images"] == {"different": 390, "calibration": 78, "calibration_groups": 78, "bank": 292}
     assert len(tensors["calibration"]) == 78
 
 

@@ -76,7 +76,8 @@ CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_a_guard_without_layers_fits_scores_and_loads(kind: str, tmp_path: Path) -> None:
     make, expected = CLASSIFIERS[kind]
     classifier = make()
-    guard = Guard(classifier, recipe=RECIPE, fpr=0.1, hidden_max=64).fit(loader(some_images(60, seed=1)))
+    guard = Guard(classifier, recipe=RECIPE, fpr=0.1, hidden_max=64, calibration=0.2)
+    guard.fit(loader(some_images(60, seed=1)))
     assert guard.detector.layers == expected
 
     images = some_images(8, seed=2)

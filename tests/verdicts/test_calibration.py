@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featdiff.exceptions import UsageError
-from featdiff.verdicts.calibration import Calibration, check_fpr, check_supported
+from featdiff.verdicts.calibration import Calibration, check_fpr, check_supported, is_supported, needed_for, offered
 
 
 def by_hand(score: float, calibration: np.ndarray) -> float:
@@ -288,3 +288,129 @@ def test_a_deep_copy_is_the_same_object_for_nothing_about_it_changes() -> None:
     other = copy.deepcopy(holder)
     assert other["calibration"] is other["again"] is calibration
     assert np.array_equal(other["calibration"].scores, calibration.scores)
+
+
+# ---- groups ----
+
+
+def grouped_by_hand(score: float, calibration: np.ndarray, groups: int) -> float:
+    at_least = sum(1 for value in calibration if value >= score)
+    return (1 + groups / len(calibration) * at_least) / (groups + 1)
+
+
+@pytest.mark.parametrize(("n", "groups"), [(1, 1), (7, 2), (20, 5), (200, 19), (200, 200), (60, 1)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_p_values_of_groups_follow_the_formula(n: int, groups: int, ties: bool) -> None:
+    rng = np.random.default_rng(n)
+    draw = (lambda size: rng.integers(0, 4, size).astype(float)) if ties else rng.normal
+    values = draw(size=n)
+    scores = np.concatenate([draw(size=30), values, [-np.inf, np.inf]])
+    expected = [grouped_by_hand(score, values, groups) for score in scores]
+    calibration = Calibration(values, groups)
+    np.testing.assert_allclose(calibration.p_values(scores), expected, rtol=1e-14)
+    traced = calibration.p_values(torch.tensor(scores, dtype=torch.float64)).numpy()
+    np.testing.assert_allclose(traced, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("n", [1, 7, 19, 200, 333])
+def test_as_many_groups_as_images_are_no_groups(n: int) -> None:
+    """Bit by bit."""
+    rng = np.random.default_rng(n)
+    values = rng.normal(size=n)
+    scores = np.concatenate([rng.normal(size=50), values])
+    plain = Calibration(values)
+    grouped = Calibration(values, groups=n)
+    at_least = n - np.searchsorted(np.sort(values), scores, side="left")
+    assert np.array_equal(plain.p_values(scores), (1 + at_least) / (n + 1))
+    assert np.array_equal(grouped.p_values(scores), plain.p_values(scores))
+    single = torch.tensor(scores, dtype=torch.float32)
+    assert torch.equal(grouped.p_values(single), plain.p_values(single))
+    for fpr in (0.5, 0.9):
+        assert grouped.threshold(fpr) == plain.threshold(fpr)
+
+
+@pytest.mark.parametrize(("n", "groups"), [(40, 19), (40, 39), (100, 20), (100, 99), (57, 19), (400, 33)])
+def test_groups_thresholds_and_verdicts_agree(n: int, groups: int) -> None:
+    rng = np.random.default_rng(groups)
+    calibration = Calibration(rng.integers(0, 60, n).astype(float), groups)
+    scores = np.concatenate([np.arange(-1, 61.0), np.arange(60) + 0.5])
+    for fpr in (calibration.smallest_fpr, 0.05, 0.1, 0.2, 0.25, 0.5, 0.9):
+        if fpr < calibration.smallest_fpr - 1e-12:
+            continue
+        p, flagged = calibration.flags(scores, fpr)
+        assert np.array_equal(flagged, scores > calibration.threshold(fpr))
+        p_single, flagged_single = calibration.flags(torch.tensor(scores, dtype=torch.float32), fpr)
+        np.testing.assert_allclose(p_single, p, rtol=1e-6)
+        assert flagged_single.tolist() == flagged.tolist()
+        assert flagged.any() and not flagged.all()
+
+
+def test_smallest_rate_is_that_of_the_groups() -> None:
+    calibration = Calibration(np.arange(100.0), groups=19)
+    assert calibration.groups == 19
+    assert calibration.smallest_fpr == 1 / 20
+    assert repr(calibration) == "Calibration(n=100, groups=19, smallest_fpr=0.05)"
+    assert "groups" not in repr(Calibration(np.arange(100.0)))
+    calibration.check(0.05)
+    with pytest.raises(UsageError, match="needs at least 99 held-out groups of images.*there are 19: ") as caught:
+        calibration.check(0.01)
+    assert "ask for fpr 0.05 or more" in str(caught.value)
+    assert calibration.p_values(np.array([1e9]))[0] == 1 / 20
+
+
+@pytest.mark.parametrize("groups", [0, -1, 5])
+def test_impossible_numbers_of_groups_are_refused(groups: int) -> None:
+    with pytest.raises(UsageError, match=f"4 scores cannot come from {groups} groups"):
+        Calibration(np.arange(4.0), groups)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(19, 1), (19, 5), (40, 3), (9, 30)])
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+def test_false_alarms_keep_the_rate_where_members_of_a_group_are_copies(groups: int, size: int, rate: float) -> None:
+    """Perfectly dependent members of groups of one size: P(p <= a) = floor(a (G + 1)) / (G + 1), as for G images."""
+    rng = np.random.default_rng(groups)
+    trials = 4000
+    alarms = 0
+    for _ in range(trials):
+        levels = rng.gumbel(size=groups + 1)
+        calibration = Calibration(np.repeat(levels[1:], size), groups)
+        alarms += int(calibration.flags(levels[:1], rate)[1][0])
+    exact = np.floor(rate * (groups + 1) + 1e-9) / (groups + 1)
+    assert exact <= rate
+    assert alarms / trials == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / trials))
+
+
+@pytest.mark.parametrize("within", [0.1, 1.0])
+def test_false_alarms_keep_the_rate_where_members_of_a_group_are_alike(within: float) -> None:
+    """The level of a group and the place of a member in it: a member of a new group is flagged at most at the rate."""
+    rng = np.random.default_rng(7)
+    rate, groups, size, trials = 0.1, 19, 6, 4000
+    alarms = 0
+    for _ in range(trials):
+        scores = rng.normal(size=(groups + 1, 1)) + within * rng.normal(size=(groups + 1, size))
+        alarms += int(Calibration(scores[1:].ravel(), groups).flags(scores[0, :1], rate)[1][0])
+    assert alarms / trials <= rate + 4 * np.sqrt(rate * (1 - rate) / trials)
+
+
+# ---- advice ----
+
+
+@pytest.mark.parametrize(
+    ("n", "advice"), [(0, "nothing yet"), (1, "fpr 0.5 or more"), (9, "fpr 0.1 or more"), (18, "fpr 0.053 or more")]
+)
+def test_the_rate_that_is_offered(n: int, advice: str) -> None:
+    assert offered(n) == advice
+
+
+def test_the_rate_that_is_offered_is_supported_and_near_the_smallest() -> None:
+    for n in range(1, 3000):
+        rate = float(offered(n).removeprefix("fpr ").removesuffix(" or more"))
+        assert is_supported(rate, n)
+        assert rate <= 1.12 / (n + 1)
+
+
+def test_the_number_that_is_needed_is_the_smallest() -> None:
+    for fpr in (0.5, 0.3, 0.1, 0.05, 0.053, 0.01, 0.001, 1 / 3, 1 / 7):
+        needed = needed_for(fpr)
+        assert is_supported(fpr, needed)
+        assert not is_supported(fpr, needed - 1)
