@@ -86,7 +86,7 @@ def test_configs(newcomer: Path) -> None:
     (newcomer / "mine.toml").write_text(block.text)
     done = typed("featdiff train --config mine.toml -o from-config", newcomer)
     assert done.returncode == 0, done.stderr
-    assert "390 images" in done.stderr
+    assert "130 images" in done.stderr
 
 
 def test_suites(tmp_path: Path) -> None:
