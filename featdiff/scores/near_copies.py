@@ -42,6 +42,8 @@ _SLOPES = ((5, 20), (16, 64))
 _FAR_SLOPES = ((0.125, 0.5), (0.5, 0.9))
 # Neighbours that are looked at; more of one burst change nothing.
 _NEIGHBORS = 64
+# Fewer images have no nearest one that is much nearer than others.
+_FEWEST = 4
 # Nearest images whose distances are compared to estimate false alarms.
 _SCORED = 5
 # So many odd images that are alike must not hide each other: a tenth of all.
@@ -94,7 +96,7 @@ def find_near_copies(features: Features, views: Sequence[View]) -> NearCopies:
     Parameters
     ----------
     features : Features
-        Rows (N, D) of different images, N >= 4.
+        Rows (N, D) of different images. Among fewer than four, nothing is a near-copy.
     views : sequence of callable
         Spaces in which distances are measured; each counts alike.
 
@@ -102,6 +104,11 @@ def find_near_copies(features: Features, views: Sequence[View]) -> NearCopies:
     -------
     NearCopies
     """
+    if len(features) < _FEWEST:
+        alone = np.arange(len(features))
+        nearest = nearest_outside(features, views, alone) if len(alone) > 1 else np.array([-1])
+        return NearCopies(alone, 0.0, nearest, 0.0)
+
     vectors = _joint_vectors(features, views)
     distances, indices = _nearest(vectors, min(_NEIGHBORS, len(vectors) - 1))
     groups = _linked(vectors, distances, indices)

@@ -60,7 +60,7 @@ def test_train_then_score(featdiff_cli: Cli, vectors: Path, tmp_path: Path) -> N
     assert (done.exit_code, done.stdout) == (0, "")
     told = done.stderr.splitlines()
     assert told[0] == "200 rows of 12 numbers" and told[1].startswith("trained ")
-    assert told[2] == "calibrated on 40 held-out rows: --fpr from 0.024 up"
+    assert told[2] == "calibrated on 200 held-out rows: --fpr from 0.005 up"
     assert told[3].startswith(f"model: {tmp_path} (") and told[3].endswith(
         f"featdiff score --features FILE -m {tmp_path}"
     )

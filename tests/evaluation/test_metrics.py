@@ -152,6 +152,81 @@ def test_interval_leaves_the_global_random_state_untouched() -> None:
     assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
+# ---- groups ----
+
+
+def bursty(groups: int, size: int, shift: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores that are all but equal within a group, and the group of each."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.permutation(np.repeat(np.arange(groups), size))
+    return shift + rng.normal(size=groups)[numbers] + 0.05 * rng.normal(size=groups * size), numbers
+
+
+def width(interval: tuple[float, float]) -> float:
+    return interval[1] - interval[0]
+
+
+def test_intervals_of_bursts_are_wider_by_groups() -> None:
+    """Bursts of ten are a tenth of the evidence: by the square root of ten, about."""
+    home, home_groups = bursty(30, 10, 0, seed=0)
+    away, away_groups = bursty(30, 10, 1, seed=1)
+    by_image = evaluate(home, away)
+    by_group = evaluate(home, away, id_groups=home_groups, ood_groups=away_groups)
+    assert 2.5 < width(by_group.auroc_ci) / width(by_image.auroc_ci) < 4
+    assert by_group.auroc_ci[0] < by_group.auroc < by_group.auroc_ci[1]
+    for name in ("auroc", "aupr_in", "aupr_out", "fpr95"):
+        assert getattr(by_group, name) == getattr(by_image, name)
+
+
+def test_intervals_of_bursts_hold_by_groups() -> None:
+    """The true AUROC lies in about 95 % of the intervals by groups, and in far fewer of those by images."""
+    truth = 0.7602  # P(N(1, 1) > N(0, 1)), for scores of different groups
+    inside = np.zeros(2)
+    for seed in range(60):
+        home, home_groups = bursty(25, 8, 0, seed=2 * seed)
+        away, away_groups = bursty(25, 8, 1, seed=2 * seed + 1)
+        by_image = bootstrap_auroc(home, away, 200)
+        by_group = bootstrap_auroc(home, away, 200, id_groups=home_groups, ood_groups=away_groups)
+        for i, (low, high) in enumerate((by_image, by_group)):
+            inside[i] += low <= truth <= high
+    assert inside[0] / 60 < 0.7
+    assert inside[1] / 60 > 0.85
+
+
+def test_groups_of_one_image_give_the_interval_of_images() -> None:
+    home, away = make(ties=False)
+    by_image = bootstrap_auroc(home, away, 500)
+    by_group = bootstrap_auroc(home, away, 500, id_groups=np.arange(len(home)), ood_groups=np.arange(len(away)))
+    assert by_group == pytest.approx(by_image, abs=0.01)
+
+
+def test_intervals_by_groups_follow_from_the_seed() -> None:
+    home, home_groups = bursty(20, 5, 0, seed=0)
+    away, away_groups = bursty(20, 5, 1, seed=1)
+    intervals = [
+        bootstrap_auroc(home, away, 100, seed, id_groups=home_groups, ood_groups=away_groups) for seed in (3, 3, 4)
+    ]
+    assert intervals[0] == intervals[1] != intervals[2]
+
+
+def test_one_side_may_have_groups() -> None:
+    home, home_groups = bursty(20, 10, 0, seed=0)
+    away, _ = bursty(200, 1, 1, seed=1)
+    both = bootstrap_auroc(home, away, 300)
+    one = bootstrap_auroc(home, away, 300, id_groups=home_groups)
+    assert width(one) > 1.5 * width(both)
+
+
+def test_ties_and_groups_of_other_sizes_by_hand() -> None:
+    """All resamples of two groups: each once, or one of them twice."""
+    home, away = np.array([0.0, 1.0, 1.0]), np.array([1.0])
+    found = {
+        bootstrap_auroc(home, away, 1, seed, id_groups=np.array([0, 1, 1]), ood_groups=np.zeros(1, dtype=int))[0]
+        for seed in range(40)
+    }
+    assert found == {1.0, 0.5, 2 / 3}
+
+
 # ---- refusals and output ----
 
 

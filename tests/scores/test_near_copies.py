@@ -241,6 +241,17 @@ def test_few_images(n: int, width: int) -> None:
         assert (near.groups[near.nearest[others]] != near.groups[others]).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_so_few_images_are_no_near_copies(n: int) -> None:
+    near = find(np.ones((n, 5)) + 1e-6 * gaussian(n, 5))
+    assert near.groups.tolist() == list(range(n))
+    assert (near.copied, near.false_alarms, near.spoil_a_split) == (0, 0, False)
+    if n == 1:
+        assert near.nearest.tolist() == [-1]
+    else:
+        assert (near.nearest != near.groups).all() and (near.nearest >= 0).all()
+
+
 def test_a_pair_among_few_images() -> None:
     rows = gaussian(20, 32)
     rows[19] = rows[3] + 1e-3
