@@ -52,7 +52,7 @@ class BaseDetector(Generic[S]):
     calibration_ : Calibration
         Scores of held-out in-domain images.
     calibration_digests_ : list of bytes
-        Which images these were; known where the detector was fitted, and not saved.
+        Which of these took no part in training (with folds: none); known where the detector was fitted, and not saved.
     grouping_ : Grouping
         Which images were taken to belong together; known where the detector was fitted on a split of its own.
     n_images_, n_duplicates_ : int
@@ -278,7 +278,7 @@ class BaseDetector(Generic[S]):
             plan = make_checked_plan(
                 len(unique), settings.calibration, settings.validation, settings.seed, grouping.numbers, self.fpr
             )
-        self.calibration_digests_ = [unique[i] for i in plan.calibration]
+        self.calibration_digests_ = [unique[i] for i in plan.final.calibration]
         return unique, features, plan
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:

@@ -38,7 +38,7 @@ from .grouping import Grouping
 from .saved import check_fingerprint, check_layers, feature_values, load_tensors, take_digests, take_facts, widths_of
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
-_TRAINING_VERSION = 3
+_TRAINING_VERSION = 4
 # Settings that decide the training of the denoisers, and those of how they are asked.
 _TRAINING_SETTINGS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
 _DIFFUSION_SETTINGS = (*_TRAINING_SETTINGS, "start_times", "draws", "stride")

@@ -254,7 +254,11 @@ def start(denoiser: nn.Module, recipe: Recipe, count: int) -> TrainingState:
     TrainingState
     """
     epochs, per_epoch = recipe.plan(count)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    parameters = list(denoiser.parameters())
+    fused = all(parameter.device.type == "cpu" for parameter in parameters)  # a fifth of the time of a small step
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused or None
+    )
     schedule = _lr_schedule(optimizer, recipe, epochs * per_epoch)
     average = AveragedModel(denoiser, multi_avg_fn=_growing_average(recipe.ema_decay))
     return TrainingState(denoiser, average, optimizer, schedule)
@@ -447,7 +451,11 @@ def _close_epoch(state: TrainingState, loss: float, patience: int) -> None:
 
     if loss < state.best_loss:
         state.best_loss = loss
-        state.best = _copy_weights(state.average.module)
+        if state.best:
+            for name, value in state.average.module.state_dict().items():
+                state.best[name].copy_(value)
+        else:
+            state.best = _copy_weights(state.average.module)
         state.stale = 0
     else:
         state.stale += 1

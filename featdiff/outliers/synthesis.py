@@ -274,9 +274,9 @@ def self_check(detector: BaseDetector[Any], n: int = 500, seed: int = 0) -> floa
     """Share of nearby synthetic outliers that a detector flags at its own ``fpr``.
 
     A share of about ``fpr`` means that the detector does not work. The outliers are made by the method ``diffusion``
-    from held-out in-domain images, which are in no bank and trained nothing. They use the detector's own denoisers. So
-    this check finds what is broken, such as features without information; it does not predict how many real OOD
-    images will be flagged.
+    from held-out in-domain images, which are in no bank and trained nothing; a detector that was calibrated by folds
+    has none. They use the detector's own denoisers. So this check finds what is broken, such as features without
+    information; it does not predict how many real OOD images will be flagged.
 
     Parameters
     ----------
@@ -294,13 +294,15 @@ def self_check(detector: BaseDetector[Any], n: int = 500, seed: int = 0) -> floa
     Raises
     ------
     UsageError
-        A detector of another mode, one that was loaded, or fewer than 3 held-out images.
+        A detector of another mode, one that was loaded, one calibrated by folds, or fewer than 3 held-out images.
     """
     _check_count(n)
     fitted = feature_detector(detector)
     digests = getattr(fitted, "calibration_digests_", None)
     if digests is None:
         raise UsageError("a loaded detector does not know its held-out images any more: check it where it was fitted")
+    if not digests:
+        raise UsageError("a self-check needs images that trained nothing, and with five folds all of them train")
     if len(digests) < 3:
         raise UsageError(f"a self-check needs at least 3 held-out images, and there are {len(digests)}")
 

@@ -103,8 +103,7 @@ class Heads(nn.Module):
         self.layers = [*self.layout.stage_names, *(str(score.layer) for score in self._of_layer)]
 
         joined = 1 + len(members)
-        weights = torch.ones(joined)
-        weights[0] = _DIFFUSION_WEIGHT
+        weights = torch.tensor([_DIFFUSION_WEIGHT, *(score.weight for score in members)])
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("mean", torch.zeros(joined))
         self.register_buffer("deviation", torch.ones(joined))

@@ -13,6 +13,10 @@ from ..features.layout import PRE_LOGITS, FeatureLayout, Kind, Part, block_norma
 from .neighbors import CodedIndex, Index, make_index
 from .registry import Context, Features, Options, Score, register
 
+# Weights of the three spaces in the fused score: last stage, pre-logits, spatial std of the pre-logits. Set once, on
+# sets far from and near to CIFAR-10 and on magnetic tiles (tests/benchmarks/RESULTS.md).
+_WEIGHTS = (3.0, 0.5, 1.0)
+
 
 class NearestNeighbors(Score):
     """Geometric mean of the distances to the ``neighbors`` nearest in-domain vectors, in one space.
@@ -114,7 +118,11 @@ def _mean_distance(distances: Tensor) -> Tensor:
 @register("neighbors", head=True)
 def neighbors(layout: FeatureLayout, options: Options) -> list[Score]:
     """In the last stage, in the pre-logits, and in the spatial standard deviations of these, where there are such."""
-    return [NearestNeighbors(layout, parts, options) for parts in _spaces(layout)]
+    scores = [NearestNeighbors(layout, parts, options) for parts in _spaces(layout)]
+    if len(scores) == len(_WEIGHTS):
+        for score, weight in zip(scores, _WEIGHTS, strict=True):
+            score.weight = weight
+    return list(scores)
 
 
 def views(layout: FeatureLayout) -> list[Callable[[Tensor], Tensor]]:

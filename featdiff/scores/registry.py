@@ -102,6 +102,8 @@ class Score(nn.Module):
     ----------
     name : str
         What it is called in tables; the name it was registered under, unless it sets another one.
+    weight : float, default 1.0
+        Its weight in the fused score, where the diffusion score has 0.75.
     log_scale : bool, default False
         Whether it is a distance (> 0) whose logarithm is what fusion standardises.
     reads_logits : bool, default False
@@ -111,6 +113,7 @@ class Score(nn.Module):
     """
 
     name: str = ""
+    weight: float = 1.0
     log_scale: bool = False
     reads_logits: bool = False
     layer: str | None = None

@@ -209,7 +209,7 @@ def test_all_images_calibrate_up_to_500(by_folds: dict[str, Any], files: list[st
     detector = Detector(**by_folds).fit(files)
     assert len(detector.calibration_) == detector.calibration_.groups == 40
     assert detector.grouping_.how == "none"
-    assert len(set(detector.calibration_digests_)) == 40
+    assert detector.calibration_digests_ == []  # all of them trained the final model
     assert len(detector.bank_digests_) == 40
     assert detector.calibration_.smallest_fpr == 1 / 41
     assert detector.training_seconds_ > 0

@@ -70,7 +70,7 @@ def test_fused_is_the_standardised_sum_of_its_scores() -> None:
     assert list(scores) == list(heads.scores) == ["layerwise", "mse", "mfsim", "lr", *KNN]
 
     fused, layers = heads(queries)  # not scaled yet
-    shares = np.array([0.75, 1, 1, 1])
+    shares = np.array([0.75, 3, 0.5, 1])
     np.testing.assert_allclose(fused, z @ shares / np.linalg.norm(shares), rtol=1e-3, atol=1e-4)
     assert heads.layers == ["early", "last", "pre_logits"]
     np.testing.assert_allclose(layers[:, 2], z[:, 2], rtol=1e-3, atol=1e-4)
