@@ -27,7 +27,20 @@ from featdiff.exceptions import (
 )
 
 Cli = Callable[..., Result]
-COMMANDS = ["train", "score", "eval", "export", "outliers", "harden", "bench", "demo", "info", "backbones", "doctor"]
+COMMANDS = [
+    "audit",
+    "train",
+    "score",
+    "eval",
+    "export",
+    "outliers",
+    "harden",
+    "bench",
+    "demo",
+    "info",
+    "backbones",
+    "doctor",
+]
 
 # Runs the installed command and tells which heavy packages it imported, and its exit code.
 PROGRAM = """
