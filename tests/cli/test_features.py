@@ -164,7 +164,7 @@ def test_named_layers_must_be_the_same(featdiff_cli: Cli, vectors: Path, model: 
 def test_info(featdiff_cli: Cli, model: Path) -> None:
     told = {line.split()[0]: line for line in featdiff_cli("info", model).stdout.splitlines()}
     assert "rows of 12 numbers" in told["vectors"] and "0 (12)" in told["layers"] and "none" in told["neighbours"]
-    assert "200 different rows" in told["trained"] and "40 held-out rows; fpr 0.05" in told["calibrated"]
+    assert "200 different rows" in told["trained"] and "200 held-out rows; fpr 0.05" in told["calibrated"]
     assert json.loads(featdiff_cli("info", model, "--json").stdout)["mode"] == "vectors"
 
 
@@ -189,7 +189,7 @@ def test_models_of_images_and_of_vectors_are_not_mixed_up(
         (["--layers", "layer1,layer2"], ["like 0:192,192:320"]),
         (["--layers", "0:4,3:5"], ["share columns"]),
         (["--layers", "0:40"], ["columns 0:12"]),
-        (["--fpr", "0.01"], ["fpr 0.01 needs about 495"]),
+        (["--fpr", "0.001"], ["fpr 0.001 needs about 4,995"]),
         (["--fpr", "2"], ["false-alarm rate"]),
         (["--seed", "-1"], ["seed"]),
     ],

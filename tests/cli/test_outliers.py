@@ -141,13 +141,15 @@ def test_training_ends_with_a_self_check(
     config = tmp_path / "run.toml"
     settings = "".join(f"{name} = {json.dumps(value)}\n" for name, value in recipe.items())
     backbone = f'backbone = "test_resnet"\nweights = {json.dumps(str(seeded_backbone))}\n'
-    config.write_text(f'[detector]\n{backbone}layers = "layer1,layer2,layer4"\n[detector.recipe]\n{settings}')
+    backbone += 'layers = "layer1,layer2,layer4"\ncalibration = 0.2\n'
+    config.write_text(f"[detector]\n{backbone}[detector.recipe]\n{settings}")
     result = featdiff_cli("train", sample_folders["train"], "--config", config, "-o", tmp_path / "model")
     assert result.exit_code == 0, result.output
     found = re.findall(
         r"^self-check: flags (\d+)% of near synthetic outliers at fpr 0.05 ", result.stderr, re.MULTILINE
     )
-    detector = Detector("test_resnet", weights=seeded_backbone, layers="layer1,layer2,layer4", recipe=recipe)
+    layers = "layer1,layer2,layer4"
+    detector = Detector("test_resnet", weights=seeded_backbone, layers=layers, recipe=recipe, calibration=0.2)
     share = self_check(detector.fit(sample_folders["train"]))
     assert [int(value) for value in found] == [round(100 * share)]
     assert share > 0.1

@@ -248,7 +248,7 @@ def test_empty_stdin_gives_a_table_without_rows_or_is_refused(
     [
         ("0", ["--fpr", "between 0 and 1"]),
         ("1.5", ["--fpr", "between 0 and 1"]),
-        ("0.0001", ["--fpr 0.0001 needs at least 9999", "there are 78", "0.013"]),
+        ("0.0001", ["--fpr 0.0001 needs at least 9,999", "there are 78", "0.013"]),
         ("x", ["--fpr"]),
     ],
 )

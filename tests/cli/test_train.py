@@ -68,7 +68,7 @@ def test_folder_becomes_a_model(featdiff_cli: Cli, photos: Path, quick: Path, tm
     ]
     config = load(tmp_path / "model")[0]
     assert config["layers"] == {"layer1": 32, "layer2": 48}
-    assert config["images"] == {"different": 40, "calibration": 8, "bank": 27}
+    assert config["images"] == {"different": 40, "calibration": 8, "calibration_groups": 8, "bank": 27}
     assert len(Detector.from_pretrained(tmp_path / "model").score(photos)) == 40
 
 
@@ -296,7 +296,7 @@ def test_impossible_rate(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path:
 
 def test_rate_that_needs_more_images(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
     result = featdiff_cli("train", photos, "--config", quick, "--fpr", "0.01", "-o", tmp_path / "model")
-    fails(result, 2, "--fpr 0.01 needs about 495 images", "there are 40", "--fpr 0.12 or more")
+    fails(result, 2, "--fpr 0.01 needs about 495 images", "there are 40", "fpr 0.12 or more")
     assert not (tmp_path / "model").exists()
 
 
