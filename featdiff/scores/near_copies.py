@@ -32,8 +32,8 @@ _FAR_SHARE = 0.25
 # In m dimensions, the distance to the K-th of independent neighbours grows as K ** (1 / m). Photographs have 15 to 40;
 # a share that would hold in 12 is careful.
 _MOST_DIMENSIONS = 12
-# Where there are fewer dimensions, near neighbours are no copies: (d_1 / d_K) ** m is a uniform number's K-th part, and
-# below this K-th part with this probability.
+# Where there are fewer dimensions, near neighbours need not be copies: of independent images in m dimensions,
+# (d_1 / d_K) ** m is below this number / K with about this probability.
 _CHANCE = 0.2
 # Nearer than this share of the median distance is the same, but for rounding. (Where all are copies, so is the 20th.)
 _SAME = 1e-5
