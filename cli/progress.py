@@ -87,26 +87,40 @@ def say(text: str, quiet: bool = False) -> None:
 
 @contextmanager
 def telling_warnings(quiet: bool = False) -> Iterator[None]:
-    """featdiff's own warnings as lines for people, the command's options named; shown once the work is done."""
+    """featdiff's own warnings as lines for people, the command's options named; shown once the work is done or fails."""
     from featdiff.exceptions import NearCopiesFound
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NearCopiesFound)
-        yield
+        try:
+            yield
+        finally:
+            _tell(caught, quiet)
+
+
+def _tell(caught: list[warnings.WarningMessage], quiet: bool) -> None:
+    """Print what was warned of; other libraries' warnings in their own way."""
+    from featdiff.exceptions import NearCopiesFound
+
     for warning in caught:
         if issubclass(warning.category, NearCopiesFound):
             text = re.sub(r"\b([a-z]+)=(?=\w)", r"--\1 ", str(warning.message))
             say(f"WARNING: {text}", quiet)
         else:
-            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+            click.echo(
+                warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno), err=True
+            )
 
 
 def calibrated(calibration: Calibration, grouping: Grouping, what: str) -> str:
     """A line on what p-values are compared with."""
+    from featdiff.verdicts.calibration import smallest_rate
+
     groups = ""
     if grouping.count is not None:
         groups = f" in {calibration.groups:,} groups ({grouping.how})"
-    return f"calibrated on {len(calibration):,} held-out {what}{groups}: --fpr from {calibration.smallest_fpr:.2g} up"
+    least = smallest_rate(calibration.groups)
+    return f"calibrated on {len(calibration):,} held-out {what}{groups}: --fpr from {least} up"
 
 
 def list_unreadable(

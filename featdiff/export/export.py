@@ -206,6 +206,7 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
         "threshold": detector.calibration_.threshold(fpr),
         "fpr": fpr,
         "calibration_images": len(detector.calibration_),
+        "calibration_groups": detector.calibration_.groups,
         "classes": [],
         "input_size": [sizes.channels, sizes.height, sizes.width],
         "sizes": sizes.to_json(),

@@ -63,13 +63,16 @@ def check_supported(fpr: float, n: int, what: str = "held-out images") -> None:
     )
 
 
-def offered(n: int) -> str:
-    """The smallest rate that ``n`` held-out scores support, as advice; rounded up to two digits."""
-    if n < 1:
-        return "nothing yet"
+def smallest_rate(n: int) -> str:
+    """The smallest rate that ``n`` >= 1 held-out scores support, in two digits, rounded up so that it is one."""
     smallest = 1 / (n + 1)
     unit = 10.0 ** (math.floor(math.log10(smallest)) - 1)
-    return f"fpr {math.ceil(smallest / unit - _SLACK) * unit:.2g} or more"
+    return f"{math.ceil(smallest / unit - _SLACK) * unit:.2g}"
+
+
+def offered(n: int) -> str:
+    """The smallest rate that ``n`` held-out scores support, as advice."""
+    return f"fpr {smallest_rate(n)} or more" if n else "nothing yet"
 
 
 class Calibration:
