@@ -87,7 +87,7 @@ def say(text: str, quiet: bool = False) -> None:
 
 @contextmanager
 def telling_warnings(quiet: bool = False) -> Iterator[None]:
-    """featdiff's own warnings as lines for people, the command's options named; shown once the work is done or fails."""
+    """featdiff's own warnings as lines for people, with the command's options; shown when the work is done or fails."""
     from featdiff.exceptions import NearCopiesFound
 
     with warnings.catch_warnings(record=True) as caught:
