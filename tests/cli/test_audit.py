@@ -70,10 +70,10 @@ def test_what_is_said(featdiff_cli: Cli, folder: Path, look: list[Any]) -> None:
     result = featdiff_cli("audit", folder, *look)
     said = result.stderr.splitlines()
     assert any(line.startswith("34 images; ") for line in said)
-    assert any("1 marked: they are among the oddest 0.05 of these images" in line for line in said)
+    assert any(line.startswith("1 marked as OOD: the oddest 0.05 of them") for line in said)
     assert any("near-copies in" in line for line in said)
     assert any("near1.png" in line and "near2.png" in line for line in said)
-    assert "1 duplicates" in said
+    assert "1 duplicate" in said
     assert f"  {folder / 'same.png'} has the content of {folder / '05.png'}" in said
     quiet = featdiff_cli("audit", folder, *look, "-q")
     assert quiet.stderr == ""
