@@ -60,7 +60,7 @@ def test_folder_becomes_a_model(featdiff_cli: Cli, photos: Path, quick: Path, tm
     assert "40 images" in result.stderr
     assert "images/s" in result.stderr
     assert "view: whole picture, squashed to 32 x 32 pixels" in result.stderr
-    assert "calibrated on 8 held-out images: --fpr from 0.11 up" in result.stderr
+    assert "calibrated on 8 held-out images: --fpr from 0.12 up" in result.stderr
     assert f"featdiff score IMAGES -m {tmp_path / 'model'}" in result.stderr
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
         "config.json",
