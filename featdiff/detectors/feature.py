@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -360,8 +361,7 @@ class Detector(BaseDetector[FeatureSettings]):
 
     def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
         """Which row of the bank holds each content (B,), -1: none."""
-        bank = self.bank_digests_.tobytes()
-        rows = {bank[16 * row : 16 * row + 16]: row for row in range(len(self.bank_digests_))}
+        rows = _row_of_each(self.bank_digests_.tobytes())
         return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
 
     def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -487,6 +487,12 @@ class Detector(BaseDetector[FeatureSettings]):
         take_facts(detector, config)
         detector.precision_ = config["backbone"].get("precision", detector.extractor_.precision)
         return detector
+
+
+@functools.lru_cache(maxsize=4)
+def _row_of_each(bank: bytes) -> dict[bytes, int]:
+    """Digests of 16 bytes, end to end -> the row of each; kept, for it is asked for with every batch."""
+    return {bank[start : start + 16]: start // 16 for start in range(0, len(bank), 16)}
 
 
 def _alike(a: FeatureExtractor, b: FeatureExtractor) -> bool:
