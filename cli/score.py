@@ -85,9 +85,9 @@ def command(
         work.draw(scores)
 
     _summary(counts, work, bars, quiet)
-    if counts.flagged and fail_on_ood:
+    if fail_on_ood and (counts.flagged or counts.failed):
         return EXIT_OOD
-    return EXIT_UNREADABLE if counts.unreadable else 0
+    return EXIT_UNREADABLE if counts.unreadable or counts.failed else 0
 
 
 @dataclass
@@ -106,11 +106,12 @@ class Work:
 
 @dataclass
 class Counts:
-    """Rows that were written, and how many of them were flagged, could not be read, or are training images."""
+    """Rows that were written, and how many of them were flagged, could not be read, failed, or are training images."""
 
     rows: int = 0
     flagged: int = 0
     unreadable: int = 0
+    failed: int = 0
     known: int = 0
 
 
@@ -150,7 +151,7 @@ def _images(
 def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Counts, keep: bool) -> list[np.ndarray]:
     """Write rows as they come; the scores of all, if they are to be kept."""
     from featdiff.report.writers import open_writer
-    from featdiff.verdicts.results import UNREADABLE
+    from featdiff.verdicts.results import ERROR, UNREADABLE
 
     kept = []
     writer = open_writer(format_, stream)
@@ -158,8 +159,9 @@ def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Cou
         for part in parts:
             writer.write(part)
             counts.rows += len(part)
-            counts.flagged += int(part.is_ood.sum())
+            counts.flagged += part.flagged
             counts.unreadable += part.status.count(UNREADABLE)
+            counts.failed += part.status.count(ERROR)
             if part.known is not None:
                 counts.known += int(part.known.sum())
             if keep:
@@ -175,6 +177,7 @@ def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
     seconds = bars.seconds.get("scoring", 0.0)
     speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
     bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
+    bad += f", {counts.failed:,} failed" if counts.failed else ""
     say(f"{counts.rows:,} {work.what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
     if counts.known and not work.excluded:
         say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)

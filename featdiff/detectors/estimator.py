@@ -276,8 +276,9 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: object) -> np.ndarray:
-        """(n, d) -> (n,): -1 for outliers, +1 for the others."""
-        return np.where(self.decision_function(X) < 0, -1, 1)
+        """(n, d) -> (n,): -1 for outliers, +1 for the others. A score that is not finite is an outlier."""
+        decision = self.decision_function(X)
+        return np.where(np.isfinite(decision) & (decision >= 0), 1, -1)
 
     def transform(self, X: object) -> np.ndarray:
         """(n, d) -> (n, layers): a score for each layer, in in-domain standard deviations, higher = more OOD."""

@@ -151,7 +151,8 @@ class Calibration:
         Parameters
         ----------
         scores : ndarray or Tensor of shape (B,)
-            Higher = more OOD. NaN gives NaN. A tensor may be on any device, and the computation can be traced.
+            Higher = more OOD. One that is not finite counts as the strangest of all, so that a failed computation never
+            passes as ordinary. A tensor may be on any device, and the computation can be traced.
 
         Returns
         -------
@@ -160,11 +161,12 @@ class Calibration:
         """
         n = len(self)
         if isinstance(scores, Tensor):
-            at_least = (self._like(scores) >= scores[:, None]).sum(1)
+            reached = (self._like(scores) >= scores[:, None]) & scores.isfinite()[:, None]
             precise = torch.promote_types(scores.dtype, torch.float32)
-            return torch.where(scores.isnan(), scores, (1 + self._weight * at_least.to(precise)) / (self.groups + 1))
-        at_least = n - np.searchsorted(self.scores, scores, side="left")
-        return np.where(np.isnan(scores), np.nan, (1 + self._weight * at_least) / (self.groups + 1))
+            return (1 + self._weight * reached.sum(1).to(precise)) / (self.groups + 1)
+
+        at_least = np.where(np.isfinite(scores), n - np.searchsorted(self.scores, scores, side="left"), 0)
+        return (1 + self._weight * at_least) / (self.groups + 1)
 
     def flags(self, scores: Array, fpr: float) -> tuple[Array, Array]:
         """Scores -> p-values and verdicts.
@@ -178,7 +180,7 @@ class Calibration:
         Returns
         -------
         p_value, is_ood : ndarrays or Tensors of shape (B,)
-            ``is_ood`` where ``p_value <= fpr``; NaN is not flagged.
+            ``is_ood`` where ``p_value <= fpr``, and so for every score that is not finite.
         """
         p_value = self.p_values(scores)
         is_ood: Any = p_value <= fpr + _ROUNDING

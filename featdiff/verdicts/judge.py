@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .calibration import Calibration
-from .results import OK, UNREADABLE, Scores
+from .results import ERROR, OK, UNREADABLE, Scores
+
+#: Why a row has the status ``error``.
+NOT_A_SCORE = "its score is not finite: the model fails on it"
 
 
 def judge(
@@ -39,22 +42,30 @@ def judge(
     Returns
     -------
     Scores
-        Of length N; NaN where there is no score.
+        Of length N; NaN where there is no score. An image whose score, or that of a layer, is not finite has the status
+        ``error`` and is flagged: a failed computation must not pass as ordinary.
     """
+    positions = np.asarray(positions, dtype=np.int64)
+    failed = ~np.isfinite([ood_score, *layers.values()]).all(axis=0)
+    p_values, flags = calibration.flags(np.where(failed, np.nan, ood_score), fpr)
+    reasons = {**reasons, **dict.fromkeys(positions[failed].tolist(), NOT_A_SCORE)}
+    status = np.full(len(names), UNREADABLE, dtype=object)
+    status[positions] = np.where(failed, ERROR, OK)
+
+    is_ood = np.zeros(len(names), dtype=bool)
+    is_ood[positions] = flags
 
     def spread(values: np.ndarray) -> np.ndarray:
         column = np.full(len(names), np.nan)
         column[positions] = values
         return column
 
-    score = spread(ood_score)
-    p_value, is_ood = calibration.flags(score, fpr)
     return Scores(
         path=list(names),
-        status=[UNREADABLE if i in reasons else OK for i in range(len(names))],
+        status=status.tolist(),
         reason=[reasons.get(i, "") for i in range(len(names))],
-        ood_score=score,
-        p_value=p_value,
+        ood_score=spread(ood_score),
+        p_value=spread(p_values),
         is_ood=is_ood,
         layers={name: spread(values) for name, values in layers.items()},
         fpr=fpr,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLUMNS = ("path", "status", "reason", "ood_score", "p_value", "is_ood")
 OK = "ok"
 UNREADABLE = "unreadable"
+ERROR = "error"
 #: Rows that a notebook shows.
 _MOST_SHOWN = 20
 
@@ -30,15 +31,15 @@ class Row:
     ----------
     path : str
         The name of the image.
-    status : {"ok", "unreadable"}
+    status : {"ok", "unreadable", "error"}
     reason : str
-        Why the image is unreadable; empty if it is not.
+        Why the image is unreadable, or has no valid score; empty for the others.
     ood_score : float
-        Higher = more OOD; NaN for an unreadable image.
+        Higher = more OOD; NaN for an unreadable image, not finite for an error.
     p_value : float
         In (0, 1], small = OOD; NaN for an unreadable image.
     is_ood : bool
-        Whether the image was flagged.
+        Whether the image was flagged. An error is.
     layers : dict of str to float
         The score of each layer, in in-domain standard deviations.
     extra : dict of str to str
@@ -67,9 +68,10 @@ class Scores:
     path : list of str
         Names of the images.
     status : list of str
-        ``ok`` or ``unreadable``. Unreadable images have NaN scores and are not flagged.
+        ``ok``, ``unreadable`` or ``error``. Unreadable images have NaN scores and are not flagged. An error is an image
+        that was read, but whose score is not finite: it is flagged with the smallest p-value, lest it pass as ordinary.
     reason : list of str
-        Why an image is unreadable; empty for the others.
+        Why an image is unreadable or an error; empty for the others.
     ood_score : (N,) float
         Higher = more OOD, about 0 +- 1 for in-domain images.
     p_value : (N,) float
@@ -123,13 +125,20 @@ class Scores:
     def __repr__(self) -> str:
         images = f"{len(self):,} image{'' if len(self) == 1 else 's'}"
         rate = "" if self.fpr is None else f" at fpr {self.fpr:g}"
-        unreadable = int(self._unreadable().sum())
-        others = f", {unreadable:,} unreadable" if unreadable else ""
-        return f"Scores({images}: {int(np.sum(self.is_ood)):,} OOD{rate}{others})"
+        others = ""
+        for status, word in ((UNREADABLE, "unreadable"), (ERROR, "failed")):
+            count = self.status.count(status)
+            others += f", {count:,} {word}" if count else ""
+        return f"Scores({images}: {self.flagged:,} OOD{rate}{others})"
+
+    @property
+    def flagged(self) -> int:
+        """How many images have a valid score and are flagged."""
+        return sum(bool(flag) and status == OK for flag, status in zip(self.is_ood, self.status, strict=True))
 
     def _unreadable(self) -> np.ndarray:
         """(N,) bool."""
-        return np.array([status != OK for status in self.status], dtype=bool)
+        return np.array([status == UNREADABLE for status in self.status], dtype=bool)
 
     # ---- rows and parts ----
 
@@ -201,11 +210,11 @@ class Scores:
         """The same rows, strangest first.
 
         By p-value, small ones first; equal ones by score, high ones first; then in their present order. Unreadable
-        images come last.
+        images come last, and errors before others of the same p-value.
         """
         unreadable = self._unreadable()
         p_value = np.where(unreadable, 0, self.p_value)
-        ood_score = np.where(unreadable, 0, self.ood_score)
+        ood_score = np.where(np.isfinite(self.ood_score), self.ood_score, np.inf)
         return self._take(np.lexsort((-ood_score, p_value, unreadable)))  # the last key counts first
 
     # ---- tables ----
@@ -218,20 +227,14 @@ class Scores:
     def rows(self) -> Iterator[dict[str, object]]:
         """One plain dict per image, as it is written to files.
 
-        Numbers have seven digits; those that an unreadable image lacks are None.
+        Numbers have seven digits; those that are missing or not finite are None.
         """
         for i, path in enumerate(self.path):
             cells: list[object] = [path, self.status[i], self.reason[i]]
-
-            if self.status[i] == OK:
-                cells += [_plain(self.ood_score[i]), _plain(self.p_value[i]), bool(self.is_ood[i])]
-                cells += [texts[i] for texts in self.extra.values()]
-                cells += [_plain(values[i]) for values in self.layers.values()]
-            else:
-                cells += [None] * 3
-                cells += [texts[i] for texts in self.extra.values()]
-                cells += [None] * len(self.layers)
-
+            cells += [_plain(self.ood_score[i]), _plain(self.p_value[i])]
+            cells.append(None if self.status[i] == UNREADABLE else bool(self.is_ood[i]))
+            cells += [texts[i] for texts in self.extra.values()]
+            cells += [_plain(values[i]) for values in self.layers.values()]
             yield dict(zip(self.columns, cells, strict=True))
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -336,5 +339,7 @@ def _html_row(row: Row) -> str:
     return f"<tr{style}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def _plain(value: float) -> float:
+def _plain(value: float) -> float | None:
+    if not np.isfinite(value):
+        return None
     return float(f"{value:.7g}")  # float32 carries seven digits; more would be noise in the file

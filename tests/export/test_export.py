@@ -179,13 +179,14 @@ def test_both_verdicts_occur_among_the_images(tiny_detector: Detector, pixels: T
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_an_image_of_nan_has_no_score_and_harms_no_other(
+def test_an_image_of_nan_is_flagged_and_harms_no_other(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, kind: str
 ) -> None:
     part = pixels[:3].clone()
     part[1] = torch.nan
     score, p = RUNS[kind](files[kind], part)
-    assert np.isnan(score[1]) and np.isnan(p[1])
+    assert np.isnan(score[1])
+    assert p[1] == pytest.approx(tiny_detector.calibration_.smallest_fpr)
     same_scores(score[[0, 2]], expected(tiny_detector, part[[0, 2]]))
 
 
