@@ -87,14 +87,21 @@ class VectorHeads(nn.Module):
         self.register_buffer("scale", torch.ones(len(columns)))
 
     def fit_level(self, rows: np.ndarray) -> None:
-        """Set level and scale, one number each for every layer, from in-domain rows (N, d)."""
+        """Set level and scale, one number each for every layer, from in-domain rows (N, d).
+
+        Both are medians over the rows, so that a few rows of any size change next to nothing: of the mean of a row's
+        layer, and of its mean squared distance from that level.
+        """
         smallest = np.finfo(np.float32).tiny
         levels = []
         scales = []
         for columns in self.columns:
             layer = rows[:, columns].astype(np.float64)
-            levels.append(layer.mean())
-            scales.append(max(layer.std(), smallest))
+            level = np.median(layer.mean(1))
+            spread = ((layer - level) ** 2).mean(1)
+            spread = spread[spread > 0]  # more than half of the rows may be alike
+            levels.append(level)
+            scales.append(max(np.sqrt(np.median(spread)), smallest) if len(spread) else smallest)
 
         self.level.copy_(torch.tensor(levels))
         self.scale.copy_(torch.tensor(scales))

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..data.splits import Plan, Split
 from ..diffusion.training import TrainingState
-from ..features.store import Features
+from ..features.store import Features, Rows
 from ..scores.coreset import coreset
 from ..scores.fused import Heads, Measured
 from ..scores.registry import Context
+from .soundness import SAMPLE, check_sensitive, check_spread
 
 # Choosing among many more rows than are kept needs memory and time, and gains nothing.
 _CANDIDATES = 20
@@ -94,6 +95,11 @@ def fit_heads(
     Returns
     -------
     Fitted
+
+    Raises
+    ------
+    FeatdiffError
+        What was fitted cannot tell strange rows from ordinary ones.
     """
     count = len(plan.folds) + 1
     parts = []
@@ -117,6 +123,12 @@ def fit_heads(
     unscaled = heads.combined(measured)
     heads.fit_scale(unscaled)
     scores = heads.rescaled(unscaled)[:, 0].double().cpu().numpy()
+
+    def score(rows: Tensor) -> np.ndarray:
+        return heads.rescaled(heads.combined(measure(heads, Rows(rows))))[:, 0].double().cpu().numpy()
+
+    check_spread(scores)
+    check_sensitive(features[final.training[:SAMPLE]], heads.layout, score, scores)
     return Fitted(heads, kept, scores, state.best_loss, seconds + state.seconds)
 
 

@@ -33,6 +33,7 @@ from .config import PixelSettings
 from .constructors import takes
 from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
 from .saved import load_tensors, pixel_values, take_facts
+from .soundness import check_spread
 from .training_log import TrainingLog
 
 _TRAINING_VERSION = 1
@@ -185,6 +186,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
         distances = torch.cat([self._distances(chunk) for chunk in _in_chunks(held_out, self.rows_at_once, progress)])
         self.heads_.fit_statistics(distances)
         scores = self.heads_.scores(distances)[:, 0].double().cpu().numpy()
+        check_spread(scores)
         self.calibration_ = Calibration(scores, plan.groups)
         self.examples_ = held_out[least_and_most(scores)]
         return self

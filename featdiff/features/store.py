@@ -167,6 +167,24 @@ class Features:
         return _Selected(self, indices)
 
 
+class Rows(Features):
+    """Features in memory.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (N, D)
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        return self._rows[indices]
+
+
 class _Selected(Features):
     def __init__(self, features: Features, indices: np.ndarray) -> None:
         self._features = features
