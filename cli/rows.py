@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Takes the parts of a run in order."""
+    """Takes the parts of a run in order.
 
+    ``resumable``: another run can go on from what is written.
+    """
+
+    @property
+    def resumable(self) -> bool: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
 
@@ -54,6 +59,8 @@ def open_rows(
 
 class StreamRows:
     """Rows on standard output, a device or a pipe."""
+
+    resumable = False
 
     def __init__(self, output: Path | None, format_: str, raw_csv: bool) -> None:
         from featdiff.report.writers import open_writer
@@ -127,6 +134,10 @@ class FileRows:
         self._writer = open_writer(self._format, self._part, raw_csv=raw_csv, header=not self._parts.facts)
         self._names = hashlib.sha256()
 
+    @property
+    def resumable(self) -> bool:
+        return bool(self._parts.facts)
+
     def __enter__(self) -> Self:
         return self
 
@@ -164,7 +175,7 @@ class FileRows:
         self._parts.finish(self._to_parquet if self._parquet else None)
 
     def kept(self, count: int) -> str:
-        if not self._parts.facts:
+        if not self.resumable:
             return "no rows were written yet"
         rows = self._parts.facts["counts"]["rows"]
         return f"{rows:,} rows are kept in {self._parts.partial}: the same command with --resume goes on from there"

@@ -214,7 +214,7 @@ def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:
         except KeyboardInterrupt:
             raise stop.stopped(rows.kept(counts.rows)) from None
         except Exception:
-            if counts.rows:
+            if rows.resumable:
                 say(rows.kept(counts.rows))
             raise
     return kept
