@@ -214,6 +214,6 @@ def test_killed_at_random_moments(tmp_path: Path, number: signal.Signals) -> Non
         if process.wait() == 0:
             break
         assert file.read_bytes() == b"old"
-    assert kills == 6
+    assert kills >= 3
     assert file.read_bytes() == WHOLE
     assert names(tmp_path) == ["rows.bin"]
