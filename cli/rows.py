@@ -66,16 +66,17 @@ class StreamRows:
         from featdiff.report.writers import open_writer
 
         self._name = str(output or "standard output")
-        self._file = output.open("wb") if output else None
-        self._writer = open_writer(format_, self._file or sys.stdout.buffer, raw_csv=raw_csv)
+        self._stream = output.open("wb") if output else sys.stdout.buffer
+        self._ours = output is not None
+        self._writer = open_writer(format_, self._stream, raw_csv=raw_csv)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
+        if self._ours:
             with contextlib.suppress(OSError):  # what cannot be written was an error before
-                self._file.close()
+                self._stream.close()
 
     def resumed(self, total: int, names: Callable[[int], Iterable[str]]) -> dict[str, int]:
         return {}
@@ -90,6 +91,7 @@ class StreamRows:
     def finish(self) -> None:
         with self._named_errors():
             self._writer.close()
+            self._stream.flush()
 
     def kept(self, count: int) -> str:
         return f"{count:,} rows are written"

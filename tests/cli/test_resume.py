@@ -240,7 +240,6 @@ def test_nothing_is_left_of_a_run_without_rows(
 
 def test_only_missing_files_are_left(
     featdiff_cli: Cli,
-    vectors: Path,
     tiny_model: Path,
     few_images: Path,
     tmp_path: Path,
