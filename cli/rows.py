@@ -179,6 +179,8 @@ class FileRows:
     def kept(self, count: int) -> str:
         if not self.resumable:
             return "no rows were written yet"
+        if not self._parts.partial.exists():  # the signal came in the last moment
+            return f"all {count:,} rows are written"
         rows = self._parts.facts["counts"]["rows"]
         return f"{rows:,} rows are kept in {self._parts.partial}: the same command with --resume goes on from there"
 

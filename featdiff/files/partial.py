@@ -85,6 +85,8 @@ class PartialFile:
         with self._named_errors():
             if self._file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a directory")
+            if self._file.exists() and not os.access(self._file, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only")
             self._lines = _open_locked(self._record, self._file)
             try:
                 self._data = os.open(self.partial, _READ_WRITE, 0o666)
@@ -96,8 +98,9 @@ class PartialFile:
     # ---- begin ----
 
     def _begin(self, made_with: dict[str, Any], resume: bool) -> None:
-        if self._file.exists():  # what was private stays private
-            os.chmod(self.partial, stat.S_IMODE(self._file.stat().st_mode))
+        if self._file.exists():
+            with contextlib.suppress(OSError):  # what was private stays private, where the disk knows of that
+                os.chmod(self.partial, stat.S_IMODE(self._file.stat().st_mode))
         header, parts = self._read_record()
         if header is None and os.fstat(self._data).st_size:
             raise UsageError(f"{self.partial} was not written by featdiff, or its record is lost: move it away")
@@ -188,19 +191,26 @@ class PartialFile:
         """
         with self._named_errors():
             os.ftruncate(self._data, self._size)
+            os.fsync(self._data)
+            data, self._data = self._data, -1
+            os.close(data)  # Windows does not rename open files
             if convert is None:
-                os.fsync(self._data)
                 self.partial.replace(self._file)
             else:
                 self._convert(convert)
                 self.partial.unlink()
+
+            if os.name == "nt":  # nor removes them; elsewhere the lock is held until the record is gone
+                lines, self._lines = self._lines, -1
+                os.close(lines)
             self._record.unlink()
 
     def _convert(self, convert: Callable[[IO[bytes], IO[bytes]], None]) -> None:
         converted = self.partial.with_name(self.partial.name + ".tmp")  # the lock covers it, too
         try:
             with self.partial.open("rb") as source, converted.open("wb") as target:
-                os.chmod(converted, stat.S_IMODE(os.fstat(self._data).st_mode))
+                with contextlib.suppress(OSError):
+                    os.chmod(converted, stat.S_IMODE(self.partial.stat().st_mode))
                 convert(source, target)
                 target.flush()
                 os.fsync(target.fileno())

@@ -127,7 +127,7 @@ def test_names_cannot_steer_the_terminal(featdiff_cli: Cli, tiny_model: Path, ev
         ("info", "{evil}"),
         ("backbones", "{evil}"),
         ("{evil}",),
-        ("score", "--wings{evil}"),
+        ("score", "photos", "--format", "{evil}"),
         ("export", "-m", "{evil}"),
         ("outliers", "{evil}", "-m", "{evil}"),
         ("harden", "{evil}", "--student", "{evil}", "-o", "out"),

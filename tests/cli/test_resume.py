@@ -146,6 +146,41 @@ def test_a_run_that_was_stopped_before_the_last_step(
     assert same(file, whole)
 
 
+def test_a_signal_in_the_last_moment(
+    featdiff_cli: Cli, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = PartialFile.finish
+
+    def stop(self: PartialFile, *arguments: Any) -> None:
+        finish(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartialFile, "finish", stop)
+    stopped = featdiff_cli(*command(vectors, tmp_path / "rows.csv"))
+    assert (stopped.exit_code, stopped.stderr) == (130, "interrupted; all 70 rows are written\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_picture_finds_the_scores_of_before(tmp_path: Path, kind: str) -> None:
+    """``--figure`` of the pixel mode draws the least and the most strange of all."""
+    from featdiff_cli.rows import FileRows
+
+    score = np.array([0.5, np.nan, -2.25])
+    bad = np.isnan(score)
+    status = ["ok", "unreadable", "ok"]
+    part = Scores(["=a", "b\nc", "d"], status, ["", "torn", ""], score, 1 / (2 + np.arange(3)), bad, {})
+    for resume in (False, True):
+        with FileRows(tmp_path / f"rows.{kind}", kind, False, {}, part.columns, resume) as rows:
+            if resume:
+                assert rows.resumed(9, lambda count: part.path[:count]) == {"rows": 3}
+                np.testing.assert_array_equal(rows.scores(), score)
+            else:
+                assert rows.resumed(9, lambda count: part.path[:count]) == {}
+                assert rows.scores() == []
+                rows.write(part, {"rows": 3})
+
+
 def test_resume_without_an_interrupted_run_begins_at_the_beginning(
     featdiff_cli: Cli, vectors: Path, tmp_path: Path, parts: Callable[..., list[int]]
 ) -> None:
