@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .speech import say
+from .speech import plain_warnings, say
 
 # command name -> (module, one line for the overview); the overview must not import torch
 COMMANDS = {
@@ -96,6 +96,7 @@ class Commands(click.Group):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             return _report(error, command)
 
+    @plain_warnings()
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such images get a row of their own

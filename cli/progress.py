@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .speech import say
+from .speech import say, say_warning
 
 if TYPE_CHECKING:
     from featdiff.detectors.grouping import Grouping
@@ -104,9 +104,7 @@ def _tell(caught: list[warnings.WarningMessage], quiet: bool) -> None:
             text = re.sub(r"\b([a-z]+)=(?=\w)", r"--\1 ", str(warning.message))
             say(f"WARNING: {text}", quiet)
         else:
-            text = warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno)
-            for line in text.splitlines():
-                say(line)
+            say_warning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def calibrated(calibration: Calibration, grouping: Grouping, what: str) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,18 @@ def test_lists_of_unreadable_files_cannot_steer_the_terminal(
     featdiff_cli(*command, "-q", "-o", odd)
     again = featdiff_cli(*command, "--groups", odd)
     assert again.exit_code == 3, again.output
+
+
+def test_warnings_cannot_steer_the_terminal(featdiff_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(pattern: str) -> list[tuple[str, str]]:
+        warnings.warn(f"strange name {EVIL}", UserWarning, stacklevel=1)
+        return [(EVIL, "hub")]
+
+    monkeypatch.setattr("featdiff.features.backbones.list_backbones", warn)
+    result = featdiff_cli("backbones")
+    assert harmless(result.output)
+    assert "UserWarning: strange name =a\\x1b[2J" in result.stderr
+    assert SHOWN in result.stdout
 
 
 def test_bars_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
