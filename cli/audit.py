@@ -10,8 +10,9 @@ import click
 
 from .main import EXIT_UNREADABLE, Stopped
 from .options import backbone_options, detector_arguments, groups_option, output_options, runtime_options
-from .output import guess_format, open_output
-from .progress import Bars, list_unreadable, say
+from .output import choose_format, write_rows
+from .progress import Bars, list_unreadable
+from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Scores
@@ -36,6 +37,7 @@ def command(
     fpr: float,
     format_: str | None,
     output: Path | None,
+    raw_csv: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -53,10 +55,10 @@ def command(
     Example: featdiff audit photos/ --top 50 -o odd.csv
     """
     from featdiff.detectors.audit import audit
-    from featdiff.report.writers import open_writer
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
+    chosen = choose_format(output, format_)
     arguments = detector_arguments(options)
     try:
         with Bars(quiet) as bars:
@@ -64,15 +66,9 @@ def command(
     except KeyboardInterrupt:
         raise Stopped("interrupted; features are kept, the same command goes on from there") from None
 
-    chosen = guess_format(output, format_)
     if top is None and chosen == "table" and output is None and sys.stdout.isatty():
         top = _SHOWN
-    with open_output(output) as stream:
-        writer = open_writer(chosen, stream)
-        try:
-            writer.write(scores.sorted()[:top])
-        finally:
-            writer.close()
+    write_rows(output, chosen, scores.sorted()[:top], raw_csv)
     return _summary(scores, bars, fpr, quiet)
 
 

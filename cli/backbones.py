@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .main import EXIT_FAILED
+from .speech import say, show
 
 
 @click.command("backbones")
@@ -19,9 +20,9 @@ def command(pattern: str) -> int:
 
     backbones = list_backbones(pattern)
     if not backbones:
-        click.echo(f"no backbone fits {pattern!r}", err=True)
+        say(f"no backbone fits {pattern!r}")
         return EXIT_FAILED
 
     for name, source in backbones:
-        click.echo(f"{name:<60} {source}")
+        show(f"{name:<60} {source}")
     return 0

@@ -12,8 +12,20 @@ import click
 
 from .config import load_config, preset_folder
 from .main import EXIT_UNREADABLE
-from .options import backbone_options, detector_arguments, runtime_options, seed_option
-from .progress import Bars, list_unreadable, say
+from .options import (
+    backbone_options,
+    detector_arguments,
+    file_option,
+    raw_csv_option,
+    runtime_options,
+    seed_option,
+)
+from .output import choose_format
+from .progress import Bars, list_unreadable
+from .speech import say
+
+# Ending of a file of results -> format.
+_REPORTS = {".md": "markdown", ".markdown": "markdown", ".json": "json", ".csv": "csv"}
 
 
 @click.command("bench")
@@ -38,14 +50,10 @@ from .progress import Bars, list_unreadable, say
     "--format",
     "format_",
     type=click.Choice(["table", "json", "csv", "markdown"]),
-    help="[by -o: .json, .csv, .md; else table]",
+    help="[by the ending of -o: .md, .json or .csv; without -o, table]",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    help="File for the result [standard output].",
-)
+@file_option("File for the result, - for standard output [-].")
+@raw_csv_option
 @runtime_options
 def command(
     suite: str,
@@ -55,6 +63,7 @@ def command(
     download: bool,
     format_: str | None,
     output: Path | None,
+    raw_csv: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -72,9 +81,12 @@ def command(
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    file = _suite_file(suite)
+    format_ = format_ or ("table" if output is None else choose_format(output, None, _REPORTS))
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent} for {output.name}")
+    if output is not None and output.is_dir():
+        raise UsageError(f"{output} is a folder: name a file in it", argument="output")
+    file = _suite_file(suite)
     chosen = load_suite(file)
     chosen = replace(chosen, detectors=_with_lmd(chosen.detectors, lmd_config, trunk_weights))
 
@@ -88,7 +100,7 @@ def command(
             lambda line: say(line, quiet),
         )
 
-    _write(result, format_ or _guess(output), output, quiet)
+    _write(result, format_, output, raw_csv, quiet)
     list_unreadable(list(result["unreadable"].items()), quiet)
     return EXIT_UNREADABLE if result["unreadable"] else 0
 
@@ -126,32 +138,29 @@ def _with_lmd(
     return merged
 
 
-def _guess(output: Path | None) -> str:
-    """The format that belongs to the name of the output."""
-    if output is None:
-        return "table"
-    by_suffix = {".json": "json", ".csv": "csv"}
-    return by_suffix.get(output.suffix.lower(), "markdown")
-
-
-def _write(result: dict[str, Any], format_: str, output: Path | None, quiet: bool) -> None:
+def _write(result: dict[str, Any], format_: str, output: Path | None, raw_csv: bool, quiet: bool) -> None:
     """Print the result, or write it into a file, where a table becomes Markdown."""
+    from featdiff.files.atomic import write_output
+
     if output is None and format_ == "table":
         print_grids(result)
-    elif output is None:
-        click.echo(_text(result, format_), nl=False)
+        return
+
+    text = _text(result, format_, raw_csv)
+    if output is None:
+        click.echo(text, nl=False)
     else:
-        output.write_text(_text(result, format_), encoding="utf-8")
+        write_output(output, text.encode())
         say(f"written: {output}", quiet)
 
 
-def _text(result: dict[str, Any], format_: str) -> str:
+def _text(result: dict[str, Any], format_: str, raw_csv: bool) -> str:
     from featdiff.report.tables import to_csv, to_markdown
 
     if format_ == "json":
         return json.dumps(result, indent=2) + "\n"
     if format_ == "csv":
-        return to_csv(result)
+        return to_csv(result, raw_csv)
     return to_markdown(result)
 
 
@@ -161,17 +170,21 @@ def print_grids(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from featdiff.files.text import for_terminal
     from featdiff.report.tables import EXPLANATION, grids
+
+    def plain(text: str) -> str:
+        return escape(for_terminal(text))
 
     console = Console(width=None if Console().is_terminal else 200)
     for grid in grids(result):
-        table = Table(title=escape(grid.title))
+        table = Table(title=plain(grid.title))
         table.add_column(grid.header[0])
         for name in grid.header[1:]:
-            table.add_column(escape(name), justify="right")
+            table.add_column(plain(name), justify="right")
         for line in grid.lines:
-            table.add_row(*map(escape, line))
+            table.add_row(*map(plain, line))
         console.print(table)
-    console.print(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}", markup=False)
+    console.print(for_terminal(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}"), markup=False)
     for name, reason in result["left_out"].items():
-        console.print(f"left out: {name}: {reason}", markup=False)
+        console.print(for_terminal(f"left out: {name}: {reason}"), markup=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import runtime_arguments, runtime_options
-from .progress import Bars, say
+from .output import write_rows
+from .progress import Bars
+from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Detector, Scores
@@ -57,18 +58,16 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
 def _audit(mixed: Path, arguments: dict[str, Any], quiet: bool) -> None:
     """The oddest images of a folder, as ``featdiff audit`` prints them."""
     from featdiff.detectors.audit import STANDS_APART, audit
-    from featdiff.report.writers import open_writer
 
     say(f"1. Which images are odd? {mixed} holds 120 digits, and 8 tiles of photographs among them.", quiet)
     say(f"$ featdiff audit {mixed} --top {_TOP}", quiet)
     with Bars(quiet) as bars:
         scores = audit(mixed, progress=bars, **arguments)
-    writer = open_writer("table", sys.stdout.buffer)
-    writer.write(scores.sorted()[:_TOP])
-    writer.close()
+    write_rows(None, "table", scores.sorted()[:_TOP])
 
     apart = int((scores.ood_score > STANDS_APART).sum())
-    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}).\n", quiet)
+    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}).", quiet)
+    say("", quiet)
 
 
 def _train_and_score(output: Path, folders: dict[str, Path], arguments: dict[str, Any], quiet: bool) -> None:
@@ -101,13 +100,10 @@ def _train_and_score(output: Path, folders: dict[str, Path], arguments: dict[str
 
 def _write(output: Path, detector: Detector, scores: dict[str, Scores]) -> None:
     """All rows as CSV, and a picture of the scores."""
+    from featdiff import Scores
     from featdiff.report.figures import save_histograms
-    from featdiff.report.writers import CsvWriter
 
-    with (output / "scores.csv").open("wb") as stream:
-        writer = CsvWriter(stream)
-        for part in scores.values():
-            writer.write(part)
+    write_rows(output / "scores.csv", "csv", Scores.concatenate(scores.values()))
     save_histograms(
         output / "histograms.png",
         {f"{name} tiles" if name == "test" else name: part.ood_score for name, part in scores.items()},

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from .main import EXIT_FAILED
+from .speech import show
 
 _PACKAGES = ("featdiff", "torch", "torchvision", "timm", "diffusers", "scikit-learn", "pillow", "safetensors")
 _EXTRAS = {
@@ -28,17 +29,17 @@ def command() -> int:
     """
     problems = []
     for line, problem in _checks():
-        click.echo(line)
+        show(line)
         if problem:
             problems.append(problem)
 
     if not problems:
-        click.echo("all well")
+        show("all well")
         return 0
 
     for problem in problems:
-        click.echo(f"PROBLEM: {problem}")
-    click.echo(f"{len(problems)} problem(s)")
+        show(f"PROBLEM: {problem}")
+    show(f"{len(problems)} problem(s)")
     return EXIT_FAILED
 
 

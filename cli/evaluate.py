@@ -9,7 +9,8 @@ import click
 
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, groups_option, load_model, runtime_options, weights_option
-from .progress import Bars, list_unreadable, say
+from .progress import Bars, list_unreadable
+from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Detector
@@ -144,13 +145,15 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from featdiff.files.text import for_terminal
+
     title = f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)"
     if "folder" in result:
         title = f"{result['folder']}   {title}"
     if result.get("accuracy") is not None:
         title += f"   accuracy: {100 * result['accuracy']:.1f}"
 
-    table = Table(title=escape(title))
+    table = Table(title=escape(for_terminal(title)))
     for column in ("OOD set", "protocol", "head"):
         table.add_column(column)
     for column in ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out"):
@@ -159,7 +162,7 @@ def print_table(result: dict[str, Any]) -> None:
     for pair in result["pairs"]:
         names = [f"{pair['ood']} ({pair['n_ood']:,})", pair["protocol"]]
         for head, metrics in pair["heads"].items():
-            table.add_row(*map(escape, (*names, head)), *_cells(metrics))
+            table.add_row(*(escape(for_terminal(name)) for name in (*names, head)), *_cells(metrics))
             names = ["", ""]  # only the first line of a pair names it
         table.add_section()
 

@@ -9,7 +9,8 @@ import click
 
 from .main import EXIT_UNREADABLE
 from .options import load_model, model_option, runtime_options, weights_option
-from .progress import Bars, list_unreadable, say
+from .progress import Bars, list_unreadable
+from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Detector, Guard, PixelDetector

@@ -10,7 +10,8 @@ import click
 
 from .main import EXIT_UNREADABLE, Stopped
 from .options import runtime_arguments, runtime_options
-from .progress import Bars, list_unreadable, say
+from .progress import Bars, list_unreadable
+from .speech import say
 from .train import check_itself, is_first_process
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import MODEL_FOLDER
+from .speech import show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ def command(model: str, as_json: bool) -> None:
         raise ModelError(f"the model at {folder} is damaged: config.json: {type(error).__name__} {error}") from None
 
     for name, value in lines.items():
-        click.echo(f"{name:<11} {value}")
+        show(f"{name:<11} {value}")
 
 
 def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from .speech import plain_warnings, say
+
 # command name -> (module, one line for the overview); the overview must not import torch
 COMMANDS = {
     "audit": ("audit", "Find the odd images of a folder; no model is needed."),
@@ -48,9 +50,10 @@ EXIT_INTERRUPTED = 130
 class Stopped(Exception):
     """Ctrl-C; the message says what is kept. (click would print an empty line of its own for KeyboardInterrupt.)"""
 
-    def __init__(self, message: str = "interrupted") -> None:
+    def __init__(self, message: str = "interrupted", code: int = EXIT_INTERRUPTED) -> None:
         super().__init__(message)
         self.message = message
+        self.code = code
 
 
 class Commands(click.Group):
@@ -63,6 +66,8 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f".{COMMANDS[name][0]}", __package__).command
+        if not any(option.name == "debug" for option in command.params):
+            command.params.append(_debug_option())  # after the name of the command, too
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -91,6 +96,7 @@ class Commands(click.Group):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             return _report(error, command)
 
+    @plain_warnings()
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such images get a row of their own
@@ -100,13 +106,13 @@ class Commands(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context else ""
-            click.echo(f"Error: {' '.join(error.format_message().split())}{hint}", err=True)
+            _print_error(f"{error.format_message()}{hint}")
             code = error.exit_code
         except Stopped as stopped:
-            click.echo(stopped.message, err=True)
-            code = EXIT_INTERRUPTED
+            say(stopped.message)
+            code = stopped.code
         except (click.Abort, KeyboardInterrupt):
-            click.echo("interrupted", err=True)
+            say("interrupted")
             code = EXIT_INTERRUPTED
         except BrokenPipeError:  # the reader (head, less) has seen enough
             _discard_output()
@@ -140,16 +146,24 @@ def _report(error: Exception, command: click.Command | None = None) -> int:
     from featdiff.exceptions import FeatdiffError, UsageError
 
     if os.environ.get("FEATDIFF_DEBUG"):
-        traceback.print_exc()
-    message = " ".join(str(error).split())
+        for line in traceback.format_exc().splitlines():
+            say(line)
 
+    message = str(error)
     if isinstance(error, FeatdiffError):
         message = _with_options(message, command, error.argument)
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
     elif not isinstance(error, OSError):
         message = f"{type(error).__name__}: {message} (a bug: please report it; featdiff --debug shows where)"
 
-    click.echo(f"Error: {message}", err=True)
+    _print_error(message)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def _print_error(message: str) -> None:
+    """One line on standard error, whatever the message holds."""
+    say(f"Error: {' '.join(message.split())}")
 
 
 def _with_options(message: str, command: click.Command | None, argument: str) -> str:
@@ -172,6 +186,15 @@ def _with_options(message: str, command: click.Command | None, argument: str) ->
     return f"{option}: {message}"
 
 
+def _debug_option() -> click.Option:
+    def switch_on(context: click.Context, option: click.Parameter, debug: bool) -> None:
+        if debug:
+            os.environ["FEATDIFF_DEBUG"] = "1"
+
+    help = "Show a traceback with every error."
+    return click.Option(["--debug"], is_flag=True, expose_value=False, callback=switch_on, help=help)
+
+
 @click.group(
     cls=Commands,
     context_settings={
@@ -179,7 +202,7 @@ def _with_options(message: str, command: click.Command | None, argument: str) ->
         "auto_envvar_prefix": "FEATDIFF",
         "max_content_width": 100,
     },
-    epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 some images unreadable or failed, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
+    epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 some images have no score, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
 )
 @click.version_option(package_name="featdiff")
 @click.option("--debug", is_flag=True, help="Show a traceback with every error.")

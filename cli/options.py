@@ -92,15 +92,30 @@ def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
     return ({"weights": options["weights"]} if options["weights"] else {}) | runtime_arguments(options)
 
 
+def file_option(help: str) -> Callable[[F], F]:
+    """``-o``: a file; ``-`` is standard output, as when the option is left out."""
+
+    def without_dash(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+        return None if file == Path("-") else file
+
+    return click.option("-o", "--output", type=click.Path(path_type=Path), callback=without_dash, help=help)
+
+
+raw_csv_option = click.option(
+    "--raw-csv", is_flag=True, help="Text into CSV as it is, also what a spreadsheet takes for a formula."
+)
+
+
 def output_options(function: F) -> F:
     """Format and file of the rows."""
     for option in (
-        click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the rows [standard output]."),
+        raw_csv_option,
+        file_option("File for the rows, - for standard output [-]."),
         click.option(
             "--format",
             "format_",
             type=click.Choice(["table", "csv", "jsonl", "parquet"]),
-            help="[by -o; table on a terminal, else csv]",
+            help="[by the ending of -o; without -o, table on a terminal, else csv]",
         ),
     ):
         function = option(function)

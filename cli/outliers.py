@@ -9,7 +9,8 @@ import click
 
 from .main import EXIT_UNREADABLE, Stopped
 from .options import load_model, model_option, runtime_options, weights_option
-from .progress import Bars, list_unreadable, say
+from .progress import Bars, list_unreadable
+from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Detector
@@ -140,6 +141,8 @@ def _check_files(output: Path, picture: Path, force: bool) -> None:
         raise UsageError(f"--picture {picture}: the file must end in .png, .svg or .pdf")
     if picture == output:
         raise UsageError(f"-o {output}: outliers go to another file than the picture; .safetensors is usual")
+    if output.suffix.lower() not in ("", ".safetensors"):
+        raise UsageError(f"-o {output}: the file must end in .safetensors, which is what it will be")
     for file in (output, picture):
         if not file.parent.is_dir():
             raise UsageError(f"no folder {file.parent} for {file.name}")

@@ -1,30 +1,58 @@
-"""Where rows go, and in which format."""
+"""Where rows and reports go, and in which format."""
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
-_BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".txt": "table"}
+if TYPE_CHECKING:
+    from featdiff import Scores
+
+#: Ending of a file of rows -> format.
+ROWS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "table"}
 
 
-def guess_format(output: Path | None, asked: str | None) -> str:
-    """The format that was asked for, or that of a file's name; on a terminal a table, else CSV."""
+def choose_format(output: Path | None, asked: str | None, endings: Mapping[str, str] = ROWS) -> str:
+    """The format that was asked for, or that of a file's ending; without a file, a table on a terminal, else CSV.
+
+    A name without an ending gets the first format of ``endings``; an ending that is not among them is refused
+    (``UsageError``).
+    """
+    from featdiff.exceptions import UsageError
+
     if asked:
         return asked
-    if output is not None:
-        return _BY_SUFFIX.get(output.suffix.lower(), "csv")
-    return "table" if sys.stdout.isatty() else "csv"
-
-
-@contextmanager
-def open_output(output: Path | None) -> Iterator[IO[bytes]]:
-    """A file, or standard output."""
     if output is None:
-        yield sys.stdout.buffer
-        return
-    with output.open("wb") as file:
-        yield file
+        return "table" if sys.stdout.isatty() else "csv"
+    if not output.suffix:
+        return next(iter(endings.values()))
+    if output.suffix.lower() not in endings:
+        raise UsageError(
+            f"{output}: the ending {output.suffix} says no format: use {', '.join(endings)}, or name one with --format",
+            argument="output",
+        )
+    return endings[output.suffix.lower()]
+
+
+def is_stream(output: Path | None) -> bool:
+    """Whether rows go to standard output, a device or a pipe, where nothing can be renamed."""
+    return output is None or (output.exists() and not output.is_file() and not output.is_dir())
+
+
+def write_rows(output: Path | None, format_: str, scores: Scores, raw_csv: bool = False) -> None:
+    """Write all rows at once; a file is written whole or not at all."""
+    from featdiff.files.atomic import write_output
+    from featdiff.report.writers import open_writer
+
+    data = io.BytesIO()
+    writer = open_writer(format_, data, raw_csv=raw_csv)
+    writer.write(scores)
+    writer.close()
+    if output is None:
+        sys.stdout.buffer.write(data.getvalue())
+        sys.stdout.buffer.flush()
+    else:
+        write_output(output, data.getvalue())

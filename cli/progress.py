@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .speech import say, say_warning
 
 if TYPE_CHECKING:
     from featdiff.detectors.grouping import Grouping
@@ -39,7 +40,7 @@ class Bars:
     def __init__(self, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._bars = Progress(
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -60,7 +61,9 @@ class Bars:
         self._last = now
 
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
+            from featdiff.files.text import for_terminal
+
+            self._tasks[stage] = self._bars.add_task(for_terminal(stage), total=total, rate="")
         rate = f"{self.rate(stage):,.0f}/s"
         self._bars.update(self._tasks[stage], completed=done, total=total, rate=rate)
 
@@ -77,12 +80,6 @@ class Bars:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
-
-
-def say(text: str, quiet: bool = False) -> None:
-    """Print a line for people on standard error."""
-    if not quiet:
-        click.echo(text, err=True)
 
 
 @contextmanager
@@ -107,9 +104,7 @@ def _tell(caught: list[warnings.WarningMessage], quiet: bool) -> None:
             text = re.sub(r"\b([a-z]+)=(?=\w)", r"--\1 ", str(warning.message))
             say(f"WARNING: {text}", quiet)
         else:
-            click.echo(
-                warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno), err=True
-            )
+            say_warning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def calibrated(calibration: Calibration, grouping: Grouping, what: str) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import EXIT_OOD, EXIT_UNREADABLE, Stopped
+from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import load_model, model_option, output_options, runtime_options, weights_option
-from .output import guess_format, open_output
-from .progress import Bars, say
+from .output import choose_format, is_stream
+from .progress import Bars
+from .rows import Rows, open_rows
+from .signals import Stop, catching_stop
+from .speech import say
 from .vectors import features_option, open_vectors, score_vectors
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 @model_option
 @weights_option
 @output_options
+@click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
 @click.option(
     "--exclude-known", is_flag=True, help="Do not compare training images with themselves; see also featdiff audit."
@@ -47,6 +52,8 @@ def command(
     model: str,
     format_: str | None,
     output: Path | None,
+    raw_csv: bool,
+    resume: bool,
     fpr: float | None,
     exclude_known: bool,
     figure: Path | None,
@@ -68,6 +75,12 @@ def command(
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
+    chosen = choose_format(output, format_)
+    if resume and is_stream(output):
+        raise UsageError("--resume needs -o FILE: only what is in a file can be continued")
+    if resume and figure and chosen == "table":
+        raise UsageError("--figure needs all scores, and a table has rounded ones: resume a .csv, .jsonl or .parquet")
+
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
         options |= {"figure": figure, "exclude_known": exclude_known}
@@ -75,12 +88,13 @@ def command(
     else:
         work = _images(images, model, fpr, options, figure, bars, exclude_known)
 
-    first = next(work.parts, None)
-    if first is None:
-        raise UsageError("there are no paths on standard input")
-    counts = Counts()
-    with open_output(output) as stream, bars:
-        scores = _write(chain([first], work.parts), guess_format(output, format_), stream, counts, keep=bool(work.draw))
+    if not is_stream(output):
+        work.made_with |= {"featdiff": version("featdiff"), "model": _identity(model), "fpr": work.fpr}
+    with open_rows(output, chosen, raw_csv, work.made_with, work.columns, resume) as rows, bars:
+        counts = Counts(**rows.resumed(work.total, work.names))
+        if resume:
+            say(f"{counts.rows:,} rows are there from an interrupted run, {work.total - counts.rows:,} are left", quiet)
+        scores = _write(work, rows, counts)
     if work.draw:
         work.draw(scores)
 
@@ -92,14 +106,20 @@ def command(
 
 @dataclass
 class Work:
-    """What is scored: parts of the rows, as they come, the false-alarm rate, and what a row is called.
+    """What is scored.
 
-    ``excluded``: training images are not compared with themselves.
+    ``total``: how many rows; ``names``: of the first so many; ``score``: the parts of the rows from a number on, as
+    they come; ``columns``: of the rows; ``what``: what a row is called; ``made_with``: what decides the rows, by a name
+    for people; ``excluded``: training images are not compared with themselves.
     """
 
-    parts: Iterator[Scores]
+    total: int
+    names: Callable[[int], Iterator[str]]
+    score: Callable[[int], Iterator[Scores]]
+    columns: Sequence[str]
     fpr: float
     what: str
+    made_with: dict[str, Any]
     draw: Callable[[list[np.ndarray]], None] | None = None
     excluded: bool = False
 
@@ -118,9 +138,22 @@ class Counts:
 def _vectors(
     file: str, images: tuple[str, ...], model: str, fpr: float | None, options: dict[str, Any], bars: Bars
 ) -> Work:
+    from featdiff.verdicts.results import columns_of
+
     estimator, arrays = open_vectors(file, images, model, options)
     rate = estimator.fpr_ if fpr is None else fpr
-    return Work(score_vectors(estimator, arrays, fpr, bars), rate, "rows")
+    estimator.calibration_.check(rate)
+    status = os.stat(file)
+
+    return Work(
+        len(arrays),
+        lambda count: map(arrays.name, range(count)),
+        lambda start: score_vectors(estimator, arrays, fpr, bars, start),
+        columns_of(estimator.layers_),
+        rate,
+        "rows",
+        {f"content of {file}": [status.st_size, status.st_mtime_ns]},
+    )
 
 
 def _images(
@@ -133,44 +166,78 @@ def _images(
     exclude_known: bool,
 ) -> Work:
     from featdiff.data.references import list_images
+    from featdiff.exceptions import UsageError
+    from featdiff.verdicts.results import columns_of
 
     if not images:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
     detector = load_model(model, options).detector
     rate = detector.fpr if fpr is None else fpr
-    if figure is None:
-        parts = detector.iter_scores(list(images), fpr, bars, exclude_known)
-        return Work(parts, rate, "images", excluded=exclude_known)
+    detector.calibration_.check(rate)
+    refs = list_images(list(images))
+    if not refs:
+        raise UsageError("there are no paths on standard input")
 
-    refs = list_images(list(images))  # the picture needs them again, and standard input ends
-    draw = _figure(detector, refs, figure)
-    parts = detector.iter_scores(refs, fpr, bars, exclude_known)
-    return Work(parts, rate, "images", draw, exclude_known)
+    return Work(
+        len(refs),
+        lambda count: (ref.path for ref in refs[:count]),
+        lambda start: detector.iter_scores(refs[start:], fpr, bars, exclude_known),
+        columns_of(detector.layers),
+        rate,
+        "images",
+        {"exclude-known": exclude_known, "max-pixels": detector.settings.max_pixels},
+        _figure(detector, refs, figure) if figure else None,
+        exclude_known,
+    )
 
 
-def _write(parts: Iterable[Scores], format_: str, stream: IO[bytes], counts: Counts, keep: bool) -> list[np.ndarray]:
-    """Write rows as they come; the scores of all, if they are to be kept."""
-    from featdiff.report.writers import open_writer
+def _identity(model: str) -> object:
+    """What tells this model from all others, from its config."""
+    from featdiff.files.model_folder import load_config, locate
+    from featdiff.hardening.layout import GUARD, is_hardened
+
+    return load_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model)).get("id")
+
+
+def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:
+    """Write rows as they come; the scores of all, if a picture of them is wanted."""
+    import numpy as np
+
+    kept = [np.array(rows.scores())] if work.draw else []
+    with catching_stop() as stop:
+        try:
+            for part in _parts(work, counts.rows, stop):
+                _count(part, counts)
+                rows.write(part, asdict(counts))
+                if work.draw:
+                    kept.append(part.ood_score)
+            rows.finish()
+        except KeyboardInterrupt:
+            raise stop.stopped(rows.kept(counts.rows)) from None
+        except Exception:
+            if rows.resumable:
+                say(rows.kept(counts.rows))
+            raise
+    return kept
+
+
+def _parts(work: Work, start: int, stop: Stop) -> Iterator[Scores]:
+    """Parts from a row on, without one that a signal has cut short: where it ends, another run would not."""
+    if start < work.total:
+        for part in work.score(start):
+            if not stop.signal:
+                yield part
+
+
+def _count(part: Scores, counts: Counts) -> None:
     from featdiff.verdicts.results import ERROR, UNREADABLE
 
-    kept = []
-    writer = open_writer(format_, stream)
-    try:
-        for part in parts:
-            writer.write(part)
-            counts.rows += len(part)
-            counts.flagged += part.flagged
-            counts.unreadable += part.status.count(UNREADABLE)
-            counts.failed += part.status.count(ERROR)
-            if part.known is not None:
-                counts.known += int(part.known.sum())
-            if keep:
-                kept.append(part.ood_score)
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted; {counts.rows:,} rows are written") from None
-    finally:
-        writer.close()
-    return kept
+    counts.rows += len(part)
+    counts.flagged += part.flagged
+    counts.unreadable += part.status.count(UNREADABLE)
+    counts.failed += part.status.count(ERROR)
+    if part.known is not None:
+        counts.known += int(part.known.sum())
 
 
 def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:

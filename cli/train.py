@@ -10,7 +10,8 @@ import click
 
 from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options, seed_option
-from .progress import Bars, calibrated, list_unreadable, say, telling_warnings
+from .progress import Bars, calibrated, list_unreadable, telling_warnings
+from .speech import say
 from .vectors import features_option, train_on_vectors
 
 if TYPE_CHECKING:

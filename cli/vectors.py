@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .progress import Bars, calibrated, list_unreadable, say, telling_warnings
+from .progress import Bars, calibrated, list_unreadable, telling_warnings
+from .speech import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,9 +101,11 @@ def open_vectors(
     return detector, arrays
 
 
-def score_vectors(detector: FeatureDiffusion, arrays: Arrays, fpr: float | None, progress: Bars) -> Iterator[Scores]:
-    """The rows of a file, part by part, in their order."""
-    for start in range(0, len(arrays), _AT_ONCE):
+def score_vectors(
+    detector: FeatureDiffusion, arrays: Arrays, fpr: float | None, progress: Bars, first: int = 0
+) -> Iterator[Scores]:
+    """The rows of a file from the ``first`` on, part by part, in their order."""
+    for start in range(first, len(arrays), _AT_ONCE):
         stop = min(start + _AT_ONCE, len(arrays))
         names = [arrays.name(i) for i in range(start, stop)]
         part = detector.verdicts(arrays.rows(start, stop), names, fpr)

@@ -97,8 +97,11 @@ def noise_pictures(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
-def stopped(arguments: Sequence[object], ready: Callable[[], object], pause: float = 0.0) -> tuple[int, str, str]:
-    """Run ``featdiff`` as a process and press Ctrl-C ``pause`` seconds after ``ready()``: (code, output, errors)."""
+def stopped(
+    arguments: Sequence[object], ready: Callable[[], object], pause: float = 0.0, number: int = signal.SIGINT
+) -> tuple[int, str, str]:
+    """Run ``featdiff`` as a process and press Ctrl-C (or send another signal) ``pause`` seconds after ``ready()``:
+    (code, output, errors)."""
     process = subprocess.Popen(
         [FEATDIFF, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -112,7 +115,7 @@ def stopped(arguments: Sequence[object], ready: Callable[[], object], pause: flo
             assert time.monotonic() < until, "it never got so far"
             time.sleep(0.01)
         time.sleep(pause)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, errors = process.communicate(timeout=30)
     finally:
         process.kill()

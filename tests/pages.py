@@ -80,6 +80,8 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
 EXPECTED = {
     "featdiff score images/": 3,  # images/ holds a broken file
     "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
+    "featdiff score images/ -m my-model -o long.csv --resume": 3,
+    "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }

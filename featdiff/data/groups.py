@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..exceptions import UsageError
+from ..files.text import from_spreadsheet
 
 #: Ways to say which images belong together: one of the words in :data:`WORDS`, a pattern on the path, ``gap:N``, a CSV
 #: file, a label for each image, or labels by path.
@@ -200,15 +201,18 @@ def _from_file(file: Path, paths: Sequence[str]) -> list[Hashable]:
             reader = csv.DictReader(stream, delimiter=delimiter)
             if not {"path", "group"} <= set(reader.fieldnames or ()):
                 raise UsageError(f"{file} needs a first line that names the columns path and group", argument="groups")
-            labels: dict[str, Hashable] = {}
+            cells: dict[str, Hashable] = {}
             for row in reader:
                 if row["path"]:
-                    labels[os.path.normpath(row["path"])] = row["group"] or (row["path"],)
+                    cells[row["path"]] = row["group"] or (row["path"],)
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or str(error)).lower()}", argument="groups") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{file} is no table of text: {error}", argument="groups") from None
 
+    labels = {os.path.normpath(from_spreadsheet(cell)): label for cell, label in cells.items()}
+    for cell, label in cells.items():  # a table that people wrote may hold names as they are
+        labels.setdefault(os.path.normpath(cell), label)
     for path in list(labels):  # also as seen from the file's own folder
         labels.setdefault(os.path.normpath(file.parent / path), labels[path])
         labels.setdefault(os.path.abspath(file.parent / path), labels[path])

@@ -166,7 +166,8 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
         else:
             refs += refs_in_memory(item, number)
 
-    if not streamed and all(isinstance(ref, MissingRef) for ref in refs):
+    listed = bool(items) and all(isinstance(item, ImageRef) for item in items)  # the rest of an interrupted run, say
+    if not (streamed or listed) and all(isinstance(ref, MissingRef) for ref in refs):
         first = refs[0] if refs else None
         raise UsageError(f"{first.path}: {first.reason}" if isinstance(first, MissingRef) else "no images were named")
 

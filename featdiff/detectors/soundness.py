@@ -37,8 +37,8 @@ def check_spread(scores: np.ndarray) -> None:
     low, middle, high = np.quantile(scores, [0.25, 0.5, 0.75])
     if high - low <= 1e-6 * max(1.0, abs(middle)):
         raise FeatdiffError(
-            f"fitting failed: the {len(scores):,} held-out images or rows have the same score, {middle:.4g}, so nothing "
-            f"can be told apart: {_WAY_OUT}"
+            f"fitting failed: the {len(scores):,} held-out images or rows have the same score, {middle:.4g}, so "
+            f"nothing can be told apart: {_WAY_OUT}"
         )
 
 

@@ -8,6 +8,11 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..exceptions import FeatdiffError
+
+# Letters of a file's name that its temporary name repeats; whole names could become too long.
+_REPEATED = 40
+
 
 def write_atomically(file: Path, data: bytes) -> None:
     """Write a file whole or not at all.
@@ -50,7 +55,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     OSError
         As for :func:`write_atomically`.
     """
-    temporary = {file: file.with_name(f".{uuid.uuid4().hex}.tmp") for file in contents}
+    temporary = {file: file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp") for file in contents}
     try:
         for file, data in contents.items():
             _write_through(temporary[file], data)
@@ -60,6 +65,29 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
+
+
+def write_output(file: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file that a user asked for: whole or not at all; a link is followed, a device is written directly.
+
+    Parameters
+    ----------
+    file : str or Path
+    data : bytes
+
+    Raises
+    ------
+    FeatdiffError
+        The disk is full or the place cannot be written; it names the file. An older file stays whole.
+    """
+    target = Path(os.path.realpath(file))
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+        else:
+            write_atomically(target, data)
+    except OSError as error:
+        raise FeatdiffError(f"{os.fspath(file)} cannot be written: {error.strerror or error}") from None
 
 
 def _write_through(file: Path, data: bytes) -> None:

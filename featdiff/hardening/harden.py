@@ -26,6 +26,7 @@ from ..exceptions import ModelError, UsageError, first_line, some_of
 from ..features.networks import fingerprint
 from ..files.atomic import write_atomically
 from ..files.model_folder import check_target
+from ..files.text import for_spreadsheet
 from ..guard.guard import Guard
 from ..outliers.outlier_file import Outliers
 from ..outliers.synthesis import ONE_CLASS
@@ -84,7 +85,8 @@ class Hardened:
         self.guard.save_pretrained(Path(folder) / GUARD)
 
         stream = io.StringIO()
-        csv.writer(stream).writerows([("path", "reason"), *self.unreadable])
+        rows = [(for_spreadsheet(path), for_spreadsheet(reason)) for path, reason in self.unreadable]
+        csv.writer(stream).writerows([("path", "reason"), *rows])
         try:
             write_atomically(Path(folder) / LEFT_OUT, stream.getvalue().encode())
         except OSError as error:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..exceptions import UsageError
+from ..files.atomic import write_output
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def save_histograms(
@@ -56,7 +62,7 @@ def save_histograms(
     axes.set(xlabel="ood_score (higher = more out-of-distribution)", ylabel="share of the set (%)", title=title)
     for text in (*axes.legend().get_texts(), axes.title):
         text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
-    figure.savefig(file, dpi=150)
+    _save(figure, file, dpi=150)
 
 
 def save_inpaintings(
@@ -97,7 +103,7 @@ def save_inpaintings(
 
     for i, score in enumerate(scores):
         grid[i][0].set_ylabel(f"ood_score {score:.1f}")
-    figure.savefig(file, dpi=120)
+    _save(figure, file, dpi=120)
 
 
 def save_projection(
@@ -128,4 +134,11 @@ def save_projection(
 
     axes.set(xlabel="first component", ylabel=f"second component (both: {share:.0%} of the variance)", title=title)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    _save(figure, file, dpi=150)
+
+
+def _save(figure: Figure, file: str | os.PathLike[str], dpi: int) -> None:
+    """Write a picture whole or not at all; the ending of the file's name says what kind."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=dpi, format=Path(file).suffix.removeprefix("."))
+    write_output(file, stream.getvalue())

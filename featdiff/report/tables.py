@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files.text import for_spreadsheet, for_terminal
+
 COLUMNS = (
     *("task", "ood", "protocol", "method", "n_id", "n_ood", "auroc", "auroc_low", "auroc_high", "fpr95"),
     *("aupr_in", "aupr_out", "images_per_second", "training_seconds", "megabytes", "accuracy", "published_in"),
@@ -72,24 +74,34 @@ def _measured_rows(task: Mapping[str, Any], pair: Mapping[str, Any]) -> Iterator
         yield row | task["methods"].get(method, {})
 
 
-def to_csv(result: Mapping[str, Any]) -> str:
-    """:func:`long_rows` as comma-separated values with a header; empty where there is no number."""
+def to_csv(result: Mapping[str, Any], raw: bool = False) -> str:
+    """:func:`long_rows` as comma-separated values with a header; empty where there is no number.
+
+    Parameters
+    ----------
+    result : mapping
+        As from :func:`featdiff.evaluation.benchmark.run_suite`.
+    raw : bool, default False
+        Leave names as they are that :func:`featdiff.files.text.for_spreadsheet` would change.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(long_rows(result))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in long_rows(result):
+        writer.writerow([for_spreadsheet(cell) if isinstance(cell, str) and not raw else cell for cell in row.values()])
     return text.getvalue()
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Every grid as a Markdown table."""
-    parts = [f"# {result['suite']}\n\nBackbone: {result['backbone']}. {EXPLANATION}"]
+    head = for_terminal(f"Backbone: {result['backbone']}. {EXPLANATION}")
+    parts = [f"# {for_terminal(result['suite'])}\n\n{head}"]
     for grid in grids(result):
         rule = ["---"] + ["---:"] * (len(grid.header) - 1)
-        lines = [f"| {' | '.join(cells)} |" for cells in (grid.header, rule, *grid.lines)]
-        parts.append(f"## {grid.title}\n\n" + "\n".join(lines))
+        lines = [f"| {' | '.join(map(for_terminal, cells))} |" for cells in (grid.header, rule, *grid.lines)]
+        parts.append(f"## {for_terminal(grid.title)}\n\n" + "\n".join(lines))
 
-    parts += [f"Left out: {name}: {reason}" for name, reason in result["left_out"].items()]
+    parts += [for_terminal(f"Left out: {name}: {reason}") for name, reason in result["left_out"].items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable, Sequence
 from typing import IO, Any, Protocol
 
 from ..exceptions import UsageError
+from ..files.text import for_json, for_spreadsheet, for_terminal
 from ..verdicts.results import COLUMNS, OK, Scores
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
+# Rows of a group of a Parquet file, which are held in memory.
+_GROUP = 10_000
 
 
 class Writer(Protocol):
@@ -23,7 +27,7 @@ class Writer(Protocol):
         """Finish the file; also after an interrupted run."""
 
 
-def open_writer(format: str, stream: IO[bytes]) -> Writer:
+def open_writer(format: str, stream: IO[bytes], *, raw_csv: bool = False, header: bool = True) -> Writer:
     """A writer of a format onto a binary stream.
 
     Parameters
@@ -31,6 +35,11 @@ def open_writer(format: str, stream: IO[bytes]) -> Writer:
     format : {"table", "csv", "jsonl", "parquet"}
     stream : binary stream
         Not closed by the writer.
+    raw_csv : bool, default False
+        Write text into CSV as it is. By default, cells that a spreadsheet would take for formulas, and those with
+        control characters, are changed by :func:`featdiff.files.text.for_spreadsheet`.
+    header : bool, default True
+        Begin with the line of column names; False where rows are appended. Formats without such a line ignore it.
 
     Returns
     -------
@@ -55,39 +64,46 @@ def open_writer(format: str, stream: IO[bytes]) -> Writer:
     >>> stream.getvalue().decode().splitlines()
     ['path,status,reason,ood_score,p_value,is_ood', 'a.png,ok,,0.5,0.3,false']
     """
-    kinds: dict[str, type[Any]] = {
-        "table": TableWriter,
-        "csv": CsvWriter,
-        "jsonl": JsonlWriter,
-        "parquet": ParquetWriter,
-    }
-    if format not in kinds:
-        raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}", argument="format")
-
-    writer: Writer = kinds[format](stream)
-    return writer
+    if format == "csv":
+        return CsvWriter(stream, raw_csv, header)
+    if format == "table":
+        return TableWriter(stream, header)
+    if format == "jsonl":
+        return JsonlWriter(stream)
+    if format == "parquet":
+        return ParquetWriter(stream)
+    raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}", argument="format")
 
 
 class CsvWriter:
     """Comma-separated values with a header; cells that an unreadable image lacks are empty."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], raw: bool = False, header: bool = True) -> None:
         self._stream = stream
-        self._started = False
+        self._raw = raw
+        self._header = header
 
     def write(self, scores: Scores) -> None:
-        if not self._started:
+        if self._header:
             self._line(scores.columns)
-            self._started = True
+            self._header = False
 
         for row in scores.rows():
-            self._line([str(cell).lower() if isinstance(cell, bool) else cell for cell in row.values()])
+            self._line(list(row.values()))
         self._stream.flush()
 
-    def _line(self, cells: list[Any]) -> None:
+    def _line(self, cells: Sequence[object]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\r\n").writerow(cells)  # so that a lone \r in a path is quoted, too
-        self._stream.write(text.getvalue().removesuffix("\r\n").encode() + b"\n")
+        writer = csv.writer(text, lineterminator="\r\n")  # so that a lone \r in a path is quoted, too
+        writer.writerow([self._cell(cell) for cell in cells])
+        self._stream.write(text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogatepass") + b"\n")
+
+    def _cell(self, cell: object) -> object:
+        if isinstance(cell, bool):
+            return str(cell).lower()
+        if isinstance(cell, str) and not self._raw:
+            return for_spreadsheet(cell)
+        return cell
 
     def close(self) -> None:
         self._stream.flush()
@@ -101,7 +117,7 @@ class JsonlWriter:
 
     def write(self, scores: Scores) -> None:
         for row in scores.rows():
-            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._stream.write(for_json(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -123,15 +139,20 @@ class ParquetWriter:
         self._stream = stream
         self._writer: Any = None
         self._rows: list[dict[str, object]] = []
-        self._columns: list[str] = list(COLUMNS)
-        self._texts: list[str] = []
+        self._columns: Sequence[str] = COLUMNS
+        self._texts: Sequence[str] = ()
 
     def write(self, scores: Scores) -> None:
-        self._columns = scores.columns
-        self._texts = list(scores.extra)
-        self._rows += scores.rows()
-        if len(self._rows) >= 10_000:
-            self._write_group()
+        self.write_rows(scores.rows(), scores.columns, tuple(scores.extra))
+
+    def write_rows(self, rows: Iterable[dict[str, object]], columns: Sequence[str], texts: Sequence[str] = ()) -> None:
+        """Append rows as :meth:`featdiff.Scores.rows` gives them; of ``columns``, ``texts`` are extra ones of text."""
+        self._columns = columns
+        self._texts = texts
+        for row in rows:
+            self._rows.append(row)
+            if len(self._rows) >= _GROUP:
+                self._write_group()
 
     def _write_group(self) -> None:
         arrow = self._arrow
@@ -153,14 +174,14 @@ class ParquetWriter:
 class TableWriter:
     """Lines for people: verdict, p-value, score, path; the reason for unreadable images."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], header: bool = True) -> None:
         self._stream = stream
-        self._started = False
+        self._header = header
 
     def write(self, scores: Scores) -> None:
-        if not self._started:
+        if self._header:
             self._stream.write(b"verdict      p-value    score  path\n")
-            self._started = True
+            self._header = False
 
         for row in scores.rows():
             if row["status"] == OK:
@@ -172,9 +193,7 @@ class TableWriter:
             if further:
                 line += f"  ({', '.join(further)})"
 
-            # a line break or a control character in a path must not break the table
-            line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
-            self._stream.write(line.encode() + b"\n")
+            self._stream.write(for_terminal(line).encode() + b"\n")
         self._stream.flush()
 
     def close(self) -> None:

@@ -222,7 +222,7 @@ class Scores:
     @property
     def columns(self) -> list[str]:
         """Column names of :meth:`rows` and :meth:`to_pandas`."""
-        return [*COLUMNS, *self.extra, *(f"layer_{name}" for name in self.layers)]
+        return columns_of(self.layers, self.extra)
 
     def rows(self) -> Iterator[dict[str, object]]:
         """One plain dict per image, as it is written to files.
@@ -327,6 +327,11 @@ class Scores:
             extra={name: [text for part in several for text in part.extra[name]] for name in several[0].extra},
             known=None if several[0].known is None else numbers("known"),
         )
+
+
+def columns_of(layers: Iterable[str], extra: Iterable[str] = ()) -> list[str]:
+    """Names of all columns, in the order in which they are written."""
+    return [*COLUMNS, *extra, *(f"layer_{name}" for name in layers)]
 
 
 def _html_row(row: Row) -> str:

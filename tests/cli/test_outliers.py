@@ -105,6 +105,7 @@ def test_unreadable_images_are_listed(featdiff_cli: Cli, tiny_model: Path, photo
         (["--method", "magic"], ["magic"]),
         (["--picture", "out.txt"], ["--picture out.txt", ".png, .svg or .pdf"]),
         (["-o", "out.png"], ["-o out.png", "another file than the picture"]),
+        (["-o", "out.csv"], ["-o out.csv", "must end in .safetensors"]),
         (["-o", "gone/out.safetensors"], ["no folder gone for out.safetensors"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",

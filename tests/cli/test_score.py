@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from click.testing import Result
 from helpers import FEATDIFF, fails, stopped
 
 from featdiff import Detector
+from featdiff.data.image_refs import ImageRef
 
 Cli = Callable[..., Result]
 COLUMNS = [
@@ -139,9 +141,10 @@ def test_the_request_is_read_once(
     calls: list[str] = []
     list_images, read_text = references.list_images, Path.read_text
 
-    def listing(*arguments: Any, **options: Any) -> Any:
-        calls.append("list_images")
-        return list_images(*arguments, **options)
+    def listing(sources: Any, **options: Any) -> Any:
+        if not all(isinstance(source, ImageRef) for source in sources):  # else they are listed already
+            calls.append("list_images")
+        return list_images(sources, **options)
 
     def reading(file: Path, *arguments: Any, **options: Any) -> str:
         if file.is_relative_to(tiny_model):
@@ -333,20 +336,49 @@ def test_debug_shows_where(
 # ---- real processes ----
 
 
-def test_ctrl_c_keeps_the_rows_so_far(tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
+)
+def test_rows_so_far_are_kept_and_continued(
+    featdiff_cli: Cli,
+    tiny_model: Path,
+    sample_folders: dict[str, Path],
+    tmp_path: Path,
+    number: signal.Signals,
+    expected: int,
+) -> None:
+    """The file that was there stays, the rows are beside it, and in the end nobody can tell that there was a kill."""
     file = tmp_path / "rows.csv"
+    partial = tmp_path / "rows.csv.partial"
+    file.write_text("yesterday's rows")
     arguments = ["score", sample_folders["train"], "-m", tiny_model, "-o", file, "--batch-size", 4]
-    code, output, errors = stopped(arguments, lambda: file.exists() and file.stat().st_size)
-    assert code == 130, errors
+    code, output, errors = stopped(arguments, lambda: partial.exists() and partial.stat().st_size, number=number)
+    assert code == expected, errors
     assert output == ""
-    text = file.read_text()
+    assert file.read_text() == "yesterday's rows"
+
+    text = partial.read_text()
     rows = rows_of(text)
-    assert 4 <= len(rows) < 390
-    assert text.endswith("\n")
-    assert [row["path"] for row in rows] == sorted(map(str, sample_folders["train"].iterdir()))[: len(rows)]
-    assert all(row["status"] == "ok" and row["layer_layer4"] for row in rows)
-    assert f"{len(rows)} rows are written" in errors
-    assert len(errors.splitlines()) == 1, errors
+    assert 16 <= len(rows) < 390
+    paths = sorted(map(str, sample_folders["train"].iterdir()))
+    assert [row["path"] for row in rows] == paths[: len(rows)]
+    if number != signal.SIGKILL:  # which may leave half a row
+        assert text.endswith("\n")
+        assert all(row["status"] == "ok" and row["layer_layer4"] for row in rows)
+        assert errors == (
+            f"interrupted; {len(rows)} rows are kept in {partial}: the same command with --resume goes on from there\n"
+        )
+
+    fails(featdiff_cli(*arguments), 2, f"{partial} holds what an interrupted run has done: resume it")
+    done = featdiff_cli(*arguments, "--resume")
+    assert done.exit_code == 0, done.stderr
+    there = int(done.stderr.split(" rows are there")[0])
+    assert len(rows) - 1 <= there <= len(rows)
+    assert done.stderr.splitlines()[0].endswith(f"{390 - there} are left")
+    whole = featdiff_cli("score", sample_folders["train"], "-m", tiny_model, "-q", "--batch-size", 4)
+    assert file.read_bytes() == whole.stdout_bytes
+    assert "390 images in " in done.stderr and "of these images were in training" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
 def test_reader_that_has_seen_enough(tiny_model: Path, sample_folders: dict[str, Path], tmp_path: Path) -> None:

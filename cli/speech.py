@@ -1,0 +1,39 @@
+"""What people read on a terminal: one line at a time, and nothing in it can steer the terminal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print a line for people on standard error."""
+    if not quiet:
+        show(text, err=True)
+
+
+def show(text: str, err: bool = False) -> None:
+    """Print a line on standard output, or on standard error; control characters in it are shown as ``\\x1b``."""
+    from featdiff.files.text import for_terminal
+
+    click.echo(for_terminal(text), err=err)
+
+
+def say_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Print a warning in Python's own words, a line at a time; they may hold names of files."""
+    for line in warnings.formatwarning(message, category, filename, lineno).splitlines():
+        say(line)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, warnings of all libraries are printed by :func:`say_warning`."""
+    with warnings.catch_warnings():
+        warnings.showwarning = say_warning
+        yield
