@@ -40,6 +40,7 @@ from .checks import (
     check_neighbors,
     check_path,
     check_share,
+    check_table,
     check_text,
     check_times,
     check_whole,
@@ -214,6 +215,8 @@ class FeatureSettings(Settings):
         check_bool("joint", self.joint)
         check_bool("pretrained", self.pretrained)
         check_path("weights", self.weights)
+        check_table("model_args", self.model_args)
+        check_table("transform", self.transform, or_callable=True)
         check_times("start_times", self.start_times, self.timesteps - 1)
         check_neighbors(self.neighbors, self.bank_size)
         check_choice("coreset", self.coreset, CORESETS)

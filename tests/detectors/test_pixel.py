@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_mutations import reseal
 from PIL import Image
 from small_pixels import PIXEL, RECIPE
 
@@ -276,12 +277,18 @@ def copied(model: Path, tmp_path: Path) -> Path:
         (lambda c: c.pop("unet"), "config.json lacks unet"),
         (lambda c: c.update(mode="sound"), "unknown mode 'sound'"),
         (lambda c: c["images"].update(calibration=7), "calibration"),
+        (lambda c: c["unet"].update(mid_block_scale_factor="leading"), "mid_block_scale_factor"),
+        (lambda c: c["unet"].update(block_out_channels=7), "block_out_channels"),
+        (lambda c: c["scheduler"].update(clip_sample_range="wide"), "clip_sample_range"),
+        (lambda c: c["scheduler"].update(clip_sample=1), "clip_sample"),
+        (lambda c: c["scheduler"].update(prediction_type="weather"), "prediction_type"),
     ],
 )
 def test_a_config_that_does_not_fit_its_tensors_is_refused(copied: Path, change: Any, words: str) -> None:
     config = json.loads((copied / "config.json").read_text())
     change(config)
     (copied / "config.json").write_text(json.dumps(config))
+    reseal(copied)
     with pytest.raises(ModelError) as error:
         load_detector(copied)
     assert words in str(error.value)
@@ -306,6 +313,7 @@ def test_the_distance_of_features_needs_its_backbone(
     assert len(config["features"]) == 64
     config["features"] = "0" * 64
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    reseal(tmp_path / "model")
     with pytest.raises(ModelError, match="other weights"):
         load_detector(tmp_path / "model")
 
