@@ -35,7 +35,7 @@ from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_netw
 from .saved import building, check_arguments, load_tensors, pixel_values, take_facts
 from .training_log import TrainingLog
 
-_TRAINING_VERSION = 1
+_TRAINING_VERSION = 2
 _TRAINING_SETTINGS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_precision", "seed")
 
 

@@ -20,7 +20,7 @@ from featdiff import Detector, PixelDetector, load_detector
 from featdiff.detectors.pixel import flip_half, least_and_most
 from featdiff.diffusion.masks import make_masks
 from featdiff.evaluation.protocols import evaluate_detector
-from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
+from featdiff.exceptions import DamagedCache, FeatdiffError, ModelError, NotFittedError, UsageError
 from featdiff.report.figures import save_inpaintings
 
 
@@ -219,12 +219,13 @@ def test_a_killed_training_goes_on_to_the_same_loss_curve(
 def test_a_checkpoint_of_another_config_is_not_used(
     folders: dict[str, Path], fitted: PixelDetector, tmp_path: Path
 ) -> None:
-    """Another network has a file of its own; the file of another network in its place is ignored."""
+    """Another network has a file of its own; the file of another network in its place is removed."""
     wider = PixelDetector(**PIXEL | {"width": 16}, cache=tmp_path).fit(folders["train"])
     assert wider.training_log_.name != fitted.training_log_.name
     taken = wider.training_log_.with_name(fitted.training_log_.name).with_suffix(".pt")
     shutil.copy(wider.training_log_.with_suffix(".pt"), taken)
-    again = PixelDetector(**PIXEL, cache=tmp_path).fit(folders["train"])
+    with pytest.warns(DamagedCache, match=taken.name):
+        again = PixelDetector(**PIXEL, cache=tmp_path).fit(folders["train"])
     assert np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
     assert wider.training_log_.with_suffix(".pt").exists()
 
