@@ -292,13 +292,10 @@ class PixelSettings(Settings):
         if self.calibration == "auto":  # five trainings more would take hours
             object.__setattr__(self, "calibration", CALIBRATION)
         super().__post_init__()
-        for name in ("width", "blocks", "timesteps", "mask_blocks", "mask_patch"):
+        numbers = ["width", "blocks", "timesteps", "mask_blocks", "mask_patch", "repetitions", "steps", "resamplings"]
+        numbers += [name for name in ("size", "channels") if getattr(self, name) is not None]
+        for name in numbers:
             check_whole(name, getattr(self, name))
-        for name in ("repetitions", "steps", "resamplings"):
-            check_whole(name, getattr(self, name))
-        for name in ("size", "channels"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name))
         for name in ("mask", "sampler", "aggregate", "trunk", "backbone"):
             check_text(name, getattr(self, name))
         if self.pretrained is not None:
