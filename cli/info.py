@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def command(model: str, as_json: bool) -> None:
     """Show what the saved MODEL is; its files are checked, the backbone is not loaded.
 
+    The digest stands for all that its two files hold: compare it with the one that you were told.
+
     \b
     Example: featdiff info featdiff-model
     """
@@ -47,7 +49,7 @@ def command(model: str, as_json: bool) -> None:
 def _shared_facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
     made = f"format {config['format_version']}, featdiff {config['featdiff_version']}"
-    return {"model": f"{folder} ({size:.1f} MB, {made})"}
+    return {"model": f"{folder} ({size:.1f} MB, {made})", "digest": f"SHA-256 {config['digest']}"}
 
 
 def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:

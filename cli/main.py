@@ -202,7 +202,7 @@ def _debug_option() -> click.Option:
         "auto_envvar_prefix": "FEATDIFF",
         "max_content_width": 100,
     },
-    epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 some images have no score, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
+    epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 images without a score, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
 )
 @click.version_option(package_name="featdiff")
 @click.option("--debug", is_flag=True, help="Show a traceback with every error.")

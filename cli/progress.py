@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Bars:
-    """One bar per stage. Detectors call it with (stage, done, total).
+    """One bar per stage, and what was warned of below them. Detectors call it with (stage, done, total).
 
     Parameters
     ----------
     quiet : bool, default False
-        Show nothing; times are measured all the same.
+        Show neither; times are measured all the same.
 
     Attributes
     ----------
@@ -49,6 +49,7 @@ class Bars:
             transient=True,
             disable=quiet or not console.is_terminal or console.is_dumb_terminal,
         )
+        self._warnings = telling_warnings(quiet)
         self._tasks: dict[str, TaskID] = {}
         self._last = time.monotonic()
         self.seconds: dict[str, float] = {}
@@ -72,6 +73,7 @@ class Bars:
         return self.counts.get(stage, 0) / max(self.seconds.get(stage, 0.0), 1e-9)
 
     def __enter__(self) -> Self:
+        self._warnings.__enter__()
         self._bars.start()
         self._last = time.monotonic()
         return self
@@ -80,15 +82,17 @@ class Bars:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        self._warnings.__exit__(kind, value, trace)
 
 
 @contextmanager
 def telling_warnings(quiet: bool = False) -> Iterator[None]:
     """featdiff's own warnings as lines for people, with the command's options; shown when the work is done or fails."""
-    from featdiff.exceptions import NearCopiesFound
+    from featdiff.exceptions import DamagedCache, NearCopiesFound
 
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NearCopiesFound)
+        for category in (DamagedCache, NearCopiesFound):
+            warnings.simplefilter("always", category)
         try:
             yield
         finally:
@@ -97,10 +101,10 @@ def telling_warnings(quiet: bool = False) -> Iterator[None]:
 
 def _tell(caught: list[warnings.WarningMessage], quiet: bool) -> None:
     """Print what was warned of; other libraries' warnings in their own way."""
-    from featdiff.exceptions import NearCopiesFound
+    from featdiff.exceptions import FeatdiffError
 
     for warning in caught:
-        if issubclass(warning.category, NearCopiesFound):
+        if issubclass(warning.category, FeatdiffError):
             text = re.sub(r"\b([a-z]+)=(?=\w)", r"--\1 ", str(warning.message))
             say(f"WARNING: {text}", quiet)
         else:

@@ -196,7 +196,7 @@ def _identity(model: str) -> object:
     from featdiff.files.model_folder import load_config, locate
     from featdiff.hardening.layout import GUARD, is_hardened
 
-    return load_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model)).get("id")
+    return load_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))["digest"]
 
 
 def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:

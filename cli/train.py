@@ -10,7 +10,7 @@ import click
 
 from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options, seed_option
-from .progress import Bars, calibrated, list_unreadable, telling_warnings
+from .progress import Bars, calibrated, list_unreadable
 from .speech import say
 from .vectors import features_option, train_on_vectors
 
@@ -91,7 +91,7 @@ def command(
     source: object = list(images) or config.images or _sample_set()
 
     try:
-        with Bars(quiet) as bars, telling_warnings(quiet):
+        with Bars(quiet) as bars:
             detector.fit(source, _tell_where(bars, detector, quiet), groups=groups or config.groups)
         if not is_first_process():
             return 0

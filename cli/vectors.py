@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .progress import Bars, calibrated, list_unreadable, telling_warnings
+from .progress import Bars, calibrated, list_unreadable
 from .speech import say
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def train_on_vectors(
         with bars, warnings.catch_warnings():
             warnings.simplefilter("error", TooFewRows)
             rows, names, unreadable = _good_rows(arrays)
-            with telling_warnings(quiet):
-                detector.fit(rows, progress=bars, groups=_row_groups(groups, names))
+            detector.fit(rows, progress=bars, groups=_row_groups(groups, names))
     except KeyboardInterrupt:
         raise Stopped("interrupted; no model is written") from None
 

@@ -53,6 +53,10 @@ class KnownImages(FeatdiffError, UserWarning):
     """A warning: images that were scored are among the training images, and look ordinary for that reason alone."""
 
 
+class DamagedCache(FeatdiffError, UserWarning):
+    """A warning: a file of the cache was damaged. It is removed, and what it held is computed again."""
+
+
 class UnreadableImage(FeatdiffError, ValueError):
     """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
 

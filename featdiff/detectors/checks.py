@@ -117,3 +117,11 @@ def check_text(name: str, value: object) -> None:
     """Text."""
     if not isinstance(value, str):
         raise UsageError(f"{name} must be text, not {value!r}", argument=name)
+
+
+def check_table(name: str, value: object, or_callable: bool = False) -> None:
+    """A table of settings, or None; with ``or_callable``, a function will do as well."""
+    if value is None or isinstance(value, Mapping) or (or_callable and callable(value)):
+        return
+    what = "a table of settings, or a function" if or_callable else "a table of settings"
+    raise UsageError(f"{name} must be {what}, not {value!r}", argument=name)

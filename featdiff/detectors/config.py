@@ -40,6 +40,7 @@ from .checks import (
     check_neighbors,
     check_path,
     check_share,
+    check_table,
     check_text,
     check_times,
     check_whole,
@@ -214,6 +215,8 @@ class FeatureSettings(Settings):
         check_bool("joint", self.joint)
         check_bool("pretrained", self.pretrained)
         check_path("weights", self.weights)
+        check_table("model_args", self.model_args)
+        check_table("transform", self.transform, or_callable=True)
         check_times("start_times", self.start_times, self.timesteps - 1)
         check_neighbors(self.neighbors, self.bank_size)
         check_choice("coreset", self.coreset, CORESETS)
@@ -289,13 +292,10 @@ class PixelSettings(Settings):
         if self.calibration == "auto":  # five trainings more would take hours
             object.__setattr__(self, "calibration", CALIBRATION)
         super().__post_init__()
-        for name in ("width", "blocks", "timesteps", "mask_blocks", "mask_patch"):
+        numbers = ["width", "blocks", "timesteps", "mask_blocks", "mask_patch", "repetitions", "steps", "resamplings"]
+        numbers += [name for name in ("size", "channels") if getattr(self, name) is not None]
+        for name in numbers:
             check_whole(name, getattr(self, name))
-        for name in ("repetitions", "steps", "resamplings"):
-            check_whole(name, getattr(self, name))
-        for name in ("size", "channels"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name))
         for name in ("mask", "sampler", "aggregate", "trunk", "backbone"):
             check_text(name, getattr(self, name))
         if self.pretrained is not None:

@@ -31,7 +31,7 @@ from .estimator_checks import check_settings, draw_seed, first_of_each, layers_f
 from .estimator_scores import PreparedRows, VectorHeads, find_columns
 from .fitting import Bank, fit_heads
 from .grouping import Grouping
-from .saved import VECTORS, check_config, load_tensors
+from .saved import VECTORS, building, check_config, check_rates, load_tensors
 
 #: Why a row has no score.
 NOT_FINITE = "it lacks numbers, or holds NaN or infinite ones"
@@ -406,17 +406,16 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
         check_config(config, folder, cls.mode)
+        check_rates(config, folder)
         images = config["images"]
         width = config["width"]
         saved_settings = config["settings"]
-        try:
+        with building(folder):
             detector = cls(**saved_settings | {"layers": layers_from_json(saved_settings["layers"])})
             settings = detector._settings()
             check_settings(settings)
             columns = find_columns(detector.layers, width)
             heads = _new_heads(settings, columns, images["bank"], seed=0)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         if {name: part.stop - part.start for name, part in columns.items()} != config["layers"]:
             raise ModelError(f"the model at {folder} is damaged: its layers are not those it was saved with")
 

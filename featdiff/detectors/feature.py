@@ -36,10 +36,19 @@ from .config import FeatureSettings
 from .constructors import takes
 from .fitting import Bank, as_digests, fit_heads
 from .grouping import Grouping
-from .saved import check_fingerprint, check_layers, feature_values, load_tensors, take_digests, take_facts, widths_of
+from .saved import (
+    building,
+    check_fingerprint,
+    check_layers,
+    feature_values,
+    load_tensors,
+    take_digests,
+    take_facts,
+    widths_of,
+)
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
-_TRAINING_VERSION = 4
+_TRAINING_VERSION = 5
 # Settings that decide the training of the denoisers, and those of how they are asked.
 _TRAINING_SETTINGS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
 _DIFFUSION_SETTINGS = (*_TRAINING_SETTINGS, "start_times", "draws", "stride")
@@ -473,19 +482,18 @@ class Detector(BaseDetector[FeatureSettings]):
         values = feature_values(config, folder, backbone, transform, weights, runtime)
         if backbone is not None:  # said before another network fails in its own way
             check_fingerprint(identity(backbone), config)
-        try:
+        with building(folder):
             detector = cls.from_settings(FeatureSettings.of(values))
             detector.extractor_ = detector._make_extractor(detector.settings.input_size)
-        except (TypeError, UsageError) as error:
-            raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
         check_fingerprint(detector.extractor_.backbone.fingerprint, config)
         check_layers(detector.extractor_, config, folder)
 
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
-        detector.heads_ = detector._make_heads(len(detector.bank_digests_))
+        with building(folder):
+            detector.heads_ = detector._make_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
         take_facts(detector, config)
-        detector.precision_ = config["backbone"].get("precision", detector.extractor_.precision)
+        detector.precision_ = config["backbone"]["precision"]
         return detector
 
 

@@ -32,11 +32,11 @@ from .checks import make_recipe
 from .config import PixelSettings
 from .constructors import takes
 from .pixel_parts import NETWORK, SCORING, make_distances, make_heads, make_network
-from .saved import load_tensors, pixel_values, take_facts
+from .saved import building, check_arguments, load_tensors, pixel_values, take_facts
 from .soundness import check_spread
 from .training_log import TrainingLog
 
-_TRAINING_VERSION = 1
+_TRAINING_VERSION = 2
 _TRAINING_SETTINGS = ("size", "channels", *NETWORK, "timesteps", "flip", "mixed_precision", "seed")
 
 
@@ -391,15 +391,15 @@ class PixelDetector(BaseDetector[PixelSettings]):
         from diffusers import DDPMScheduler, UNet2DModel
 
         values = pixel_values(config, folder, runtime)
-        try:
+        check_arguments(config["unet"], UNet2DModel, folder)
+        check_arguments(config["scheduler"], DDPMScheduler, folder)
+        with building(folder):
             detector = cls.from_settings(PixelSettings.of(values))
             unet = UNet2DModel.from_config(config["unet"])
             scheduler = DDPMScheduler.from_config(config["scheduler"])
             distances = make_distances(detector.settings, detector.device, load=False)
             heads = make_heads(detector.settings, unet, scheduler, distances, blank=True)
             detector.heads_ = heads.to(detector.device)
-        except (TypeError, ValueError, NotImplementedError) as error:  # UsageError, too
-            raise ModelError(f"the model at {folder} is damaged or cannot be used here: {error}") from None
 
         detector.extractor_ = detector.heads_.pixels
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)

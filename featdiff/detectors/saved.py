@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..exceptions import ModelError, UsageError
+from ..exceptions import ModelError, UsageError, WeightsError, first_line
 from ..files.model_folder import check_tensors
 from ..runtime.devices import resolve_device
-from ..verdicts.calibration import Calibration
+from ..verdicts.calibration import Calibration, check_fpr
+from .checks import is_whole
 from .config import RUNTIME, Runtime
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ _KINDS: dict[str, dict[str, Any]] = {
         "backbone.tag": str,
         "backbone.source": str,
         "backbone.fingerprint": str,
+        "backbone.precision": str,
         "layers": dict,
         "images.bank": int,
     },
@@ -52,12 +56,23 @@ _KINDS: dict[str, dict[str, Any]] = {
         "images.bank": int,
     },
 }
+# Kinds of values that may stand for each other.
+_ALIKE: tuple[Any, ...] = ((int, float), str, (list, tuple))
+# The least that counts and times may be.
+_LEAST = {
+    "images.different": 1,
+    "images.calibration": 1,
+    "images.calibration_groups": 1,
+    "images.bank": 0,
+    "width": 1,
+    "training_seconds": 0,
+}
 
 
 def saved_mode(config: dict[str, Any], folder: Path) -> str:
     """The mode of a saved detector (``ModelError`` if there is no such mode)."""
-    mode = config.get("mode", "feature")  # early models name no mode
-    if mode not in _KINDS:
+    mode = config.get("mode")
+    if not isinstance(mode, str) or mode not in _KINDS:
         raise ModelError(f"the model at {folder} has an unknown mode {mode!r}: pip install -U featdiff")
     return str(mode)
 
@@ -74,10 +89,69 @@ def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
 
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ModelError(
-                f"the model at {folder} is damaged: config.json lacks {path}, or it is not what it should be"
-            )
+        wrong_kind = not isinstance(value, kind) or isinstance(value, bool)
+        if wrong_kind or (path in _LEAST and value < _LEAST[path]):
+            raise _damaged(folder, f"config.json lacks {path}, or it is not what it should be")
+
+    for name, width in config.get("layers", {}).items():
+        if not is_whole(width) or width < 1:
+            raise _damaged(folder, f"config.json: layer {name!r} has no width")
+    _check_saved_settings(config["settings"], folder)
+
+
+def _check_saved_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse settings that are not saved: how a detector runs is for who loads it to say, limits above all."""
+    for name in settings:
+        if name in RUNTIME:
+            raise _damaged(folder, f"config.json: {name} is no setting of a saved model")
+
+
+def check_rates(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse an impossible false-alarm rate, and names of columns that do not fit the width (``ModelError``)."""
+    try:
+        check_fpr(config["fpr"])
+    except UsageError as error:
+        raise _damaged(folder, str(error)) from None
+
+    names = config["feature_names"]
+    if len(names) not in (0, config["width"]) or not all(isinstance(name, str) for name in names):
+        raise _damaged(folder, "config.json: feature_names are not a name for each column")
+
+
+def check_arguments(saved: Mapping[str, Any], made: Callable[..., Any], folder: Path) -> None:
+    """Refuse saved arguments of other kinds than their defaults: some classes take anything, and fail when called."""
+    for name, parameter in inspect.signature(made).parameters.items():
+        default = parameter.default
+        if name not in saved or default is None or default is parameter.empty:
+            continue
+        if saved[name] is None and "None" in str(parameter.annotation):
+            continue
+
+        kinds = next(kinds for kinds in _ALIKE if isinstance(default, kinds))
+        is_alike = isinstance(saved[name], kinds) and isinstance(saved[name], bool) == isinstance(default, bool)
+        choices = get_args(parameter.annotation) if get_origin(parameter.annotation) is Literal else ()
+        if not is_alike or (choices and saved[name] not in choices):
+            raise _damaged(folder, f"config.json: {name} is not what it should be")
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Turn whatever building a detector from its saved settings raises into a ``ModelError``.
+
+    Networks, schedules and transforms fail in many ways when settings are wrong, or when another version of a library
+    knows others.
+    """
+    try:
+        yield
+    except (ModelError, WeightsError):
+        raise
+    except Exception as error:
+        message = f"the model at {folder} is damaged or cannot be used here: {first_line(error)}"
+        raise ModelError(message) from error
+
+
+def _damaged(folder: Path, what: str) -> ModelError:
+    return ModelError(f"the model at {folder} is damaged: {what}")
 
 
 def feature_values(
@@ -156,7 +230,7 @@ def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndar
     """Remove and return the digests (rows, 16) of the images in the bank."""
     digests = tensors.pop("bank_digests", None)
     if digests is None or digests.dtype != torch.uint8 or digests.shape != (rows, 16):
-        raise ModelError(f"the model at {folder} is damaged: the digests of its bank are not those it was saved with")
+        raise _damaged(folder, "the digests of its bank are not those it was saved with")
     return digests.numpy()
 
 
@@ -166,11 +240,13 @@ def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], images: Mapping[s
     check_tensors(tensors, heads.state_dict(), folder)
 
     expected = images["calibration"]
-    if scores is None or scores.dim() != 1 or len(scores) != expected or expected == 0:
-        raise ModelError(f"the model at {folder} is damaged: its calibration scores are not those it was saved with")
+    if scores is None or scores.dtype != torch.float64 or scores.shape != (expected,):
+        raise _damaged(folder, "its calibration scores are not those it was saved with")
+    if bool((scores.diff() < 0).any()):
+        raise _damaged(folder, "its calibration scores are not sorted")
 
     heads.load_state_dict(tensors)
     try:
-        return Calibration(scores.double().numpy(), images["calibration_groups"])
+        return Calibration(scores.numpy(), images["calibration_groups"])
     except UsageError as error:
-        raise ModelError(f"the model at {folder} is damaged: {error}") from None
+        raise _damaged(folder, str(error)) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 
 from ..exceptions import WeightsError, first_line
 from ..files.hub import find_folder
+from ..files.strict_json import parse_json
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -106,7 +106,7 @@ def _unsuitable(config: Any) -> str:
 def _read(file: Path, name: str) -> dict[str, Any]:
     """The content of a JSON file of the pipeline."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):

@@ -1,7 +1,9 @@
 """Features on disk: the backbone runs once per image content; vectors are memory-mapped afterwards.
 
-A store is a folder of shards: a NumPy file of vectors and one of the digests of their images. Shards are never changed,
-so several runs may write at once, an interrupted run resumes, and a second run finds its vectors by content.
+A store is a folder of shards: a NumPy file of vectors, and a file of the digests of their images and of checksums of
+both. Shards are never changed, so several runs may write at once, an interrupted run resumes, and a second run finds
+its vectors by content. The checksum of the vectors is compared when a run first asks for one of them; a damaged shard
+is removed, and its images are computed again.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +25,19 @@ from torch import Tensor
 from ..exceptions import FeatdiffError
 from ..files.atomic import write_atomically
 from ..files.cache import cache_errors
+from ..files.sealed import CHECKSUM_BYTES, checksum, drop_damaged, read_sealed, write_sealed
+
+Content = TypeVar("Content")
 
 _SHARD_BYTES = 4 << 20
 _MAPPED_BYTES = 1 << 19
 _FEW_SHARDS = 100  # more may not fit under the usual limit of open files
-_VECTORS, _DIGESTS = ".vectors.npy", ".digests.npy"
+_VECTORS, _DIGESTS = ".vectors.npy", ".digests"
+_DIGEST_BYTES = 16
+# Errors of a dying disk, and of NumPy on a damaged file.
+_DAMAGED = (errno.EIO, errno.EINVAL, None)
+# Other files in the folder are not ours.
+_OUR_NAMES = "[0-9a-f]" * 32 + _DIGESTS
 
 
 class FeatureStore:
@@ -47,13 +58,18 @@ class FeatureStore:
         self._capacity = max(1, _SHARD_BYTES // (self.dtype.itemsize * width))
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._shards: list[np.ndarray] = []  # memory maps (n, width)
+        self._unverified: dict[int, _Unverified] = {}  # shards that this run has not used yet
         self._where: dict[bytes, tuple[int, int]] = {}
+        self._lock = threading.Lock()  # decoding threads ask for digests
         with cache_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(self.folder.glob(f"*{_DIGESTS}")):
+        for file in sorted(self.folder.glob(_OUR_NAMES)):
             self._open(file)
 
     def __contains__(self, digest: object) -> bool:
+        place = self._where.get(digest)  # type: ignore[call-overload]
+        if place is not None and place[0] in self._unverified:
+            self._verify(place[0])
         return digest in self._where
 
     def __len__(self) -> int:
@@ -61,7 +77,7 @@ class FeatureStore:
 
     def add(self, digest: bytes, vector: np.ndarray) -> None:
         """Keep one vector (width,); written to disk when a shard is full, or by :meth:`flush`."""
-        if digest in self._where:
+        if digest in self:
             return
         self._where[digest] = (len(self._shards), len(self._pending))
         self._pending.append((digest, np.array(vector, dtype=self.dtype)))  # a copy: callers reuse their buffers
@@ -72,49 +88,127 @@ class FeatureStore:
         """Write what is pending as a shard of its own."""
         if not self._pending:
             return
-        vectors = np.stack([vector for _, vector in self._pending])
-        digests = np.frombuffer(b"".join(digest for digest, _ in self._pending), dtype=np.uint8).reshape(-1, 16)
-        name = uuid.uuid4().hex
-        files = {suffix: self.folder / f"{name}{suffix}" for suffix in (_VECTORS, _DIGESTS)}
+        stream = io.BytesIO()
+        np.save(stream, np.stack([vector for _, vector in self._pending]), allow_pickle=False)
+        vectors = stream.getvalue()
+        digests = b"".join(digest for digest, _ in self._pending)
+
+        file = self.folder / f"{uuid.uuid4().hex}{_DIGESTS}"
         try:  # the digests are written last: a shard counts only when both files are whole
-            for suffix, array in ((_VECTORS, vectors), (_DIGESTS, digests)):
-                stream = io.BytesIO()
-                np.save(stream, array, allow_pickle=False)
-                with cache_errors(self.folder):
-                    write_atomically(files[suffix], stream.getvalue())
+            with cache_errors(self.folder):
+                write_atomically(_vectors_of(file), vectors)
+                write_sealed(file, digests + checksum(vectors))
         except BaseException:  # Ctrl-C, too
-            _remove(files[_VECTORS])
+            _remove(_vectors_of(file))
             raise
         self._pending.clear()
-        self._keep(_read(files[_VECTORS]))
+        self._keep(_read(_vectors_of(file)))
 
     def table(self, digests: Sequence[bytes]) -> FeatureTable:
-        """The vectors of ``digests``, in that order, as a table on disk."""
+        """The vectors of ``digests``, in that order, as a table on disk.
+
+        Raises
+        ------
+        FeatdiffError
+            Some are not in the store; of those that ``in`` found a moment ago, none is missing.
+        """
         self.flush()
+        missing = sum(digest not in self for digest in digests)
+        if missing:
+            raise FeatdiffError(
+                f"features of {missing:,} of {len(digests):,} images are not in the cache {self.folder} any more: run "
+                "the same again, and they are computed anew",
+                argument="cache",
+            )
         where = np.array([self._where[digest] for digest in digests], dtype=np.int32).reshape(-1, 2)
         return FeatureTable(self._shards, where, self.width, self.dtype)
 
     def _open(self, file: Path) -> None:
-        try:
-            digests = _read(file)
-            shard = _read(file.with_name(file.name.replace(_DIGESTS, _VECTORS)))
-        except FeatdiffError:
-            raise
-        except Exception:  # NumPy raises nearly anything on a damaged file
-            return  # not a shard, or one damaged by a dying disk: its images are computed again
-        arrays = isinstance(digests, np.ndarray) and isinstance(shard, np.ndarray)
-        if not arrays or digests.dtype != np.uint8 or digests.ndim != 2 or digests.shape[1] != 16:
+        """Add a shard; the checksum of its vectors is compared when they are first asked for."""
+        content = _read_or_drop(read_sealed, file)
+        vectors = _read_or_drop(_read, _vectors_of(file)) if content is not None else None
+        if content is None or vectors is None:
             return
-        if shard.dtype != self.dtype or shard.shape != (len(digests), self.width):
+
+        digests, expected = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+        rows = [digests[start : start + _DIGEST_BYTES] for start in range(0, len(digests), _DIGEST_BYTES)]
+        shard = _Unverified(_vectors_of(file), rows, expected)
+        if vectors.dtype != self.dtype or vectors.shape != (len(rows), self.width):
+            _read_or_drop(shard.check, shard.file)  # it is damaged, or holds vectors of another width
             return
-        for row, digest in enumerate(digests):
-            self._where.setdefault(digest.tobytes(), (len(self._shards), row))
-        self._keep(shard)
+
+        number = len(self._shards)
+        for row, digest in enumerate(rows):
+            self._where.setdefault(digest, (number, row))
+        self._unverified[number] = shard
+        self._keep(vectors)
+
+    def _verify(self, number: int) -> None:
+        """Compare the checksum of a shard; a damaged one is removed and forgotten."""
+        with self._lock:
+            shard = self._unverified.get(number)
+            if shard is None:  # another thread has done it
+                return
+            if _read_or_drop(shard.check, shard.file) is None:
+                for digest in shard.digests:
+                    if self._where.get(digest, (-1, 0))[0] == number:  # an older shard may hold it as well
+                        del self._where[digest]
+            del self._unverified[number]  # last: until now, others wait
 
     def _keep(self, shard: np.ndarray) -> None:
         self._shards.append(shard)
         if len(self._shards) == _FEW_SHARDS:
             _allow_more_files()
+
+
+@dataclass(frozen=True)
+class _Unverified:
+    """A shard whose vectors were not compared with their checksum yet.
+
+    Parameters
+    ----------
+    file : Path
+        Of the vectors.
+    digests : list of bytes
+    expected : bytes
+        Checksum of the file.
+    """
+
+    file: Path
+    digests: list[bytes]
+    expected: bytes
+
+    def check(self, file: Path) -> bool:
+        """True; ``ValueError`` for a damaged file."""
+        if checksum(file.read_bytes()) != self.expected:
+            raise ValueError("the checksum does not fit the content")
+        return True
+
+
+def _vectors_of(file: Path) -> Path:
+    """The vectors that belong to a file of digests."""
+    return file.with_name(file.name.removesuffix(_DIGESTS) + _VECTORS)
+
+
+def _drop(file: Path) -> None:
+    """Remove the shard of which this file is damaged."""
+    digests = file.with_name(file.name.removesuffix(_VECTORS).removesuffix(_DIGESTS) + _DIGESTS)
+    drop_damaged(file, [digests, _vectors_of(digests)], "what it held is computed again")
+
+
+def _read_or_drop(read: Callable[[Path], Content], file: Path) -> Content | None:
+    """The content of one file of a shard; None where it is damaged, or cannot be read."""
+    try:
+        return read(file)
+    except (FeatdiffError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno not in _DAMAGED:  # another run has just removed it, or it may not be read
+            return None
+    except Exception:  # NumPy raises nearly anything on a damaged file
+        pass
+    _drop(file)
+    return None
 
 
 def _read(file: Path) -> np.ndarray:
@@ -125,9 +219,10 @@ def _read(file: Path) -> np.ndarray:
     FeatdiffError
         More files than the system lets a process open.
     """
-    mode: Any = "r" if file.stat().st_size >= _MAPPED_BYTES else None
     try:
-        array: np.ndarray = np.load(file, mmap_mode=mode, allow_pickle=False)
+        if file.stat().st_size >= _MAPPED_BYTES:
+            return np.lib.format.open_memmap(file, mode="r")
+        array: np.ndarray = np.lib.format.read_array(io.BytesIO(file.read_bytes()), allow_pickle=False)
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise

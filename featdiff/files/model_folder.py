@@ -1,4 +1,9 @@
-"""A fitted detector <-> a folder of ``config.json`` and ``model.safetensors``. No pickle; strict; atomic."""
+"""A fitted detector <-> a folder of ``config.json`` and ``model.safetensors``. No pickle; strict; atomic.
+
+``config.json`` holds the size and SHA-256 of ``model.safetensors``, and a digest: the SHA-256 of all that it says
+itself, that SHA-256 included. So one digest stands for the whole model, and both files are checked against it when they
+are read.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ModelError, UsageError
+from ..exceptions import ModelError, UsageError, first_line
 from .atomic import write_together
 from .hub import find_folder, is_repository
+from .strict_json import parse_json
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
+#: Key of ``config.json`` for the digest of the whole model.
+DIGEST = "digest"
+# Key of ``config.json`` for the size and SHA-256 of the other file.
+_FILE = "tensors"
 
 
 # ---- writing ----
@@ -50,8 +60,8 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[s
 def write_pair(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write config and tensors, whatever is in the folder.
 
-    Both files are on disk in full before either takes its place, and both carry the same ``id``, so that
-    :func:`check_pair` refuses a pair of which a crash has replaced only one.
+    Both files are on disk in full before either takes its place. The config says what the other file must be, so that
+    :func:`read_verified` refuses a pair of which a crash has replaced only one.
 
     Parameters
     ----------
@@ -66,10 +76,13 @@ def write_pair(folder: str | os.PathLike[str], config: dict[str, Any], tensors: 
     from safetensors.torch import save as to_bytes
 
     target = Path(folder)
-    plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    identity = hashlib.sha256(json.dumps(config).encode() + to_bytes(plain)).hexdigest()[:16]
-    text = json.dumps({**config, "id": identity}, indent=2) + "\n"
-    data = to_bytes(plain, metadata={"id": identity})
+    data = to_bytes({name: value.cpu().contiguous() for name, value in tensors.items()})
+    signed = config | {_FILE: facts_of(data)}
+    signed[DIGEST] = digest_of(signed)
+    try:
+        text = json.dumps(signed, indent=2, allow_nan=False) + "\n"
+    except ValueError:  # it could not be loaded
+        raise ModelError(f"the model cannot be written to {target}: a loss or setting is NaN or infinite") from None
 
     existed = target.exists()
     try:
@@ -81,6 +94,17 @@ def write_pair(folder: str | os.PathLike[str], config: dict[str, Any], tensors: 
                 target.rmdir()
     except OSError as error:
         raise ModelError(f"the model could not be written to {target}: {error.strerror or error}") from None
+
+
+def facts_of(data: bytes) -> dict[str, Any]:
+    """What the config says of the file of tensors: its size and SHA-256."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def digest_of(config: dict[str, Any]) -> str:
+    """SHA-256 of all that a config says, but the digest itself; spaces and line breaks in the file do not count."""
+    rest = {name: value for name, value in config.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_target(
@@ -116,14 +140,14 @@ def check_target(
 def is_model(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder holds a saved detector (many other tools call their files the same)."""
     try:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((Path(folder) / CONFIG).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("format") == "featdiff"
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read config and tensors, and check that they are whole.
+    """Read config and tensors, and check that both are what was saved.
 
     Parameters
     ----------
@@ -137,44 +161,24 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     Raises
     ------
     ModelError
-        No model there, a damaged file, a newer format, or NaN in a tensor.
+        No model there, a file that was damaged or changed after it was saved, another format, or NaN in a tensor.
     """
-    from safetensors import SafetensorError, safe_open
-
     folder = Path(folder)
-    config = load_config(folder)
-    try:
-        with safe_open(folder / TENSORS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ModelError(f"the model at {folder} is damaged: {error}") from None
-    except OSError as error:
-        raise ModelError(f"the model at {folder} cannot be read: {error.strerror}") from None
-
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ModelError(f"the model at {folder} is damaged: tensor {name} holds NaN or infinite values")
-    check_pair(folder, config)
+    config = _load_config(folder)
+    tensors = _tensors_of(read_verified(folder, config), folder)
     return config, tensors
 
 
-def load_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the config alone.
-
-    Raises
-    ------
-    ModelError
-        No model there, a damaged config, or a format that this featdiff does not read.
-    """
-    folder = Path(folder)
+def _load_config(folder: Path) -> dict[str, Any]:
+    """The config, in a format that this featdiff reads; not verified yet (``ModelError``)."""
     if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         problem = f"it has no {CONFIG} and {TENSORS}" if folder.exists() else "no such folder"
         raise ModelError(f"no featdiff model at {folder}: {problem}. Train one first: featdiff train IMAGES")
 
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_bytes())
     except ValueError as error:
-        raise ModelError(f"the model at {folder} is damaged: {error}") from None
+        raise ModelError(f"the model at {folder} is damaged: {CONFIG}: {error}") from None
     except OSError as error:
         raise ModelError(f"the model at {folder} cannot be read: {error.strerror}") from None
 
@@ -182,6 +186,67 @@ def load_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ModelError(f"{folder / CONFIG} was not written by featdiff")
     _check_version(config.get("format_version"), folder)
     return config
+
+
+def read_verified(folder: str | os.PathLike[str], config: dict[str, Any], what: str = "model") -> bytes:
+    """Check a config against its digest, and the file of tensors against the config.
+
+    Parameters
+    ----------
+    folder : str or Path
+    config : dict
+        As :func:`write_pair` wrote it there.
+    what : str, default "model"
+        What lies in the folder, for the message.
+
+    Returns
+    -------
+    bytes
+        The file of tensors. Use these: the file might have changed by the next time it is read.
+
+    Raises
+    ------
+    ModelError
+        One of the files was damaged or changed after it was saved, or they were not saved together.
+    """
+    expected = config.get(_FILE)
+    if config.get(DIGEST) != digest_of(config) or not isinstance(expected, dict):
+        raise _changed(what, folder, CONFIG)
+
+    file = Path(folder) / TENSORS
+    try:
+        # the size is compared first: a huge file in its place is not read at all
+        data = file.read_bytes() if file.stat().st_size == expected.get("bytes") else b""
+    except OSError as error:
+        raise ModelError(f"the {what} at {folder} cannot be read: {TENSORS}: {error.strerror}") from None
+    except MemoryError:
+        raise ModelError(f"the {what} at {folder} does not fit into memory") from None
+
+    if facts_of(data) != expected:
+        raise _changed(what, folder, TENSORS)
+    return data
+
+
+def _changed(what: str, folder: str | os.PathLike[str], name: str) -> ModelError:
+    return ModelError(
+        f"the {what} at {folder} is damaged or was changed: {name} is not what was saved there. Copy both files again "
+        "from where they came from"
+    )
+
+
+def _tensors_of(data: bytes, folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        tensors = from_bytes(data)
+        infinite = [n for n, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # types that PyTorch does not know
+        raise ModelError(f"the model at {folder} is damaged: {TENSORS}: {first_line(error)}") from None
+
+    if infinite:
+        raise ModelError(f"the model at {folder} is damaged: tensor {infinite[0]} holds NaN or infinite values")
+    return tensors
 
 
 def _check_version(version: object, folder: Path) -> None:
@@ -195,16 +260,6 @@ def _check_version(version: object, folder: Path) -> None:
             f"the model at {folder} has format {version}, this featdiff reads up to {FORMAT_VERSION}: "
             "pip install -U featdiff"
         )
-
-
-def check_pair(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
-    """Refuse a config and tensors of different models (``ModelError``; tensors without an ``id`` pass)."""
-    from safetensors import safe_open
-
-    with safe_open(Path(folder) / TENSORS, framework="pt") as file:
-        identity = (file.metadata() or {}).get("id")
-    if identity not in (None, config.get("id")):
-        raise ModelError(f"the model at {folder} is damaged: {CONFIG} and {TENSORS} were not written together")
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:

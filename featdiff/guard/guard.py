@@ -18,6 +18,7 @@ from ..data.batches import is_batch
 from ..data.groups import Groups
 from ..data.splits import Split
 from ..detectors import Detector
+from ..detectors.saved import check_config
 from ..exceptions import NotFittedError, UsageError
 from ..features.layers import Layers, is_auto, resolve_layers, stage_names
 from ..features.layout import Key
@@ -440,7 +441,8 @@ class Guard(nn.Module):
 
         folder = locate(name, local_files_only)
         config, tensors = load(folder)
-        if config.get("backbone", {}).get("source") == "module":
+        check_config(config, folder, Detector.mode)
+        if config["backbone"]["source"] == "module":
             options["backbone"] = network  # a backbone with a name is compared by Detector.on
         detector = Detector.from_loaded(folder, config, tensors, **options)
         return cls(classifier, detector, fpr=fpr, abstain=abstain)

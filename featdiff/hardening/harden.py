@@ -44,7 +44,7 @@ from .teachers import Teacher
 #: The file that lists images that were left out.
 LEFT_OUT = "left_out.csv"
 # Raised when the same settings give another student, so that trained students in the cache are not used.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass

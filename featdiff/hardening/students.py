@@ -21,7 +21,8 @@ from ..data.decoding import Transform
 from ..exceptions import ModelError, UsageError, first_line, some_of
 from ..features.backbones import Backbone, load_backbone
 from ..features.networks import evaluating
-from ..files.model_folder import CONFIG, TENSORS, check_pair, check_target, write_pair
+from ..files.model_folder import CONFIG, check_target, read_verified, write_pair
+from ..files.strict_json import parse_json
 from .layout import STUDENT, is_hardened
 
 #: Key of ``config.json`` for the facts about the training.
@@ -139,13 +140,13 @@ def load_classifier(folder: str | os.PathLike[str]) -> Classifier:
     folder = Path(folder)
     config = _read_config(folder)
     classes = _class_names(config, folder)
+    if FACTS in config:  # featdiff saved it; others' classifiers have no digest
+        read_verified(folder, config, "classifier")
 
     try:
         backbone = load_backbone(f"local-dir:{folder}", model_args={"num_classes": len(classes)}, view="crop")
     except UsageError as error:  # the folder is wrong, not the request
         raise ModelError(f"the classifier at {folder} is damaged: {error}") from None
-    if (folder / TENSORS).is_file():
-        check_pair(folder, config)
     return _classifier(backbone, classes, _build_args(config))
 
 
@@ -359,7 +360,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         reason = f"it has no {CONFIG}" if folder.is_dir() else "no such folder"
         raise ModelError(f"no timm classifier at {folder}: {reason}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"the classifier at {folder} is damaged: {CONFIG}: {first_line(error)}") from None
     if not isinstance(config, dict) or not timm.is_model(str(config.get("architecture"))):
@@ -393,7 +394,7 @@ def _without_classes(model_args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and FACTS in config and "architecture" in config

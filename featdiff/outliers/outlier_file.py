@@ -1,12 +1,15 @@
 """Outliers, and the file they are saved in.
 
-One safetensors file, whose metadata describe the outliers. No pickle; read strictly; written atomically.
+One safetensors file, whose metadata describe the outliers and hold a SHA-256 of all else in the file. No pickle; read
+strictly; written atomically.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exceptions import ModelError, UsageError
+from ..exceptions import ModelError, UsageError, first_line
 from ..features.layout import FeatureLayout
 from ..files.atomic import write_atomically
+from ..files.strict_json import parse_json
 
-#: Raised when the format of the file changes; a newer one is refused.
-FORMAT_VERSION = 1
+#: Raised when the format of the file changes; others are refused.
+FORMAT_VERSION = 2
+#: Key of the metadata for the SHA-256 of all else in the file.
+DIGEST = "sha256"
 _FORMAT = "featdiff outliers"
 # Metadata besides the format, and their types.
 _KINDS: dict[str, type] = {"method": str, "fingerprint": str, "classes": list, "layers": list, "columns": dict}
@@ -98,9 +104,10 @@ class Outliers:
         if self.latents is not None:
             tensors["latents"] = self.latents
 
-        data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
+        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        metadata[DIGEST] = digest_of(save(plain, metadata))
         try:
-            write_atomically(Path(file), data)
+            write_atomically(Path(file), save(plain, metadata))
         except OSError as error:
             raise ModelError(f"the outliers could not be written to {file}: {error.strerror or error}") from None
 
@@ -121,23 +128,58 @@ def load_outliers(file: str | os.PathLike[str]) -> Outliers:
     ModelError
         No such file, no outliers of featdiff, a newer format, a damaged file, or NaN in it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ModelError(f"{file} is no file of outliers, or a damaged one: {error}") from None
+        content = Path(file).read_bytes()
+        metadata = _split(content)[0].get("__metadata__", {})
+        tensors: dict[str, Any] = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelError(f"{file} is no file of outliers, or a damaged one: {first_line(error)}") from None
     except OSError as error:
-        reason = error.strerror or f"no such file; make one with: featdiff outliers IMAGES -o {file}"
+        reason = f"no such file; make one with: featdiff outliers IMAGES -o {file}"
+        if not isinstance(error, FileNotFoundError):
+            reason = str(error.strerror)
         raise ModelError(f"the outliers {file} cannot be read: {reason}") from None
 
     _check_format(metadata, Path(file))
+    if metadata.get(DIGEST) != digest_of(content):
+        raise _damaged(Path(file), "they are not what was saved there")
     description = _description(metadata, Path(file))
     layout = _layout(description.pop("columns"), Path(file))
     _check_tensors(tensors, layout.width, len(description["classes"]), Path(file))
     return Outliers(layout=layout, **tensors, **description)
+
+
+def digest_of(content: bytes) -> str:
+    """SHA-256 of all that a file holds, but this digest itself.
+
+    Parameters
+    ----------
+    content : bytes
+        Of a safetensors file, with or without a digest among its metadata.
+
+    Raises
+    ------
+    ValueError
+        It is none.
+    """
+    header, data = _split(content)
+    metadata = header.get("__metadata__", {})
+    header["__metadata__"] = {name: text for name, text in metadata.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + data).hexdigest()
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and what follows it."""
+    if len(content) < 8:
+        raise ValueError("it has no header")
+    (length,) = struct.unpack("<Q", content[:8])
+    header = parse_json(content[8 : 8 + length])
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError("its header is no table")
+    return header, content[8 + length :]
 
 
 def _check_format(metadata: dict[str, str], file: Path) -> None:
@@ -145,14 +187,15 @@ def _check_format(metadata: dict[str, str], file: Path) -> None:
         raise ModelError(f"{file} holds no outliers of featdiff: make some with featdiff outliers")
     if (version := metadata.get("format_version")) != str(FORMAT_VERSION):
         raise ModelError(
-            f"the outliers {file} have format {version}, this featdiff reads {FORMAT_VERSION}: pip install -U featdiff"
+            f"the outliers {file} have format {version}, this featdiff reads {FORMAT_VERSION}: make them again, or "
+            "pip install -U featdiff"
         )
 
 
 def _description(metadata: dict[str, str], file: Path) -> dict[str, Any]:
     """The metadata of this format, by the names in ``_KINDS``."""
     try:
-        description = json.loads(metadata.get("outliers", ""))
+        description = parse_json(metadata.get("outliers", ""))
     except ValueError:
         description = None
     if not isinstance(description, dict) or set(description) != set(_KINDS):

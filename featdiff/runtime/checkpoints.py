@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..files.atomic import write_atomically
 from ..files.cache import cache_errors
+from ..files.sealed import drop_damaged, read_sealed, write_sealed
 
 #: A stopped run loses at most this much training, or one epoch, or 20 times what writing takes, if that is longer.
 CHECKPOINT_SECONDS = 10
@@ -107,11 +107,12 @@ class Checkpointer:
 
 
 def resume(state: Resumable, file: Path) -> None:
-    """Continue from ``file`` if it is there and whole; a damaged file is deleted and ignored."""
+    """Continue from ``file`` if it is there and whole; a damaged file is removed, with a warning."""
     if not file.exists():
         return
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        content = io.BytesIO(read_sealed(file))
+        saved = torch.load(content, map_location="cpu", weights_only=True)
         _check_fits(saved["best"], state.network)
 
         fresh = copy.deepcopy(state.state_dict())
@@ -120,8 +121,8 @@ def resume(state: Resumable, file: Path) -> None:
         except Exception:
             state.load_state_dict(fresh)
             raise
-    except Exception:  # torch raises nearly anything on a damaged file, or on one of another version
-        file.unlink(missing_ok=True)
+    except Exception:  # torch raises nearly anything on a file of another version
+        drop_damaged(file, [file], "this training starts anew")
 
 
 def _check_fits(weights: dict[str, Tensor], network: nn.Module) -> None:
@@ -143,4 +144,4 @@ def write_checkpoint(state: Resumable, file: Path) -> None:
     torch.save(state.state_dict(), stream)
 
     with cache_errors(file.parent):
-        write_atomically(file, stream.getvalue())
+        write_sealed(file, stream.getvalue())

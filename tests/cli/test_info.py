@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from helpers import fails
+from model_mutations import reseal
 
-from featdiff.files.model_folder import FORMAT_VERSION
+from featdiff.files.model_folder import FORMAT_VERSION, digest_of
 
 Cli = Callable[..., Result]
 
@@ -28,6 +29,8 @@ def test_facts(featdiff_cli: Cli, tiny_model: Path) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert str(tiny_model) in lines["model"] and f"format {FORMAT_VERSION}" in lines["model"]
+    assert lines["digest"].split() == ["digest", "SHA-256", config["digest"]]
+    assert config["digest"] == digest_of(config) and len(config["digest"]) == 64
     assert (
         f"test_resnet.r160_in1k (file test_resnet.safetensors), SHA-256 {config['backbone']['fingerprint'][:16]}"
         in (lines["backbone"])
@@ -65,6 +68,7 @@ def test_backbone_is_not_needed(featdiff_cli: Cli, model: Path) -> None:
     config["settings"]["weights"] = "/gone/weights.safetensors"
     config["backbone"]["tag"] = "no_such_network"
     (model / "config.json").write_text(json.dumps(config))
+    reseal(model)
     result = featdiff_cli("info", model)
     assert result.exit_code == 0, result.output
     assert "no_such_network" in result.stdout
@@ -84,12 +88,20 @@ def test_damaged_files(featdiff_cli: Cli, model: Path) -> None:
     fails(featdiff_cli("info", model), 1, "damaged")
 
 
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["", "json"])
+def test_edited_setting_is_refused(featdiff_cli: Cli, model: Path, option: list[str]) -> None:
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace('"fpr": 0.05', '"fpr": 0.06'))
+    fails(featdiff_cli("info", model, *option), 1, str(model), "changed", "config.json")
+
+
 @pytest.mark.parametrize("key", ["backbone", "images", "settings", "layers", "featdiff_version"])
 @pytest.mark.parametrize("option", [[], ["--json"]], ids=["", "json"])
 def test_config_that_lacks_a_part(featdiff_cli: Cli, model: Path, key: str, option: list[str]) -> None:
     config = json.loads((model / "config.json").read_text())
     del config[key]
     (model / "config.json").write_text(json.dumps(config))
+    reseal(model)
     result = featdiff_cli("info", model, *option)
     if result.exit_code or not option:
         fails(result, 1, str(model), "damaged", key)

@@ -481,3 +481,50 @@ def test_wrong_views_and_sizes(featdiff_cli: Cli, photos: Path, tmp_path: Path, 
     assert result.exit_code == 2
     assert all(word in result.stderr for word in words)
     assert not (tmp_path / "model").exists()
+
+
+# ---- a damaged cache ----
+
+
+def flip_last_bit(folder: Path, pattern: str) -> Path:
+    (file,) = folder.rglob(pattern)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return file
+
+
+def test_damaged_cache_is_said_in_one_line_and_changes_nothing(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path
+) -> None:
+    cache = ("--cache", tmp_path / "cache")
+    train = ("train", photos, "--config", quick, *cache, "-o", tmp_path / "model", "--force")
+    assert featdiff_cli(*train).exit_code == 0
+    model = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    for pattern, then in (
+        ("*.vectors.npy", "what it held is computed again"),
+        ("*.digests", "what it held is computed again"),
+        ("training-*.pt", "this training starts anew"),
+    ):
+        file = flip_last_bit(tmp_path / "cache", pattern)
+        result = featdiff_cli(*train)
+        assert result.exit_code == 0, result.output
+        assert f"WARNING: {file} was damaged and is removed: {then}" in result.stderr.splitlines()
+        assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+        assert "WARNING" not in featdiff_cli(*train).stderr
+
+    evaluate = ("eval", "-m", tmp_path / "model", "--id", photos, "--ood", f"d={photos}", *cache)
+    expected = featdiff_cli(*evaluate, "--protocol", "as-published").stdout
+    file = flip_last_bit(tmp_path / "cache", "*.vectors.npy")
+    result = featdiff_cli(*evaluate, "--protocol", "as-published")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == expected
+    assert f"WARNING: {file} was damaged" in result.stderr
+
+
+def test_damaged_cache_and_quiet(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:
+    train = ("train", photos, "--config", quick, "--cache", tmp_path, "-o", tmp_path / "model", "--force", "--quiet")
+    assert featdiff_cli(*train).exit_code == 0
+    flip_last_bit(tmp_path, "*.vectors.npy")
+    assert featdiff_cli(*train).stderr == ""

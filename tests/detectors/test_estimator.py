@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_mutations import reseal
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -351,9 +352,20 @@ def test_damaged_models_are_refused(fitted: FeatureDiffusion, tmp_path: Path) ->
         {"settings": whole["settings"] | {"wings": 2}},
         {"settings": whole["settings"] | {"layers": {"low": [0, 8], "high": [8]}}},
         {"settings": whole["settings"] | {"hidden_max": 32}},
+        {"settings": whole["settings"] | {"layers": 7}},
+        {"settings": whole["settings"] | {"fpr": 1}},
         {"images": whole["images"] | {"calibration": 79}},
+        {"images": whole["images"] | {"calibration_groups": 0}},
+        {"images": whole["images"] | {"different": -1}},
+        {"images": whole["images"] | {"bank": -1}},
+        {"fpr": 0},
+        {"fpr": 1.0},
+        {"feature_names": ["one"]},
+        {"feature_names": [1] * whole["width"]},
+        {"training_seconds": -1},
     ):
         (tmp_path / "config.json").write_text(json.dumps(whole | change))
+        reseal(tmp_path)
         with pytest.raises(ModelError, match="damaged"):
             FeatureDiffusion.from_pretrained(tmp_path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from small_detectors import MODULE, loader, pictures, stack, tiny_net, to_tensor
 from torch import Tensor, nn
 
 from featdiff import Detector
-from featdiff.exceptions import FeatdiffError, NotFittedError, UsageError
+from featdiff.exceptions import DamagedCache, FeatdiffError, NotFittedError, UsageError
 from featdiff.features.store import FeatureStore
+from featdiff.files.sealed import read_sealed, write_sealed
 from featdiff.runtime import checkpoints
 
 # ---- what may be fitted on ----
@@ -327,8 +330,8 @@ def test_scoring_can_be_stopped_and_started_again(fitted: Detector, fresh: list[
 
 
 @pytest.mark.usefixtures("eager_checkpoints")
-@pytest.mark.parametrize("damage", ["cut", "text", "other-network", "other-content"])
-def test_damaged_checkpoint_is_as_good_as_none(
+@pytest.mark.parametrize("damage", ["cut", "text", "other-network", "other-content", "other-training"])
+def test_damaged_checkpoint_is_removed_and_training_starts_anew(
     fitted: Detector, small: dict[str, Any], files: list[str], tmp_path: Path, damage: str
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -336,14 +339,23 @@ def test_damaged_checkpoint_is_as_good_as_none(
     (checkpoint,) = tmp_path.rglob("training-*.pt")
     data = checkpoint.read_bytes()
     if damage == "other-network":
-        state = torch.load(checkpoint, weights_only=True)
-        state["denoiser"] = {"weight": torch.ones(3)}
-        torch.save(state, checkpoint)
+        state = torch.load(io.BytesIO(read_sealed(checkpoint)), weights_only=True)
+        stream = io.BytesIO()
+        torch.save(state | {"denoiser": {"weight": torch.ones(3)}}, stream)
+        write_sealed(checkpoint, stream.getvalue())
     elif damage == "other-content":
-        torch.save([1, 2, 3], checkpoint)
+        stream = io.BytesIO()
+        torch.save([1, 2, 3], stream)
+        write_sealed(checkpoint, stream.getvalue())
+    elif damage == "other-training":
+        Detector(**small, cache=tmp_path).fit(files[:-1])
+        (other,) = {*tmp_path.rglob("training-*.pt")} - {checkpoint}
+        shutil.copy(other, checkpoint)
     else:
         checkpoint.write_bytes({"cut": data[: len(data) // 2], "text": b"hello"}[damage])
-    detector = Detector(**small, cache=tmp_path).fit(files)
+
+    with pytest.warns(DamagedCache, match=f"{checkpoint.name} was damaged .* training starts anew"):
+        detector = Detector(**small, cache=tmp_path).fit(files)
     np.testing.assert_array_equal(detector.calibration_.scores, fitted.calibration_.scores)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_mutations import reseal
 from PIL import Image
 from small_pixels import PIXEL, RECIPE
 
@@ -19,7 +20,7 @@ from featdiff import Detector, PixelDetector, load_detector
 from featdiff.detectors.pixel import flip_half, least_and_most
 from featdiff.diffusion.masks import make_masks
 from featdiff.evaluation.protocols import evaluate_detector
-from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
+from featdiff.exceptions import DamagedCache, FeatdiffError, ModelError, NotFittedError, UsageError
 from featdiff.report.figures import save_inpaintings
 
 
@@ -218,12 +219,13 @@ def test_a_killed_training_goes_on_to_the_same_loss_curve(
 def test_a_checkpoint_of_another_config_is_not_used(
     folders: dict[str, Path], fitted: PixelDetector, tmp_path: Path
 ) -> None:
-    """Another network has a file of its own; the file of another network in its place is ignored."""
+    """Another network has a file of its own; the file of another network in its place is removed."""
     wider = PixelDetector(**PIXEL | {"width": 16}, cache=tmp_path).fit(folders["train"])
     assert wider.training_log_.name != fitted.training_log_.name
     taken = wider.training_log_.with_name(fitted.training_log_.name).with_suffix(".pt")
     shutil.copy(wider.training_log_.with_suffix(".pt"), taken)
-    again = PixelDetector(**PIXEL, cache=tmp_path).fit(folders["train"])
+    with pytest.warns(DamagedCache, match=taken.name):
+        again = PixelDetector(**PIXEL, cache=tmp_path).fit(folders["train"])
     assert np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
     assert wider.training_log_.with_suffix(".pt").exists()
 
@@ -276,12 +278,18 @@ def copied(model: Path, tmp_path: Path) -> Path:
         (lambda c: c.pop("unet"), "config.json lacks unet"),
         (lambda c: c.update(mode="sound"), "unknown mode 'sound'"),
         (lambda c: c["images"].update(calibration=7), "calibration"),
+        (lambda c: c["unet"].update(mid_block_scale_factor="leading"), "mid_block_scale_factor"),
+        (lambda c: c["unet"].update(block_out_channels=7), "block_out_channels"),
+        (lambda c: c["scheduler"].update(clip_sample_range="wide"), "clip_sample_range"),
+        (lambda c: c["scheduler"].update(clip_sample=1), "clip_sample"),
+        (lambda c: c["scheduler"].update(prediction_type="weather"), "prediction_type"),
     ],
 )
 def test_a_config_that_does_not_fit_its_tensors_is_refused(copied: Path, change: Any, words: str) -> None:
     config = json.loads((copied / "config.json").read_text())
     change(config)
     (copied / "config.json").write_text(json.dumps(config))
+    reseal(copied)
     with pytest.raises(ModelError) as error:
         load_detector(copied)
     assert words in str(error.value)
@@ -306,6 +314,7 @@ def test_the_distance_of_features_needs_its_backbone(
     assert len(config["features"]) == 64
     config["features"] = "0" * 64
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    reseal(tmp_path / "model")
     with pytest.raises(ModelError, match="other weights"):
         load_detector(tmp_path / "model")
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from small_stores import VECTORS, WIDTH, digest, digests, everything, fill, one_line, remount
 from torch import Tensor
 
-from featdiff.exceptions import FeatdiffError
+from featdiff.exceptions import DamagedCache, FeatdiffError
+from featdiff.features import store as store_module
 from featdiff.features.store import FeatureStore
 from featdiff.files.cache import default_cache
 
@@ -47,7 +49,7 @@ def test_table_writes_what_is_pending(tmp_path: Path) -> None:
 def test_flush_of_nothing_writes_nothing(tmp_path: Path) -> None:
     FeatureStore(tmp_path, WIDTH).flush()
     fill(tmp_path, range(3)).flush()
-    assert len(list(tmp_path.glob("*.digests.npy"))) == 1
+    assert len(list(tmp_path.glob("*.digests"))) == 1
 
 
 def test_table_random_access(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_shards_are_cut_by_size_and_memory_mapped(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, width)
     for number in range(19):
         store.add(digest(number), np.full(width, number, dtype=np.float32))
-    assert len(list(tmp_path.glob("*.digests.npy"))) == 2
+    assert len(list(tmp_path.glob("*.digests"))) == 2
     assert len(FeatureStore(tmp_path, width)) == 16
     for table in (store.table(digests(range(19))), FeatureStore(tmp_path, width).table(digests(range(19)))):
         assert len(table.shards) == 3
@@ -109,7 +111,7 @@ def test_one_content_is_kept_once(tmp_path: Path) -> None:
     again.add(digest(1), VECTORS[4])
     assert len(store) == len(again) == 1
     np.testing.assert_array_equal(everything(again.table(digests([1, 1]))), VECTORS[[1, 1]])
-    assert len(list(tmp_path.glob("*.digests.npy"))) == 1
+    assert len(list(tmp_path.glob("*.digests"))) == 1
 
 
 def test_vectors_of_other_float_types_are_kept_as_float32(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "half a header": lambda content: content[:50],
     "one byte short": lambda content: content[:-1],
     "text": lambda content: b"not an array\n" * 9,
-    "magic changed": lambda content: b"\0" + content[1:],
+    "magic changed": lambda content: b"\xff" + content[1:],
     "open header": open_header,
     "shape changed": lambda content: content.replace(b"(5, ", b"(6, "),
     "type changed": lambda content: content.replace(b"<f4", b"<i4").replace(b"|u1", b"<u2"),
@@ -197,14 +199,24 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("part", ["vectors", "digests"])
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_shard_is_ignored_and_computed_again(kind: str, part: str, tmp_path: Path) -> None:
+#: What leaves a file of digests as it is.
+OF_ARRAYS = ("open header", "shape changed", "type changed")
+DAMAGED = [("vectors", kind) for kind in DAMAGE] + [("digests", kind) for kind in DAMAGE if kind not in OF_ARRAYS]
+
+
+@pytest.mark.parametrize(("part", "kind"), DAMAGED)
+def test_damaged_shard_is_removed_and_computed_again(kind: str, part: str, tmp_path: Path) -> None:
     fill(tmp_path, range(5))
-    (file,) = tmp_path.glob(f"*.{part}.npy")
+    (file,) = tmp_path.glob(f"*.{part}*")
     file.write_bytes(DAMAGE[kind](file.read_bytes()))
-    fill(tmp_path, range(5, 8))
-    store = FeatureStore(tmp_path, WIDTH)
+    fill(tmp_path / "other", range(5, 8))
+    for whole in (tmp_path / "other").iterdir():
+        shutil.move(whole, tmp_path)
+
+    with pytest.warns(DamagedCache, match=f"{file.name} was damaged .* computed again") as caught:
+        store = FeatureStore(tmp_path, WIDTH)
+    assert len(caught) == 1
+    assert len(list(tmp_path.glob("*.vectors.npy"))) == len(list(tmp_path.glob("*.digests"))) == 1
     assert len(store) == 3
     for number in range(8):
         assert (digest(number) in store) == (number >= 5)
@@ -214,28 +226,117 @@ def test_damaged_shard_is_ignored_and_computed_again(kind: str, part: str, tmp_p
 
 
 @pytest.mark.parametrize("part", ["vectors", "digests"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_flipped_bit_in_any_region_is_found(
+    part: str, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the header, the numbers, the digests or the checksums; of small shards, which are read, and of mapped ones."""
+    monkeypatch.setattr(store_module, "_MAPPED_BYTES", 0 if mapped else 1 << 30)
+    numbers = range(5)
+    for place in range(0, 288 if part == "vectors" else 144, 7):
+        fill(tmp_path, numbers)
+        (file,) = tmp_path.glob(f"*.{part}*")
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1 << place % 8
+        file.write_bytes(data)
+
+        with pytest.warns(DamagedCache, match=file.name):
+            store = FeatureStore(tmp_path, WIDTH)
+            assert not any(digest(number) in store for number in numbers)
+        assert list(tmp_path.iterdir()) == []  # said once
+        for number in numbers:
+            store.add(digest(number), VECTORS[number])
+        np.testing.assert_array_equal(everything(store.table(digests(numbers))), VECTORS[:5])
+        shutil.rmtree(tmp_path)
+
+
+def test_vectors_of_two_shards_that_were_exchanged_are_found(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    fill(tmp_path, range(5, 10))
+    one, two = tmp_path.glob("*.vectors.npy")
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    store = FeatureStore(tmp_path, WIDTH)
+    with pytest.warns(DamagedCache) as caught:
+        assert not any(digest(number) in store for number in range(10))
+    assert len(caught) == 2
+
+
+def damaged(tmp_path: Path) -> FeatureStore:
+    """A store of two shards: numbers 0 .. 4 are whole, and a bit of the numbers 5 .. 9 is another."""
+    fill(tmp_path, range(5))
+    whole = {*tmp_path.iterdir()}
+    fill(tmp_path, range(5, 10))
+    (file,) = (file for file in {*tmp_path.iterdir()} - whole if file.suffix == ".npy")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return FeatureStore(tmp_path, WIDTH)
+
+
+@pytest.mark.filterwarnings("error")
+def test_only_shards_that_are_used_are_read(tmp_path: Path) -> None:
+    store = damaged(tmp_path)
+    assert digest(3) in store and len(store) == 10
+    np.testing.assert_array_equal(everything(store.table(digests(range(5)))), VECTORS[:5])
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.warns(DamagedCache):
+        assert digest(7) not in store
+    assert len(store) == 5 and len(list(tmp_path.iterdir())) == 2
+    assert len(FeatureStore(tmp_path, WIDTH)) == 5
+
+
+def test_table_says_that_features_are_gone(tmp_path: Path) -> None:
+    store = damaged(tmp_path)
+    with pytest.warns(DamagedCache), pytest.raises(FeatdiffError, match="features of 5 of 10 images") as error:
+        store.table(digests(range(10)))
+    assert str(tmp_path) in one_line(error)
+
+
+def test_many_threads_find_the_same_damage_once(tmp_path: Path) -> None:
+    store = damaged(tmp_path)
+    asked = [number % 10 for number in range(200)]
+    with pytest.warns(DamagedCache) as caught, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: digest(number) in store, asked))
+    assert found == [number < 5 for number in asked]
+    assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_shard_that_another_run_has_removed_is_not_called_damaged(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    store = FeatureStore(tmp_path, WIDTH)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert digest(1) not in store and len(store) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", ["vectors", "digests"])
 def test_shard_with_one_file_gone_is_ignored(part: str, tmp_path: Path) -> None:
     fill(tmp_path, range(5))
-    for file in tmp_path.glob(f"*.{part}.npy"):
+    for file in tmp_path.glob(f"*.{part}*"):
         file.unlink()
     assert len(FeatureStore(tmp_path, WIDTH)) == 0
 
 
+@pytest.mark.filterwarnings("error")
 def test_foreign_things_in_the_folder_are_ignored(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "folder.digests.npy").mkdir()
-    (tmp_path / "link.digests.npy").symlink_to("nowhere")
+    (tmp_path / "notes.digests").write_text("mine")
+    (tmp_path / f"{'0' * 32}.digests").mkdir()
+    (tmp_path / f"{'1' * 32}.digests").symlink_to("nowhere")
     (tmp_path / ".0123.tmp").write_bytes(b"half written")
-    np.save(tmp_path / "alone.digests.npy", np.zeros((3, 16), dtype=np.uint8))
-    np.save(tmp_path / "pickle.digests.npy", np.array([{}], dtype=object))
-    np.save(tmp_path / "pickle.vectors.npy", np.zeros((1, WIDTH), dtype=np.float32))
+    np.save(tmp_path / f"{'2' * 32}.digests.npy", np.zeros((3, 16), dtype=np.uint8))  # an older version's
     store = FeatureStore(tmp_path, WIDTH)
     assert len(store) == 5
     np.testing.assert_array_equal(everything(store.table(digests(range(5)))), VECTORS[:5])
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "notes.digests").read_text() == "mine"
 
 
+@pytest.mark.filterwarnings("error")
 def test_shards_of_another_width_are_ignored(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     assert len(FeatureStore(tmp_path, WIDTH + 1)) == 0
@@ -259,7 +360,7 @@ def test_full_disk_keeps_earlier_shards(small_disk: Path) -> None:
             store.flush()
         text = one_line(error)
         assert str(folder) in text and "No space left" in text and "another cache" in text
-    assert sorted(file.suffix for file in folder.iterdir()) == [".npy", ".npy"]  # no remains
+    assert sorted(file.suffix for file in folder.iterdir()) == [".digests", ".npy"]  # no remains
     again = FeatureStore(folder, width)
     assert len(again) == 20
     assert again.table(digests([19, 0]))[np.array([0, 1])][:, ::500].tolist() == [[19.0] * 3, [0.0] * 3]

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from model_mutations import reseal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -502,6 +503,7 @@ def test_a_student_in_a_folder_keeps_the_order_of_its_classes(classes: Path, sav
     (folder / "config.json").write_text(json.dumps(config | {"label_names": ["flower", "china"]}))
     tensors = load_file(folder / "model.safetensors")
     save_file({n: v.flip(0) if n.startswith("fc.") else v for n, v in tensors.items()}, folder / "model.safetensors")
+    reseal(folder)
     recipe = HardenRecipe(epochs=1, batch_size=32, learning_rate=1e-6)
     found, usual = (harden(classes, str(one), str(saved), recipe=recipe, **GUARD) for one in (folder, saved))
     assert found.classifier.classes == ("flower", "china")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from model_mutations import reseal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,12 +58,14 @@ def saved(tmp_path: Path) -> Path:
 def change_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    reseal(folder)
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+    reseal(folder)
 
 
 # ---------------------------------------- a new classifier
@@ -198,12 +202,45 @@ def test_class_names_may_be_given_by_number(saved: Path) -> None:
         ({"num_classes": "three"}, "says three classes"),
         ({"label_names": ["a", "b"]}, "has 3 classes and other label_names"),
         ({"model_args": {"no_such": 1}}, "cannot be built"),
-        ({"id": "0123456789abcdef"}, "were not written together"),
     ],
 )
 def test_damaged_or_foreign_config_is_refused(saved: Path, changes: dict[str, Any], words: str) -> None:
     change_config(saved, **changes)
     with pytest.raises(ModelError, match=words) as error:
+        load_classifier(saved)
+    assert str(saved) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def other_weights(folder: Path) -> None:
+    save_classifier(tiny(), folder.with_name("other"), {"epochs": 3})
+    change_tensors(folder.with_name("other"), lambda tensors: tensors["fc.bias"].add_(1))
+    shutil.copy(folder.with_name("other") / "model.safetensors", folder)
+
+
+def pickled_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "config": lambda folder: replace_text(folder, '"epochs": 3', '"epochs": 4'),
+    "no digest": lambda folder: replace_text(folder, '"digest"', '"id"'),
+    "weights": other_weights,
+    "pickle": pickled_weights,
+}
+
+
+def replace_text(folder: Path, old: str, new: str) -> None:
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_classifier_that_changed_after_it_was_saved_is_refused(kind: str, saved: Path) -> None:
+    CHANGES[kind](saved)
+    with pytest.raises(ModelError, match="damaged or was changed|cannot be read: model.safetensors") as error:
         load_classifier(saved)
     assert str(saved) in str(error.value)
     assert "\n" not in str(error.value)
@@ -229,7 +266,7 @@ def test_missing_parts_are_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         load_classifier(tmp_path / "nowhere")
     (saved / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"no model.safetensors or pytorch_model.bin"):
+    with pytest.raises(ModelError, match=r"cannot be read: model.safetensors: No such file"):
         load_classifier(saved)
     (saved / "config.json").write_text("{")
     with pytest.raises(ModelError, match="damaged: config.json"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from featdiff import Detector, FeatureDiffusion, PixelDetector
@@ -28,7 +29,7 @@ from featdiff.outliers.boundary import (
     leave_one_out_distances,
 )
 from featdiff.outliers.denoised import DenoisedDirections
-from featdiff.outliers.outlier_file import Outliers, load_outliers
+from featdiff.outliers.outlier_file import DIGEST, Outliers, digest_of, load_outliers
 from featdiff.outliers.space import Space
 from featdiff.outliers.synthesis import Synthesis, self_check, synthesise
 from featdiff.verdicts.calibration import Calibration
@@ -469,10 +470,11 @@ def small(**changes: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     known = {"method": "boundary", "fingerprint": "ab", "classes": ["x", "y"], "layers": ["a"]}
     known |= {"columns": {"a": [0, 3], "a:std": [3, 5]}}
     tensors |= {name: value for name, value in changes.items() if isinstance(value, Tensor)}
-    header = {"format": "featdiff outliers", "format_version": "1"}
+    header = {"format": "featdiff outliers", "format_version": "2"}
     header |= {name: value for name, value in changes.items() if name in header}
     known |= {name: value for name, value in changes.items() if name not in tensors and name not in header}
-    return tensors, header | {"outliers": json.dumps(known)}
+    metadata = header | {"outliers": json.dumps(known)}
+    return tensors, metadata | {DIGEST: digest_of(to_bytes(tensors, metadata))}
 
 
 def test_the_small_file_is_good(tmp_path: Path) -> None:
@@ -485,7 +487,8 @@ def test_the_small_file_is_good(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"format": "pt"}, "holds no outliers of featdiff"),
-        ({"format_version": "2"}, "have format 2, this featdiff reads 1: pip install -U featdiff"),
+        ({"format_version": "1"}, "have format 1, this featdiff reads 2: make them again"),
+        ({"format_version": "3"}, "have format 3, this featdiff reads 2: .*pip install -U featdiff"),
         ({"method": 3}, "method is not what it should be"),
         ({"classes": [1, 2]}, "classes is not what it should be"),
         ({"more": 1}, "its metadata are not those"),
@@ -508,6 +511,29 @@ def test_damaged_files_are_refused(tmp_path: Path, changes: dict[str, Any], word
     with pytest.raises(ModelError, match=words) as raised:
         load_outliers(tmp_path / "a")
     assert "\n" not in str(raised.value)
+
+
+def test_flipped_bit_anywhere_is_found(found: Synthesis, tmp_path: Path) -> None:
+    found.outliers.save(tmp_path / "a")
+    data = (tmp_path / "a").read_bytes()
+    for place in [*range(0, 700, 9), *np.linspace(700, len(data) - 1, 40).astype(int)]:
+        changed = bytearray(data)
+        changed[place] ^= 1 << int(place) % 8
+        (tmp_path / "a").write_bytes(changed)
+        with pytest.raises(ModelError) as raised:
+            load_outliers(tmp_path / "a")
+        assert "\n" not in str(raised.value)
+    (tmp_path / "a").write_bytes(data)
+    assert torch.equal(load_outliers(tmp_path / "a").vectors, found.outliers.vectors)
+
+
+def test_deep_json_is_refused(tmp_path: Path) -> None:
+    tensors, metadata = small()
+    metadata["outliers"] = "[" * 100_000
+    metadata[DIGEST] = digest_of(to_bytes(tensors, metadata | {DIGEST: ""}))
+    save_file(tensors, tmp_path / "a", metadata)
+    with pytest.raises(ModelError, match="its metadata are not those"):
+        load_outliers(tmp_path / "a")
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path, tiny_model: Path) -> None:
