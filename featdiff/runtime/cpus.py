@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 #: Environment variables with which users say how many threads there are, and how they wait.
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# Rounds of GNU's OpenMP, about 10 microseconds: measured (tests/benchmarks/RESULTS.md, threads).
+_SPIN_COUNT = "300"
 
 
 def available_cpus(process: Path = Path("/proc/self")) -> int:
@@ -109,14 +111,17 @@ def prepare_threads() -> None:
     """Let waiting threads of this process sleep, and start no more of them than its cgroup has time for.
 
     By default OpenMP's threads spin for milliseconds while they wait for each other. On a machine whose cores are busy,
-    they wait for a thread that waits for a core, and small networks train ten to a hundred times slower. OpenMP reads
-    these variables once, when torch is loaded. They hold for the whole process, so the command line sets them, and the
-    library never does. What the user has set stays.
+    they wait for a thread that waits for a core, and small networks train ten to a hundred times slower. A few
+    microseconds of spinning cost little there, and bridge the gaps between operations on an idle machine.
+
+    OpenMP reads these variables once, when torch is loaded. They hold for the whole process, so the command line sets
+    them, and the library never does. What the user has set stays.
     """
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
 
     cpus = available_cpus()
     if cpus < affinity() and not any(name in os.environ for name in THREAD_COUNTS):

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from .cpus import available_cpus, threads_sleep
 
-#: Multiplications of one forward pass for which another thread pays; measured (tests/benchmarks/RESULTS.md, threads).
-WORK_PER_THREAD = 100_000_000
-#: The same where waiting threads spin: on busy cores each of hundreds of operations then waits for milliseconds.
-WORK_PER_SPINNING_THREAD = 5_000_000_000
+#: Multiplications of one operation for which another thread pays; measured (tests/benchmarks/RESULTS.md, threads).
+WORK_PER_THREAD = 10_000_000
+#: The same where waiting threads spin: on busy cores each of a step's operations then waits for many milliseconds.
+WORK_PER_SPINNING_THREAD = 50_000_000
 
 _changing = threading.Lock()
 
 
 @contextmanager
 def training_threads(network: nn.Module, batch_size: int, sample: Tensor) -> Iterator[int]:
-    """Train in this block with as many threads as a step of this network has work for.
+    """Train in this block with as many threads as the operations of this network have work for.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def training_threads(network: nn.Module, batch_size: int, sample: Tensor) -> Ite
     before = torch.get_num_threads()
     threads = before
     if all(parameter.device.type == "cpu" for parameter in network.parameters()):
-        threads = min(before, choose_threads(step_work(network, batch_size, sample)))
+        threads = min(before, choose_threads(operation_work(network, batch_size, sample)))
     if threads == before:
         yield before
         return
@@ -63,12 +63,12 @@ def training_threads(network: nn.Module, batch_size: int, sample: Tensor) -> Ite
 
 
 def choose_threads(work: float) -> int:
-    """Threads for a step: no more than it has work for, nor than there are CPUs.
+    """Threads for operations of this size: no more than they have work for, nor than there are CPUs.
 
     Parameters
     ----------
     work : float
-        From :func:`step_work`.
+        From :func:`operation_work`.
 
     Returns
     -------
@@ -80,8 +80,10 @@ def choose_threads(work: float) -> int:
     return max(1, min(available_cpus(), int(work // share)))
 
 
-def step_work(network: nn.Module, batch_size: int, sample: Tensor) -> int:
-    """About how many multiplications the forward pass of a batch takes: each weight once at each position.
+def operation_work(network: nn.Module, batch_size: int, sample: Tensor) -> float:
+    """About how many multiplications one operation (a matrix product, a convolution) takes in the forward pass.
+
+    Threads wait for each other after each operation. Many small ones gain less from threads than a few large ones.
 
     Parameters
     ----------
@@ -92,10 +94,12 @@ def step_work(network: nn.Module, batch_size: int, sample: Tensor) -> int:
 
     Returns
     -------
-    int
+    float
+        The mean over all weights that are trained, each of which is used once at each position.
     """
-    weights = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    return weights * batch_size * (sample.numel() // len(sample))
+    matrices = [weight.numel() for weight in network.parameters() if weight.requires_grad and weight.dim() > 1]
+    positions = sample.numel() / len(sample)
+    return batch_size * positions * sum(matrices) / max(1, len(matrices))
 
 
 def _set_own_threads(number: int) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from featdiff.diffusion.lfdn import LFDN, LayerwiseLFDN
 from featdiff.runtime import threads
-from featdiff.runtime.threads import choose_threads, step_work, training_threads
+from featdiff.runtime.threads import choose_threads, operation_work, training_threads
 
 SMALL = nn.Linear(4, 4)
 VECTOR = torch.ones(4)
@@ -39,14 +39,18 @@ def in_new_thread(function: Callable[[], Any]) -> Any:
 # ---- how many ----
 
 
-def test_work_counts_each_weight_once_at_each_position() -> None:
-    assert step_work(nn.Linear(10, 3), 8, torch.ones(10)) == 33 * 8
-    assert step_work(nn.Conv2d(3, 5, 1, bias=False), 2, torch.ones(3, 6, 7)) == 15 * 2 * 42
-    assert step_work(nn.Linear(10, 3).requires_grad_(False), 8, torch.ones(10)) == 0
+def test_work_is_the_mean_of_all_operations() -> None:
+    """Each weight is used once at each position."""
+    linear = nn.Linear(10, 3)
+    assert operation_work(linear, 8, torch.ones(10)) == 30 * 8
+    assert operation_work(nn.Sequential(linear, nn.Linear(3, 10)), 8, torch.ones(10)) == 30 * 8
+    assert operation_work(nn.Sequential(linear, nn.Linear(3, 20)), 8, torch.ones(10)) == 45 * 8
+    assert operation_work(nn.Conv2d(3, 5, 1, bias=False), 2, torch.ones(3, 6, 7)) == 15 * 2 * 42
+    assert operation_work(linear.requires_grad_(False), 8, torch.ones(10)) == 0
 
 
 @pytest.mark.parametrize(
-    ("work", "sleeping", "spinning"), [(0, 1, 1), (1e8, 1, 1), (2e8, 2, 1), (4.9e9, 16, 1), (1e10, 16, 2)]
+    ("work", "sleeping", "spinning"), [(0, 1, 1), (1e7, 1, 1), (2e7, 2, 1), (9.9e7, 9, 1), (1e8, 10, 2), (1e9, 16, 16)]
 )
 def test_more_work_has_more_threads(monkeypatch: pytest.MonkeyPatch, work: float, sleeping: int, spinning: int) -> None:
     assert choose_threads(work) == spinning
@@ -54,13 +58,16 @@ def test_more_work_has_more_threads(monkeypatch: pytest.MonkeyPatch, work: float
     assert choose_threads(work) == sleeping
 
 
-def test_the_default_networks_train_on_one_spinning_thread_and_the_papers_on_several() -> None:
+def test_the_default_networks_train_on_one_thread_and_larger_ones_on_several(monkeypatch: pytest.MonkeyPatch) -> None:
     vector = torch.ones(496)
     with torch.device("meta"):
         default = LayerwiseLFDN([24, 40, 112, 320], hidden_ratio=2.0, hidden_max=320, blocks=3)
+        joint = LFDN(496, hidden=320, blocks=3, time_width=160)
         paper = LFDN(496, hidden=1440, blocks=16, time_width=720)
-    assert choose_threads(step_work(default, 256, vector)) == 1
-    assert choose_threads(step_work(paper, 128, vector)) == 2
+    works = [operation_work(network, 256, vector) for network in (default, joint, paper)]
+    assert [choose_threads(work) for work in works] == [1, 1, 8]
+    monkeypatch.setattr(threads, "threads_sleep", lambda: True)
+    assert [choose_threads(work) for work in works] == [1, 2, 16]
 
 
 def test_never_more_than_there_are_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
