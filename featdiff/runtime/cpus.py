@@ -72,9 +72,9 @@ def _cpu_groups(groups: str, mounts: str) -> Iterator[Path]:
     """Folders of the cgroups that limit CPU time, from ``/proc/self/cgroup`` and ``/proc/self/mountinfo``."""
     paths = {}
     for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, group = line.split(":", 2)
         for name in controllers.split(","):  # empty for version 2
-            paths[name] = PurePosixPath(path)
+            paths[name] = PurePosixPath(group)
 
     for line in mounts.splitlines():
         place, _, source = line.partition(" - ")
