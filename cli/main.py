@@ -99,8 +99,11 @@ class Commands(click.Group):
     @plain_warnings()
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
+        from featdiff.runtime.cpus import prepare_threads
+
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such images get a row of their own
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line that helps
+        prepare_threads()  # before torch is imported
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.ClickException as error:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..exceptions import UnreadableImage, UsageError
+from ..runtime.cpus import available_cpus
 from .datasets import is_image, is_map_style, iter_refs
 from .decoding import MAX_PIXELS, Transform, decode, one_line
 from .references import ImageRef, MissingRef
@@ -161,7 +162,7 @@ def iter_loaded(
     transform, max_pixels, known
         As for :func:`load`.
     workers : int, optional
-        Threads; by default one per core, at most 16.
+        Threads; by default one per CPU that this process may use, at most 16.
     ahead : int, default 64
         At most this many images are held at once.
 
@@ -169,7 +170,7 @@ def iter_loaded(
     ------
     LoadedImage
     """
-    workers = workers or min(os.cpu_count() or 1, 16)
+    workers = workers or min(available_cpus(), 16)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="featdiff-decode")
     pending: deque[Future[LoadedImage]] = deque()
     try:

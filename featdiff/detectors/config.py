@@ -69,7 +69,7 @@ class Runtime:
     image_batch : int, default 32
         Images per backbone pass.
     workers : int, optional
-        Decoding threads; default: one per core, at most 16.
+        Decoding threads; default: one per CPU that this process may use, at most 16.
     max_pixels : int, default 89478485
         The largest picture that is opened.
     cache : path, optional

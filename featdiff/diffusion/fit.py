@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..runtime.checkpoints import Checkpointer
 from ..runtime.progress import Progress
+from ..runtime.threads import training_threads
 from .training import Augment, ReadSamples, Recipe, Step, TrainingState, start, train
 
 if TYPE_CHECKING:
@@ -93,12 +94,13 @@ def fit_denoiser(
     state = start(denoiser, recipe, count)
     checkpointer = Checkpointer(state, checkpoint, is_main)
 
-    for step in train(state, read, count, validation, scheduler, recipe, seed, augment, accelerator):
-        checkpointer.after_step(step.val_loss is not None)
-        if watch and is_main:
-            watch(step, state)
-        if progress and is_main:
-            progress("training", step.step, step.steps)
+    with training_threads(denoiser, recipe.batch_size, validation[0]):
+        for step in train(state, read, count, validation, scheduler, recipe, seed, augment, accelerator):
+            checkpointer.after_step(step.val_loss is not None)
+            if watch and is_main:
+                watch(step, state)
+            if progress and is_main:
+                progress("training", step.step, step.steps)
 
     checkpointer.finish()
     denoiser.requires_grad_(False)

@@ -23,6 +23,7 @@ from ..runtime.checkpoints import Checkpointer, resume
 from ..runtime.devices import resolve_device
 from ..runtime.processes import make_accelerator
 from ..runtime.progress import Progress
+from ..runtime.threads import training_threads
 from .batches import TrainingBatches
 from .dataset import StudentDataset
 from .frozen import FrozenLayers, default_cut, split_at
@@ -149,10 +150,12 @@ def train_student(
     def held_out() -> Iterator[tuple[Tensor, Tensor]]:
         return batches.held_out(split.validation)
 
-    for step in learn(state, batches, len(split.training), held_out, recipe, seed, before_epoch, accelerator):
-        checkpointer.after_step(step.accuracy is not None)
-        if progress and is_first:
-            progress("training", step.step, step.steps)
+    sample, _ = next(batches.held_out(split.validation[:1]))
+    with training_threads(networks.trained, recipe.batch_size, sample[0]):
+        for step in learn(state, batches, len(split.training), held_out, recipe, seed, before_epoch, accelerator):
+            checkpointer.after_step(step.accuracy is not None)
+            if progress and is_first:
+                progress("training", step.step, step.steps)
     checkpointer.finish()
 
     if accelerator:  # buffers differ between processes: all continue with those of the first one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import threading
 import time
@@ -26,6 +27,7 @@ from image_files import (
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from featdiff.data import batches
 from featdiff.data.batches import Batch, LoadedImage, batches_from_loader, is_loader, iter_batches, iter_loaded, load
 from featdiff.data.references import HeldRef, ImageRef, MissingRef, TarMemberRef, list_images
 from featdiff.exceptions import UnreadableImage, UsageError
@@ -189,6 +191,20 @@ def test_images_are_decoded_at_the_same_time() -> None:
         return to_tensor(image)
 
     assert [item.reason for item in iter_loaded(grey_refs(6), meet, workers=3)] == [""] * 6
+
+
+def test_there_are_as_many_threads_as_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(batches, "available_cpus", lambda: 2)
+    seen: set[str] = set()
+
+    def slow(image: Image.Image) -> torch.Tensor:
+        seen.add(threading.current_thread().name)
+        time.sleep(0.005)
+        return to_tensor(image)
+
+    assert len(list(iter_loaded(grey_refs(40), slow))) == 40
+    assert len(seen) == 2
 
 
 @dataclass(frozen=True)

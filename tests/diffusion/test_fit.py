@@ -58,6 +58,41 @@ def test_it_is_the_training_loop_to_its_end() -> None:
     assert same(state.early, expected.early)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_small_network_trains_on_one_thread_whatever_the_program_uses(threads: int) -> None:
+    """Then its weights are the same to the last bit: other numbers of threads add in another order."""
+    samples = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
+
+    def trained() -> tuple[LFDN, set[int]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            denoiser = LFDN(width=128, hidden=128, blocks=2, time_width=8)
+        used: set[int] = set()
+        fit_denoiser(
+            denoiser,
+            make_scheduler(),
+            lambda indices: samples[indices],
+            512,
+            samples[:64],
+            Recipe(epochs=1, batch_size=256, min_steps=3, max_steps=3),
+            seed=0,
+            progress=lambda *_: used.add(torch.get_num_threads()),
+        )
+        return denoiser, used
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected, _ = trained()
+        torch.set_num_threads(threads)
+        denoiser, used = trained()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert used == {1}
+    assert same(denoiser.state_dict(), expected.state_dict())
+
+
 def test_a_fitted_network_is_ready_for_use() -> None:
     denoiser = network().requires_grad_(False)  # as it comes from a detector that was fitted before
     fit(denoiser)

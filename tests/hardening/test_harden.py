@@ -354,6 +354,25 @@ def test_a_stopped_run_goes_on_where_it_was(
         assert torch.equal(value, found.classifier.model.state_dict()[name]), name
 
 
+def test_a_small_student_trains_on_one_thread_whatever_the_program_uses(
+    plain: Hardened, classes: Path, seeded_backbone: Path, tmp_path: Path
+) -> None:
+    used: set[int] = set()
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if (stage, total) == ("training", 8):  # the student's; its guard's are more
+            used.add(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        harden(classes, weights=seeded_backbone, cache=tmp_path, progress=watch, **FAST)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert used == {1}
+
+
 def test_bf16_training_is_near_full_precision(plain: Hardened, classes: Path, seeded_backbone: Path) -> None:
     half = harden(classes, weights=seeded_backbone, mixed_precision="bf16", **FAST)
     assert half.facts["accuracy"] >= 0.9
