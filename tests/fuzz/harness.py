@@ -23,6 +23,8 @@ MOST_BYTES = 2 << 30
 #: Of failures that look alike, so many inputs are kept.
 MOST_ALIKE = 2
 _MOST_TRIES = 40
+# Warnings that Python itself does not show.
+_HIDDEN = (DeprecationWarning, ImportWarning, PendingDeprecationWarning, ResourceWarning)
 _TARGET = "target.json"
 
 
@@ -145,6 +147,8 @@ def _listening() -> Iterator[list[str]]:
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
+        for hidden in _HIDDEN:
+            warnings.simplefilter("ignore", hidden)
         os.dup2(file.fileno(), 2)
         try:
             yield noise

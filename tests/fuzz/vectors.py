@@ -32,7 +32,13 @@ def make(rng: random.Random, folder: Path, place: Place) -> None:
     values = _odd(rng) if whole else np.random.default_rng(0).normal(size=(30, _WIDTH))
     try:
         data = _write(suffix, values, rng)
-    except (IndexError, TypeError, ValueError, pyarrow.ArrowException):  # this kind of file cannot hold them
+    except (
+        ArithmeticError,
+        IndexError,
+        TypeError,
+        ValueError,
+        pyarrow.ArrowException,
+    ):  # this kind of file cannot hold them
         data = _write(".npy", values, rng)
         suffix = ".npy"
     (folder / f"vectors{suffix}").write_bytes(data if whole else mutate(data, rng))
