@@ -31,7 +31,12 @@ mask_blocks = 4
 repetitions = 2
 steps = 4
 distances = ["mse", "ssim"]
-recipe = { epochs = 6, min_steps = 0, batch_size = 16 }
+recipe = { epochs = 4, min_steps = 0, batch_size = 16 }
+"""
+_TRAIN = """[detector]
+backbone = "test_resnet"
+layers = "layer1,layer2,layer4"
+recipe = { epochs = 5, min_steps = 50, batch_size = 64 }
 """
 _SUITE = """title = "small"
 
@@ -91,14 +96,15 @@ def make_inputs(folder: Path) -> dict[str, Command]:
         for file in sorted(images["train"].glob(f"{kind}*"))[:60]:
             shutil.copy(file, folder / "classes" / kind)
     (folder / "pixel.toml").write_text(_PIXEL)
+    (folder / "train.toml").write_text(_TRAIN)
     (folder / "suite.toml").write_text(_SUITE)
 
-    train = Command("train", ["train", "sets/train", *_BACKBONE], "model")
+    weights = ["--weights", "test_resnet.safetensors"]
+    train = Command("train", ["train", "sets/train", "--config", "train.toml", *weights], "model")
     done = execute(train.line(folder / "model", folder / "cache"), folder)
     if done.returncode not in (0, 3):
         raise SystemExit(f"the model that all need could not be trained: {done.stderr}")
 
-    weights = ["--weights", "test_resnet.safetensors"]
     model = ["-m", "model", *weights]
     resume = ["--resume"] if "--resume" in execute(_help("score"), folder).stdout else []
     harden = ["harden", "classes", "--student", "test_resnet", "--epochs", "6", "--train-batch", "16", "--fpr", "0.1"]
@@ -110,7 +116,7 @@ def make_inputs(folder: Path) -> dict[str, Command]:
             Command(f"score {kind}", ["score", "sets", *model, "--batch-size", "4"], f"scores.{kind}", resume)
             for kind in ("csv", "jsonl", "parquet")
         ),
-        Command("pixel mode", ["train", "sets/train", "--config", "pixel.toml"], "model"),
+        Command("pixel mode", ["train", "sets/test", "--config", "pixel.toml"], "model"),
         Command("outliers", ["outliers", "classes", "-n", "2000", *model], "outliers.safetensors"),
     ]
     return {command.name: command for command in commands}

@@ -3,10 +3,10 @@
     python tests/fuzz/kills.py --kills 20
     python tests/fuzz/kills.py --kills 3 --only train --only 'score csv'
 
-Each command is stopped with SIGKILL and SIGINT in turn, at a random moment; every fourth time when its output begins to
-appear. What it leaves must be nothing, or whole; the same command run again must end in the same bytes (of models: the
-same tensors) as a run that nobody stopped. Then each command writes to a full disk (as root, who may mount one), and four
-trainings at once share a cache.
+Each command is stopped with SIGKILL and SIGINT in turn, at a random moment, or when its output begins to appear. What
+it leaves must be nothing, or whole; the same command run again must end in the same bytes (of models: the same tensors)
+as a run that nobody stopped. Then each command writes to a full disk (as root, who may mount one), and four trainings
+at once share a cache. What stands in brackets is not a fault.
 """
 
 from __future__ import annotations
