@@ -59,7 +59,8 @@ ood = ["digits"]
 calibration = 0.2
 recipe = { epochs = 2, min_steps = 20 }
 """
-_BACKBONE = ["--backbone", "test_resnet", "--weights", "test_resnet.safetensors", "--layers", "layer1,layer2,layer4"]
+_WEIGHTS = ["--weights", "test_resnet.safetensors"]
+_BACKBONE = ["--backbone", "test_resnet", *_WEIGHTS, "--layers", "layer1,layer2,layer4"]
 
 
 @dataclass(frozen=True)
@@ -90,34 +91,32 @@ def make_inputs(folder: Path) -> dict[str, Command]:
     """Write the inputs of all commands, and train the model that some of them need."""
     write_seeded_backbone(folder / "test_resnet.safetensors")
     images = samples.write(folder / "sets")
-    (folder / "sets" / "train" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "sets" / "digits" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for kind in ("china", "flower"):
         (folder / "classes" / kind).mkdir(parents=True)
-        for file in sorted(images["train"].glob(f"{kind}*"))[:60]:
+        for file in sorted(images["train"].glob(f"{kind}*"))[:40]:
             shutil.copy(file, folder / "classes" / kind)
     (folder / "pixel.toml").write_text(_PIXEL)
     (folder / "train.toml").write_text(_TRAIN)
     (folder / "suite.toml").write_text(_SUITE)
 
-    weights = ["--weights", "test_resnet.safetensors"]
-    train = Command("train", ["train", "sets/train", "--config", "train.toml", *weights], "model")
-    done = execute(train.line(folder / "model", folder / "cache"), folder)
+    done = execute(train().line(folder / "model", folder / "cache"), folder)
     if done.returncode not in (0, 3):
         raise SystemExit(f"the model that all need could not be trained: {done.stderr}")
 
-    model = ["-m", "model", *weights]
+    model = ["-m", "model", *_WEIGHTS]
     resume = ["--resume"] if "--resume" in execute(_help("score"), folder).stdout else []
-    harden = ["harden", "classes", "--student", "test_resnet", "--epochs", "6", "--train-batch", "16", "--fpr", "0.1"]
+    harden = ["harden", "classes", "--student", "test_resnet", "--epochs", "3", "--train-batch", "16", "--fpr", "0.1"]
     commands = [
-        train,
-        Command("harden", [*harden, *weights], "hardened"),
+        train(),
+        Command("harden", [*harden, *_WEIGHTS], "hardened"),
         Command("bench", ["bench", "suite.toml", "--data", ".", *_BACKBONE], "comparison.json"),
         *(
-            Command(f"score {kind}", ["score", "sets", *model, "--batch-size", "4"], f"scores.{kind}", resume)
+            Command(f"score {kind}", ["score", "sets/digits", *model, "--batch-size", "4"], f"scores.{kind}", resume)
             for kind in ("csv", "jsonl", "parquet")
         ),
         Command("pixel mode", ["train", "sets/test", "--config", "pixel.toml"], "model"),
-        Command("outliers", ["outliers", "classes", "-n", "2000", *model], "outliers.safetensors"),
+        Command("outliers", ["outliers", "classes", "-n", "500", *model], "outliers.safetensors"),
     ]
     return {command.name: command for command in commands}
 
@@ -126,12 +125,16 @@ def _help(name: str) -> list[str]:
     return [sys.executable, "-m", "featdiff_cli", name, "--help"]
 
 
+def train() -> Command:
+    return Command("train", ["train", "sets/test", "--config", "train.toml", *_WEIGHTS], "model")
+
+
 def audit(kind: str) -> Command:
     return Command(f"audit {kind}", ["audit", "sets/test", *_BACKBONE], f"odd.{kind}")
 
 
 def export() -> Command:
-    return Command("export", ["export", "-m", "model", "--weights", "test_resnet.safetensors"], "exported")
+    return Command("export", ["export", "-m", "model", *_WEIGHTS], "exported")
 
 
 def execute(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers of the tes
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fuzz.commands import Command, audit, content, execute, export, fill_disk, leftovers, make_inputs, start
+from fuzz.commands import Command, audit, content, execute, export, fill_disk, leftovers, make_inputs, start, train
 
 #: A command that does not end in this time hangs.
 HANG_SECONDS = 600
@@ -210,7 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each command [20]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", metavar="COMMAND", help="kill this one; may be given again")
+    parser.add_argument("--only", action="append", metavar="COMMAND", help="this one; may be given again")
     parser.add_argument("--skip", action="append", choices=["kills", "disks", "parallel"], default=[])
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -218,20 +218,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         inputs = Path(name)
         commands = make_inputs(inputs)
+        writers = commands | {extra.name: extra for extra in (audit("csv"), audit("parquet"), export())}
+        if arguments.only:
+            commands = {key: command for key, command in commands.items() if key in arguments.only}
+            writers = {key: command for key, command in writers.items() if key in arguments.only}
         lines = []
-        for command in commands.values():
-            if "kills" not in arguments.skip and command.name in (arguments.only or commands):
-                found = kill(command, inputs, arguments.kills, rng)
-                lines.append(f"| {command.name} killed | {_told(found)} |")
 
+        def tell(what: str, found: Counter[str]) -> None:
+            lines.append(f"| {what} | {_told(found)} |")
+            print(lines[-1], flush=True)
+
+        if "kills" not in arguments.skip:
+            for key, command in commands.items():
+                tell(f"{key}, killed", kill(command, inputs, arguments.kills, rng))
         if "disks" not in arguments.skip:
-            writers = commands | {extra.name: extra for extra in (audit("csv"), audit("parquet"), export())}
             for key, old in _old_outputs(writers, inputs).items():
-                lines.append(f"| {key} to a full disk | {_told(Counter(fill(writers[key], inputs, old)))} |")
-            lines.append(f"| train, full cache | {_told(Counter(full_cache(commands['train'], inputs)))} |")
-
+                tell(f"{key}, full disk", Counter(fill(writers[key], inputs, old)))
+            tell("train, full cache", Counter(full_cache(train(), inputs)))
         if "parallel" not in arguments.skip:
-            lines.append(f"| 4 trainings, one cache | {_told(Counter(parallel(commands['train'], inputs, 4)))} |")
+            tell("4 trainings, one cache", Counter(parallel(train(), inputs, 4)))
 
     print("| what | what was seen |\n|---|---|", *lines, sep="\n")
     return 1 if any(_is_problem(line) for line in lines) else 0
