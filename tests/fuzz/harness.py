@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from .place import Place, Wrong
 MOST_BYTES = 2 << 30
 #: Of failures that look alike, so many inputs are kept.
 MOST_ALIKE = 2
-_MOST_TRIES = 40
+# Time in which files of a failing case are left out.
+_SHRINK_SECONDS = 15
 # Warnings that Python itself does not show.
 _HIDDEN = (DeprecationWarning, ImportWarning, PendingDeprecationWarning, ResourceWarning)
 _TARGET = "target.json"
@@ -221,7 +223,10 @@ def _shrink(target: Target, folder: Path, place: Place, outcome: Outcome) -> Non
     """Take files away as long as the case fails in the same way."""
     like = _alike(outcome)
     aside = folder.with_name(f"{folder.name}-aside")
-    for file in sorted(folder.iterdir())[:_MOST_TRIES]:
+    end = time.monotonic() + _SHRINK_SECONDS
+    for file in sorted(folder.iterdir()):
+        if time.monotonic() > end:
+            return
         file.rename(aside)
         if _alike(check(target, folder, place)) != like:
             aside.rename(file)

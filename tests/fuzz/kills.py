@@ -93,6 +93,8 @@ def kill_once(
         problems.append(f"cannot run again: {done.stderr.strip()[:200]}")
     elif content(work / command.output) != expected:
         problems.append("another output when run again")
+    elif any(name.endswith(".partial") for name in leftovers(work)):
+        problems.append("part of an output is left beside the whole")
     return problems
 
 
@@ -110,7 +112,7 @@ def kill(command: Command, inputs: Path, kills: int, rng: random.Random) -> Coun
     found: Counter[str] = Counter()
     for number in range(kills):
         with tempfile.TemporaryDirectory() as name:
-            moment = rng.uniform(0.1, 1.0) * taken
+            moment = rng.uniform(number, number + 1) / kills * taken  # spread over the whole run
             problems = kill_once(command, inputs, Path(name), expected, moment, number)
         found.update(problems or ["(as it should)"])
         print(f"{command.name}: {number + 1} of {kills}: {', '.join(problems)}", flush=True)
