@@ -41,9 +41,9 @@ def stop(command: Command, inputs: Path, work: Path, seconds: float, sign: signa
     begun = time.monotonic()
     while process.poll() is None and time.monotonic() - begun < (HANG_SECONDS if last else seconds):
         if last and any(path.name != "cache" for path in work.iterdir()):
-            time.sleep(random.random() * 0.05)
+            time.sleep(random.choice((0, 0.001, 0.005, 0.05)))
             break
-        time.sleep(0.002)
+        time.sleep(0.0005)
 
     running = process.poll() is None
     process.send_signal(sign)
