@@ -64,15 +64,9 @@ def few_images(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def seeded_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights file of ``test_resnet`` with seeded random weights, as a user's local file would be."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
+    from weights_files import write_seeded_backbone
 
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", pretrained=False)
-    file = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
-    save_file(model.state_dict(), file)
-    return file
+    return write_seeded_backbone(tmp_path_factory.mktemp("weights") / "test_resnet.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^(\.venv/bin/)?pip install", INSTALL),
         (r"^\.venv/bin/python -m pytest", PYTEST),
         (r"^\.venv/bin/ruff", LINT),
-        (r"^\.venv/bin/python tests/benchmarks/", SCRIPT),
+        (r"^\.venv/bin/python tests/(benchmarks|fuzz)/", SCRIPT),
         (r"^\.venv/bin/python tests/api_pages", API),
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
         (r"^featdiff train --backbone resnet50$", HUB),

@@ -1,4 +1,4 @@
-"""The code is clean by the pages' own command, and the benchmarks start."""
+"""The code is clean by the pages' own command, and the benchmarks and fuzzers start."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ def test_code_is_clean_by_the_command_of_the_page() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "tests" / "benchmarks").glob("*.py")))
-def test_benchmark_commands_of_the_pages_start(
+BENCHMARKS = sorted(f"benchmarks/{file.name}" for file in (ROOT / "tests" / "benchmarks").glob("*.py"))
+FUZZERS = ["fuzz/run.py", "fuzz/kills.py", "fuzz/soak.py"]
+
+
+@pytest.mark.parametrize("script", BENCHMARKS + FUZZERS)
+def test_commands_of_the_pages_start(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each script stands on a page, and knows the options that are given there."""

@@ -45,6 +45,14 @@ def head_of(classes: int, state: State) -> State:
     return {**without(state, "fc."), "fc.weight": torch.ones(classes, width), "fc.bias": torch.ones(classes)}
 
 
+def write_seeded_backbone(file: Path) -> Path:
+    """``test_resnet`` with seeded random weights."""
+    import timm
+
+    torch.manual_seed(0)
+    return write(timm.create_model("test_resnet", pretrained=False).state_dict(), file)
+
+
 def write(content: Any, file: Path) -> Path:
     if file.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in content.items()}, file)

@@ -1,0 +1,1 @@
+"""Fuzzing, kills, full disks and soak tests; ``tests/README.md`` says how to run them."""
