@@ -1,9 +1,10 @@
-"""People's own folders: views, groups, few images and audits; the tables of RESULTS.md.
+"""People's own folders: views, groups, few images, audits and bad training images; the tables of RESULTS.md.
 
     python tests/benchmarks/folders.py views --data FOLDER
     python tests/benchmarks/folders.py groups --data FOLDER
     python tests/benchmarks/folders.py few --data FOLDER
     python tests/benchmarks/folders.py audit --data FOLDER
+    python tests/benchmarks/folders.py contaminated --data FOLDER
 
 FOLDER holds flowers.zip, dtd.zip, magnetic_tile.zip and others as configs/README.md describes them.
 """
@@ -171,9 +172,43 @@ def audits(folder: Path, repeats: int) -> None:
             print(f"| {name} | {odd} | {np.mean(areas):.1f} | {each} | {seconds:.1f} |", flush=True)
 
 
+def contaminated(folder: Path, repeats: int) -> None:
+    """Flowers, of which some are pictures of another set: what becomes of detection and of false alarms."""
+    train = list_images(folder / "flowers.zip" / "train")
+    test = list_images(folder / "flowers.zip" / "test")
+    strange = {name: list_images(folder / f"{name}.zip") for name in ("dtd", "gtsrb_32", "tiny_imagenet")}
+    count = 1000
+    print("| bad images | share | false alarms at 5 % | same kind: AUROC, flagged | others: AUROC, flagged |")
+    for bad in ("dtd", "gtsrb_32"):
+        for share in (0.0, 0.01, 0.05, 0.1):
+            alarms = []
+            same: list[tuple[float, float]] = []
+            others: list[tuple[float, float]] = []
+            for seed in range(repeats):
+                rng = np.random.default_rng(seed)
+                order = rng.permutation(len(strange[bad]))
+                extra = round(share * count)
+                flowers = [train[i] for i in rng.permutation(len(train))[: count - extra]]
+                detector = Detector(seed=seed).fit(flowers + [strange[bad][i] for i in order[:extra]])
+
+                normal = detector.score(test)
+                alarms.append(100 * normal.is_ood.mean())
+                for name, refs in strange.items():
+                    unseen = [refs[i] for i in order[200:]] if name == bad else refs
+                    scores = detector.score(unseen)
+                    pair = (100 * auroc(normal.ood_score, scores.ood_score), 100 * scores.is_ood.mean())
+                    (same if name == bad else others).append(pair)
+
+            row = f"| {bad} | {100 * share:.0f} % | {np.mean(alarms):.1f} |"
+            for pairs in (same, others):
+                area, flagged = np.mean(pairs, axis=0)
+                row += f" {area:.1f}, {flagged:.1f} |"
+            print(row, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["views", "groups", "few", "audit"])
+    parser.add_argument("what", choices=["views", "groups", "few", "audit", "contaminated"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -184,6 +219,8 @@ def main() -> None:
         groups(arguments.data, arguments.repeats)
     elif arguments.what == "few":
         few(arguments.data, arguments.repeats)
+    elif arguments.what == "contaminated":
+        contaminated(arguments.data, arguments.repeats)
     else:
         audits(arguments.data, arguments.repeats)
 
