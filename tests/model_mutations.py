@@ -83,7 +83,7 @@ def flip_bit(folder: Path, other: Path, source: random.Random) -> str:
 
 def cut(folder: Path, other: Path, source: random.Random) -> str:
     file, data = _either(folder, source)
-    end = source.choice([0, 1, 8, len(data) - 1, source.randrange(len(data))])
+    end = source.choice([0, 1, 8, len(data) - 2, source.randrange(len(data) - 1)])  # the last byte is a line break
     file.write_bytes(data[:end])
     return f"{file.name} to {end} of {len(data)} bytes"
 

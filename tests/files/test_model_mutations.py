@@ -60,16 +60,20 @@ def test_mutated_models_are_refused_or_the_same(name: str, model: Path, other: P
     whole = {file: (model / file).read_bytes() for file in (CONFIG, TENSORS)}
     expected = answers(model)
     source = random.Random(name)
+    times_refused = 0
     for _ in range(4):
         MUTATIONS[name](model, other, source)
-        if name in HARMLESS:
-            np.testing.assert_array_equal(answers(model), expected)
-        else:
-            with pytest.raises(ModelError) as error:
-                Detector.from_pretrained(model)
-            refused(error, model)
+        try:
+            found = answers(model)
+        except ModelError as error:
+            times_refused += 1
+            assert str(model) in str(error)
+            assert "\n" not in str(error)
+        else:  # a change of spaces, or of one zero for another
+            np.testing.assert_array_equal(found, expected)
         for file, data in whole.items():
             (model / file).write_bytes(data)
+    assert times_refused == 0 if name in HARMLESS else times_refused >= 3
 
 
 def test_spaces_in_the_config_do_not_count(model: Path, tiny_model: Path) -> None:
