@@ -25,7 +25,7 @@ class PartialFile:
     """A file of which parts are written one after the other, ``NAME.partial`` until :meth:`finish`.
 
     Beside it lies a record, ``NAME.partial.json``: what the parts were made with, and a line for each part with the
-    length and the SHA-256 of all data up to it. A process can be killed at any moment: what it wrote before is found
+    length and a SHA-256 of all data up to it. A process can be killed at any moment: what it wrote before is found
     whole, and what it began is cut off. An older file ``NAME`` stays as it is until the new one takes its place. One
     process at a time can write.
 
@@ -141,7 +141,7 @@ class PartialFile:
             if not isinstance(size, int) or not isinstance(facts, dict) or size < self._size:
                 break
             digest = self._digest.copy()
-            if not _hash_next(self._data, size - self._size, digest) or digest.hexdigest() != part.get("sha256"):
+            if not _hash_next(self._data, size - self._size, digest) or _seal(digest, facts) != part.get("sha256"):
                 break
             self._digest = digest
             self._size = size
@@ -170,7 +170,7 @@ class PartialFile:
             digest = self._digest.copy()
             digest.update(data)
             size = self._size + len(data)
-            _write(self._lines, _line({"size": size, "sha256": digest.hexdigest(), "facts": dict(facts)}))
+            _write(self._lines, _line({"size": size, "facts": dict(facts), "sha256": _seal(digest, facts)}))
 
         self._digest = digest
         self._size = size
@@ -337,6 +337,11 @@ def _hash_next(descriptor: int, length: int, digest: Any) -> bool:
         digest.update(block)
         length -= len(block)
     return True
+
+
+def _seal(digest: Any, facts: Mapping[str, Any]) -> str:
+    """SHA-256 of all data so far (by its digest) and what was told with the last part."""
+    return hashlib.sha256(digest.digest() + json.dumps(dict(facts)).encode()).hexdigest()
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -100,6 +100,15 @@ def test_a_record_that_is_cut_anywhere_loses_parts_and_nothing_else(tmp_path: Pa
     assert (tmp_path / "rows.csv").read_bytes() == b"one two "
 
 
+def test_an_edited_record_is_not_believed(tmp_path: Path) -> None:
+    partial = begun(tmp_path / "rows.csv", b"one ", b"two ")
+    record = partial.with_name(partial.name + ".json")
+    record.write_text(record.read_text().replace('{"parts": 2}', '{"parts": 3}'))
+    with PartialFile(tmp_path / "rows.csv", MADE_WITH, resume=True) as rows:
+        assert rows.facts == {"parts": 1}
+    assert partial.read_bytes() == b"one "
+
+
 def test_an_interrupted_run_is_not_thrown_away_by_chance(tmp_path: Path) -> None:
     partial = begun(tmp_path / "rows.csv", b"one ")
     with pytest.raises(UsageError, match="holds what an interrupted run has done: resume it, or delete"):
