@@ -144,20 +144,21 @@ def fill(command: Command, inputs: Path) -> list[str]:
             line = command.line(output, Path(name) / "cache")
             force = ["--force"] if command.arguments[0] in ("train", "harden", "outliers") else []
             done = execute([*line, *force], inputs)
-            return _after_full_disk(done, output, before, leftovers(disk))
+            return _after_full_disk(done, output, output, before, leftovers(disk))
         finally:
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def _after_full_disk(
-    done: subprocess.CompletedProcess[str], output: Path, before: dict[str, str], left: list[str]
+    done: subprocess.CompletedProcess[str], named: Path, output: Path, before: dict[str, str], left: list[str]
 ) -> list[str]:
+    """What is wrong with how a command ended; its error must name one path."""
     problems = []
     if done.returncode != 1:
         problems.append(f"exit code {done.returncode}")
     if len(done.stderr.splitlines()) != 1 or "a bug" in done.stderr:
         problems.append(f"says {done.stderr.strip()[-200:]!r}")
-    elif output.name not in done.stderr:
+    elif named.name not in done.stderr:
         problems.append(f"does not name the file: {done.stderr.strip()!r}")
     if content(output) != before:
         problems.append("the older output is gone or changed")
@@ -176,7 +177,7 @@ def full_cache(command: Command, inputs: Path) -> list[str]:
             return ["(left out: mounting a file system is not permitted)"]
         try:
             done = execute(command.line(Path(name) / command.output, disk), inputs)
-            return _after_full_disk(done, Path(name) / command.output, {}, leftovers(disk))
+            return _after_full_disk(done, disk, Path(name) / command.output, {}, leftovers(disk))
         finally:
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
