@@ -147,7 +147,7 @@ def check(folder: Path, place: Place) -> int:
     require(len(scores) > 0, "no row")
 
     rows = dict(zip(facts["good"], place.rows, strict=False))
-    check_good(scores, place, rows)
+    check_good(scores, rows)
     for row in scores:
         require("/links/" not in row.path or row.status != "ok", f"{row.path} is a link, and was scored")
     for name in facts["outside"]:

@@ -157,8 +157,7 @@ def start(line: list[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def content(path: Path) -> dict[str, str]:
-    """A digest of each file at or below a path, without times; empty if there is none. A file that cannot be read has
-    a digest of its own."""
+    """A digest of each file at or below a path, times left out; empty if there is none."""
     if path.is_file():
         return {path.name: _digest(path)}
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and not is_leftover(file)]

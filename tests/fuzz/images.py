@@ -98,7 +98,7 @@ def check(folder: Path, place: Place) -> int:
     require([Path(path).name for path in scores.path] == names, "a file has no row, or more than one")
     check_rows(scores)
     good = {file.name: row for file, row in zip(place.good, place.rows, strict=True) if file.name in names}
-    check_good(scores, place, good)
+    check_good(scores, good)
     return len(scores)
 
 

@@ -119,9 +119,15 @@ def kill(command: Command, inputs: Path, kills: int, rng: random.Random) -> Coun
     return found
 
 
-def fill(command: Command, inputs: Path, old: Path) -> list[str]:
-    """Run a command whose output lies on a full disk beside an older one; what went wrong."""
+def fill(command: Command, inputs: Path) -> list[str]:
+    """Run a command whose output, on a full disk, is to replace an older one; what went wrong."""
     with tempfile.TemporaryDirectory() as name:
+        old = Path(name) / command.output
+        if "." not in command.output:  # a folder
+            made = execute(command.line(old, Path(name) / "cache"), inputs)
+            if made.returncode not in _FINE:
+                return [f"does not run at all: {made.stderr.strip()}"]
+
         disk = Path(name) / "disk"
         disk.mkdir()
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
@@ -129,33 +135,30 @@ def fill(command: Command, inputs: Path, old: Path) -> list[str]:
             return ["(left out: mounting a file system is not permitted)"]
         try:
             output = disk / command.output
-            _copy(old, output)
+            if old.is_dir():
+                shutil.copytree(old, output)
+            else:
+                output.write_text("an older file, smaller than the new one\n")
             before = content(output)
             fill_disk(disk)
             line = command.line(output, Path(name) / "cache")
             force = ["--force"] if command.arguments[0] in ("train", "harden", "outliers") else []
             done = execute([*line, *force], inputs)
-            return _after_full_disk(done, output, before, leftovers(disk))
+            return _after_full_disk(done, output, output, before, leftovers(disk))
         finally:
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def _copy(old: Path, output: Path) -> None:
-    if old.is_dir():
-        shutil.copytree(old, output)
-    else:
-        shutil.copy(old, output)
-
-
 def _after_full_disk(
-    done: subprocess.CompletedProcess[str], output: Path, before: dict[str, str], left: list[str]
+    done: subprocess.CompletedProcess[str], named: Path, output: Path, before: dict[str, str], left: list[str]
 ) -> list[str]:
+    """What is wrong with how a command ended; its error must name one path."""
     problems = []
     if done.returncode != 1:
         problems.append(f"exit code {done.returncode}")
     if len(done.stderr.splitlines()) != 1 or "a bug" in done.stderr:
         problems.append(f"says {done.stderr.strip()[-200:]!r}")
-    elif output.name not in done.stderr:
+    elif named.name not in done.stderr:
         problems.append(f"does not name the file: {done.stderr.strip()!r}")
     if content(output) != before:
         problems.append("the older output is gone or changed")
@@ -174,7 +177,7 @@ def full_cache(command: Command, inputs: Path) -> list[str]:
             return ["(left out: mounting a file system is not permitted)"]
         try:
             done = execute(command.line(Path(name) / command.output, disk), inputs)
-            return _after_full_disk(done, Path(name) / command.output, {}, leftovers(disk))
+            return _after_full_disk(done, disk, Path(name) / command.output, {}, leftovers(disk))
         finally:
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
@@ -192,20 +195,6 @@ def parallel(command: Command, inputs: Path, count: int) -> list[str]:
         problems += ["another model" for output in outputs if output != expected]
         problems += [f"leaves {file}" for file in leftovers(work)]
     return problems
-
-
-def _old_outputs(commands: dict[str, Command], inputs: Path) -> dict[str, Path]:
-    """An output of each command, as an earlier run left it."""
-    old = {}
-    for command in commands.values():
-        output = inputs / "old" / command.name.replace(" ", "-") / command.output
-        output.parent.mkdir(parents=True)
-        done = execute(command.line(output, inputs / "cache"), inputs)
-        if done.returncode not in _FINE:
-            print(f"{command.name}: does not run at all: {done.stderr.strip()}")
-            continue
-        old[command.name] = output
-    return old
 
 
 def main() -> int:
@@ -234,8 +223,8 @@ def main() -> int:
             for key, command in commands.items():
                 tell(f"{key}, killed", kill(command, inputs, arguments.kills, rng))
         if "disks" not in arguments.skip:
-            for key, old in _old_outputs(writers, inputs).items():
-                tell(f"{key}, full disk", Counter(fill(writers[key], inputs, old)))
+            for key, command in writers.items():
+                tell(f"{key}, full disk", Counter(fill(command, inputs)))
             tell("train, full cache", Counter(full_cache(train(), inputs)))
         if "parallel" not in arguments.skip:
             tell("4 trainings, one cache", Counter(parallel(train(), inputs, 4)))

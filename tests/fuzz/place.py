@@ -92,7 +92,7 @@ def check_rows(scores: Scores) -> None:
         require(fine or not row.is_ood, f"{row.path!r}: flagged without a score")
 
 
-def check_good(scores: Scores, place: Place, ends: dict[str, Row]) -> None:
+def check_good(scores: Scores, ends: dict[str, Row]) -> None:
     """Paths that end like these have exactly these rows."""
     for end, expected in ends.items():
         found = [row for row in scores if row.path.endswith(end)]
