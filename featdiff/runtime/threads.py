@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .cpus import available_cpus, threads_sleep
 
 #: Multiplications of one operation for which another thread pays; measured (tests/benchmarks/RESULTS.md, threads).
-WORK_PER_THREAD = 10_000_000
+WORK_PER_THREAD = 3_000_000
 #: The same where waiting threads spin: on busy cores each of a step's operations then waits for many milliseconds.
 WORK_PER_SPINNING_THREAD = 50_000_000
 

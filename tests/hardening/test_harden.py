@@ -48,7 +48,7 @@ from featdiff.hardening.teachers import Teacher, load_teacher
 from featdiff.hardening.training import LearningState, learn, start
 from featdiff.outliers.outlier_file import Outliers
 from featdiff.outliers.synthesis import self_check, synthesise
-from featdiff.runtime import checkpoints
+from featdiff.runtime import checkpoints, threads
 
 SHORT = HardenRecipe(epochs=2, batch_size=32)
 GUARD: dict[str, Any] = {"guard": {"recipe": {"epochs": 2, "min_steps": 20, "batch_size": 64}}}
@@ -355,8 +355,10 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 
 def test_a_small_student_trains_on_one_thread_whatever_the_program_uses(
-    plain: Hardened, classes: Path, seeded_backbone: Path, tmp_path: Path
+    classes: Path, seeded_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(threads, "WORK_PER_SPINNING_THREAD", 10**12)  # then this one is small
+    monkeypatch.setattr(threads, "threads_sleep", lambda: False)
     used: set[int] = set()
 
     def watch(stage: str, done: int, total: int) -> None:
