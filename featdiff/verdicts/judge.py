@@ -18,6 +18,7 @@ def judge(
     layers: Mapping[str, np.ndarray],
     calibration: Calibration,
     fpr: float,
+    notes: Mapping[int, str] | None = None,
 ) -> Scores:
     """Compare scores with the calibration, and put them beside the images that have none.
 
@@ -35,6 +36,8 @@ def judge(
     calibration : Calibration
     fpr : float
         False-alarm rate.
+    notes : mapping, optional
+        Position of an image that has a score -> what is to be told of it all the same.
 
     Returns
     -------
@@ -47,12 +50,13 @@ def judge(
         column[positions] = values
         return column
 
+    texts = {**(notes or {}), **reasons}
     score = spread(ood_score)
     p_value, is_ood = calibration.flags(score, fpr)
     return Scores(
         path=list(names),
         status=[UNREADABLE if i in reasons else OK for i in range(len(names))],
-        reason=[reasons.get(i, "") for i in range(len(names))],
+        reason=[texts.get(i, "") for i in range(len(names))],
         ood_score=score,
         p_value=p_value,
         is_ood=is_ood,

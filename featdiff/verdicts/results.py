@@ -32,7 +32,7 @@ class Row:
         The name of the image.
     status : {"ok", "unreadable"}
     reason : str
-        Why the image is unreadable; empty if it is not.
+        Why the image is unreadable. Of one that is ``ok``, a note if there is one: ``page 1 of 3 was read``.
     ood_score : float
         Higher = more OOD; NaN for an unreadable image.
     p_value : float
@@ -69,7 +69,7 @@ class Scores:
     status : list of str
         ``ok`` or ``unreadable``. Unreadable images have NaN scores and are not flagged.
     reason : list of str
-        Why an image is unreadable; empty for the others.
+        Why an image is unreadable. Empty for most others; of some, a note such as ``page 1 of 3 was read``.
     ood_score : (N,) float
         Higher = more OOD, about 0 +- 1 for in-domain images.
     p_value : (N,) float
