@@ -142,7 +142,9 @@ def load(
             image = open_image(content, max_pixels)
             note = note_on_pages(content, image)
             with MEMORY.decoding(memory_of(image)):
-                return LoadedImage(ref, digest, transform(decode(image, max_pixels)), note=note)
+                pixels = transform(decode(image, max_pixels))
+                del image  # free before others may take as much
+            return LoadedImage(ref, digest, pixels, note=note)
 
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
@@ -164,9 +166,9 @@ def _load_picture(
         with _PICTURES:
             picture = decode(content, max_pixels)
         digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
-        if digest in known:
-            return LoadedImage(ref, digest)
-        return LoadedImage(ref, digest, transform(picture))
+        pixels = None if digest in known else transform(picture)
+        del picture
+    return LoadedImage(ref, digest, pixels)
 
 
 def _digest(*parts: bytes) -> bytes:

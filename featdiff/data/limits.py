@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +14,10 @@ from ..exceptions import UnreadableImage
 
 #: Larger files and members of archives are refused before they are read; generous for photographs.
 MAX_BYTES = 512_000_000
-#: What all decoding threads of a process may hold at once: some twenty photographs of 12 million pixels.
-DECODING = 1_000_000_000
+#: What all decoding threads of a process may hold at once: fifteen photographs of 12 million pixels.
+DECODING = 750_000_000
+# Memory of images that take a larger part of a budget than this goes back to the system after each.
+_LARGE = 1 / 8
 
 
 def check_bytes(size: int | None, max_bytes: int) -> None:
@@ -59,7 +64,7 @@ class Budget:
 
     @contextmanager
     def decoding(self, size: int) -> Iterator[None]:
-        """Hold ``size`` bytes more, for pixels, inside the block."""
+        """Hold ``size`` bytes more, for pixels, inside the block; much goes back to the system after it."""
 
         def fits() -> bool:
             return self._decoding == 0 or self._held + size <= self.limit
@@ -68,6 +73,8 @@ class Budget:
         try:
             yield
         finally:
+            if size > self.limit * _LARGE:
+                _trim()
             self._take(-size, -1)
 
     def _take(self, size: int, images: int, fits: Callable[[], bool] = lambda: True) -> None:
@@ -77,6 +84,24 @@ class Budget:
             self._decoding += images
             if size < 0 or images < 0:
                 self._changed.notify_all()
+
+
+def _trim() -> None:
+    """Return freed memory to the system; glibc keeps it for the thread that freed it, and other threads take new."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return None
+    return trim
 
 
 #: The budget of this process.

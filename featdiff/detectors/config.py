@@ -91,9 +91,8 @@ class Runtime:
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        check_whole("image_batch", self.image_batch)
-        check_whole("max_pixels", self.max_pixels)
-        check_whole("max_bytes", self.max_bytes)
+        for name in ("image_batch", "max_pixels", "max_bytes"):
+            check_whole(name, getattr(self, name))
         if self.workers is not None:
             check_whole("workers", self.workers)
         check_path("cache", self.cache)
@@ -294,9 +293,7 @@ class PixelSettings(Settings):
         if self.calibration == "auto":  # five trainings more would take hours
             object.__setattr__(self, "calibration", CALIBRATION)
         super().__post_init__()
-        for name in ("width", "blocks", "timesteps", "mask_blocks", "mask_patch"):
-            check_whole(name, getattr(self, name))
-        for name in ("repetitions", "steps", "resamplings"):
+        for name in ("width", "blocks", "timesteps", "mask_blocks", "mask_patch", "repetitions", "steps", "resamplings"):
             check_whole(name, getattr(self, name))
         for name in ("size", "channels"):
             if getattr(self, name) is not None:
