@@ -297,13 +297,14 @@ def _tar_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
 def _is_wanted(member: str, prefix: str) -> bool:
     """Whether a member is an image below ``prefix`` and not hidden."""
     name = _plain_name(member)
-    if not has_image_suffix(name) or not (name.startswith(prefix) or name == prefix.rstrip("/")):
+    if not (name.startswith(prefix) or name == prefix.rstrip("/")):
         return False
     if _leads_outside(member):
-        return True
+        return has_image_suffix(name.replace("\\", "/"))
 
     parts = name.split("/")
-    return not any(part.startswith(".") for part in parts) and parts[0] != "__MACOSX"
+    hidden = any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX"
+    return has_image_suffix(name) and not hidden
 
 
 def _leads_outside(member: str) -> bool:

@@ -293,7 +293,16 @@ class PixelSettings(Settings):
         if self.calibration == "auto":  # five trainings more would take hours
             object.__setattr__(self, "calibration", CALIBRATION)
         super().__post_init__()
-        for name in ("width", "blocks", "timesteps", "mask_blocks", "mask_patch", "repetitions", "steps", "resamplings"):
+        for name in (
+            "width",
+            "blocks",
+            "timesteps",
+            "mask_blocks",
+            "mask_patch",
+            "repetitions",
+            "steps",
+            "resamplings",
+        ):
             check_whole(name, getattr(self, name))
         for name in ("size", "channels"):
             if getattr(self, name) is not None:
