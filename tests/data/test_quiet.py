@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from image_files import encoded, exif, noise, reason, to_tensor
+from image_files import encoded, noise, reason, to_tensor
 from PIL import Image
 
 from featdiff.data.batches import iter_loaded
@@ -24,7 +24,7 @@ DEFLATED = encoded(Image.new("RGB", (40, 40)), "TIFF", compression="tiff_adobe_d
 #: libtiff prints "ZIPDecode: Decoding error ..."
 BAD_TIFF = DEFLATED[:10] + b"\xff" * 12 + DEFLATED[22:]
 #: Pillow warns of corrupt EXIF data
-BAD_EXIF = encoded(noise(), "JPEG", exif=exif((0x0112, 3, 1, b"\x06\0"))[:-20])
+BAD_EXIF = encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + bytes(6))
 
 
 @contextmanager
