@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from PIL import Image
 from featdiff.data.batches import iter_loaded
 from featdiff.data.quiet import quietly
 from featdiff.data.references import HeldRef
+from featdiff.exceptions import WeightsError
+from featdiff.features.weights import read_state_dict
 
 DEFLATED = encoded(Image.new("RGB", (40, 40)), "TIFF", compression="tiff_adobe_deflate")
 #: libtiff prints "ZIPDecode: Decoding error ..."
@@ -113,3 +116,13 @@ def test_filters_are_changed_once_and_can_be_pickled() -> None:
     reason(BAD_TIFF)
     assert list(warnings.filters) == before
     assert len(pickle.loads(pickle.dumps(before))) == len(before)
+
+
+def test_a_foreign_weights_file_is_refused_without_warnings(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    file.write_bytes(pickle.dumps({"x": object}, protocol=5))
+    with warnings.catch_warnings(record=True) as warned, printed() as lines:
+        warnings.simplefilter("always")
+        with pytest.raises(WeightsError, match="weights.pt is not a weights file that can be read safely"):
+            read_state_dict(file)
+    assert (lines, warned) == ([], [])
