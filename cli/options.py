@@ -137,6 +137,7 @@ def runtime_options(function: F) -> F:
     for option in (
         click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
         click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
+        click.option("--max-bytes", type=click.IntRange(1), help="Refuse larger files unread [512,000,000]."),
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
         click.option("--workers", type=click.IntRange(1), help="Decoding threads [one per usable CPU]."),
         click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images at once [32; pixel mode 8]."),

@@ -185,7 +185,11 @@ def _images(
         columns_of(detector.layers),
         rate,
         "images",
-        {"exclude-known": exclude_known, "max-pixels": detector.settings.max_pixels},
+        {
+            "exclude-known": exclude_known,
+            "max-pixels": detector.settings.max_pixels,
+            "max-bytes": detector.settings.max_bytes,
+        },
         _figure(detector, refs, figure) if figure else None,
         exclude_known,
     )

@@ -35,6 +35,7 @@ _OF_IMAGES = {
     "exclude_known": "--exclude-known",
     "cache": "--cache",
     "max_pixels": "--max-pixels",
+    "max_bytes": "--max-bytes",
     "workers": "--workers",
     "image_batch": "--batch-size",
     "device": "--device",

@@ -24,11 +24,18 @@ from torch import Tensor
 from ..exceptions import UnreadableImage, UsageError
 from ..runtime.cpus import available_cpus
 from .datasets import is_image, is_map_style, iter_refs
-from .decoding import MAX_PIXELS, Transform, decode, one_line
-from .references import ImageRef, MissingRef
+from .decoding import MAX_PIXELS, Transform, decode, one_line, open_image
+from .formats import memory_of, note_on_pages
+from .limits import MAX_BYTES, MEMORY, check_bytes
+from .memory import is_file_content
+from .references import HeldRef, ImageRef, MissingRef
 
 # Pillow reads the file behind an open picture on first use, which two threads must not do at once.
 _PICTURES = threading.Lock()
+# Bytes of images that were read ahead, in order, and wait for a thread; what threads decode has a limit of its own.
+_WAITING = 256_000_000
+# Bytes that Pillow keeps for a pixel, of most kinds.
+_PIXEL = 4
 # A batch of images of several shapes may be larger by this factor.
 _MIXED = 4
 
@@ -47,12 +54,15 @@ class LoadedImage:
         (3, H, W). None if the image is unreadable, or if its digest was known.
     reason : str
         Why it is unreadable; empty if it is not.
+    note : str
+        What is to be told of a readable image, such as that it is one page of several.
     """
 
     ref: ImageRef
     digest: bytes = b""
     pixels: Tensor | None = None
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,11 @@ def load(
     transform: Transform,
     max_pixels: int = MAX_PIXELS,
     known: Container[bytes] = (),
+    max_bytes: int = MAX_BYTES,
 ) -> LoadedImage:
     """Read, hash, decode and transform one image; a failure is a reason, never an exception.
+
+    It waits until the images that other threads decode leave enough memory.
 
     Parameters
     ----------
@@ -108,6 +121,8 @@ def load(
         Larger pictures are refused.
     known : container of bytes, default ()
         Images with these digests are not decoded.
+    max_bytes : int, default 512,000,000
+        Larger files are refused.
 
     Returns
     -------
@@ -115,26 +130,46 @@ def load(
     """
     digest = b""
     try:
-        content = ref.read()
-        if isinstance(content, Image.Image):
-            with _PICTURES:
-                picture = decode(content, max_pixels)
-            digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
-            if digest in known:
-                return LoadedImage(ref, digest)
-        else:
+        size = ref.bytes_to_read()
+        check_bytes(size, max_bytes)
+        with MEMORY.reading(size or 0):
+            content = ref.read_within(max_bytes) if size is None else ref.read()
+            if isinstance(content, Image.Image):
+                return _load_picture(ref, content, transform, max_pixels, known)
+
             digest = _digest(content)
             if digest in known:
                 return LoadedImage(ref, digest)
-            picture = decode(content, max_pixels)
-        return LoadedImage(ref, digest, transform(picture))
+            image = open_image(content, max_pixels)
+            note = note_on_pages(content, image)
+            with MEMORY.decoding(memory_of(image)):
+                pixels = transform(decode(image, max_pixels))
+                del image  # free before others may take as much
+            return LoadedImage(ref, digest, pixels, note=note)
 
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
+    except MemoryError:
+        return LoadedImage(ref, digest, reason="not enough memory")
     except OSError as error:
         return LoadedImage(ref, digest, reason=(error.strerror or one_line(error)).lower())
     except Exception as error:  # damaged archives raise zlib and zip errors; one bad file must not end the run
         return LoadedImage(ref, digest, reason=f"cannot be read: {one_line(error)}")
+
+
+def _load_picture(
+    ref: ImageRef, content: Image.Image, transform: Transform, max_pixels: int, known: Container[bytes]
+) -> LoadedImage:
+    """A picture that was open already."""
+    with _PICTURES:
+        size = memory_of(content)
+    with MEMORY.decoding(size):
+        with _PICTURES:
+            picture = decode(content, max_pixels)
+        digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
+        pixels = None if digest in known else transform(picture)
+        del picture
+    return LoadedImage(ref, digest, pixels)
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -152,6 +187,7 @@ def iter_loaded(
     max_pixels: int = MAX_PIXELS,
     known: Container[bytes] = (),
     ahead: int = 64,
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[LoadedImage]:
     """Load images on several threads; they come in the order of ``refs``.
 
@@ -159,12 +195,12 @@ def iter_loaded(
     ----------
     refs : iterable of ImageRef
         A stream is read as far ahead as images are held.
-    transform, max_pixels, known
+    transform, max_pixels, known, max_bytes
         As for :func:`load`.
     workers : int, optional
         Threads; by default one per CPU that this process may use, at most 16.
     ahead : int, default 64
-        At most this many images are held at once.
+        At most this many images are held at once; fewer if those that wait to be decoded are large.
 
     Yields
     ------
@@ -172,40 +208,59 @@ def iter_loaded(
     """
     workers = workers or min(available_cpus(), 16)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="featdiff-decode")
-    pending: deque[Future[LoadedImage]] = deque()
+    pending: deque[tuple[Future[LoadedImage], int]] = deque()
+    waiting = 0  # bytes of pending images
     try:
         for ref in refs:
-            if ref.sequential:
-                pending.append(pool.submit(_load_held, ref, _in_order(ref), transform, max_pixels, known))
-            else:
-                pending.append(pool.submit(load, ref, transform, max_pixels, known))
+            held = _in_order(ref, max_bytes) if ref.sequential else ref
+            size = _size_of(held)
+            pending.append((pool.submit(_load_held, ref, held, transform, max_pixels, known, max_bytes), size))
+            waiting += size
+            del held
 
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
+            while len(pending) >= ahead or (waiting > _WAITING and pending):
+                future, size = pending.popleft()
+                yield future.result()
+                waiting -= size
 
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:  # also on Ctrl-C and when the caller stops early
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(ref: ImageRef) -> ImageRef:
+def _in_order(ref: ImageRef, max_bytes: int) -> ImageRef:
     """Read on the calling thread: datasets, and archives that can only be read front to back, are read in order."""
     try:
-        return ref.held()
+        return ref.held(max_bytes)
     except UnreadableImage as error:
         return MissingRef(ref.path, str(error))
+    except MemoryError:
+        return MissingRef(ref.path, "not enough memory")
     except Exception as error:  # damaged archives raise nearly anything
         return MissingRef(ref.path, f"cannot be read: {one_line(error)}")
 
 
+def _size_of(ref: ImageRef) -> int:
+    """Bytes that a reference keeps in memory."""
+    if not isinstance(ref, HeldRef):
+        return 0
+    content = ref.content
+    return len(content) if isinstance(content, bytes) else content.width * content.height * _PIXEL
+
+
 def _load_held(
-    ref: ImageRef, held: ImageRef, transform: Transform, max_pixels: int, known: Container[bytes]
+    ref: ImageRef,
+    held: ImageRef,
+    transform: Transform,
+    max_pixels: int,
+    known: Container[bytes],
+    max_bytes: int,
 ) -> LoadedImage:
-    """Load bytes that were read already; the result refers to the original, so that the bytes can be freed."""
+    """Load what may have been read already; the result refers to the original, so that the bytes can be freed."""
     if held.path != ref.path:  # its name was known only after reading
         ref = replace(ref, path=held.path)
-    return replace(load(held, transform, max_pixels, known), ref=ref)
+    return replace(load(held, transform, max_pixels, known, max_bytes), ref=ref)
 
 
 def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
@@ -257,8 +312,8 @@ def _batch(group: list[LoadedImage], by_shape: Mapping[torch.Size, list[int]], s
 
 def is_loader(source: object) -> TypeGuard[Iterable[object]]:
     """Whether ``source`` yields ready batches or images (a DataLoader, a generator) rather than naming images."""
-    named = isinstance(source, str | bytes | os.PathLike | list | tuple | Mapping | np.ndarray | Tensor | Image.Image)
-    if named or not hasattr(source, "__iter__"):
+    named = isinstance(source, str | os.PathLike | list | tuple | Mapping | np.ndarray | Tensor | Image.Image)
+    if named or is_file_content(source) or not hasattr(source, "__iter__"):
         return False
     return not is_map_style(source) or _begins_with_batch(source)
 

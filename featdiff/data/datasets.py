@@ -1,7 +1,8 @@
 """Datasets and streams of images -> references: torch datasets, ImageFolder, rows of Hugging Face, generators.
 
 An item is a picture, a tuple that begins with one (image, label), a mapping with one under ``image`` or ``img``, the
-bytes of an image file, a path, or an array of one image. Needs neither torch nor the libraries that make the datasets.
+bytes of an image file, an open file, a path, or an array of one image. Needs neither torch nor the libraries that make
+the datasets.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from PIL import Image
 
 from ..exceptions import UnreadableImage, UsageError
 from .image_refs import FileRef, HeldRef, ImageRef, MissingRef, printable
-from .memory import is_array, is_tensor, picture_of
+from .limits import MAX_BYTES
+from .memory import is_array, is_file_content, is_open_file, is_tensor, picture_of, stream_ref
 
 #: Keys under which a mapping may hold its picture.
 PICTURE_KEYS = ("image", "img")
@@ -34,11 +36,12 @@ class DatasetRef(ImageRef):
         return id(self.dataset), self.index  # a dataset may name an image twice, and has a row for each
 
     def read(self) -> bytes | Image.Image:
-        return content_of(self.dataset[self.index])
+        return self.held().read()
 
-    def held(self) -> HeldRef:
+    def held(self, max_bytes: int = MAX_BYTES) -> ImageRef:
         item = self.dataset[self.index]
-        return HeldRef(name_of(item) or self.path, content_of(item))
+        ref = ref_to(item, name_of(item) or self.path)
+        return ref.held(max_bytes) if ref.sequential else ref
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ def is_map_style(source: object) -> bool:
     >>> is_map_style(range(3)), is_map_style([1, 2, 3]), is_map_style({"a": 1})
     (True, False, False)
     """
-    other = isinstance(source, str | bytes | bytearray | os.PathLike | list | tuple | Mapping | Image.Image)
-    return not other and not is_array(source) and hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    other = isinstance(source, str | os.PathLike | list | tuple | Mapping | Image.Image)
+    if other or is_array(source) or is_file_content(source):
+        return False
+    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
 
 
 def dataset_refs(dataset: Any, label: str = "dataset") -> list[ImageRef]:
@@ -131,17 +136,10 @@ def iter_refs(items: Iterable[object], label: str = "dataset") -> Iterator[Image
             check_not_prepared(item)
 
         name = name_of(item) or f"{label}[{i}]"
-        picture = _picture_in(item)
-        if isinstance(picture, str | os.PathLike):
-            yield FileRef(name, os.fspath(picture))
-            continue
-
         try:
-            yield HeldRef(name, content_of(item))
+            yield ref_to(item, name)
         except UnreadableImage as error:
             yield MissingRef(name, str(error))
-        except OSError as error:
-            yield MissingRef(name, (error.strerror or str(error)).lower())
 
 
 def is_image(item: object) -> bool:
@@ -151,7 +149,8 @@ def is_image(item: object) -> bool:
         return picture.ndim == 3  # two dimensions would be a batch of vectors
     if is_array(picture):
         return picture.ndim in (2, 3)
-    return isinstance(picture, Image.Image | bytes | bytearray | str | os.PathLike) or _is_encoded(picture)
+    named_or_open = isinstance(picture, Image.Image | str | os.PathLike) or is_file_content(picture)
+    return named_or_open or _is_encoded(picture)
 
 
 def check_not_prepared(item: object) -> None:
@@ -167,25 +166,27 @@ def check_not_prepared(item: object) -> None:
         )
 
 
-def content_of(item: object) -> bytes | Image.Image:
-    """The picture in an item of a dataset, or the bytes of its file.
+def ref_to(item: object, name: str) -> ImageRef:
+    """A reference to the picture in an item of a dataset.
 
     Parameters
     ----------
     item : object
+    name : str
 
     Returns
     -------
-    bytes or PIL image
+    ImageRef
+        Of a path, to its file; else it holds the picture, or the bytes of its file.
 
     Raises
     ------
-    OSError, UnreadableImage
-        The item holds no image, or its file cannot be read.
+    UnreadableImage
+        The item holds no image.
 
     Examples
     --------
-    >>> content_of((Image.new("L", (4, 2)), 7)).size
+    >>> ref_to((Image.new("L", (4, 2)), 7), "first").read().size
     (4, 2)
     """
     picture = _picture_in(item)
@@ -193,16 +194,18 @@ def content_of(item: object) -> bytes | Image.Image:
         picture = picture["path"] if picture["bytes"] is None else picture["bytes"]
 
     if isinstance(picture, Image.Image | bytes):
-        return picture
-    if isinstance(picture, bytearray):
-        return bytes(picture)
+        return HeldRef(name, picture)
+    if isinstance(picture, bytearray | memoryview):
+        return HeldRef(name, bytes(picture))
     if isinstance(picture, str | os.PathLike):
-        return FileRef(printable(picture), os.fspath(picture)).read()
+        return FileRef(name, os.fspath(picture))
+    if is_open_file(picture):
+        return stream_ref(picture, name)
 
     if is_tensor(picture) and picture.is_floating_point() and picture.ndim == 3:
         raise UnreadableImage("a float tensor, which a transform has prepared: give it in a DataLoader")
     if is_array(picture):
-        return picture_of(picture)
+        return HeldRef(name, picture_of(picture))
     if isinstance(item, Mapping):
         raise UnreadableImage(f"no picture under {' or '.join(map(repr, PICTURE_KEYS))}")
     raise UnreadableImage(f"not an image but a {type(picture).__name__}")

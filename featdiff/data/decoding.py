@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..exceptions import UnreadableImage
+from .formats import open_file
+from .limits import MAX_BYTES
+from .quiet import quietly
 from .references import ImageRef
 
 Transform = Callable[[Image.Image], Tensor]
@@ -18,8 +20,8 @@ Transform = Callable[[Image.Image], Tensor]
 MAX_PIXELS = 89_478_485
 #: Resizing the short side of a thinner picture to a model's size would need gigabytes.
 MAX_ASPECT = 300
-# Only formats that decode in-process: Pillow would hand EPS files to Ghostscript.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+# Pixels that are converted at once.
+_STRIP = 1 << 20
 
 
 def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -53,36 +55,55 @@ def decode(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
     >>> picture.mode, picture.size
     ('RGB', (4, 2))
     """
-    try:
-        image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
+    with _reasons(max_pixels):
+        image = data if isinstance(data, Image.Image) else open_file(data, max_pixels)
         _check_size(image.size, max_pixels)
         return _upright(_to_rgb(image), _orientation(image))
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImage("not an image in a format that can be decoded") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter if warnings are errors
-        raise UnreadableImage(
-            f"more than the limit of {max_pixels:,} pixels (max_pixels)", argument="max_pixels"
-        ) from None
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UnreadableImage(f"damaged image: {one_line(error)}") from None
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    if not data:
-        raise UnreadableImage("empty file (0 bytes)")
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read the header of an image file; :func:`decode` takes the result.
 
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's limit is global; raised only when the user asks for more
-    return Image.open(io.BytesIO(data), formats=_formats())
+    Parameters
+    ----------
+    data : bytes
+    max_pixels : int, default 89,478,485
+
+    Returns
+    -------
+    PIL image
+        Its pixels are not decoded yet.
+
+    Raises
+    ------
+    UnreadableImage
+        As for :func:`decode`.
+    """
+    with _reasons(max_pixels):
+        image = open_file(data, max_pixels)
+        _check_size(image.size, max_pixels)
+        return image
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of ``_FORMATS`` that this build of Pillow can open."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+@contextmanager
+def _reasons(max_pixels: int) -> Iterator[None]:
+    """Inside the block, whatever decoders raise becomes a reason for users, and they print nothing."""
+    with quietly() as messages:
+        try:
+            yield
+        except UnreadableImage:
+            raise
+        except UnidentifiedImageError:
+            raise UnreadableImage("not an image in a format that can be decoded") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter if warnings are errors
+            raise UnreadableImage(
+                f"more than the limit of {max_pixels:,} pixels (max_pixels)", argument="max_pixels"
+            ) from None
+        except MemoryError:
+            raise UnreadableImage("not enough memory to decode it") from None
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            more = f" ({messages[0]})" if messages else ""
+            raise UnreadableImage(f"damaged image: {one_line(error)}{more}") from None
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -96,9 +117,24 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converted strip by strip, so that of a large picture no more than two copies are held."""
+    image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
         return image
+
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    if height <= rows:
+        return _converted(image)
+
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        rgb.paste(_converted(strip), (0, top))
+    return rgb
+
+
+def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_grey(image)
 
@@ -168,8 +204,8 @@ def short_sides(refs: Sequence[ImageRef]) -> np.ndarray:
     sides = np.full(len(refs), np.nan)
     for i, ref in enumerate(refs):
         try:
-            content = ref.read()
-            picture = content if isinstance(content, Image.Image) else _open(content, MAX_PIXELS)
+            content = ref.read_within(MAX_BYTES)
+            picture = content if isinstance(content, Image.Image) else open_image(content)
             sides[i] = min(picture.size)
         except Exception:  # the reason is reported when the image is scored
             continue

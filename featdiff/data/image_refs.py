@@ -1,4 +1,4 @@
-"""What a reference to an image is, and the plain ones: a file, an image in memory, and something without an image.
+"""What a reference to an image is, and the plain ones: a file, an open file, an image in memory, and no image at all.
 
 A reference is small and picklable, and can be read on any thread or in a spawned process.
 """
@@ -8,12 +8,20 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from PIL import Image
 
 from ..exceptions import UnreadableImage
+from .limits import MAX_BYTES, check_bytes
+
+# Formats that Pillow cannot decode out of the box are listed too: a folder of HEIC photographs
+# must give rows that say so, not an empty answer.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif", ".jxl"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,24 @@ class ImageRef:
         """
         raise UnreadableImage(f"{type(self).__name__} cannot be read")
 
-    def held(self) -> HeldRef:
-        """The same image after reading, under the name it turned out to have (errors as for :meth:`read`)."""
-        return HeldRef(self.path, self.read())
+    def bytes_to_read(self) -> int | None:
+        """How many bytes :meth:`read` will give, as far as that is known before; it may raise the same errors."""
+        return None
+
+    def read_within(self, max_bytes: int) -> bytes | Image.Image:
+        """As :meth:`read`; more than ``max_bytes`` is refused, before reading where the size is known."""
+        check_bytes(self.bytes_to_read(), max_bytes)
+        content = self.read()
+        if isinstance(content, bytes):
+            check_bytes(len(content), max_bytes)
+        return content
+
+    def held(self, max_bytes: int = MAX_BYTES) -> ImageRef:
+        """The same image as any thread may read it, under the name it turned out to have.
+
+        Errors are those of :meth:`read_within`.
+        """
+        return HeldRef(self.path, self.read_within(max_bytes))
 
 
 @dataclass(frozen=True)
@@ -76,13 +99,51 @@ class FileRef(ImageRef):
     def identity(self) -> Hashable:
         return self.file  # two different files may be printed alike
 
-    def read(self) -> bytes:
-        mode = os.stat(self.file).st_mode
-        if not stat.S_ISREG(mode):  # a pipe or a device would block or never end
-            raise UnreadableImage("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
+    def bytes_to_read(self) -> int:
+        status = os.stat(self.file)
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
+            raise UnreadableImage("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        return status.st_size
 
+    def read(self) -> bytes:
+        size = self.bytes_to_read()
         with open(self.file, "rb") as stream:
-            return stream.read()
+            return stream.read(size)
+
+
+@dataclass(frozen=True)
+class StreamRef(ImageRef):
+    """An open binary file, read on the calling thread: from its start, or if it cannot go back, from where it is."""
+
+    stream: Any = field(compare=False, repr=False)
+    sequential: ClassVar[bool] = True
+
+    @property
+    def identity(self) -> Hashable:
+        return id(self.stream)
+
+    def read(self) -> bytes:
+        return self.read_within(MAX_BYTES)
+
+    def read_within(self, max_bytes: int) -> bytes:
+        self._rewind()
+        content = self.stream.read(max_bytes + 1)  # it may have no end
+        if isinstance(content, str):
+            raise UnreadableImage("a file opened as text: open it with mode 'rb'")
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise UnreadableImage(f"its read() gives a {type(content).__name__}, not bytes")
+        if len(content) > max_bytes:
+            raise UnreadableImage(f"more bytes than the limit of {max_bytes:,} (max_bytes)", argument="max_bytes")
+        return bytes(content)
+
+    def _rewind(self) -> None:
+        seek = getattr(self.stream, "seek", None)
+        if seek is None:
+            return
+        try:
+            seek(0)
+        except OSError:  # a pipe or a socket
+            return
 
 
 @dataclass(frozen=True)
@@ -90,6 +151,9 @@ class HeldRef(ImageRef):
     """An image already in memory: a picture, or the bytes of a file."""
 
     content: bytes | Image.Image
+
+    def bytes_to_read(self) -> int | None:
+        return len(self.content) if isinstance(self.content, bytes) else None
 
     def read(self) -> bytes | Image.Image:
         return self.content
@@ -112,3 +176,8 @@ def printable(path: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError:  # a lone surrogate, which no file name can hold
         text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return text or "(empty name)"
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file is an image by its name, and not hidden."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")

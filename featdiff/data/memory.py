@@ -1,25 +1,27 @@
-"""Pictures, arrays and tensors in memory -> references to images."""
+"""Pictures, arrays, tensors, bytes and open files -> references to images."""
 
 from __future__ import annotations
 
+import inspect
+import os
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..exceptions import UnreadableImage, UsageError
-from .image_refs import HeldRef, ImageRef, MissingRef
+from .image_refs import HeldRef, ImageRef, MissingRef, StreamRef, printable
 
 #: Numbers of channels that a picture may have.
 CHANNELS = (1, 3, 4)
 
 
 def refs_in_memory(item: object, number: int) -> list[ImageRef]:
-    """A picture, an array or a tensor; of a stack of images, one reference each.
+    """A picture, an array, a tensor, the content of a file, or an open file; of a stack of images, one reference each.
 
     Parameters
     ----------
-    item : PIL image, array or tensor
+    item : PIL image, array, tensor, bytes, or open binary file
     number : int
         Its position in the list that it came in, for its name.
 
@@ -34,11 +36,15 @@ def refs_in_memory(item: object, number: int) -> list[ImageRef]:
     """
     if isinstance(item, Image.Image):
         return [HeldRef(f"image[{number}]", item)]
+    if isinstance(item, bytes | bytearray | memoryview):
+        return [HeldRef(f"bytes[{number}]", bytes(item))]
+    if is_open_file(item):
+        return [stream_ref(item, f"file[{number}]")]
 
     if not is_array(item):
         raise UsageError(
-            f"images cannot come from a {type(item).__name__}; give paths, PIL images, arrays or tensors, or a dataset "
-            "of them"
+            f"images cannot come from a {type(item).__name__}; give paths, PIL images, arrays, tensors, bytes or open "
+            "files, or a dataset of them"
         )
     array: Any = item
     if array.ndim not in (2, 3, 4):
@@ -48,6 +54,27 @@ def refs_in_memory(item: object, number: int) -> list[ImageRef]:
     if array.ndim < 4:
         return [_array_ref(label, array)]
     return [_array_ref(f"{label}[{i}]", image) for i, image in enumerate(array)]
+
+
+def is_file_content(item: object) -> bool:
+    """Whether ``item`` is in the place of an image file: its bytes, or an open file."""
+    return isinstance(item, bytes | bytearray | memoryview) or is_open_file(item)
+
+
+def is_open_file(item: object) -> bool:
+    """Whether ``item`` is an open file, a ``BytesIO`` or a stream; other things have a ``read`` of another kind."""
+    if isinstance(item, ImageRef) or not callable(getattr(item, "read", None)):
+        return False
+    return callable(getattr(item, "seek", None)) or callable(getattr(item, "readable", None))
+
+
+def stream_ref(stream: Any, label: str) -> ImageRef:
+    """A reference to an open file, under its own name if it has one."""
+    name = getattr(stream, "name", None) or getattr(stream, "filename", None)
+    path = printable(name) if isinstance(name, str | os.PathLike) else label
+    if inspect.iscoroutinefunction(stream.read):
+        return MissingRef(path, "its read() must be awaited: give the bytes that come of it")
+    return StreamRef(path, stream)
 
 
 def is_array(item: object) -> bool:

@@ -208,6 +208,7 @@ class BaseDetector(Generic[S]):
                 self.settings.max_pixels,
                 known,
                 ahead=2 * size,
+                max_bytes=self.settings.max_bytes,
             )
             return iter_batches(loaded, size)
 
@@ -399,7 +400,7 @@ class BaseDetector(Generic[S]):
         if batch.positions:
             score, layers = self.layer_scores(batch.features, own if exclude_known else None)
         by_layer = dict(zip(self.layers, layers.T, strict=True))
-        scores = judge(batch.paths, batch.positions, batch.failed, score, by_layer, self.calibration_, fpr)
+        scores = judge(batch.paths, batch.positions, batch.failed, score, by_layer, self.calibration_, fpr, batch.notes)
         if own is not None:
             scores.known = np.zeros(len(scores), dtype=bool)
             scores.known[batch.positions] = own >= 0

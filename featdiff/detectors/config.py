@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data.decoding import MAX_PIXELS, Transform
+from ..data.limits import MAX_BYTES
 from ..data.splits import CALIBRATION
 from ..diffusion.training import Recipe
 from ..exceptions import UsageError, did_you_mean
@@ -72,6 +73,8 @@ class Runtime:
         Decoding threads; default: one per CPU that this process may use, at most 16.
     max_pixels : int, default 89478485
         The largest picture that is opened.
+    max_bytes : int, default 512000000
+        The largest file, or member of an archive, that is read.
     cache : path, optional
         Folder of the feature store; default ``$FEATDIFF_CACHE`` or featdiff's folder in the user's cache.
 
@@ -85,11 +88,12 @@ class Runtime:
     image_batch: int = 32
     workers: int | None = None
     max_pixels: int = MAX_PIXELS
+    max_bytes: int = MAX_BYTES
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        check_whole("image_batch", self.image_batch)
-        check_whole("max_pixels", self.max_pixels)
+        for name in ("image_batch", "max_pixels", "max_bytes"):
+            check_whole(name, getattr(self, name))
         if self.workers is not None:
             check_whole("workers", self.workers)
         check_path("cache", self.cache)

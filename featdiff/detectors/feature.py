@@ -117,8 +117,9 @@ class Detector(BaseDetector[FeatureSettings]):
         Decides the split, the initial weights, the order of training and the stored noise.
     device : str
         ``auto``, ``cpu``, ``cuda`` ...
-    image_batch, workers, max_pixels
-        Images per backbone pass, decoding threads, and the largest picture that is opened.
+    image_batch, workers, max_pixels, max_bytes
+        Images per backbone pass, decoding threads, the largest picture that is opened, and the largest file that is
+        read.
     cache : path, optional
         Folder of the feature store; default ``$FEATDIFF_CACHE`` or featdiff's folder in the user's cache.
 
@@ -452,7 +453,7 @@ class Detector(BaseDetector[FeatureSettings]):
         local_files_only : bool, default False
             Never ask the hub for the detector.
         **runtime
-            ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``.
+            ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``max_bytes``, ``cache``.
 
         Raises
         ------

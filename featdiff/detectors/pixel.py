@@ -85,7 +85,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
         How the U-Net is trained.
     mixed_precision : {"no", "bf16"}
         Precision of training.
-    calibration, validation, fpr, seed, device, image_batch, workers, max_pixels, cache
+    calibration, validation, fpr, seed, device, image_batch, workers, max_pixels, max_bytes, cache
         As for :class:`featdiff.Detector`. ``image_batch`` images go through the U-Net at once, each with all its
         repetitions.
 
@@ -368,7 +368,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
         local_files_only : bool, default False
             Never ask the hub for the detector.
         **runtime
-            ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``.
+            ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``max_bytes``, ``cache``.
 
         Returns
         -------

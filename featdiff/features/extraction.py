@@ -48,6 +48,8 @@ class FeatureBatch:
         Position of each image that could not be read -> the reason.
     digests : list of bytes
         Content of the n images.
+    notes : dict
+        Position of each readable image of which there is something to tell -> what that is.
     """
 
     paths: list[str]
@@ -55,6 +57,7 @@ class FeatureBatch:
     positions: list[int]
     failed: dict[int, str]
     digests: list[bytes]
+    notes: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,16 +69,18 @@ class FeatureBatch:
         positions: list[int] = []
         failed: dict[int, str] = {}
         digests: list[bytes] = []
+        notes: dict[int, str] = {}
         for batch in batches:
             digests += batch.digests
             start = len(paths)
             paths += batch.paths
             positions += [start + position for position in batch.positions]
             failed |= {start + position: reason for position, reason in batch.failed.items()}
+            notes |= {start + position: note for position, note in batch.notes.items()}
 
         with_features = [batch.features for batch in batches if batch.positions]
         features = torch.cat(with_features) if with_features else torch.empty(0, 0)
-        return cls(paths, features, positions, failed, digests)
+        return cls(paths, features, positions, failed, digests, notes)
 
 
 def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
@@ -94,13 +99,14 @@ def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
 
     if not positions:
         return FeatureBatch(paths, torch.empty(0, extractor.width), [], failed, [])
+    notes = {i: note for i in positions if (note := batch.loaded[i].note)}
 
     features = rows[0]
     if len(rows) > 1:
         order = sorted(range(len(positions)), key=positions.__getitem__)
         features = torch.cat(rows)[order]
         positions = sorted(positions)
-    return FeatureBatch(paths, features, positions, failed, [batch.loaded[i].digest for i in positions])
+    return FeatureBatch(paths, features, positions, failed, [batch.loaded[i].digest for i in positions], notes)
 
 
 def _finite(features: Tensor, pixels: Tensor) -> tuple[list[bool], str]:

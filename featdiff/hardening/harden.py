@@ -203,7 +203,7 @@ def harden(
     progress : callable, optional
         Called with a stage, and how much of it is done and in total.
     **runtime
-        ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``cache``: see
+        ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``max_bytes``, ``cache``: see
         :class:`featdiff.detectors.config.Runtime`.
 
     Returns

@@ -78,7 +78,9 @@ class Reader:
 
         runtime = self.runtime
         ahead = 2 * runtime.image_batch
-        loaded = iter_loaded(refs, augment, runtime.workers, runtime.max_pixels, store, ahead)
+        loaded = iter_loaded(
+            refs, augment, runtime.workers, runtime.max_pixels, store, ahead, max_bytes=runtime.max_bytes
+        )
         batches = iter_batches(loaded, runtime.image_batch)
         return extract(batches, extractor, store, len(refs), progress), store
 
@@ -185,7 +187,9 @@ class DecodedImages(Features):
         """Images (B,) -> (B, 3, H, W); ``FeatdiffError`` if one cannot be read any more."""
         refs = [self.refs[index] for index in np.arange(len(self))[indices]]
         pixels = []
-        for item in iter_loaded(refs, self.view, self.reader.runtime.workers, self.reader.runtime.max_pixels):
+        runtime = self.reader.runtime
+        loaded = iter_loaded(refs, self.view, runtime.workers, runtime.max_pixels, max_bytes=runtime.max_bytes)
+        for item in loaded:
             if item.pixels is None:
                 raise FeatdiffError(f"{item.ref.path} was readable a moment ago: {item.reason}")
             pixels.append(item.pixels)

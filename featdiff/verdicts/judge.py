@@ -21,6 +21,7 @@ def judge(
     layers: Mapping[str, np.ndarray],
     calibration: Calibration,
     fpr: float,
+    notes: Mapping[int, str] | None = None,
 ) -> Scores:
     """Compare scores with the calibration, and put them beside the images that have none.
 
@@ -38,6 +39,8 @@ def judge(
     calibration : Calibration
     fpr : float
         False-alarm rate.
+    notes : mapping, optional
+        Position of an image that has a score -> what is to be told of it all the same.
 
     Returns
     -------
@@ -48,12 +51,12 @@ def judge(
     positions = np.asarray(positions, dtype=np.int64)
     failed = ~np.isfinite([ood_score, *layers.values()]).all(axis=0)
     p_values, flags = calibration.flags(np.where(failed, np.nan, ood_score), fpr)
-    reasons = {**reasons, **dict.fromkeys(positions[failed].tolist(), NOT_A_SCORE)}
-    status = np.full(len(names), UNREADABLE, dtype=object)
-    status[positions] = np.where(failed, ERROR, OK)
-
     is_ood = np.zeros(len(names), dtype=bool)
     is_ood[positions] = flags
+
+    texts = {**(notes or {}), **reasons, **dict.fromkeys(positions[failed].tolist(), NOT_A_SCORE)}
+    status = np.full(len(names), UNREADABLE, dtype=object)
+    status[positions] = np.where(failed, ERROR, OK)
 
     def spread(values: np.ndarray) -> np.ndarray:
         column = np.full(len(names), np.nan)
@@ -63,7 +66,7 @@ def judge(
     return Scores(
         path=list(names),
         status=status.tolist(),
-        reason=[reasons.get(i, "") for i in range(len(names))],
+        reason=[texts.get(i, "") for i in range(len(names))],
         ood_score=spread(ood_score),
         p_value=spread(p_values),
         is_ood=is_ood,

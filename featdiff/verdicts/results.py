@@ -33,7 +33,7 @@ class Row:
         The name of the image.
     status : {"ok", "unreadable", "error"}
     reason : str
-        Why the image is unreadable, or has no valid score; empty for the others.
+        Why the image is unreadable or an error. Of one that is ``ok``, a note if there is one: ``page 1 of 3 was read``.
     ood_score : float
         Higher = more OOD; NaN for an unreadable image, not finite for an error.
     p_value : float
@@ -71,7 +71,7 @@ class Scores:
         ``ok``, ``unreadable`` or ``error``. Unreadable images have NaN scores and are not flagged. An error is an image
         that was read, but whose score is not finite: it is flagged with the smallest p-value, lest it pass as ordinary.
     reason : list of str
-        Why an image is unreadable or an error; empty for the others.
+        Why an image is unreadable or an error. Empty for most others; of some, a note such as ``page 1 of 3 was read``.
     ood_score : (N,) float
         Higher = more OOD, about 0 +- 1 for in-domain images.
     p_value : (N,) float

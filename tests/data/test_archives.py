@@ -16,7 +16,9 @@ import pytest
 from image_files import (
     TAR_MODES,
     below,
+    encoded,
     link,
+    noise,
     png,
     posix,
     reason_of,
@@ -178,9 +180,73 @@ def test_corrupt_archive_is_a_row_with_one_line(tmp_path: Path, suffix: str, dam
         assert ref.path.startswith(str(archive))
         assert reason_of(ref)  # the members are noise: none of them is an image either
         assert "\n" not in reason_of(ref)
-    if damage != "flipped":
+    if damage == "half" and suffix in TAR_MODES:  # what was written before the end is kept
+        assert "archive cannot be read to its end: " in reason_of(refs[-2]) or len(refs) == 2
+    elif damage != "flipped":
         assert len(refs) == 2
         assert "archive cannot be read" in reason_of(refs[0])
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
+@pytest.mark.parametrize("kept", [2, 1])
+def test_tar_that_is_cut_short_keeps_the_members_before(tmp_path: Path, suffix: str, kept: int) -> None:
+    """Of three members of noise, which does not compress, the last ones are cut away."""
+    good = [encoded(noise(60, 60, seed)) for seed in range(3)]
+    archive = write_tar(tmp_path / f"data{suffix}", {f"{i}.png": data for i, data in enumerate(good)})
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: int(len(whole) * (kept + 0.5) / 3)])
+
+    refs = list_images(archive)
+    assert [ref.read() for ref in refs[:kept]] == good[:kept]
+    cut, rest = refs[kept:]
+    assert cut.path == f"{archive}/{kept}.png"
+    assert reason_of(cut)
+    assert rest.path == str(archive)
+    assert "archive cannot be read to its end: " in reason_of(rest)
+
+
+def test_damaged_header_is_not_the_end_of_a_tar(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "data.tar", {"a.png": png(1), "b.png": png(2)})
+    data = bytearray(archive.read_bytes())
+    data[1024 + 150] ^= 0x55  # the checksum of the second
+    archive.write_bytes(data)
+    first, rest = list_images(archive)
+    assert value(first) == 1
+    assert reason_of(rest) == "archive cannot be read to its end: a damaged header at byte 1,024"
+
+
+@pytest.mark.parametrize("suffix", ARCHIVES)
+def test_members_that_lead_out_of_the_archive_are_rows(tmp_path: Path, suffix: str) -> None:
+    names = ["../a.png", "/etc/b.png", "x/../../c.png", "..\\d.png", "C:\\e.png", "fine/f.png", "..g.png"]
+    archive = write_archive(tmp_path / f"data{suffix}", {name: png(i) for i, name in enumerate(names)})
+    refs = {ref.path.removeprefix(f"{archive}/"): ref for ref in list_images(archive)}
+    assert sorted(refs) == sorted(names[:-1])  # the last is a hidden file
+    assert value(refs.pop("fine/f.png")) == 5
+    assert {reason_of(ref) for ref in refs.values()} == {"its name leads out of the archive"}
+    assert below(list_images(f"{archive}/fine"), archive) == ["fine/f.png"]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_links_that_lead_nowhere_have_a_plain_reason(tmp_path: Path, suffix: str) -> None:
+    members: dict[str, bytes | tarfile.TarInfo] = {
+        "self.png": link("self.png", tarfile.SYMTYPE, "self.png"),
+        "hard.png": link("hard.png", tarfile.LNKTYPE, "hard.png"),
+        "one.png": link("one.png", tarfile.SYMTYPE, "two.png"),
+        "two.png": link("two.png", tarfile.SYMTYPE, "./one.png"),
+        "gone.png": link("gone.png", tarfile.SYMTYPE, "d/none.png"),
+        "out.png": link("out.png", tarfile.SYMTYPE, "/etc/passwd"),
+    }
+    archive = write_tar(tmp_path / f"data{suffix}", members)
+    reasons = {ref.path.rsplit("/", 1)[1]: reason_of(ref) for ref in list_images(archive)}
+    round_and_round = "a link that leads to itself"
+    assert reasons == {
+        "self.png": round_and_round,
+        "hard.png": round_and_round,
+        "one.png": round_and_round,
+        "two.png": round_and_round,
+        "gone.png": "a link to d/none.png, which is not in the archive",
+        "out.png": "a link to /etc/passwd, which is not in the archive",
+    }
 
 
 def test_deflate_damage_inside_a_tar_is_a_row(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ ERRORS: list[tuple[Exception, str]] = [
     (ValueError("no such\nsize"), "no such size"),
     (OSError(28, "No space left on device"), "no space left"),
     (OSError("broken"), "broken"),
-    (MemoryError(), "MemoryError"),
+    (MemoryError(), "not enough memory"),
     (KeyError(), "KeyError"),
     (zlib.error("Error -3"), "Error -3"),
     (UnreadableImage("too dark"), "too dark"),

@@ -276,10 +276,10 @@ def test_missing_beside_found_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", [None, 3, {"a": 1}, [["a.png"]], b"a.png", object(), [None]], ids=lambda s: type(s).__name__
+    "source", [None, 3, {"a": 1}, [["a.png"]], {"a.png"}, object(), [None]], ids=lambda s: type(s).__name__
 )
 def test_unknown_kinds_are_usage_errors_that_say_what_is_taken(source: object) -> None:
-    with pytest.raises(UsageError, match="paths, PIL images, arrays or tensors"):
+    with pytest.raises(UsageError, match="give paths, PIL images, arrays, tensors, bytes or open files"):
         list_images(source)
 
 

@@ -51,7 +51,7 @@ def test_constructor_takes_the_settings_with_their_defaults(kind: type[Settings]
 @BOTH
 def test_runtime_is_a_part_of_the_settings(kind: type[Settings]) -> None:
     names = {item.name for item in dataclasses.fields(Runtime)}
-    assert names == set(RUNTIME) == {"device", "image_batch", "workers", "max_pixels", "cache"}
+    assert names == set(RUNTIME) == {"device", "image_batch", "workers", "max_pixels", "max_bytes", "cache"}
     assert names < set(kind.names())
     assert isinstance(kind(), Runtime)
 
@@ -140,6 +140,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed must be"),
     ({"image_batch": 0}, "image_batch must be a whole number above 0, not 0"),
     ({"max_pixels": 1.5}, "max_pixels must be a whole number"),
+    ({"max_bytes": 0}, "max_bytes must be a whole number"),
     ({"workers": 0}, "workers must be a whole number"),
     ({"cache": 5}, "cache must be a path, not 5"),
 ]

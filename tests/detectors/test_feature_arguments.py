@@ -27,6 +27,7 @@ from featdiff.files.model_folder import load
                 "draws",
                 "image_batch",
                 "max_pixels",
+                "max_bytes",
             )
             for value in (0, -1, "3", None, True)
         ),

@@ -280,3 +280,18 @@ def test_read_only_cache_can_be_used_but_not_added_to(
     assert "Read-only" in text and str(small_disk) in text and "another cache" in text
     with pytest.raises(FeatdiffError, match="Read-only"):
         FeatureStore(small_disk / "new", WIDTH)
+
+
+def test_a_note_on_an_image_reaches_its_row_which_stays_ok() -> None:
+    good = LoadedImage(ImageRef("a.tif"), b"a", note="page 1 of 3 was read")
+    bad = LoadedImage(ImageRef("b.tif"), b"b", reason="empty file (0 bytes)")
+    batch = Batch([bad, good], [Stack(torch.rand(1, 3, 4, 4), [1])])
+    features = FeatureBatch.concatenate([featurise(batch, Pixels(4))] * 2)
+    assert features.notes == {1: "page 1 of 3 was read", 3: "page 1 of 3 was read"}
+
+    calibration = Calibration(np.linspace(0, 1, 40))
+    scores = judge(
+        features.paths, features.positions, features.failed, np.zeros(2), {}, calibration, 0.1, features.notes
+    )
+    assert scores.status == ["unreadable", "ok"] * 2
+    assert scores.reason == ["empty file (0 bytes)", "page 1 of 3 was read"] * 2

@@ -113,10 +113,12 @@ def test_config_names_format_and_backbone(tiny_detector: Detector, tiny_model: P
 
 
 def test_runtime_arguments_are_not_part_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
-    assert not {"device", "image_batch", "workers", "max_pixels", "cache"} & set(load(tiny_model)[0]["settings"])
-    loaded = Detector.from_pretrained(tiny_model, image_batch=5, workers=2, max_pixels=99, cache=tmp_path)
+    assert not {"device", "image_batch", "workers", "max_pixels", "max_bytes", "cache"} & set(
+        load(tiny_model)[0]["settings"]
+    )
+    loaded = Detector.from_pretrained(tiny_model, image_batch=5, workers=2, max_pixels=99, max_bytes=98, cache=tmp_path)
     settings = loaded.settings
-    assert (settings.image_batch, settings.workers, settings.max_pixels) == (5, 2, 99)
+    assert (settings.image_batch, settings.workers, settings.max_pixels, settings.max_bytes) == (5, 2, 99, 98)
     assert settings.cache == settings.cache_folder == tmp_path
 
 
