@@ -197,10 +197,10 @@ def _images(
 
 def _identity(model: str) -> object:
     """What tells this model from all others, from its config."""
-    from featdiff.files.model_folder import load_config, locate
+    from featdiff.files.model_folder import DIGEST, locate, read_config
     from featdiff.hardening.layout import GUARD, is_hardened
 
-    return load_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))["digest"]
+    return read_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))[DIGEST]
 
 
 def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:

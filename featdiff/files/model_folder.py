@@ -164,12 +164,12 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
         No model there, a file that was damaged or changed after it was saved, another format, or NaN in a tensor.
     """
     folder = Path(folder)
-    config = _load_config(folder)
+    config = read_config(folder)
     tensors = _tensors_of(read_verified(folder, config), folder)
     return config, tensors
 
 
-def _load_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The config, in a format that this featdiff reads; not verified yet (``ModelError``)."""
     if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         problem = f"it has no {CONFIG} and {TENSORS}" if folder.exists() else "no such folder"

@@ -33,7 +33,7 @@ class Row:
         The name of the image.
     status : {"ok", "unreadable", "error"}
     reason : str
-        Why the image is unreadable or an error. Of one that is ``ok``, a note if there is one: ``page 1 of 3 was read``.
+        Why the image is unreadable or an error. Of one that is ``ok``, a note if there is one: "page 1 of 3 was read".
     ood_score : float
         Higher = more OOD; NaN for an unreadable image, not finite for an error.
     p_value : float
