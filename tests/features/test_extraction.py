@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featdiff.data.batches import Batch, LoadedImage, Stack, iter_batches, iter_loaded
 from featdiff.data.references import ImageRef, list_images
-from featdiff.exceptions import FeatdiffError
+from featdiff.exceptions import DamagedCache, FeatdiffError
 from featdiff.features.backbones import load_backbone
 from featdiff.features.extraction import Extraction, FeatureBatch, extract, featurise
 from featdiff.features.extractor import FeatureExtractor
@@ -240,7 +240,8 @@ def test_damaged_cache_is_mended_by_the_next_run(few_images: Path, extractor: Fe
     before = everything(store.table(first.digests))
     for file in tmp_path.glob("*.npy"):
         file.write_bytes(file.read_bytes()[:-1])
-    found, store = run(few_images, extractor, tmp_path)
+    with pytest.warns(DamagedCache):
+        found, store = run(few_images, extractor, tmp_path)
     assert found.computed == 6
     np.testing.assert_allclose(everything(store.table(found.digests)), before, rtol=1e-4, atol=1e-5)
     assert run(few_images, extractor, tmp_path)[0].computed == 0
