@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..exceptions import FeatdiffError
 
 # Letters of a file's name that its temporary name repeats; whole names could become too long.
 _REPEATED = 40
+_TEMPORARY = re.compile(r"\.(.*)\.[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(file: Path, data: bytes) -> None:
@@ -65,6 +67,12 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
+
+
+def meant_for(file: Path) -> str:
+    """The name (its first 40 letters) of the file that this one was to become when its writer was killed; or empty."""
+    match = _TEMPORARY.fullmatch(file.name)
+    return match[1] if match else ""
 
 
 def write_output(file: str | os.PathLike[str], data: bytes) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ModelError, UsageError, first_line
-from .atomic import write_together
+from .atomic import meant_for, write_together
 from .hub import find_folder, is_repository
 from .strict_json import parse_json
 
@@ -115,7 +115,7 @@ def check_target(
     Parameters
     ----------
     folder : str or Path
-        An empty or missing folder passes.
+        An empty or missing folder passes, and one in which a save was killed.
     is_ours : callable, optional
         Whether what is in a folder may be replaced; by default an earlier featdiff model may.
     what : str, default "featdiff model"
@@ -130,8 +130,16 @@ def check_target(
     is_ours = is_ours or is_model
     if not target.exists():
         return
-    if not (target.is_dir() and (not any(target.iterdir()) or is_ours(target))):
+    if not (target.is_dir() and (_is_empty(target) or is_ours(target))):
         raise UsageError(f"{target} exists and is not a {what}; choose another folder", argument="folder")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only what a first save leaves that is killed."""
+    files = list(folder.iterdir())
+    unfinished = {meant_for(file) for file in files}
+    others = {file.name for file in files if not meant_for(file)}
+    return not others or (others == {TENSORS} and CONFIG in unfinished)  # the tensors take their place first
 
 
 # ---- reading ----

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -601,3 +603,39 @@ def test_folder_goes_before_a_hub_name(hub_cache: Path, tmp_path: Path, monkeypa
 def test_paths_are_never_asked_of_the_hub(hub_cache: Path, name: str) -> None:
     assert locate(name) == Path(name)
     assert list(hub_cache.iterdir()) == []
+
+
+def leave_a_killed_save(folder: Path, *, tensors_written: bool) -> None:
+    """What SIGKILL leaves of a first save: temporary files, or the tensors and a temporary config."""
+    script = (
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from featdiff.files.model_folder import save\n"
+        "replace, left = Path.replace, [int(sys.argv[2])]\n"
+        "def dying(self, target):\n"
+        "    left[0] -= 1\n"
+        "    return replace(self, target) if left[0] >= 0 else os.kill(os.getpid(), 9)\n"
+        "Path.replace = dying\n"
+        "save(sys.argv[1], {}, {'weight': torch.ones(3)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder), str(int(tensors_written))], check=False)
+    assert done.returncode == -9
+    assert (folder / TENSORS).exists() == tensors_written
+    assert not (folder / CONFIG).exists()
+
+
+@pytest.mark.parametrize("tensors_written", [False, True])
+def test_a_save_that_was_killed_can_be_repeated(tmp_path: Path, tensors_written: bool) -> None:
+    leave_a_killed_save(tmp_path / "model", tensors_written=tensors_written)
+    check_target(tmp_path / "model")
+    with pytest.raises(ModelError, match="no featdiff model"):
+        load(tmp_path / "model")
+
+    save(tmp_path / "model", {}, {"weight": torch.ones(3)})
+    assert load(tmp_path / "model")[1]["weight"].tolist() == [1, 1, 1]
+
+
+def test_tensors_of_another_tool_are_not_taken_for_a_killed_save(tmp_path: Path) -> None:
+    (tmp_path / TENSORS).write_bytes(b"somebody's weights")
+    with pytest.raises(UsageError, match="exists and is not a featdiff model"):
+        check_target(tmp_path)
