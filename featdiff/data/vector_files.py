@@ -76,7 +76,7 @@ class Arrays:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop``, (m, width) float32; larger numbers than float32 can hold become infinite."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             parts = [_float32(part[start:stop]) for part in self.parts.values()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 

@@ -32,6 +32,8 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not TOML: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{file} is not TOML that can be read: too many brackets within each other") from None
 
 
 def check_keys(keys: Iterable[str], known: list[str], where: str, kind: str = "key") -> None:

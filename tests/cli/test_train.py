@@ -204,6 +204,7 @@ def test_random_backbone_is_called_meaningless_and_can_be_scored(
         ("backbone = 'x'", ["unknown table 'backbone'"]),
         ("[data]\nimage = 'x'", ["unknown key 'image'", "did you mean images"]),
         ("[detector\n", ["is not TOML"]),
+        ("x = " + 100_000 * "[", ["is not TOML", "brackets"]),
         ("[detector]\nhead = 'x'", ["unknown head 'x'"]),
         ("[detector.recipe]\nepoch = 1", ["unknown recipe setting 'epoch'", "did you mean epochs"]),
         ("detector = 5", ["detector"]),
