@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import FeatdiffError
-from ..features.layout import FeatureLayout
+from ..features.layout import FeatureLayout, Kind
 
 #: Rows from which the deviation of each column is estimated.
 SAMPLE = 1024
@@ -47,8 +47,8 @@ def check_sensitive(
 ) -> None:
     """Refuse a fit to which rows far from all others look ordinary.
 
-    Ordinary rows are moved by 20 standard deviations in every column, up or down by chance, and the other way, and the
-    stranger of both counts: some scores look one way only.
+    Ordinary rows are moved by 20 standard deviations in every column but those of logits (where that is certainty, not
+    strangeness), up or down by chance, and the other way. The stranger of both counts: some scores look one way only.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ def _deviations(rows: Tensor, layout: FeatureLayout) -> Tensor:
 
     out = torch.zeros(rows.shape[1])
     for part in layout.parts:
+        if part.kind is Kind.LOGITS:
+            continue
         columns = each[part.columns]
         spread = columns.square().mean().sqrt()
         out[part.columns] = torch.where(moving[part.columns], spread, 0.0)
-    if not out.any():  # in every column, most rows agree
-        return rows.std(0, correction=0)
-    return out
+    return out if out.any() else rows.std(0, correction=0)  # the latter if most rows agree in every column

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from featdiff import FeatdiffError, FeatureDiffusion
 from featdiff.detectors.soundness import check_sensitive, check_spread
-from featdiff.features.layout import FeatureLayout, Kind
+from featdiff.features.layout import LOGITS, FeatureLayout, Kind
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(400, 16)).astype(np.float32)
@@ -66,6 +66,18 @@ def test_scores_that_do_not_see_strange_rows_are_refused(kind: str) -> None:
 
     with pytest.raises(FeatdiffError, match=r"^fitting failed: images or rows 20 standard deviations away .* score "):
         check_sensitive(torch.from_numpy(ROWS), LAYOUT, score, score(torch.from_numpy(NEW)) + 1e-3 * NEW[:, 0])
+
+
+def test_logits_stay_where_they_are() -> None:
+    """A shift would make them certain, and an energy would take it for ordinary."""
+    layout = FeatureLayout.of({("last", Kind.MEAN): 12, (LOGITS, Kind.LOGITS): 4})
+    rows = torch.from_numpy(ROWS)
+
+    def score(shifted: Tensor) -> np.ndarray:
+        torch.testing.assert_close(shifted[:, 12:], rows[:64, 12:])
+        return shifted.square().mean(1).numpy()
+
+    check_sensitive(rows, layout, score, HELD_OUT)
 
 
 def test_bad_rows_among_the_others_hide_no_column() -> None:
