@@ -323,14 +323,13 @@ class PixelSettings(Settings):
             raise UsageError(f"mask_ratio must be a number, not {self.mask_ratio!r}", argument="mask_ratio")
 
     def _check_distances(self) -> None:
-        names = self.distances
-        check_different_names("distances", names)
-        if not names:
+        check_different_names("distances", self.distances)
+        if not self.distances:
             raise UsageError("distances must name at least one distance", argument="distances")
-        for name in names:
+        for name in self.distances:
             if name not in DISTANCES:
-                hint = did_you_mean(name, list(DISTANCES))
-                raise UsageError(f"unknown distance {name!r}{hint}; known: {', '.join(DISTANCES)}", "distances")
+                known = f"{did_you_mean(name, list(DISTANCES))}; known: {', '.join(DISTANCES)}"
+                raise UsageError(f"unknown distance {name!r}{known}", argument="distances")
 
 
 #: Settings by mode, as saved models and config files name it.

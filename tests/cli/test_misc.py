@@ -73,7 +73,7 @@ def test_overview_names_every_command_once(featdiff_cli: Cli) -> None:
     assert result.exit_code == 0
     commands = result.stdout.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  ", commands, re.MULTILINE) == COMMANDS
-    for code in ("0 fine", "1 failed", "2 usage", "3 some images unreadable", "4 OOD found", "130 Ctrl-C"):
+    for code in ("0 fine", "1 failed", "2 usage", "3 images without a score", "4 OOD found", "130 Ctrl-C"):
         assert code in " ".join(result.stdout.split())
 
 

@@ -139,21 +139,21 @@ def test_the_request_is_read_once(
     from featdiff.detectors import base
 
     calls: list[str] = []
-    list_images, read_text = references.list_images, Path.read_text
+    list_images, read_bytes = references.list_images, Path.read_bytes
 
     def listing(sources: Any, **options: Any) -> Any:
         if not all(isinstance(source, ImageRef) for source in sources):  # else they are listed already
             calls.append("list_images")
         return list_images(sources, **options)
 
-    def reading(file: Path, *arguments: Any, **options: Any) -> str:
+    def reading(file: Path) -> bytes:
         if file.is_relative_to(tiny_model):
             calls.append(file.name)
-        return read_text(file, *arguments, **options)
+        return read_bytes(file)
 
     for module in (references, base):
         monkeypatch.setattr(module, "list_images", listing)
-    monkeypatch.setattr(Path, "read_text", reading)
+    monkeypatch.setattr(Path, "read_bytes", reading)
     assert featdiff_cli("score", few_images, "-m", tiny_model, "-q").exit_code == 0
     assert sorted(calls) == ["config.json", "list_images"]
 

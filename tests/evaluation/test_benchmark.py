@@ -335,7 +335,7 @@ def test_command_prints_tables_and_writes_files(bench: Cli, tmp_path: Path) -> N
     [
         ("x.json", None, "{"),
         ("x.md", None, "# tiles"),
-        ("x.txt", None, "# tiles"),
+        ("x", None, "# tiles"),
         ("x.csv", None, "task,ood,"),
         ("x", "json", "{"),
     ],
@@ -363,4 +363,4 @@ def test_wrong_requests_of_the_command(bench: Cli, featdiff_cli: Cli, tmp_path: 
     fails(featdiff_cli("bench", "folders", "--data", tmp_path / "none"), 2, "does not exist")
     fails(featdiff_cli("bench", "folders", "--data", tmp_path), 2, "train or train.zip", str(tmp_path))
     fails(bench("-o", tmp_path / "no" / "x.md"), 2, "no folder", "x.md")  # said before the work, not after
-    fails(bench("-o", tmp_path), 2, "is a directory")
+    fails(bench("-o", tmp_path), 2, "is a folder")
