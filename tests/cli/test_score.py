@@ -155,7 +155,7 @@ def test_the_request_is_read_once(
         monkeypatch.setattr(module, "list_images", listing)
     monkeypatch.setattr(Path, "read_bytes", reading)
     assert featdiff_cli("score", few_images, "-m", tiny_model, "-q").exit_code == 0
-    assert sorted(calls) == ["config.json", "list_images"]
+    assert sorted(calls) == ["config.json", "list_images", "model.safetensors"]
 
 
 # ---- exit codes ----
