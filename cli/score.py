@@ -249,7 +249,8 @@ def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
     speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
     bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
     bad += f", {counts.failed:,} failed" if counts.failed else ""
-    say(f"{counts.rows:,} {work.what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+    what = work.what.removesuffix("s") if counts.rows == 1 else work.what
+    say(f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
     if counts.known and not work.excluded:
         say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)
         say("featdiff audit finds the odd ones of a training set; --exclude-known leaves out each image itself.", quiet)
