@@ -141,7 +141,7 @@ def check(folder: Path, place: Place) -> int:
     try:
         scores = place.detector.score(str(archive))
     except UsageError as error:  # nothing in it could be listed
-        require(not facts["good"] and "cannot be read" in str(error), str(error))
+        require(not facts["good"] and str(archive) in str(error), str(error))
         return 0
     check_rows(scores)
     require(len(scores) > 0, "no row")
