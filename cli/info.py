@@ -26,12 +26,14 @@ def command(model: str, as_json: bool) -> None:
     \b
     Example: featdiff info featdiff-model
     """
+    from featdiff.detectors.saved import check_config, saved_mode
     from featdiff.exceptions import ModelError
     from featdiff.files.model_folder import load, locate
     from featdiff.hardening.layout import GUARD, is_hardened
 
     folder = locate(str(Path(model) / GUARD) if is_hardened(model) else model)
     config, tensors = load(folder)
+    check_config(config, folder, saved_mode(config, folder))
     if as_json:
         click.echo(json.dumps(config, indent=2))
         return
@@ -105,14 +107,18 @@ def _vector_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
 
 
 def _training_facts(config: dict[str, Any]) -> dict[str, str]:
+    from featdiff.verdicts.calibration import smallest_rate
+
     images = config["images"]
     held_out = images["calibration"]
+    groups = images["calibration_groups"]
     fpr = config["settings"]["fpr"]
     what = "rows" if config.get("mode") == "vectors" else "images"
 
+    of_groups = f" in {groups:,} groups" if groups < held_out else ""
     return {
         "trained on": f"{images['different']:,} different {what}, in {config['training_seconds']:.0f} s",
-        "calibrated": f"{held_out:,} held-out {what}; fpr {fpr:g}, possible from {1 / (held_out + 1):.2g} up",
+        "calibrated": f"{held_out:,} held-out {what}{of_groups}; fpr {fpr:g}, possible from {smallest_rate(groups)} up",
     }
 
 

@@ -123,3 +123,22 @@ def test_older_format(featdiff_cli: Cli, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"format_version": 1}))
     fails(featdiff_cli("info", model), 1, "old format 1", "train it again")
+
+
+@pytest.mark.parametrize("number", [-1, 0, 1.5, None])
+def test_impossible_counts_are_refused(featdiff_cli: Cli, model: Path, number: object) -> None:
+    """Also under a digest that fits."""
+    config = json.loads((model / "config.json").read_text())
+    config["images"]["calibration"] = number
+    (model / "config.json").write_text(json.dumps(config))
+    reseal(model)
+    for option in ([], ["--json"]):
+        fails(featdiff_cli("info", model, *option), 1, "images.calibration")
+
+
+def test_groups_decide_the_smallest_rate(featdiff_cli: Cli, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["images"]["calibration_groups"] = 39
+    (model / "config.json").write_text(json.dumps(config))
+    reseal(model)
+    assert "78 held-out images in 39 groups; fpr 0.05, possible from 0.025 up" in featdiff_cli("info", model).stdout
