@@ -79,6 +79,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """The whole message of an error on one line; the name of its type if the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def some_of(names: Sequence[str]) -> str:
     """The first four names, and how many there are if there are more.
 

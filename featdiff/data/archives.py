@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ..exceptions import UnreadableImage
+from ..exceptions import UnreadableImage, one_line
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 
 ZIP_SUFFIXES = (".zip",)
@@ -187,7 +187,7 @@ def _open_tar(archive: str, *version: int) -> _TarContent:
         if any(stream.last):  # tarfile takes a header that makes no sense for the end
             content.problem = f"a damaged header at byte {tar.offset:,}"
     except Exception as error:  # damaged archives raise zlib, lzma, struct and many other errors
-        content.problem = _one_line(error)
+        content.problem = one_line(error)
     return content
 
 
@@ -251,7 +251,7 @@ def archive_refs(archive: str, prefix: str) -> list[ImageRef]:
         list_members = _zip_refs if archive.lower().endswith(ZIP_SUFFIXES) else _tar_refs
         refs = list_members(archive, label, prefix)
     except Exception as error:  # see _open_tar
-        return [MissingRef(label, f"archive cannot be read: {_one_line(error)}")]
+        return [MissingRef(label, f"archive cannot be read: {one_line(error)}")]
 
     return refs or [MissingRef(f"{label}/{prefix}".rstrip("/"), "no images in this archive")]
 
@@ -315,7 +315,3 @@ def _leads_outside(member: str) -> bool:
 def _plain_name(member: str) -> str:
     """The name of a member; in archives of the folder ``.`` names begin with ``./``."""
     return printable(member.removeprefix("./"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..exceptions import UnreadableImage, UsageError
+from ..exceptions import UnreadableImage, UsageError, one_line
 from ..runtime.cpus import available_cpus
 from .datasets import is_image, is_map_style, iter_refs
-from .decoding import MAX_PIXELS, Transform, decode, one_line, open_image
+from .decoding import MAX_PIXELS, Transform, decode, open_image
 from .formats import memory_of, note_on_pages
 from .limits import MAX_BYTES, MEMORY, check_bytes
 from .memory import is_file_content

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..exceptions import UnreadableImage
+from ..exceptions import UnreadableImage, one_line
 from .formats import open_file
 from .limits import MAX_BYTES
 from .quiet import quietly
@@ -182,11 +182,6 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     if orientation not in _TURNS:
         return image
     return image.transpose(_TURNS[orientation])
-
-
-def one_line(error: Exception) -> str:
-    """The whole message of an error on one line; the name of its type if the message is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def short_sides(refs: Sequence[ImageRef]) -> np.ndarray:
