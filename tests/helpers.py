@@ -11,8 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -133,3 +134,19 @@ def copy_labelled(sample_folders: dict[str, Path], root: Path, train: int) -> No
     (root / "digits").mkdir()
     for file in sorted(sample_folders["digits"].iterdir())[:20]:
         shutil.copy(file, root / "digits")
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[list[str]]:
+    """What anybody writes to file descriptor 2 inside the block."""
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()

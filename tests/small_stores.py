@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featdiff.features.store import Features, FeatureStore, FeatureTable
+from featdiff.features.store import FeatureStore, FeatureTable, Rows
 
 WIDTH = 8
 
@@ -49,14 +49,6 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
-class InMemory(Features):
+def in_memory(rows: np.ndarray | Tensor) -> Rows:
     """Rows of features that are at hand."""
-
-    def __init__(self, rows: np.ndarray | Tensor) -> None:
-        self.rows = torch.as_tensor(rows, dtype=torch.float32)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
-        return self.rows[torch.from_numpy(indices) if isinstance(indices, np.ndarray) else indices]
+    return Rows(torch.as_tensor(rows, dtype=torch.float32))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ from featdiff.files.partial import PartialFile
 
 Cli = Callable[..., Result]
 KINDS = ("csv", "jsonl", "parquet", "txt")
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
+    """Ctrl-C comes inside the block, when so many parts have been judged."""
+    judge = Detector._judge
+    judged: list[int] = []
+
+    def stop(self: Detector, *parts: Any) -> Scores:
+        if len(judged) == after:
+            raise KeyboardInterrupt
+        judged.append(1)
+        return judge(self, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "_judge", stop)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -236,17 +254,7 @@ def test_images_are_not_decoded_again(
     whole, file = tmp_path / "whole.csv", tmp_path / "rows.csv"
     undisturbed = featdiff_cli(*arguments, whole)
 
-    judge = Detector._judge
-    judged: list[int] = []
-
-    def stop(self: Detector, *parts: Any) -> Scores:
-        if len(judged) == 2:
-            raise KeyboardInterrupt
-        judged.append(1)
-        return judge(self, *parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Detector, "_judge", stop)
+    with interrupted(monkeypatch, after=2):
         assert featdiff_cli(*arguments, file).stderr.startswith("interrupted; 32 rows are kept")
 
     read = FileRef.read
@@ -283,17 +291,7 @@ def test_only_missing_files_are_left(
     """They are rows, as they are beside others; alone they would be refused."""
     files = sorted(few_images.iterdir())[:4]
     options = (tmp_path / "gone.png", "-m", tiny_model, "--batch-size", 1, "-o", tmp_path / "rows.csv")
-    judge = Detector._judge
-    judged: list[int] = []
-
-    def stop(self: Detector, *parts: Any) -> Scores:
-        if judged:
-            raise KeyboardInterrupt
-        judged.append(1)
-        return judge(self, *parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Detector, "_judge", stop)
+    with interrupted(monkeypatch, after=1):
         assert "; 4 rows are kept in " in featdiff_cli("score", *files, *options).stderr
     done = featdiff_cli("score", *files, *options, "--resume")
     assert done.exit_code == 3, done.stderr
@@ -342,17 +340,7 @@ def test_other_images_are_not_mixed(
     files = sorted(few_images.iterdir())
     file = tmp_path / "rows.csv"
     options = ("-m", tiny_model, "--batch-size", 1, "-o", file)
-    judge = Detector._judge
-    judged: list[int] = []
-
-    def stop(self: Detector, *parts: Any) -> Scores:
-        if judged:
-            raise KeyboardInterrupt
-        judged.append(1)
-        return judge(self, *parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Detector, "_judge", stop)
+    with interrupted(monkeypatch, after=1):
         assert "; 4 rows are kept in " in featdiff_cli("score", *files, *options).stderr
 
     words = ("holds 4 rows, and they are not the first of what is to be scored now", "same files in the same order")

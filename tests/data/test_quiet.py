@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import printed
 from image_files import encoded, noise, reason, to_tensor
 from PIL import Image
 
@@ -28,22 +26,6 @@ DEFLATED = encoded(Image.new("RGB", (40, 40)), "TIFF", compression="tiff_adobe_d
 BAD_TIFF = DEFLATED[:10] + b"\xff" * 12 + DEFLATED[22:]
 #: Pillow warns of corrupt EXIF data
 BAD_EXIF = encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + bytes(6))
-
-
-@contextmanager
-def printed() -> Iterator[list[str]]:
-    """What anybody writes to file descriptor 2 inside the block."""
-    lines: list[str] = []
-    with tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            lines += file.read().decode().splitlines()
 
 
 def damaged(count: int) -> Iterator[bytes]:

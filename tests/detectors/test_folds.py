@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 import torch
-from small_stores import InMemory
+from small_stores import in_memory
 from torch import Tensor
 
 from featdiff import Detector
@@ -70,7 +70,7 @@ class Run:
         self.scores: list[Remembers] = []
         self.measured: list[Measured] = []
         self.progress: list[tuple[str, int, int]] = []
-        self.features = InMemory(ROWS)
+        self.features = in_memory(ROWS)
         self.head = head
         chosen = Bank(bank, "random", seed=0)
         self.fitted: Fitted = fit_heads(self.features, plan, chosen, self.new_heads, self.context, self.measure)

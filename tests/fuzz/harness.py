@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from helpers import printed
 
 from featdiff.exceptions import FeatdiffError
 
@@ -146,19 +146,15 @@ def _place_of(error: Exception) -> str:
 def _listening() -> Iterator[list[str]]:
     """The lines that reach file descriptor 2 inside the block, from any thread, and warnings of other libraries."""
     noise: list[str] = []
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as warned:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for hidden in _HIDDEN:
             warnings.simplefilter("ignore", hidden)
-        os.dup2(file.fileno(), 2)
         try:
-            yield noise
+            with printed() as lines:
+                yield noise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            noise += [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            noise += [line for line in lines if line.strip()]
             noise += [
                 f"{warning.category.__name__}: {warning.message}"
                 for warning in warned

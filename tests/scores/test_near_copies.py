@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_stores import InMemory
+from small_stores import in_memory
 from torch import Tensor
 
 from featdiff.scores import near_copies
@@ -18,7 +18,7 @@ def itself(x: Tensor) -> Tensor:
 
 
 def find(rows: np.ndarray) -> NearCopies:
-    return find_near_copies(InMemory(rows), [itself])
+    return find_near_copies(in_memory(rows), [itself])
 
 
 def gaussian(n: int, width: int, seed: int = 0) -> np.ndarray:
@@ -158,9 +158,9 @@ def test_the_nearest_image_outside_groups_that_are_given(size: int) -> None:
     groups = np.arange(120) // size
     distances = np.linalg.norm(rows[:, None] - rows, axis=2)
     distances[groups[:, None] == groups] = np.inf
-    found = nearest_outside(InMemory(rows), [itself], groups)
+    found = nearest_outside(in_memory(rows), [itself], groups)
     assert np.array_equal(found, distances.argmin(1))
-    assert (nearest_outside(InMemory(rows), [itself], np.zeros(120, dtype=int)) == -1).all()
+    assert (nearest_outside(in_memory(rows), [itself], np.zeros(120, dtype=int)) == -1).all()
 
 
 def test_groups_are_numbered_without_holes() -> None:
@@ -184,11 +184,11 @@ def test_each_space_counts_alike() -> None:
     """Bursts in a space of small numbers are seen beside a space of large ones."""
     rows, burst = bursts(240, 6, 16, 0.05)
     other, _ = bursts(240, 6, 16, 0.05)
-    both = InMemory(np.concatenate([1e-3 * rows, 1e3 * other], axis=1))
+    both = in_memory(np.concatenate([1e-3 * rows, 1e3 * other], axis=1))
     near = find_near_copies(both, [lambda x: x[:, :16], lambda x: x[:, 16:]])
     assert precision_and_recall(near.groups, burst) == (1, 1)
 
-    noise = InMemory(np.concatenate([rows, gaussian(240, 16, seed=4)], axis=1))
+    noise = in_memory(np.concatenate([rows, gaussian(240, 16, seed=4)], axis=1))
     assert find_near_copies(noise, [lambda x: x[:, :16]]).copied == 1
     assert find_near_copies(noise, [lambda x: x[:, 16:]]).copied < 0.2
 
@@ -264,7 +264,7 @@ def test_a_pair_among_few_images() -> None:
 
 
 def odd_rows(rows: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    return oddness(InMemory(rows), [itself], np.arange(len(rows)) if groups is None else groups)
+    return oddness(in_memory(rows), [itself], np.arange(len(rows)) if groups is None else groups)
 
 
 @pytest.mark.parametrize("width", [4, 32])
@@ -349,7 +349,7 @@ def test_oddness_adds_spaces_of_any_scale() -> None:
     right = gaussian(200, 8, seed=1)
     left[3] += 8
     right[5] += 8
-    rows = InMemory(np.concatenate([1e-3 * left, 1e3 * right], axis=1))
+    rows = in_memory(np.concatenate([1e-3 * left, 1e3 * right], axis=1))
     score = oddness(rows, [lambda x: x[:, :8], lambda x: x[:, 8:]], np.arange(200))
     assert set(np.argsort(-score)[:2].tolist()) == {3, 5}
 
