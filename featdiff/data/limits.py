@@ -74,7 +74,7 @@ class Budget:
             yield
         finally:
             if size > self.limit * _LARGE:
-                _trim()
+                trim_memory()
             self._take(-size, -1)
 
     def _take(self, size: int, images: int, fits: Callable[[], bool] = lambda: True) -> None:
@@ -86,7 +86,7 @@ class Budget:
                 self._changed.notify_all()
 
 
-def _trim() -> None:
+def trim_memory() -> None:
     """Return freed memory to the system; glibc keeps it for the thread that freed it, and other threads take new."""
     trim = _malloc_trim()
     if trim is not None:

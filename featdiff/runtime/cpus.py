@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 #: Environment variables with which users say how many threads there are, and how they wait.
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-# Rounds of GNU's OpenMP, some ten microseconds: measured (tests/benchmarks/RESULTS.md, threads).
-_SPIN_COUNT = "1000"
+# Rounds of GNU's OpenMP, tens of microseconds: measured (tests/benchmarks/RESULTS.md, threads).
+_SPIN_COUNT = "5000"
 
 
 def available_cpus(process: Path = Path("/proc/self")) -> int:

@@ -121,7 +121,8 @@ def set_real_time(first: bool) -> None:
     if hasattr(os, "sched_setscheduler"):
         policy, priority = (os.SCHED_FIFO, 1) if first else (os.SCHED_OTHER, 0)
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
 
 def started(what: str, program: str) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from helpers import printed
 
+from featdiff.data.limits import trim_memory
 from featdiff.exceptions import FeatdiffError
 
 from .place import Place, Wrong
@@ -164,6 +165,7 @@ def _listening() -> Iterator[list[str]]:
 
 def _reset_peak() -> int:
     """Bytes in memory now; the peak is counted from here on."""
+    trim_memory()  # else memory that was freed before would be used again, and not counted
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # another system than Linux, or not permitted: the peak is that of the whole process

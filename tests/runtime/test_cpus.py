@@ -124,7 +124,7 @@ def test_waiting_threads_sleep(bare: pytest.MonkeyPatch) -> None:
     assert not threads_sleep()
     prepare_threads()
     assert threads_sleep()
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "5000"
 
 
 @pytest.mark.parametrize("name", cpus.WAITING)
