@@ -16,6 +16,15 @@ from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import load_model, model_option, output_options, runtime_options, weights_option
 from .output import choose_format, is_stream
 from .progress import Bars
+from .report import (
+    Source,
+    check_report,
+    report_images_option,
+    report_option,
+    source_of_images,
+    source_of_vectors,
+    write_report,
+)
 from .rows import Rows, open_rows
 from .signals import Stop, catching_stop
 from .speech import say
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 
     from featdiff import Detector, PixelDetector, Scores
     from featdiff.data.references import ImageRef
+    from featdiff.report.rows import ReportRows
 
 
 @click.command("score")
@@ -44,6 +54,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Pixel mode: a picture of the least and the most strange images and their inpaintings.",
 )
+@report_option
+@report_images_option
 @click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
 @runtime_options
 def command(
@@ -57,6 +69,8 @@ def command(
     fpr: float | None,
     exclude_known: bool,
     figure: Path | None,
+    report: Path | None,
+    report_images: int | None,
     fail_on_ood: bool,
     quiet: bool,
     **options: Any,
@@ -69,9 +83,11 @@ def command(
 
     \b
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
+    Example: featdiff score images/ --report report.html -o scores.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
     from featdiff.exceptions import UsageError
+    from featdiff.report.rows import ReportRows
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -80,6 +96,8 @@ def command(
         raise UsageError("--resume needs -o FILE: only what is in a file can be continued")
     if resume and figure and chosen == "table":
         raise UsageError("--figure needs all scores, and a table has rounded ones: resume a .csv, .jsonl or .parquet")
+    check_report(report)
+    reported = ReportRows() if report else None
 
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
@@ -94,11 +112,14 @@ def command(
         counts = Counts(**rows.resumed(work.total, work.names))
         if resume:
             say(f"{counts.rows:,} rows are there from an interrupted run, {work.total - counts.rows:,} are left", quiet)
-        scores = _write(work, rows, counts)
+        scores = _write(work, rows, counts, reported)
     if work.draw:
         work.draw(scores)
 
     _summary(counts, work, bars, quiet)
+    if report is not None and reported is not None:
+        seconds = bars.seconds.get("scoring", 0.0)
+        write_report(report, reported, work.fpr, work.source, report_images, seconds, quiet)
     if fail_on_ood and (counts.flagged or counts.failed):
         return EXIT_OOD
     return EXIT_UNREADABLE if counts.unreadable or counts.failed else 0
@@ -110,7 +131,8 @@ class Work:
 
     ``total``: how many rows; ``names``: of the first so many; ``score``: the parts of the rows from a number on, as
     they come; ``columns``: of the rows; ``what``: what a row is called; ``made_with``: what decides the rows, by a name
-    for people; ``excluded``: training images are not compared with themselves.
+    for people; ``source``: what a report shows beside the rows; ``excluded``: training images are not compared with
+    themselves.
     """
 
     total: int
@@ -120,6 +142,7 @@ class Work:
     fpr: float
     what: str
     made_with: dict[str, Any]
+    source: Source
     draw: Callable[[list[np.ndarray]], None] | None = None
     excluded: bool = False
 
@@ -153,6 +176,7 @@ def _vectors(
         rate,
         "rows",
         {f"content of {file}": [status.st_size, status.st_mtime_ns]},
+        source_of_vectors(estimator, file, model),
     )
 
 
@@ -190,6 +214,7 @@ def _images(
             "max-pixels": detector.settings.max_pixels,
             "max-bytes": detector.settings.max_bytes,
         },
+        source_of_images(detector, refs, model),
         _figure(detector, refs, figure) if figure else None,
         exclude_known,
     )
@@ -203,7 +228,7 @@ def _identity(model: str) -> object:
     return read_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))[DIGEST]
 
 
-def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:
+def _write(work: Work, rows: Rows, counts: Counts, reported: ReportRows | None) -> list[np.ndarray]:
     """Write rows as they come; the scores of all, if a picture of them is wanted."""
     import numpy as np
 
@@ -213,6 +238,8 @@ def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:
             for part in _parts(work, counts.rows, stop):
                 _count(part, counts)
                 rows.write(part, asdict(counts))
+                if reported is not None:
+                    reported.add(part)
                 if work.draw:
                     kept.append(part.ood_score)
             rows.finish()

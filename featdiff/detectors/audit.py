@@ -13,7 +13,7 @@ from ..features.extraction import Extraction
 from ..runtime.progress import Progress
 from ..scores.near_copies import find_near_copies, nearest_outside, oddness
 from ..scores.nearest import views
-from ..verdicts.calibration import Calibration, check_fpr, check_supported
+from ..verdicts.calibration import ROUNDING, Calibration, check_fpr, check_supported
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .feature import Detector
@@ -22,8 +22,6 @@ from .feature import Detector
 FEWEST = 20
 #: From this score on an image stands apart, whatever share was asked for; at most about one in 100 of ordinary sets.
 STANDS_APART = 3.0
-# k / n and the same rate written as a decimal may differ in the last bits.
-_ROUNDING = 1e-9
 
 
 def audit(
@@ -132,7 +130,7 @@ def _as_scores(
         extra["nearest"][position] = first_path.get(int(nearest[own]), "")
         if first_path[own] != names[position]:
             extra["duplicate_of"][position] = first_path[own]
-    return replace(scores, p_value=rank, is_ood=rank <= fpr + _ROUNDING, extra=extra)
+    return replace(scores, p_value=rank, is_ood=rank <= fpr + ROUNDING, extra=extra)
 
 
 def _all_names(extraction: Extraction) -> tuple[list[str], dict[int, str]]:

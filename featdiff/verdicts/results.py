@@ -212,10 +212,14 @@ class Scores:
         By p-value, small ones first; equal ones by score, high ones first; then in their present order. Unreadable
         images come last, and errors before others of the same p-value.
         """
+        return self._take(self.order())
+
+    def order(self) -> np.ndarray:
+        """Positions (N,) of the rows in the order of :meth:`sorted`."""
         unreadable = self._unreadable()
         p_value = np.where(unreadable, 0, self.p_value)
         ood_score = np.where(np.isfinite(self.ood_score), self.ood_score, np.inf)
-        return self._take(np.lexsort((-ood_score, p_value, unreadable)))  # the last key counts first
+        return np.lexsort((-ood_score, p_value, unreadable))  # the last key counts first
 
     # ---- tables ----
 

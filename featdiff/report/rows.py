@@ -1,0 +1,147 @@
+"""The rows of a long run -> what a page shows of them: the strangest, and counts of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..exceptions import UsageError
+from ..verdicts.results import ERROR, OK, UNREADABLE, Row, Scores
+
+#: Rows that a page lists; of more, the strangest.
+MOST_ROWS = 10_000
+#: Unreadable images that it lists.
+MOST_UNREADABLE = 1_000
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The p-values of a run, so that verdicts can be counted at any false-alarm rate.
+
+    Attributes
+    ----------
+    p_value : (L,) float
+        Each that occurs, ascending.
+    count : (L,) int
+        How many valid scores have it.
+    top : (L,) float
+        The largest ``ood_score`` among these.
+    """
+
+    p_value: np.ndarray
+    count: np.ndarray
+    top: np.ndarray
+
+
+class ReportRows:
+    """Takes the parts of a run in order, and keeps what a page shows.
+
+    Of each image it keeps one number, and whole rows of the strangest only.
+
+    Parameters
+    ----------
+    most : int, default 10,000
+        How many rows are kept.
+
+    Attributes
+    ----------
+    total, unreadable, failed : int
+        How many rows there were, and how many of them have no valid score.
+    unreadable_rows : list of Row
+        The first 1,000 unreadable images.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from featdiff import Scores
+    >>> from featdiff.report.rows import ReportRows
+    >>> rows = ReportRows(most=1)
+    >>> rows.add(
+    ...     Scores(
+    ...         path=["cat.png", "sign.png"],
+    ...         status=["ok", "ok"],
+    ...         reason=["", ""],
+    ...         ood_score=np.array([0.2, 7.5]),
+    ...         p_value=np.array([0.4, 0.01]),
+    ...         is_ood=np.array([False, True]),
+    ...         layers={},
+    ...     )
+    ... )
+    >>> strangest, positions = rows.strangest()
+    >>> strangest.path, positions.tolist(), rows.total
+    (['sign.png'], [1], 2)
+    """
+
+    def __init__(self, most: int = MOST_ROWS) -> None:
+        self.most = most
+        self.total = 0
+        self.unreadable = 0
+        self.failed = 0
+        self.unreadable_rows: list[Row] = []
+        self._kept: list[Scores] = []
+        self._positions: list[np.ndarray] = []
+        self._levels: dict[float, tuple[int, float]] = {}
+        self._scores: list[np.ndarray] = []
+
+    def add(self, part: Scores) -> None:
+        """The next rows of the run."""
+        status = np.array(part.status)
+        readable = status != UNREADABLE
+        positions = self.total + np.arange(len(part))
+
+        for i in np.flatnonzero(~readable)[: MOST_UNREADABLE - len(self.unreadable_rows)]:
+            self.unreadable_rows.append(part[int(i)])
+        self.total += len(part)
+        self.unreadable += int((~readable).sum())
+        self.failed += int((status == ERROR).sum())
+
+        self._kept.append(part[readable])
+        self._positions.append(positions[readable])
+        valid = status == OK
+        self._scores.append(part.ood_score[valid].astype(np.float32))
+        self._count(part.p_value[valid], part.ood_score[valid])
+        if sum(map(len, self._kept)) > 2 * self.most:
+            self._drop()
+
+    def _count(self, p_value: np.ndarray, ood_score: np.ndarray) -> None:
+        values, index, counts = np.unique(p_value, return_inverse=True, return_counts=True)
+        tops = np.full(len(values), -np.inf)
+        np.maximum.at(tops, index, ood_score)
+        for value, count, top in zip(values.tolist(), counts.tolist(), tops.tolist(), strict=True):
+            before = self._levels.get(value, (0, -np.inf))
+            self._levels[value] = (before[0] + count, max(before[1], top))
+
+    def _drop(self) -> None:
+        """Keep the strangest rows only."""
+        rows = Scores.concatenate(self._kept)
+        positions = np.concatenate(self._positions)
+        order = rows.order()[: self.most]
+        self._kept = [rows[order]]
+        self._positions = [positions[order]]
+
+    def strangest(self) -> tuple[Scores, np.ndarray]:
+        """Rows (strangest first, without unreadable ones) and their positions in the run.
+
+        Raises
+        ------
+        UsageError
+            There were no rows.
+        """
+        if not self._kept:
+            raise UsageError("there were no images to score")
+        self._drop()
+        return self._kept[0], self._positions[0]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Every valid ``ood_score`` (n,) float32, in the order of the run."""
+        return np.concatenate(self._scores) if self._scores else np.empty(0, np.float32)
+
+    @property
+    def levels(self) -> Levels:
+        """The p-values of all valid scores."""
+        ordered = sorted(self._levels)
+        counts = [self._levels[value][0] for value in ordered]
+        tops = [self._levels[value][1] for value in ordered]
+        return Levels(np.array(ordered), np.array(counts, dtype=int), np.array(tops))
