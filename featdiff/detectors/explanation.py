@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -13,14 +14,14 @@ from ..data.batches import Batch, LoadedImage, batches_from_stream, is_loader, i
 from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
 from ..features.extraction import FeatureBatch, featurise
-from ..features.geometry import onto_picture, seen_box
+from ..features.extractor import FeatureExtractor
 from ..runtime.progress import Progress
 from ..scores.fused import Heads
 from ..scores.nearest import NearestNeighbors
+from ..verdicts.calibration import Calibration
 from ..verdicts.explanation import PICTURE_SIDE, Contribution, Explanation, Neighbor
 from ..verdicts.results import OK, Scores
 from .bank_images import BankImages, shrunk
-from .base import BaseDetector
 from .checks import check_whole
 from .config import FeatureSettings
 from .reasons import labels, sentences
@@ -31,20 +32,29 @@ __all__ = ["Contribution", "Explanation", "Neighbor", "explain_each", "explain_o
 _MOST_SHOWN = 1000
 
 
-def explain_one(
-    detector: BaseDetector[FeatureSettings],
-    heads: Heads,
-    bank: BankImages,
-    image: object,
-    fpr: float | None = None,
-    nearest: int = 5,
-) -> Explanation:
+class Explainable(Protocol):
+    """What an explanation needs of a fitted detector; :class:`featdiff.Detector` is such."""
+
+    settings: FeatureSettings
+    extractor_: FeatureExtractor
+    heads_: Heads
+    bank_images_: BankImages
+    calibration_: Calibration
+
+    @property
+    def fpr(self) -> float: ...
+
+    def check_fitted(self) -> None: ...
+
+    def _judge(self, batches: list[FeatureBatch], fpr: float, exclude_known: bool) -> Scores: ...
+
+
+def explain_one(detector: Explainable, image: object, fpr: float | None = None, nearest: int = 5) -> Explanation:
     """Why an image is judged as it is: what contributed, where, and which normal images are like it.
 
     Parameters
     ----------
-    detector, heads, bank
-        A fitted detector and its parts; :meth:`featdiff.Detector.explain` gives them.
+    detector : Explainable
     image : path, PIL image, array ...
         One image, named in any way that :meth:`featdiff.Detector.score` takes.
     fpr : float, optional
@@ -63,14 +73,12 @@ def explain_one(
     UsageError
         More than one image, or an ``fpr`` that the calibration images cannot support.
     """
-    found = list(explain_each(detector, heads, bank, image, fpr, nearest, limit=1))
+    found = list(explain_each(detector, image, fpr, nearest, limit=1))
     return found[0]
 
 
 def explain_each(
-    detector: BaseDetector[FeatureSettings],
-    heads: Heads,
-    bank: BankImages,
+    detector: Explainable,
     images: object,
     fpr: float | None = None,
     nearest: int = 5,
@@ -81,7 +89,7 @@ def explain_each(
 
     Parameters
     ----------
-    detector, heads, bank, fpr, nearest
+    detector, fpr, nearest
         As for :func:`explain_one`.
     images : object
         As for :meth:`featdiff.Detector.score`.
@@ -99,14 +107,14 @@ def explain_each(
     detector.calibration_.check(rate)
     check_whole("nearest", nearest)
     if is_loader(images) and limit is None:
-        return _Explainer(detector, heads, bank, rate, nearest).stream(images, progress)
+        return _Explainer(detector, rate, nearest).stream(images, progress)
     if is_loader(images):
         raise UsageError("a loader gives many images: use iter_explanations", argument="image")
 
     refs = list_images(images)
     if limit is not None and len(refs) > limit:
         raise UsageError(f"explain takes one image, and there are {len(refs):,}: use iter_explanations", "image")
-    return _Explainer(detector, heads, bank, rate, nearest).refs(refs, progress)
+    return _Explainer(detector, rate, nearest).refs(refs, progress)
 
 
 @dataclass(frozen=True)
@@ -120,12 +128,9 @@ class _Original:
 class _Explainer:
     """Runs images through a detector a batch at a time, and keeps small originals beside their pixels."""
 
-    def __init__(
-        self, detector: BaseDetector[FeatureSettings], heads: Heads, bank: BankImages, fpr: float, nearest: int
-    ) -> None:
+    def __init__(self, detector: Explainable, fpr: float, nearest: int) -> None:
         self.detector = detector
-        self.heads = heads
-        self.bank = bank
+        self.heads = detector.heads_
         self.fpr = fpr
         self.count = nearest
         self.threshold = detector.calibration_.threshold(fpr)
@@ -236,5 +241,5 @@ class _Explainer:
         if row not in self._shown:
             if len(self._shown) >= _MOST_SHOWN:
                 self._shown.clear()
-            self._shown[row] = self.bank.neighbor(row, 0.0, self.detector.settings)
+            self._shown[row] = self.detector.bank_images_.neighbor(row, 0.0, self.detector.settings)
         return replace(self._shown[row], distance=distance)

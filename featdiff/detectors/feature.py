@@ -424,13 +424,13 @@ class Detector(BaseDetector[FeatureSettings]):
 
     def explain(self, image: object, fpr: float | None = None, nearest: int = 5) -> Explanation:
         """Why an image is judged as it is; see :func:`featdiff.detectors.explanation.explain_one`."""
-        return explain_one(self, self.heads_, self.bank_images_, image, fpr, nearest)
+        return explain_one(self, image, fpr, nearest)
 
     def iter_explanations(
         self, images: object, fpr: float | None = None, nearest: int = 5, progress: Progress | None = None
     ) -> Iterator[Explanation]:
         """The same for many images, one after the other; see :func:`featdiff.detectors.explanation.explain_each`."""
-        return explain_each(self, self.heads_, self.bank_images_, images, fpr, nearest, progress)
+        return explain_each(self, images, fpr, nearest, progress)
 
     # ---- save and load ----
 
