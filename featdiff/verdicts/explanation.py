@@ -47,7 +47,7 @@ class Neighbor:
     path : str
         As it was given at training, or ``image 17`` (the number in the bank, from 1) where the model keeps no paths.
     distance : float
-        >= 0; two images of the same content have 0, up to rounding. Compare it within one model only.
+        >= 0, about 0 for an image of the same content. Compare it within one model only.
     thumbnail : PIL.Image.Image, optional
         A small RGB picture, if the model keeps one.
     """
