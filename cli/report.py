@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from featdiff.data.references import ImageRef
     from featdiff.report.rows import ReportRows
     from featdiff.verdicts.calibration import Calibration
+    from featdiff.verdicts.explanation import Explanation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,17 +66,28 @@ class Source:
     calibration: Calibration | None = None
     facts: dict[str, str] = field(default_factory=dict)
     pictures: Callable[[list[int]], Iterable[Image.Image | None]] | None = None
+    explain: Callable[[list[int]], Iterable[Explanation]] | None = None
 
 
-def source_of_images(detector: Detector | PixelDetector, refs: Sequence[ImageRef], model: str) -> Source:
+def source_of_images(detector: Detector | PixelDetector, refs: Sequence[ImageRef], model: str, fpr: float) -> Source:
     """For images that a detector scores."""
+    from featdiff import Detector
+
+    compared = f"scores are compared with {len(detector.calibration_):,} of them"
     facts = {
         "Model": model,
         "Backbone": detector.name,
-        "Trained on": f"{detector.n_images_:,} normal images; scores are compared with {len(detector.calibration_):,} of them",
+        "Trained on": f"{detector.n_images_:,} normal images; {compared}",
     }
+    explain = None
+    if isinstance(detector, Detector):
+        looking = detector  # the type is known inside the function below
+
+        def explain(positions: list[int]) -> Iterable[Explanation]:
+            return looking.iter_explanations([refs[at] for at in positions], fpr)
+
     limits = {name: getattr(detector.settings, name) for name in ("workers", "max_pixels", "max_bytes")}
-    return Source(detector.calibration_, facts, _pictures(refs, limits))
+    return Source(detector.calibration_, facts, _pictures(refs, limits), explain)
 
 
 def source_of_vectors(estimator: FeatureDiffusion, file: str, model: str) -> Source:
@@ -106,5 +118,5 @@ def write_report(
         "Duration": f"{seconds:,.1f} s",
         "featdiff": version("featdiff"),
     }
-    save_report(file, rows, fpr, source.calibration, facts, images, source.pictures)
+    save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
     say(f"report: {file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)

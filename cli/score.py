@@ -214,7 +214,7 @@ def _images(
             "max-pixels": detector.settings.max_pixels,
             "max-bytes": detector.settings.max_bytes,
         },
-        source_of_images(detector, refs, model),
+        source_of_images(detector, refs, model, rate),
         _figure(detector, refs, figure) if figure else None,
         exclude_known,
     )

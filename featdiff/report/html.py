@@ -15,7 +15,8 @@ from ..verdicts.calibration import ROUNDING, Calibration
 from ..verdicts.explanation import Explanation
 from ..verdicts.results import COLUMNS, ERROR, OK, Row, Scores
 from .charts import HEIGHT, WIDTH, histogram
-from .page import picture_uri, render
+from .heatmaps import overlay
+from .page import json_in_html, picture_uri, render
 from .rows import Levels, ReportRows
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ _NEAREST_SIDE = 96
 _NEAREST = 3
 # Rates beyond this are of no use to anybody; the page has no counts for them.
 _LARGEST_RATE = 0.5
-# Where the bar of a layer ends, in standard deviations of normal images.
+# Where the bar of a layer ends at the least, in standard deviations of normal images.
 _BAR_END = 8.0
 _KNOWN = set(COLUMNS)
 
 #: Positions of images in the run, ascending -> their pictures in this order, None for one that cannot be read any more.
 Pictures = Callable[[list[int]], "Iterable[Image.Image | None]"]
-#: Position of an image in the run -> why it was judged so.
-Explanations = Callable[[int], Explanation | None]
+#: The same -> why they were judged so.
+Explanations = Callable[[list[int]], Iterable[Explanation]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def save_report(
     pictures : callable, optional
         From positions of images in the run, ascending, to their pictures; None for one that cannot be read any more.
     explain : callable, optional
-        From the position of an image in the run to its explanation; asked for the strangest 24.
+        From positions, ascending, to explanations; asked for the strangest 24.
 
     Raises
     ------
@@ -135,7 +136,6 @@ def save_report(
     """
     strangest, positions = rows.strangest()
     names = Names.of([*strangest.path, *(row.path for row in rows.unreadable_rows)])
-    cards = _cards(strangest, positions, names, images, pictures, explain)
     chart = histogram(rows.scores, None if calibration is None else calibration.scores)
     levels = rows.levels
     largest = max(_LARGEST_RATE, fpr)
@@ -152,9 +152,12 @@ def save_report(
         "failed": rows.failed,
         "axis": [chart.low, chart.high, WIDTH],
     }
+    script_data = json_in_html(data)
+    table = [_plain(row, names) for row in strangest]
+    room = _room(len(script_data), table) if images is None else None
     page = render(
         "scores.html",
-        data,
+        script_data,
         rows=rows,
         flagged=_flagged(levels, fpr),
         fpr=fpr,
@@ -162,8 +165,8 @@ def save_report(
         calibrated=0 if calibration is None else len(calibration),
         facts=facts or {},
         root=for_terminal(names.root),
-        cards=cards,
-        table=[_plain(row, names) for row in strangest],
+        cards=_cards(strangest, positions, names, IMAGES if images is None else images, room, pictures, explain),
+        table=table,
         unreadable=[(names.short(row.path), row.reason) for row in rows.unreadable_rows],
         chart=chart,
         threshold=chart.x(_threshold(calibration, levels, fpr)),
@@ -215,12 +218,11 @@ def _further(rows: Scores, names: Names) -> list[dict[str, Any]]:
 
     further = []
     for name, values in columns.items():
-        if any(isinstance(value, str) for value in values):
-            texts = [names.short(value) for value in values]
-            further.append({"label": _label(name), "text": True, "values": texts})
-        else:
-            further.append({"label": _label(name), "text": False, "values": [_number(value) for value in values]})
-    return [column for column in further if any(column["values"])]
+        text = any(isinstance(value, str) for value in values)
+        shown = [names.short(value) if text else _number(value) for value in values]
+        if any(value not in ("", None) for value in shown):
+            further.append({"label": _label(name), "text": text, "values": shown})
+    return further
 
 
 def _label(column: str) -> str:
@@ -236,7 +238,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _counts(levels: Levels, largest: float, listed: float) -> dict[str, list[float]]:
-    """Levels as far as a rate may go, and those of listed rows. P-values stay exact: verdicts hang on their last bits."""
+    """Levels as far as a rate may go, and p-values of listed rows, exact: verdicts hang on their last bits."""
     count = int(np.searchsorted(levels.p_value, largest + ROUNDING, side="right")) + 1
     return {
         "p": levels.p_value[: max(count, int(np.searchsorted(levels.p_value, listed)) + 1)].tolist(),
@@ -270,41 +272,58 @@ class Card:
     nearest: list[tuple[str, str]]
     further: list[tuple[str, str]]
 
+    @property
+    def size(self) -> int:
+        """Bytes of its pictures in the page."""
+        return len(self.picture) + len(self.heat) + sum(len(uri) for _, uri in self.nearest)
+
+
+def _room(script_data: int, table: list[tuple[str, str, str, str]]) -> int:
+    """Bytes that pictures may take up in a page with so much else."""
+    rows = sum(len(cell) + 5 for cells in table for cell in cells)
+    return min(_PICTURE_BYTES, max(_LEAST_PICTURE_BYTES, _PAGE_BYTES - script_data - rows))
+
 
 def _cards(
     rows: Scores,
     positions: np.ndarray,
     names: Names,
-    images: int | None,
+    count: int,
+    room: int | None,
     pictures: Pictures | None,
     explain: Explanations | None,
 ) -> list[Card]:
-    """The strangest images that can still be read."""
-    count = IMAGES if images is None else images
+    """The strangest images that can still be read, as many as there is room for."""
     chosen = positions[:count].tolist()
-    explained = {at: explain(at) for at in chosen[:EXPLAINED]} if explain else {}
+    explained = _explained(sorted(chosen[:EXPLAINED]), explain)
     shown = _pictures(chosen, explained, pictures)
 
     cards: list[Card] = []
-    room = _PICTURE_BYTES
+    taken = 0
     for i, position in enumerate(chosen):
-        if not shown.get(position):
+        if position not in shown:
             continue
         card = _card(i, rows[i], names, shown[position], explained.get(position))
-        room -= sum(map(len, (card.picture, card.heat, *(uri for _, uri in card.nearest))))
-        if images is None and room < 0:
+        taken += card.size
+        if room is not None and taken > room:
             break
         cards.append(card)
     return cards
 
 
-def _pictures(
-    chosen: list[int], explained: Mapping[int, Explanation | None], pictures: Pictures | None
-) -> dict[int, str]:
+def _explained(chosen: list[int], explain: Explanations | None) -> dict[int, Explanation]:
+    """Explanations by position, of those that can still be read."""
+    if explain is None or not chosen:
+        return {}
+    found = zip(chosen, explain(chosen), strict=True)
+    return {position: explanation for position, explanation in found if explanation.picture is not None}
+
+
+def _pictures(chosen: list[int], explained: Mapping[int, Explanation], pictures: Pictures | None) -> dict[int, str]:
     """Small pictures by position, as addresses; those of an explanation are not decoded again."""
     shown = {}
     for position, explanation in explained.items():
-        if explanation is not None and explanation.picture is not None:
+        if explanation.picture is not None:
             shown[position] = picture_uri(explanation.picture, PICTURE_SIDE)
 
     others = sorted(set(chosen) - set(shown))
@@ -316,24 +335,24 @@ def _pictures(
 
 
 def _card(index: int, row: Row, names: Names, picture: str, explanation: Explanation | None) -> Card:
-    layers = [(_label(name), score, _bar(score)) for name, score in row.layers.items()]
+    end = max(_BAR_END, *(score for score in row.layers.values() if np.isfinite(score)), 0.0)
+    layers = [(_label(name), score, _bar(score, end)) for name, score in row.layers.items()]
     further = [(_label(name), names.short(text)) for name, text in row.extra.items() if text]
+    if explanation is not None:
+        further += [(f"p {name}", f"{value:.4f}") for name, value in explanation.p_values.items()]
+
+    heat = None if explanation is None else overlay(explanation)
     return Card(
         index=index,
         name=names.short(row.path),
         row=row,
         picture=picture,
-        heat=_heat(explanation),
+        heat="" if heat is None else picture_uri(heat, PICTURE_SIDE),
         reasons=list(explanation.reasons) if explanation else [],
         layers=layers,
         nearest=_nearest(explanation, names),
         further=further,
     )
-
-
-def _heat(explanation: Explanation | None) -> str:
-    """The heat map over the picture; empty without one."""
-    return ""
 
 
 def _nearest(explanation: Explanation | None, names: Names) -> list[tuple[str, str]]:
@@ -347,9 +366,9 @@ def _nearest(explanation: Explanation | None, names: Names) -> list[tuple[str, s
     return found
 
 
-def _bar(score: float) -> float:
+def _bar(score: float, end: float) -> float:
     """The length of a layer's bar in percent."""
-    return round(100 * float(np.clip(np.nan_to_num(score) / _BAR_END, 0, 1)), 1)
+    return round(100 * float(np.clip(np.nan_to_num(score) / end, 0, 1)), 1)
 
 
 def _plain(row: Row, names: Names) -> tuple[str, str, str, str]:

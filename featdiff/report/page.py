@@ -22,15 +22,15 @@ _EFFORT = 2
 _LOSSLESS_SIDE = 64
 
 
-def render(template: str, data: Any = None, **values: Any) -> bytes:
+def render(template: str, data: str, **values: Any) -> bytes:
     """Fill a template.
 
     Parameters
     ----------
     template : str
         The name of a file in ``templates/``.
-    data : object, optional
-        What the page's script reads, as JSON.
+    data : str
+        What the page's script reads, from :func:`json_in_html`.
     **values
         What the template reads. Text is escaped.
 
@@ -57,7 +57,7 @@ def render(template: str, data: Any = None, **values: Any) -> bytes:
         style=Markup(style),
         script=Markup(script),
         policy=_policy(script, style),
-        data=Markup(_json_in_html(data)),
+        data=Markup(data),
         **values,
     )
     return page.encode("utf-8", "backslashreplace")
@@ -85,8 +85,14 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _json_in_html(data: Any) -> str:
-    """JSON that cannot end the element around it, whatever names of files it holds."""
+def json_in_html(data: Any) -> str:
+    """JSON that cannot end the element around it, whatever names of files it holds.
+
+    Parameters
+    ----------
+    data : object
+        Plain values; numbers are finite.
+    """
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
