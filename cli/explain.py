@@ -91,7 +91,7 @@ def command(
 
 def _write(explanation: Explanation, output: Path, names: FileNames, told: _Told) -> None:
     """Both files of an image, and what they say in short on standard output."""
-    from featdiff.report.heatmaps import save_explanation
+    from featdiff.report.explanations import save_explanation
 
     files = save_explanation(output, names.of(explanation.path), explanation)
     told.add(explanation)

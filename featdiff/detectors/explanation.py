@@ -134,7 +134,7 @@ class _Explainer:
         self.fpr = fpr
         self.count = nearest
         self.threshold = detector.calibration_.threshold(fpr)
-        self.labels = labels(heads)
+        self.labels = labels(self.heads)
         # of the images that were read and are not explained yet, in their order
         self._originals: deque[_Original | None] = deque()
         self._shown: dict[int, Neighbor] = {}
