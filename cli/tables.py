@@ -83,7 +83,9 @@ def _in_columns(cells: Sequence[str]) -> str:
 
 def _print_text(text: str, width: int, first: str = "", rest: str = "") -> None:
     """A paragraph, broken between words, but not between a number and its percent sign; two indents."""
-    glued = re.sub(r"(?<=\d) %", "\u00a0%", text)
+    from featdiff.files.text import for_terminal
+
+    glued = re.sub(r"(?<=\d) %", "\u00a0%", for_terminal(text))
     for line in textwrap.wrap(glued, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False):
         show(line.replace("\u00a0%", " %"))
 

@@ -17,8 +17,8 @@ BASELINE = "baseline_"
 COLUMNS = ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out")
 #: What they mean.
 EXPLANATION = (
-    "All in percent. AUROC, and AUPR with in-domain or OOD images as positives: higher is better. FPR95 is the share of "
-    "OOD images that pass at the threshold that 95 % of the in-domain images pass: lower is better."
+    "All in percent. AUROC, and AUPR with in-domain or OOD images as positives: higher is better. FPR95 is the share "
+    "of OOD images that pass at the threshold that 95 % of the in-domain images pass: lower is better."
 )
 # Baselines whose names are not plain words.
 _IN_WORDS = {
