@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, groups_option, load_model, runtime_options, weights_option
 from .progress import Bars, list_unreadable
+from .report import check_report, report_option, write_evaluation
 from .speech import say
 from .tables import print_evaluation
 
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "all_heads", is_flag=True, help="Print every score, not only featdiff and the best baseline.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@report_option
 @runtime_options
 def command(
     in_domain: tuple[str, ...],
@@ -73,6 +76,7 @@ def command(
     baselines: bool | None,
     all_heads: bool,
     as_json: bool,
+    report: Path | None,
     quiet: bool,
     **options: Any,
 ) -> int:
@@ -86,11 +90,13 @@ def command(
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
+    Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --report evaluation.html
     """
     from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
+    check_report(report)
     sets = _ood_sets(ood)
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     loaded = [load_model(model, options) for model in models]  # before the long work: one may be missing
@@ -117,6 +123,9 @@ def command(
     else:
         for (detector, *_), result, scored in zip(loaded, results, pairs, strict=True):
             print_result(detector, result, scored, all_heads)
+    if report:
+        detectors = [detector for detector, *_ in loaded]
+        write_evaluation(report, detectors, results, pairs, unreadable, quiet)
     list_unreadable(list(unreadable.items()), quiet)
     return EXIT_UNREADABLE if unreadable else 0
 

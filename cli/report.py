@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from featdiff import Detector, FeatureDiffusion, PixelDetector
     from featdiff.data.references import ImageRef
+    from featdiff.evaluation.protocols import ScoredPair
     from featdiff.report.rows import ReportRows
     from featdiff.verdicts.calibration import Calibration
     from featdiff.verdicts.explanation import Explanation
@@ -45,10 +46,12 @@ def report_images_option(function: F) -> F:
     )(function)
 
 
-def check_report(file: Path | None) -> None:
+def check_report(file: Path | None, images: int | None = None) -> None:
     """Refuse a place where no page can be written (``UsageError``); better before the long work."""
     from featdiff.exceptions import UsageError
 
+    if file is None and images is not None:
+        raise UsageError("--report-images says how many pictures --report FILE.html has: give both")
     if file is None:
         return
     if file.suffix.lower() not in (".html", ".htm"):
@@ -110,13 +113,47 @@ def _pictures(refs: Sequence[ImageRef], limits: dict[str, Any]) -> Callable[[lis
 def write_report(
     file: Path, rows: ReportRows, fpr: float, source: Source, images: int | None, seconds: float, quiet: bool
 ) -> None:
-    """Write the page, and say where it is."""
+    """Write the page on scored images, and say where it is."""
     from featdiff.report.html import save_report
 
-    facts = source.facts | {
-        "Date": datetime.now().strftime("%Y-%m-%d %H:%M"),
-        "Duration": f"{seconds:,.1f} s",
-        "featdiff": version("featdiff"),
-    }
+    facts = source.facts | {"Duration": f"{seconds:,.1f} s"} | _now()
     save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
+    _say_where(file, quiet)
+
+
+def write_evaluation(
+    file: Path,
+    detectors: Sequence[Detector | PixelDetector],
+    results: Sequence[dict[str, Any]],
+    pairs: Sequence[list[ScoredPair]],
+    unreadable: dict[str, str],
+    quiet: bool,
+) -> None:
+    """Write the page on an evaluation, and say where it is."""
+    from featdiff.data.thumbnails import iter_thumbnails
+    from featdiff.report.html import PICTURE_SIDE
+    from featdiff.report.html_evaluation import Evaluated, save_evaluation
+
+    evaluated = []
+    for detector, result, scored in zip(detectors, results, pairs, strict=True):
+        evaluated.append(Evaluated(result, scored, detector.calibration_, detector.fpr))
+    facts = {
+        "In-domain": str(results[0]["id"]),
+        "Backbone": ", ".join(dict.fromkeys(str(result["model"]) for result in results)),
+    }
+    save_evaluation(
+        file,
+        evaluated,
+        facts | _now(),
+        unreadable,
+        lambda refs: iter_thumbnails(refs, PICTURE_SIDE),
+    )
+    _say_where(file, quiet)
+
+
+def _now() -> dict[str, str]:
+    return {"Date": datetime.now().strftime("%Y-%m-%d %H:%M"), "featdiff": version("featdiff")}
+
+
+def _say_where(file: Path, quiet: bool) -> None:
     say(f"report: {file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)

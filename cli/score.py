@@ -96,7 +96,7 @@ def command(
         raise UsageError("--resume needs -o FILE: only what is in a file can be continued")
     if resume and figure and chosen == "table":
         raise UsageError("--figure needs all scores, and a table has rounded ones: resume a .csv, .jsonl or .parquet")
-    check_report(report)
+    check_report(report, report_images)
     reported = ReportRows() if report else None
 
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))

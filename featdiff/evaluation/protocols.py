@@ -68,10 +68,13 @@ class ScoredSet:
         By name of the head.
     groups : ndarray of shape (N,) of int, optional
         The group of each image.
+    refs : list of ImageRef
+        The images.
     """
 
     scores: dict[str, np.ndarray]
     groups: np.ndarray | None
+    refs: list[ImageRef]
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class ScoredPair:
         Scores of the readable in-domain images (n_id,) and OOD images (n_ood,) by name of the head, higher = more OOD.
     id_flags, ood_flags : ndarrays of shape (n_id,) and (n_ood,) of bool
         Which of them the detector flags at its false-alarm rate.
+    id_refs, ood_refs : lists of ImageRef
+        The images.
     """
 
     ood: str
@@ -95,6 +100,8 @@ class ScoredPair:
     ood_scores: dict[str, np.ndarray]
     id_flags: np.ndarray
     ood_flags: np.ndarray
+    id_refs: list[ImageRef]
+    ood_refs: list[ImageRef]
 
 
 def evaluate_detector(
@@ -269,7 +276,8 @@ def _score_set(
         if progress:
             progress("scoring", done, len(extraction.digests))
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return ScoredSet(scores, _group(detector, extraction, table, groups))
+    refs = [images.refs[position] for position in extraction.positions]
+    return ScoredSet(scores, _group(detector, extraction, table, groups), refs)
 
 
 def _group(
@@ -290,7 +298,7 @@ def _scored_pair(
     """Scores of a pair, and which images the detector flags."""
     _, id_flags = detector.calibration_.flags(in_domain.scores["featdiff"], detector.fpr)
     _, ood_flags = detector.calibration_.flags(ood.scores["featdiff"], detector.fpr)
-    return ScoredPair(name, protocol, in_domain.scores, ood.scores, id_flags, ood_flags)
+    return ScoredPair(name, protocol, in_domain.scores, ood.scores, id_flags, ood_flags, in_domain.refs, ood.refs)
 
 
 def _pair(name: str, protocol: str, in_domain: ScoredSet, ood: ScoredSet, progress: Progress | None) -> dict[str, Any]:
