@@ -76,11 +76,12 @@ def source_of_images(detector: Detector | PixelDetector, refs: Sequence[ImageRef
     """For images that a detector scores."""
     from featdiff import Detector
 
-    compared = f"scores are compared with {len(detector.calibration_):,} of them"
+    held_out = len(detector.calibration_)
+    compared = "all of them" if held_out == detector.n_images_ else f"{held_out:,} of them"
     facts = {
         "Model": model,
         "Backbone": detector.name,
-        "Trained on": f"{detector.n_images_:,} normal images; {compared}",
+        "Trained on": f"{detector.n_images_:,} normal images; scores are compared with {compared}",
     }
     explain = None
     if isinstance(detector, Detector):

@@ -256,11 +256,12 @@ const pale = new Set();
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const element = walker.currentNode.parentElement;
-  if (!walker.currentNode.textContent.trim() || element.closest("script, style, noscript, option, button:disabled")) continue;
+  const text = walker.currentNode.textContent.trim();
+  if (!text || element.closest("script, style, noscript, option, button:disabled")) continue;
   const style = getComputedStyle(element);
   const front = parse(element instanceof SVGElement ? style.fill : style.color);
   const [a, b] = [light(front), light(behind(element))].sort((x, y) => y - x);
-  if ((a + 0.05) / (b + 0.05) < 4.5) pale.add(`${element.tagName} ${element.className}: ${walker.currentNode.textContent.trim()}`);
+  if ((a + 0.05) / (b + 0.05) < 4.5) pale.add(`${element.tagName}: ${text}`);
 }
 return [...pale];
 """

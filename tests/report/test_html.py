@@ -121,7 +121,9 @@ def test_nothing_is_loaded_and_the_policy_names_what_may_run(tmp_path: Path) -> 
     for rule, content in (("script-src", page.contents["script"][1]), ("style-src", page.contents["style"][0])):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert rules[rule] == f"'sha256-{digest}'"
-    addresses = [value for _, attributes in page.elements for key, value in attributes.items() if key in ("src", "href")]
+    addresses = [
+        value for _, attributes in page.elements for key, value in attributes.items() if key in ("src", "href")
+    ]
     assert all(value and value.startswith(("data:", "#")) for value in addresses)
     assert not re.search(r"https?://|url\(|@import", file_without_data(tmp_path / "a.html"))
 
