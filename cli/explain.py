@@ -108,6 +108,8 @@ def _write(explanation: Explanation, output: Path, names: FileNames, told: _Told
 class FileNames:
     """A name for the files of each image: none twice, and none that would replace one of the images.
 
+    Letters count as equal to their capitals, as some file systems have it.
+
     Parameters
     ----------
     folder : Path
@@ -118,7 +120,7 @@ class FileNames:
 
     def __init__(self, folder: Path, refs: Iterable[ImageRef]) -> None:
         self._folder = folder
-        self._images = {os.path.realpath(file) for ref in refs if (file := getattr(ref, "file", None))}
+        self._images = {os.path.realpath(file).casefold() for ref in refs if (file := getattr(ref, "file", None))}
         self._taken: set[str] = set()
 
     def of(self, path: str) -> str:
@@ -130,12 +132,12 @@ class FileNames:
         while not self._is_free(name):
             number += 1
             name = f"{stem}-explained-{number}"
-        self._taken.add(name.casefold())  # some file systems take A and a for one
+        self._taken.add(name.casefold())
         return name
 
     def _is_free(self, name: str) -> bool:
         file = os.path.realpath(self._folder / f"{name}.png")
-        return name.casefold() not in self._taken and file not in self._images
+        return name.casefold() not in self._taken and file.casefold() not in self._images
 
 
 class _Told:

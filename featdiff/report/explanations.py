@@ -66,8 +66,9 @@ def save_explanation(folder: str | Path, name: str, explanation: Explanation) ->
         The disk is full or the place cannot be written.
     """
     place = Path(folder)
-    text = for_json(json.dumps(explanation.to_json(), ensure_ascii=False, indent=2).replace("\n", "\0"))
-    contents = {place / f"{name}.json": text.replace("\\u0000", "\n").encode() + b"\n"}
+    lines = json.dumps(explanation.to_json(), ensure_ascii=False, indent=2).split("\n")
+    text = "".join(f"{for_json(line)}\n" for line in lines)
+    contents = {place / f"{name}.json": text.encode()}
     if explanation.status == "ok":
         contents[place / f"{name}.png"] = draw(explanation)
     try:
