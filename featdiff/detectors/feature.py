@@ -26,7 +26,7 @@ from ..features.networks import device_of, identity
 from ..features.store import FeatureStore, FeatureTable
 from ..features.views import settings_of
 from ..files.model_folder import load, locate
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, shown
 from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
 from ..scores.registry import Context, Options, Score, make_scores
@@ -179,7 +179,7 @@ class Detector(BaseDetector[FeatureSettings]):
     def fit(
         self,
         images: object,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         split: Split | None = None,
         groups: Groups | None = None,
     ) -> Self:
@@ -191,7 +191,8 @@ class Detector(BaseDetector[FeatureSettings]):
             As for :func:`featdiff.data.references.list_images`; a DataLoader of preprocessed batches; or a generator of
             such batches, or of single images as a dataset has them. What cannot be read is skipped and listed in
             ``unreadable_``; images of the same content count once.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
         split : featdiff.data.splits.Split, optional
             Which of the different, readable images train, validate and calibrate, for example because a classifier was
             trained on others. Default: up to 500 images all calibrate, by five folds; of more, a fifth.
@@ -218,6 +219,11 @@ class Detector(BaseDetector[FeatureSettings]):
         NearCopiesFound
             Near-copies were taken as groups without being asked for.
         """
+        with shown(progress) as report:
+            return self._fit(images, report, split, groups)
+
+    def _fit(self, images: object, progress: Progress | None, split: Split | None, groups: Groups | None) -> Self:
+        """The work of :meth:`fit`."""
         check_groups(groups)
         if self.settings.keep_thumbnails and not is_loader(images):
             images = list_images(images)  # they are read twice

@@ -201,10 +201,16 @@ def sections(result: Mapping[str, Any], all_heads: bool = False) -> list[Section
     for i, protocol in merged(result["pairs"]):
         pair = result["pairs"][i]
         heads = pair["heads"]
-        names = list(heads) if all_heads else [name for name in (OWN, best_baseline(heads)) if name in heads]
+        names = list(heads) if all_heads else _shown(heads)
         title = f"{pair['ood']} ({pair['n_ood']:,} images), {protocol}"
         table.append(Section(title, [[name, *_cells(heads[name])] for name in names]))
     return table
+
+
+def _shown(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """featdiff and the best baseline."""
+    best = best_baseline(heads)
+    return [OWN] if best is None else [OWN, best]
 
 
 def _cells(metrics: Mapping[str, Any]) -> list[str]:

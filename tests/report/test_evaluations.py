@@ -27,8 +27,8 @@ def test_the_verdict_counts() -> None:
     document = result("matched", featdiff=metrics(0.956, 0.93, 0.97))
     ((found, comparison),) = verdicts(document, [(9, 37)], CALIBRATION, 0.05)
     assert found == (
-        "digits, matched: featdiff finds 92.5 % of the OOD images (37 of 40); 4.5 % of the in-domain images are flagged "
-        "(9 of 200), where 5 % were asked for."
+        "digits, matched: featdiff finds 92.5 % of the OOD images (37 of 40); 4.5 % of the in-domain images are "
+        "flagged (9 of 200), where 5 % were asked for."
     )
     assert comparison == "AUROC 95.6."
 
