@@ -32,12 +32,12 @@ _DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 def flagged_options(function: F) -> F:
     """``--copy-to``, ``--link-to``, ``--move-to``, ``--undo``."""
-    folder = click.Path(path_type=Path)
+    folder = click.Path(path_type=Path, file_okay=False)
     for option in (
         click.option(
             "--undo",
             "undo_manifest",
-            type=folder,
+            type=click.Path(path_type=Path),
             metavar="MANIFEST",
             help="Take back what the manifest of such a folder lists.",
         ),
@@ -69,8 +69,6 @@ def open_flagged(options: dict[str, Any], images: Sequence[str], features: str |
     option = f"--{action}-to {folder}"
     if features:
         raise UsageError(f"{option} cannot go with --features: only image files are {_DONE[action]}")
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"{option}: it is not a folder")
     above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"{option}: {above} is read-only")
