@@ -78,15 +78,19 @@ def open_flagged(options: dict[str, Any], images: Sequence[str], features: str |
         scored = Path(os.path.realpath(image))
         if os.path.isdir(image) and (scored == real or scored in real.parents):
             raise UsageError(f"{option} lies in {image}, which is scored: choose a folder outside of it")
-    return Flagged(action, folder)
+    return Flagged(action, folder, images)
 
 
 @dataclass
 class Flagged:
-    """Flagged images of a run, by their number, and where they go."""
+    """Flagged images of a run, by their number, and where they go.
+
+    ``images``: all, as they were named on the command line.
+    """
 
     action: str
     folder: Path
+    images: Sequence[str]
     rows: dict[int, Mapping[str, object]] = field(default_factory=dict)
 
     def add(self, part: Scores, start: int) -> None:
@@ -108,7 +112,7 @@ class Flagged:
             say(f"No image is flagged, so nothing is {_DONE[self.action]}.", quiet)
             return 0
 
-        entries = NewNames(self.action, self.folder, refs).entries(self.rows)
+        entries = NewNames(self.action, self.folder, self.images, refs).entries(self.rows)
         manifest = None
         if any(entry.result == PLANNED for entry in entries):
             manifest = _make_manifest(self.folder, entries)

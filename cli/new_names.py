@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +22,17 @@ _LONGEST = 60
 class NewNames:
     """Which flagged image gets which name.
 
-    Of its folders, those below the last one that all scored images share are kept.
+    Of its folders, those below the last one that all IMAGES share are kept.
 
-    ``action``: as in a manifest; ``folder``: where they go; ``refs``: all images that were scored.
+    ``action``: as in a manifest; ``folder``: where they go; ``images``: as named on the command line; ``refs``: all of
+    them.
     """
 
-    def __init__(self, action: str, folder: Path, refs: Sequence[ImageRef]) -> None:
+    def __init__(self, action: str, folder: Path, images: Sequence[str], refs: Sequence[ImageRef]) -> None:
         self._action = action
         self._folder = folder
         self._refs = refs
-        self._shared = _shared_folders(refs)
+        self._shared = _shared_folders(images)
         self._taken: set[Path] = set()
 
     def entries(self, rows: Mapping[int, Mapping[str, object]]) -> list[Entry]:
@@ -52,7 +54,9 @@ class NewNames:
         if entry.note:
             entry.result = LEFT
         else:
-            self._name(entry, self._folder.joinpath(*_parts(ref)[self._shared :]))
+            parts = _parts(ref)
+            shared = os.path.commonprefix([self._shared, parts[:-1]])
+            self._name(entry, self._folder.joinpath(*parts[len(shared) :]))
         return entry
 
     def _refusal(self, ref: ImageRef) -> str:
@@ -123,20 +127,30 @@ def _is_it(entry: Entry, target: Path) -> bool:
 # ---- folders ----
 
 
-def _shared_folders(refs: Iterable[ImageRef]) -> int:
-    """How many parts at the beginning are the same in the folders of all images."""
-    from featdiff.data.references import MissingRef
+def _shared_folders(images: Iterable[str]) -> tuple[str, ...]:
+    """The folders that all ``images`` share, as they were named on the command line.
 
-    shared: tuple[str, ...] | None = None
-    seen: set[str] = set()
-    for ref in refs:
-        folder = os.path.dirname(ref.path)  # each folder once
-        if isinstance(ref, MissingRef) or folder in seen:
-            continue
-        seen.add(folder)
-        parts = _parts(ref)[:-1]
-        shared = parts if shared is None else tuple(os.path.commonprefix([shared, parts]))
-    return len(shared or ())
+    They do not depend on what is in these folders now, so that the next run gives the same names.
+    """
+    folders = [_folder_of(image) for image in images]
+    return tuple(os.path.commonprefix(folders))
+
+
+def _folder_of(image: str) -> tuple[str, ...]:
+    """The parts of a folder or an archive, or those of the folder of a file or a pattern."""
+    from featdiff.data.references import split_archive
+
+    if image == "-":  # paths are read from standard input
+        return Path.cwd().parts
+    inside = split_archive(image)
+    if inside:
+        archive, folder = inside
+        return (*Path(_absolute_file(archive)).parts, *_member_parts(folder))
+    if os.path.isdir(image):
+        return Path(_absolute_file(os.path.join(image, "x"))).parts[:-1]
+    if glob.has_magic(image) and not os.path.lexists(image):
+        image = re.split(r"[*?[]", image)[0] + "x"
+    return Path(_absolute_file(image)).parts[:-1]
 
 
 def _parts(ref: ImageRef) -> tuple[str, ...]:
@@ -144,12 +158,12 @@ def _parts(ref: ImageRef) -> tuple[str, ...]:
     archive = getattr(ref, "archive", None)
     if archive is None:
         return Path(_absolute(ref)).parts
-    return (*Path(_absolute_file(archive)).parts, *_member_parts(ref.path, archive))
+    return (*Path(_absolute_file(archive)).parts, *_member_parts(_inside(ref.path, archive)))
 
 
-def _member_parts(path: str, archive: str) -> Iterable[str]:
+def _member_parts(name: str) -> Iterable[str]:
     """The parts of a member's name, as any disk permits them."""
-    for part in _inside(path, archive).split("/"):
+    for part in name.split("/"):
         if part not in ("", "."):
             yield _harmless(part)
 

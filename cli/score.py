@@ -97,7 +97,7 @@ def command(
     flagged = open_flagged(options, images, features)
     if resume and is_stream(output):
         raise UsageError("--resume needs -o FILE: only what is in a file can be continued")
-    if resume and (figure or flagged) and chosen == "table":
+    if resume and (figure or flagged) and chosen == "table" and choice.everything:
         needy = "--figure" if figure else f"--{flagged.action}-to" if flagged else ""
         raise UsageError(f"{needy} needs all scores, and a table has rounded ones: resume a .csv, .jsonl or .parquet")
 

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from ..exceptions import FeatdiffError
-from .atomic import temporary_name
+from .atomic import meant_for, temporary_name
 
 # What a file system answers that has no hard links, or does not permit them for files of other users.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
@@ -144,6 +144,13 @@ def numbered(target: Path) -> Iterator[Path]:
     yield target
     for number in count(2):
         yield target.with_name(f"{target.stem}-{number}{target.suffix}")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary files that a killed :func:`copy_new` has left; nobody may be writing this copy now."""
+    for file in target.parent.glob("*.tmp"):
+        if meant_for(file) == meant_for(temporary_name(target)):
+            file.unlink()
 
 
 def remove_empty(folder: Path, above: Path) -> None:

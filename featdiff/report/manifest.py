@@ -6,6 +6,7 @@ It is written in full before the first file is touched. Whatever happens then, i
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import filecmp
 import io
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..exceptions import FeatdiffError, UsageError, one_line
 from ..files.atomic import write_output
-from ..files.placing import copy_new, move_new, numbered, remove_empty, sha256_of
+from ..files.placing import copy_new, move_new, numbered, remove_empty, remove_leftovers, sha256_of
 from .writers import CsvWriter, read_csv
 
 #: Columns of each manifest; those of the rows follow.
@@ -177,6 +178,9 @@ def _take_back(entry: Entry, folder: Path) -> None:
     except FeatdiffError as error:
         note = str(error)
 
+    if entry.result == PLANNED:
+        with contextlib.suppress(OSError):
+            remove_leftovers(target)
     entry.note = note
     entry.result = LEFT if note else TAKEN_BACK
     if not note:
