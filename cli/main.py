@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from .completion import complete_paths
 from .speech import plain_warnings, say
 
 # command name -> (module, one line for the overview); the overview must not import torch
@@ -71,6 +72,7 @@ class Commands(click.Group):
         command: click.Command = importlib.import_module(f".{COMMANDS[name][0]}", __package__).command
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())  # after the name of the command, too
+            complete_paths(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -79,7 +81,7 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in COMMANDS:
+        if name and not name.startswith("-") and name not in COMMANDS and not ctx.resilient_parsing:
             from featdiff.exceptions import did_you_mean
 
             ctx.fail(f"no such command {name!r}{did_you_mean(name, list(COMMANDS))}")

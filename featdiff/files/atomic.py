@@ -57,7 +57,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     OSError
         As for :func:`write_atomically`.
     """
-    temporary = {file: file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp") for file in contents}
+    temporary = {file: temporary_name(file) for file in contents}
     try:
         for file, data in contents.items():
             _write_through(temporary[file], data)
@@ -67,6 +67,11 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
+
+
+def temporary_name(file: Path) -> Path:
+    """A name beside a file for what becomes it when it is whole."""
+    return file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def meant_for(file: Path) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..exceptions import UsageError
-from ..verdicts.results import ERROR, OK, UNREADABLE, Row, Scores
+from ..verdicts.results import ERROR, OK, UNREADABLE, Row, Scores, strangest_first
 
 #: Rows that a page lists; of more, the strangest.
 MOST_ROWS = 10_000
 #: Unreadable images that it lists.
 MOST_UNREADABLE = 1_000
+# Rows of a file that become a part of the run at once.
+_AT_ONCE = 4_096
+_LAYER = "layer_"
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,22 @@ class ReportRows:
         self._positions: list[np.ndarray] = []
         self._levels: dict[float, tuple[int, float]] = {}
         self._scores: list[np.ndarray] = []
+        self._written: list[Mapping[str, Any]] = []
+
+    def add_written(self, row: Mapping[str, Any]) -> None:
+        """The next row of the run, as :meth:`featdiff.Scores.rows` gives it or as a file of rows holds it."""
+        self._written.append(row)
+        if len(self._written) >= _AT_ONCE:
+            self._read_written()
+
+    def _read_written(self) -> None:
+        if self._written:
+            rows, self._written = self._written, []
+            self.add(_scores_of(rows))
 
     def add(self, part: Scores) -> None:
         """The next rows of the run."""
+        self._read_written()
         status = np.array(part.status)
         readable = status != UNREADABLE
         positions = self.total + np.arange(len(part))
@@ -116,7 +134,8 @@ class ReportRows:
         """Keep the strangest rows only."""
         rows = Scores.concatenate(self._kept)
         positions = np.concatenate(self._positions)
-        order = rows.order()[: self.most]
+        unreadable = np.zeros(len(rows), dtype=bool)
+        order = strangest_first(rows.ood_score, rows.p_value, unreadable)[: self.most]
         self._kept = [rows[order]]
         self._positions = [positions[order]]
 
@@ -128,6 +147,7 @@ class ReportRows:
         UsageError
             There were no rows.
         """
+        self._read_written()
         if not self._kept:
             raise UsageError("there were no images to score")
         self._drop()
@@ -145,3 +165,20 @@ class ReportRows:
         counts = [self._levels[value][0] for value in ordered]
         tops = [self._levels[value][1] for value in ordered]
         return Levels(np.array(ordered), np.array(counts, dtype=int), np.array(tops))
+
+
+def _scores_of(rows: Sequence[Mapping[str, Any]]) -> Scores:
+    """Rows as they are written -> a part of a run. Numbers may be text; those that are missing are None or empty."""
+
+    def numbers(name: str) -> np.ndarray:
+        return np.array([np.nan if row[name] in (None, "") else float(row[name]) for row in rows])
+
+    return Scores(
+        path=[str(row["path"]) for row in rows],
+        status=[str(row["status"]) for row in rows],
+        reason=[str(row["reason"]) for row in rows],
+        ood_score=numbers("ood_score"),
+        p_value=numbers("p_value"),
+        is_ood=np.array([bool(row["is_ood"]) for row in rows]),
+        layers={name.removeprefix(_LAYER): numbers(name) for name in rows[0] if name.startswith(_LAYER)},
+    )

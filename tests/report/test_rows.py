@@ -22,11 +22,30 @@ def test_the_strangest_rows_are_kept_whatever_the_parts(most: int) -> None:
     for part in parts_of(scores, 13):
         rows.add(part)
     kept, positions = rows.strangest()
-    readable = [i for i in scores.order() if scores.status[i] == "ok"]
+    readable = [scores.path.index(row.path) for row in scores.sorted() if row.status == "ok"]
     assert positions.tolist() == readable[:most]
     assert kept.path == [scores.path[i] for i in readable[:most]]
     assert (rows.total, rows.unreadable, rows.failed) == (500, 10, 0)
     assert [row.path for row in rows.unreadable_rows] == scores.path[:10]
+
+
+def test_rows_that_were_written_before_count_as_others() -> None:
+    """As JSON lines hold them, and as CSV does, where numbers of layers are text."""
+    scores = made_up(100)
+    for as_text in (False, True):
+        rows = ReportRows()
+        for row in scores[:60].rows():
+            rows.add_written(
+                row | {"layer_stage1": "" if row["layer_stage1"] is None else f"{row['layer_stage1']}"}
+                if as_text
+                else row
+            )
+        rows.add(scores[60:])
+        kept, positions = rows.strangest()
+        assert positions.tolist() == [scores.path.index(row.path) for row in scores.sorted() if row.status == "ok"]
+        np.testing.assert_allclose(kept.layers["stage1"], scores.layers["stage1"][positions], rtol=1e-6)
+        assert kept.is_ood.tolist() == scores.is_ood[positions].tolist()
+        assert (rows.total, rows.unreadable) == (100, 2)
 
 
 def test_counts_are_of_all_rows() -> None:
