@@ -83,6 +83,7 @@ EXPECTED = {
     "featdiff score images/": 3,  # images/ holds a broken file
     "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
     "featdiff score images/ -m my-model --top 5 --copy-to flagged": 3,
+    "featdiff score images/ -m my-model --report report.html -o reported.csv": 3,
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
