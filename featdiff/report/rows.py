@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..exceptions import UsageError
+from ..verdicts.calibration import ROUNDING
 from ..verdicts.results import ERROR, OK, UNREADABLE, Row, Scores, strangest_first
 
 #: Rows that a page lists; of more, the strangest.
@@ -89,6 +90,7 @@ class ReportRows:
         self._levels: dict[float, tuple[int, float]] = {}
         self._scores: list[np.ndarray] = []
         self._written: list[Mapping[str, Any]] = []
+        self._written_levels = np.empty(0)
 
     def add_written(self, row: Mapping[str, Any]) -> None:
         """The next row of the run, as :meth:`featdiff.Scores.rows` gives it or as a file of rows holds it."""
@@ -98,12 +100,15 @@ class ReportRows:
 
     def _read_written(self) -> None:
         if self._written:
-            rows, self._written = self._written, []
-            self.add(_scores_of(rows))
+            part = _scores_of(self._written)
+            self._written = []
+            self.add(part)
+            self._written_levels = np.union1d(self._written_levels, part.p_value[np.isfinite(part.p_value)])
 
     def add(self, part: Scores) -> None:
         """The next rows of the run."""
         self._read_written()
+        part = replace(part, p_value=self._as_written(part.p_value))
         status = np.array(part.status)
         readable = status != UNREADABLE
         positions = self.total + np.arange(len(part))
@@ -121,6 +126,12 @@ class ReportRows:
         self._count(part.p_value[valid], part.ood_score[valid])
         if sum(map(len, self._kept)) > 2 * self.most:
             self._drop()
+
+    def _as_written(self, p_value: np.ndarray) -> np.ndarray:
+        """P-values as rows of before have them, in seven digits, lest there be two of each."""
+        levels = np.append(self._written_levels, np.inf)
+        level = levels[np.searchsorted(self._written_levels, p_value - ROUNDING)]
+        return np.where(np.abs(p_value - level) < ROUNDING, level, p_value)
 
     def _count(self, p_value: np.ndarray, ood_score: np.ndarray) -> None:
         values, index, counts = np.unique(p_value, return_inverse=True, return_counts=True)
