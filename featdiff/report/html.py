@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 #: Images with a picture, unless another number is asked for.
 IMAGES = 100
-#: Of these, the strangest that are explained.
+#: Of these, the strangest that are explained: an explanation costs as much as a score, so few of a few ...
 EXPLAINED = 24
+_LEAST_EXPLAINED = 8
+# ... and at most this share of the images.
+_SHARE_EXPLAINED = 0.1
 # What their pictures may take up, unless a number is asked for, and what of the page they leave for rows, in bytes:
 # 10,000 rows stay below 3 MB.
 _PICTURE_BYTES = 1_000_000
@@ -100,7 +103,7 @@ def save_report(
     pictures : callable, optional
         From positions of images in the run, ascending, to their pictures; None for one that cannot be read any more.
     explain : callable, optional
-        From positions, ascending, to explanations; asked for the strangest 24.
+        From positions, ascending, to explanations; asked for the strangest, at most 24.
 
     Raises
     ------
@@ -295,7 +298,8 @@ def _cards(
 ) -> list[Card]:
     """The strangest images that can still be read, as many as there is room for."""
     chosen = positions[:count].tolist()
-    explained = _explained(sorted(chosen[:EXPLAINED]), explain)
+    most = min(EXPLAINED, max(_LEAST_EXPLAINED, int(_SHARE_EXPLAINED * len(rows))))
+    explained = _explained(sorted(chosen[:most]), explain)
     shown = _pictures(chosen, explained, pictures)
 
     cards: list[Card] = []
