@@ -12,13 +12,11 @@ _FOLDERS = {"DIR", "FOLDER", "MODEL"}
 _FILES = {"FILE", "IMAGE", "IMAGES", "MANIFEST", "SUITE", "HOW"}
 
 
-class PathText(click.ParamType):
+class PathText(click.types.StringParamType):
     """Text as it is; the shell completes it as a path.
 
     ``click.Path`` would check it, and images may be patterns, members of archives or ``-``.
     """
-
-    name = "text"
 
     def __init__(self, kind: str) -> None:
         self._kind = kind

@@ -95,9 +95,10 @@ class StreamRows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._waiting.close()
+        with contextlib.suppress(OSError):  # what cannot be written was an error before
+            self._waiting.close()
         if self._ours:
-            with contextlib.suppress(OSError):  # what cannot be written was an error before
+            with contextlib.suppress(OSError):
                 self._stream.close()
 
     def resumed(self, total: int, names: Callable[[int], Iterable[str]]) -> dict[str, int]:

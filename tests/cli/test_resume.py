@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from click.testing import Result
-from helpers import fails
+from helpers import fails, model_of_vectors
 
 from featdiff import Detector, FeatureDiffusion, Scores
 from featdiff.data.image_refs import FileRef
@@ -42,16 +42,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of ``train.npy``, and ``new.npy`` of 70 rows, of which 5 are strange and 2 hold NaN."""
-    folder = tmp_path_factory.mktemp("vectors")
-    rng = np.random.default_rng(0)
-    np.save(folder / "train.npy", rng.normal(size=(200, 6)).astype(np.float32))
-    new = rng.normal(size=(70, 6)).astype(np.float32)
-    new[3:8] *= 20
-    new[[1, 40]] = np.nan
-    np.save(folder / "new.npy", new)
-    recipe = {"epochs": 2, "min_steps": 100, "batch_size": 64}
-    FeatureDiffusion(recipe=recipe).fit(np.load(folder / "train.npy")).save_pretrained(folder / "model")
-    return folder
+    return model_of_vectors(tmp_path_factory.mktemp("vectors"))
 
 
 @pytest.fixture
