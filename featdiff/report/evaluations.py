@@ -64,7 +64,7 @@ def in_words(baseline: str) -> str:
     if name in _IN_WORDS:
         return _IN_WORDS[name]
     if name.startswith("mahalanobis_"):
-        return f"Mahalanobis on {name.removeprefix('mahalanobis_')} alone"
+        return f"Mahalanobis on {name.removeprefix('mahalanobis_')}"
     return name
 
 
