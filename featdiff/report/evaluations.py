@@ -148,7 +148,7 @@ def chance_of_alarms(flagged: int, n: int, calibration: Calibration, fpr: float)
     float
         In [0, 1].
     """
-    from scipy.stats import betabinom
+    from scipy.stats import betabinom  # type: ignore[import-untyped]
 
     ranks = calibration.groups + 1
     below = max(1, int(fpr * ranks + 1e-9))

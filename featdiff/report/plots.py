@@ -6,6 +6,7 @@ import io
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +29,7 @@ _LAYER = "layer_"
 _DARK = "#0072B2"
 _LIGHT = "#E69F00"
 _GREY = "#8C8C8C"
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.0,
     "axes.titlesize": 8.0,
@@ -74,6 +75,28 @@ class Pair(Protocol):
     def ood_flags(self) -> np.ndarray: ...
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What is drawn of a detector that was evaluated.
+
+    Parameters
+    ----------
+    result : mapping
+        As from :func:`featdiff.evaluation.protocols.evaluate_detector`.
+    pairs : sequence of Pair
+        The scores behind it, in the same order.
+    threshold : float
+        Scores above are flagged.
+    fpr : float
+        The false-alarm rate of the threshold.
+    """
+
+    result: Mapping[str, Any]
+    pairs: Sequence[Pair]
+    threshold: float
+    fpr: float
+
+
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Refuse a place where no pictures can be put (``UsageError``), before any long work."""
     path = Path(folder)
@@ -83,17 +106,15 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise UsageError(f"no folder {path.parent} for {path.name}", argument="plots")
 
 
-def save_evaluations(
-    folder: str | os.PathLike[str], evaluations: Mapping[str, tuple[Mapping[str, Any], Sequence[Pair], float, float]]
-) -> list[Path]:
+def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, Evaluation]) -> list[Path]:
     """Draw evaluations into a folder: all pictures are written, or none.
 
     Parameters
     ----------
     folder : path
         Made if it is missing. Pictures of the same name are replaced.
-    evaluations : mapping
-        What the names of the files begin with (may be empty) -> arguments of :func:`draw_evaluation`.
+    evaluations : mapping of str to Evaluation
+        By what the names of their files begin with, which may be empty.
 
     Returns
     -------
@@ -111,7 +132,7 @@ def save_evaluations(
     target = Path(folder)
     contents: dict[Path, bytes] = {}
     for beginning, evaluation in evaluations.items():
-        for name, data in draw_evaluation(*evaluation).items():
+        for name, data in draw_evaluation(evaluation).items():
             contents[target / f"{beginning}{name}"] = data
 
     is_new = not target.exists()
@@ -125,22 +146,15 @@ def save_evaluations(
     return list(contents)
 
 
-def draw_evaluation(result: Mapping[str, Any], pairs: Sequence[Pair], threshold: float, fpr: float) -> dict[str, bytes]:
+def draw_evaluation(evaluation: Evaluation) -> dict[str, bytes]:
     """Draw what an evaluation found: for each protocol three figures, with a panel for each OOD set.
 
     ``roc`` has the ROC curves of featdiff and of the best baseline, and a dot for the rate that the detector works at;
-    ``histograms`` the detector's own score; ``layers`` the scores of the layers.
+    ``histograms`` the detector's own score; ``layers`` the scores of the layers, if these have any.
 
     Parameters
     ----------
-    result : mapping
-        As from :func:`featdiff.evaluation.protocols.evaluate_detector`.
-    pairs : sequence of Pair
-        The scores behind it, in the same order.
-    threshold : float
-        Scores above are flagged.
-    fpr : float
-        The false-alarm rate of the threshold.
+    evaluation : Evaluation
 
     Returns
     -------
@@ -150,14 +164,14 @@ def draw_evaluation(result: Mapping[str, Any], pairs: Sequence[Pair], threshold:
     from matplotlib import rc_context
 
     pictures: dict[str, bytes] = {}
-    for protocol in dict.fromkeys(pair.protocol for pair in pairs):
-        chosen = [pair for pair in pairs if pair.protocol == protocol]
-        heads = [pair["heads"] for pair in result["pairs"] if pair["protocol"] == protocol]
+    for protocol in dict.fromkeys(pair.protocol for pair in evaluation.pairs):
+        pairs = [pair for pair in evaluation.pairs if pair.protocol == protocol]
+        heads = [pair["heads"] for pair in evaluation.result["pairs"] if pair["protocol"] == protocol]
         with rc_context(_STYLE):
             figures = {
-                "roc": _roc_curves(chosen, heads, fpr),
-                "histograms": _histograms(chosen, threshold, fpr),
-                "layers": _layers(chosen, heads),
+                "roc": _roc_curves(pairs, heads, evaluation.fpr),
+                "histograms": _histograms(pairs, evaluation.threshold, evaluation.fpr),
+                "layers": _layers(pairs, heads),
             }
             for name, figure in figures.items():
                 if figure is not None:
@@ -318,7 +332,7 @@ def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]]) -> Figure
         ):
             low, middle, high = np.array([np.percentile(scores[name], (5, 50, 95)) for name in layers]).T
             axes.hlines(rows + offset, low, high, color=colour, linewidth=1.6)
-            edge = {"markeredgecolor": "black", "markeredgewidth": 0.5}
+            edge: Any = {"markeredgecolor": "black", "markeredgewidth": 0.5}
             axes.plot(middle, rows + offset, marker, color=colour, markersize=4, label=label, **edge)
 
         place = axes.get_yaxis_transform()
