@@ -64,10 +64,10 @@ def _audit(mixed: Path, arguments: dict[str, Any], quiet: bool) -> None:
     say(f"$ featdiff audit {mixed} --top {_TOP}", quiet)
     with Bars(quiet) as bars:
         scores = audit(mixed, progress=bars, **arguments)
-    write_rows(None, "table", scores.sorted()[:_TOP])
 
     apart = int((scores.ood_score > STANDS_APART).sum())
-    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}).", quiet)
+    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}). The {_TOP} oddest:", quiet)
+    write_rows(None, "table", scores.sorted()[:_TOP])
     say("", quiet)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,12 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "all_heads", is_flag=True, help="Print every score, not only featdiff and the best baseline.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for ROC curves, histograms and scores of layers, as SVG and PNG.",
+)
 @report_option
 @runtime_options
 def command(
@@ -76,6 +83,7 @@ def command(
     baselines: bool | None,
     all_heads: bool,
     as_json: bool,
+    plots: Path | None,
     report: Path | None,
     quiet: bool,
     **options: Any,
@@ -90,6 +98,7 @@ def command(
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
+    Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --plots figures/
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --report evaluation.html
     """
     from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector
@@ -98,6 +107,10 @@ def command(
     keep_freed_memory()
     check_report(report)
     sets = _ood_sets(ood)
+    if plots:
+        from featdiff.report.plots import check_folder
+
+        check_folder(plots)
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     loaded = [load_model(model, options) for model in models]  # before the long work: one may be missing
 
@@ -123,6 +136,8 @@ def command(
     else:
         for (detector, *_), result, scored in zip(loaded, results, pairs, strict=True):
             print_result(detector, result, scored, all_heads)
+    if plots:
+        _draw(plots, models, [detector for detector, *_ in loaded], results, pairs, quiet)
     if report:
         detectors = [detector for detector, *_ in loaded]
         write_evaluation(report, detectors, results, pairs, unreadable, quiet)
@@ -136,6 +151,27 @@ def print_result(
     """The verdict in words, and the table."""
     flagged = [(int(pair.id_flags.sum()), int(pair.ood_flags.sum())) for pair in scored]
     print_evaluation(result, flagged, detector.calibration_, detector.fpr, all_heads)
+
+
+def _draw(
+    folder: Path,
+    models: Sequence[str],
+    detectors: Sequence[Detector | PixelDetector],
+    results: Sequence[dict[str, Any]],
+    pairs: Sequence[Sequence[ScoredPair]],
+    quiet: bool,
+) -> None:
+    """Pictures of all results; with several models, the names of the files begin with the model's."""
+    from featdiff.report.plots import Evaluation, save_evaluations
+
+    drawn: dict[str, Evaluation] = {}
+    for i, (detector, result, scored) in enumerate(zip(detectors, results, pairs, strict=True)):
+        name = re.sub(r"[^\w.-]+", "_", Path(models[i]).name)
+        beginning = f"{i + 1}-{name}-" if len(models) > 1 else ""
+        drawn[beginning] = Evaluation(result, scored, detector.calibration_.threshold(detector.fpr), detector.fpr)
+
+    files = save_evaluations(folder, drawn)
+    say(f"written: {len(files)} pictures in {folder}", quiet)
 
 
 def _baselines(detector: Detector | PixelDetector, wanted: bool | None, as_json: bool, quiet: bool) -> Baselines | None:

@@ -64,7 +64,7 @@ def in_words(baseline: str) -> str:
     if name in _IN_WORDS:
         return _IN_WORDS[name]
     if name.startswith("mahalanobis_"):
-        return f"Mahalanobis on {name.removeprefix('mahalanobis_')} alone"
+        return f"Mahalanobis on {name.removeprefix('mahalanobis_')}"
     return name
 
 
@@ -148,7 +148,7 @@ def chance_of_alarms(flagged: int, n: int, calibration: Calibration, fpr: float)
     float
         In [0, 1].
     """
-    from scipy.stats import betabinom
+    from scipy.stats import betabinom  # type: ignore[import-untyped]
 
     ranks = calibration.groups + 1
     below = max(1, int(fpr * ranks + 1e-9))

@@ -144,6 +144,33 @@ def test_brackets_in_a_name_are_printed(evaluate: Cli, sets: dict[str, Path]) ->
     assert "[/b]" in result.stdout
 
 
+def test_plots_are_beside_the_table(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
+    command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--plots", tmp_path / "figures")
+    result = evaluate(*command)
+    assert result.exit_code == 0, result.output
+    names = [
+        f"{name}-{protocol}" for name in ("roc", "histograms", "layers") for protocol in ("matched", "as-published")
+    ]
+    files = [f"{name}.{format}" for name in names for format in ("svg", "png")]
+    assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == sorted(files)
+    assert f"written: 12 pictures in {tmp_path / 'figures'}" in result.stderr
+    assert "featdiff finds" in result.stdout
+
+    (tmp_path / "file").write_text("")
+    fails(evaluate(*command[:-1], tmp_path / "file"), 2, "--plots", "is a file")
+
+
+def test_plots_of_several_models(featdiff_cli: Cli, tiny_model: Path, sets: dict[str, Path], tmp_path: Path) -> None:
+    models = ("-m", tiny_model, "-m", tiny_model)
+    sources = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched", "--json")
+    result = featdiff_cli("eval", *models, *sources, "--plots", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)) == 2
+    names = {file.name for file in tmp_path.iterdir()}
+    assert len(names) == 12
+    assert {f"1-{tiny_model.name}-roc-matched.svg", f"2-{tiny_model.name}-roc-matched.svg"} <= names
+
+
 def test_baselines_are_rows_of_their_own(evaluate: Cli, sets: dict[str, Path]) -> None:
     command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched", "--json", "-q")
     result = evaluate(*command, "--baselines")

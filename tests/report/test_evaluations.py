@@ -61,7 +61,7 @@ def test_the_best_baseline_may_be_of_a_single_layer() -> None:
     }
     assert best_baseline(heads) == "baseline_mahalanobis_blocks.4"  # the first of two with the same AUROC
     ((_, comparison),) = verdicts(result("matched", **heads), [(9, 37)], CALIBRATION, 0.05)
-    assert "behind the best of 3 baselines by 5.0 points (Mahalanobis on blocks.4 alone: 95.0" in comparison
+    assert "behind the best of 3 baselines by 5.0 points (Mahalanobis on blocks.4: 95.0" in comparison
     assert best_baseline({"featdiff": metrics(0.9, 0.8, 1.0)}) is None
 
 
