@@ -7,13 +7,16 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from report_pages import CALIBRATION, FPR, HOSTILE, made_up, write_page
 
+from featdiff.evaluation.metrics import evaluate
 from featdiff.report.html import save_report
+from featdiff.report.html_evaluation import Evaluated, save_evaluation
 from featdiff.report.rows import ReportRows
 
 COUNT = 10_000
@@ -300,3 +303,30 @@ def test_a_page_without_a_valid_score(browser: Any, tmp_path: Path) -> None:
     browser.get(write_page(tmp_path / "none.html", made_up(60)[:1]).as_uri())
     assert one(browser, "#found").text == "No image fits."
     assert browser.get_log("browser") == []
+
+
+def test_the_page_of_an_evaluation_runs_nothing_from_names(browser: Any, tmp_path: Path) -> None:
+    """Hostile names of sets and of images; nothing is wrong, and charts have their size."""
+    rng = np.random.default_rng(0)
+    id_scores, ood_scores = rng.normal(size=40), rng.normal(2, 1, size=len(HOSTILE))
+    pair = SimpleNamespace(
+        id_scores={"featdiff": id_scores},
+        ood_scores={"featdiff": ood_scores},
+        id_flags=id_scores > 1.6,
+        ood_flags=ood_scores > 1.6,
+        id_refs=[SimpleNamespace(path=f"{i}.png") for i in range(40)],
+        ood_refs=[SimpleNamespace(path=name) for name in HOSTILE],
+    )
+    metrics = evaluate(id_scores, ood_scores).to_dict()
+    measured = {"ood": HOSTILE[0], "protocol": "matched", "n_id": 40, "n_ood": len(HOSTILE)}
+    result = {"id": HOSTILE[1], "model": "m", "pairs": [measured | {"heads": {"featdiff": metrics}}]}
+    page = tmp_path / "evaluation.html"
+    save_evaluation(page, [Evaluated(result, [pair], CALIBRATION, FPR)], {"In-domain": HOSTILE[1]}, {HOSTILE[2]: "x"})
+
+    browser.get(page.as_uri())
+    assert browser.get_log("browser") == []
+    assert len(browser.find_elements("css selector", "script")) == 2
+    assert browser.find_elements("css selector", "img") == []
+    hardest = [HOSTILE[i] for i in np.argsort(ood_scores)[:6]]
+    assert texts(browser, ".name")[6:] == [name.replace("\u202e", "\\u202e") for name in hardest]
+    assert all(figure.size["height"] > 200 for figure in browser.find_elements("css selector", ".chart"))
