@@ -79,12 +79,12 @@ def command(
     write_rows(output, chosen, scores.sorted()[:top], raw_csv)
     code = _summary(scores, bars, fpr, quiet)
     if report:
-        _report(report, scores, refs, fpr, options["backbone"], bars, quiet)
+        _report(report, scores, refs, fpr, options, bars, quiet)
     return code
 
 
 def _report(
-    file: Path, scores: Scores, refs: list[ImageRef], fpr: float, backbone: str | None, bars: Bars, quiet: bool
+    file: Path, scores: Scores, refs: list[ImageRef], fpr: float, options: dict[str, Any], bars: Bars, quiet: bool
 ) -> None:
     from featdiff.detectors.audit import STANDS_APART
     from featdiff.features.weights import DEFAULT_BACKBONE
@@ -94,9 +94,10 @@ def _report(
     rows.add(scores)
     facts = {
         f"Score above {STANDS_APART:g}": f"{int((scores.ood_score > STANDS_APART).sum()):,}",
-        "Backbone": backbone or DEFAULT_BACKBONE,
+        "Backbone": options["backbone"] or DEFAULT_BACKBONE,
     }
-    write_report(file, rows, fpr, source_of_audit(refs, facts), None, sum(bars.seconds.values()), quiet)
+    source = source_of_audit(refs, facts, options)
+    write_report(file, rows, fpr, source, None, sum(bars.seconds.values()), quiet)
 
 
 def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:

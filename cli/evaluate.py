@@ -140,7 +140,7 @@ def command(
         _draw(plots, models, [detector for detector, *_ in loaded], results, pairs, quiet)
     if report:
         detectors = [detector for detector, *_ in loaded]
-        write_evaluation(report, detectors, results, pairs, unreadable, quiet)
+        write_evaluation(report, detectors, results, pairs, unreadable, options, quiet)
     list_unreadable(list(unreadable.items()), quiet)
     return EXIT_UNREADABLE if unreadable else 0
 

@@ -90,8 +90,7 @@ def source_of_images(detector: Detector | PixelDetector, refs: Sequence[ImageRef
         def explain(positions: list[int]) -> Iterable[Explanation]:
             return looking.iter_explanations([refs[at] for at in positions], fpr)
 
-    limits = {name: getattr(detector.settings, name) for name in ("workers", "max_pixels", "max_bytes")}
-    return Source(detector.calibration_, facts, _pictures(refs, limits), explain)
+    return Source(detector.calibration_, facts, _pictures(refs, _limits(vars(detector.settings))), explain)
 
 
 def source_of_vectors(estimator: FeatureDiffusion, file: str, model: str) -> Source:
@@ -99,9 +98,13 @@ def source_of_vectors(estimator: FeatureDiffusion, file: str, model: str) -> Sou
     return Source(estimator.calibration_, {"Model": model, "Vectors": file})
 
 
-def source_of_audit(refs: Sequence[ImageRef], facts: dict[str, str]) -> Source:
-    """For images that were compared with each other."""
-    return Source(None, facts, _pictures(refs, {}))
+def source_of_audit(refs: Sequence[ImageRef], facts: dict[str, str], options: dict[str, Any]) -> Source:
+    """For images that were compared with each other; of the command's options, those count that limit reading."""
+    return Source(None, facts, _pictures(refs, _limits(options)))
+
+
+def _limits(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("workers", "max_pixels", "max_bytes") if options.get(name) is not None}
 
 
 def _pictures(refs: Sequence[ImageRef], limits: dict[str, Any]) -> Callable[[list[int]], Iterable[Image.Image | None]]:
@@ -128,6 +131,7 @@ def write_evaluation(
     results: Sequence[dict[str, Any]],
     pairs: Sequence[list[ScoredPair]],
     unreadable: dict[str, str],
+    options: dict[str, Any],
     quiet: bool,
 ) -> None:
     """Write the page on an evaluation, and say where it is."""
@@ -147,7 +151,7 @@ def write_evaluation(
         evaluated,
         facts | _now(),
         unreadable,
-        lambda refs: iter_thumbnails(refs, PICTURE_SIDE),
+        lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
     )
     _say_where(file, quiet)
 
