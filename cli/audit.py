@@ -12,10 +12,12 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import backbone_options, detector_arguments, groups_option, output_options, runtime_options
 from .output import choose_format, write_rows
 from .progress import Bars, list_unreadable
+from .report import check_report, report_option, source_of_audit, write_report
 from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Scores
+    from featdiff.data.references import ImageRef
 
 # Rows on a terminal, and groups that are listed, unless more are asked for.
 _SHOWN = 20
@@ -27,6 +29,7 @@ _LISTED = 10
 @groups_option("auto")
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Only the N oddest [20 on a terminal, else all].")
 @click.option("--fpr", type=float, default=0.05, show_default=True, help="Share of the images that is marked.")
+@report_option
 @output_options
 @backbone_options
 @runtime_options
@@ -35,6 +38,7 @@ def command(
     groups: str | None,
     top: int | None,
     fpr: float,
+    report: Path | None,
     format_: str | None,
     output: Path | None,
     raw_csv: bool,
@@ -53,23 +57,47 @@ def command(
     \b
     Example: featdiff audit photos/
     Example: featdiff audit photos/ --top 50 -o odd.csv
+    Example: featdiff audit photos/ --report odd.html
     """
+    from featdiff.data.references import list_images
     from featdiff.detectors.audit import audit
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     chosen = choose_format(output, format_)
     arguments = detector_arguments(options)
+    check_report(report)
+    refs = list_images(list(images))
     try:
         with Bars(quiet) as bars:
-            scores = audit(list(images), groups=groups or "auto", fpr=fpr, progress=bars, **arguments)
+            scores = audit(refs, groups=groups or "auto", fpr=fpr, progress=bars, **arguments)
     except KeyboardInterrupt:
         raise Stopped("interrupted; features are kept, the same command goes on from there") from None
 
     if top is None and chosen == "table" and output is None and sys.stdout.isatty():
         top = _SHOWN
     write_rows(output, chosen, scores.sorted()[:top], raw_csv)
-    return _summary(scores, bars, fpr, quiet)
+    code = _summary(scores, bars, fpr, quiet)
+    if report:
+        _report(report, scores, refs, fpr, options, bars, quiet)
+    return code
+
+
+def _report(
+    file: Path, scores: Scores, refs: list[ImageRef], fpr: float, options: dict[str, Any], bars: Bars, quiet: bool
+) -> None:
+    from featdiff.detectors.audit import STANDS_APART
+    from featdiff.features.weights import DEFAULT_BACKBONE
+    from featdiff.report.rows import ReportRows
+
+    rows = ReportRows()
+    rows.add(scores)
+    facts = {
+        f"Score above {STANDS_APART:g}": f"{int((scores.ood_score > STANDS_APART).sum()):,}",
+        "Backbone": options["backbone"] or DEFAULT_BACKBONE,
+    }
+    source = source_of_audit(refs, facts, options)
+    write_report(file, rows, fpr, source, None, sum(bars.seconds.values()), quiet)
 
 
 def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:

@@ -23,6 +23,7 @@ from .options import (
 from .output import choose_format
 from .progress import Bars, list_unreadable
 from .speech import say
+from .tables import output_width, print_grid, print_text
 
 # Ending of a file of results -> format.
 _REPORTS = {".md": "markdown", ".markdown": "markdown", ".json": "json", ".csv": "csv"}
@@ -166,25 +167,11 @@ def _text(result: dict[str, Any], format_: str, raw_csv: bool) -> str:
 
 def print_grids(result: dict[str, Any]) -> None:
     """Tables for people, on standard output."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from featdiff.files.text import for_terminal
     from featdiff.report.tables import EXPLANATION, grids
 
-    def plain(text: str) -> str:
-        return escape(for_terminal(text))
-
-    console = Console(width=None if Console().is_terminal else 200)
+    width = output_width(200)
     for grid in grids(result):
-        table = Table(title=plain(grid.title))
-        table.add_column(grid.header[0])
-        for name in grid.header[1:]:
-            table.add_column(plain(name), justify="right")
-        for line in grid.lines:
-            table.add_row(*map(plain, line))
-        console.print(table)
-    console.print(for_terminal(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}"), markup=False)
+        print_grid(grid, width)
+    print_text(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}", width)
     for name, reason in result["left_out"].items():
-        console.print(for_terminal(f"left out: {name}: {reason}"), markup=False)
+        print_text(f"left out: {name}: {reason}", width)

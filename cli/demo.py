@@ -30,8 +30,9 @@ _CALIBRATION = 0.2
     show_default=True,
     help="Folder for the results.",
 )
+@click.option("--all", "all_heads", is_flag=True, help="Print every score, not only featdiff and the best baseline.")
 @runtime_options
-def command(output: Path, quiet: bool, **options: Any) -> None:
+def command(output: Path, all_heads: bool, quiet: bool, **options: Any) -> None:
     """Audit, train, score and evaluate on built-in images; under two minutes on two cores, no download.
 
     First question: which images of one folder are odd? The folder holds handwritten digits, and a few tiles of two
@@ -49,7 +50,7 @@ def command(output: Path, quiet: bool, **options: Any) -> None:
     mixed = samples.write_images(samples.mixed(), output / "mixed")
     folders = samples.write(output / "images")
     _audit(mixed, arguments, quiet)
-    _train_and_score(output, folders, arguments, quiet)
+    _train_and_score(output, folders, arguments, all_heads, quiet)
 
     say(f"written to {output}: mixed/, images/, model/, scores.csv, histograms.png", quiet)
     say(f"Next: featdiff score {output}/images/digits -m {output}/model", quiet)
@@ -63,20 +64,22 @@ def _audit(mixed: Path, arguments: dict[str, Any], quiet: bool) -> None:
     say(f"$ featdiff audit {mixed} --top {_TOP}", quiet)
     with Bars(quiet) as bars:
         scores = audit(mixed, progress=bars, **arguments)
-    write_rows(None, "table", scores.sorted()[:_TOP])
 
     apart = int((scores.ood_score > STANDS_APART).sum())
-    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}).", quiet)
+    say(f"{apart} of {len(scores)} images stand apart (score above {STANDS_APART:g}). The {_TOP} oddest:", quiet)
+    write_rows(None, "table", scores.sorted()[:_TOP])
     say("", quiet)
 
 
-def _train_and_score(output: Path, folders: dict[str, Path], arguments: dict[str, Any], quiet: bool) -> None:
+def _train_and_score(
+    output: Path, folders: dict[str, Path], arguments: dict[str, Any], all_heads: bool, quiet: bool
+) -> None:
     """A model of the tiles, and what it makes of other tiles and of digits."""
     from featdiff import Detector
     from featdiff.evaluation.baselines import fit_baselines
-    from featdiff.evaluation.protocols import evaluate_detector
+    from featdiff.evaluation.protocols import ScoredPair, evaluate_detector
 
-    from .evaluate import print_table
+    from .evaluate import print_result
 
     say("2. Is a new image like those before? A model learns tiles, and scores other tiles and digits.", quiet)
     detector = Detector(calibration=_CALIBRATION, **arguments)
@@ -84,6 +87,7 @@ def _train_and_score(output: Path, folders: dict[str, Path], arguments: dict[str
         detector.fit(folders["train"], bars)
         detector.save_pretrained(output / "model")
         scores = {name: detector.score(folders[name], progress=bars) for name in ("test", "digits")}
+        scored: list[ScoredPair] = []
         result = evaluate_detector(
             detector,
             folders["test"],
@@ -91,11 +95,10 @@ def _train_and_score(output: Path, folders: dict[str, Path], arguments: dict[str
             ["matched"],
             bars,
             baselines=fit_baselines(detector),
+            scored=scored,
         )
     _write(output, detector, scores)
-    print_table(result)
-    for name, part in (("other tiles", scores["test"]), ("digits", scores["digits"])):
-        say(f"{name}: {int(part.is_ood.sum())} of {len(part)} flagged at fpr {detector.fpr:g}", quiet)
+    print_result(detector, result, scored, all_heads)
 
 
 def _write(output: Path, detector: Detector, scores: dict[str, Scores]) -> None:

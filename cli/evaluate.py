@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,10 +13,14 @@ import click
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, groups_option, load_model, runtime_options, weights_option
 from .progress import Bars, list_unreadable
+from .report import check_report, report_option, write_evaluation
 from .speech import say
+from .tables import print_evaluation
 
 if TYPE_CHECKING:
-    from featdiff import Detector
+    from featdiff import Detector, PixelDetector
+    from featdiff.evaluation.baselines import Baselines
+    from featdiff.evaluation.protocols import ScoredPair
 
 
 @click.command("eval")
@@ -51,8 +58,21 @@ if TYPE_CHECKING:
     help="matched: bring both sets to the smaller resolution first; as-published: straight to the model's size.",
 )
 @groups_option("none")
-@click.option("--baselines", is_flag=True, help="Print kNN, Mahalanobis and PCA residual on the same features, too.")
+@click.option(
+    "--baselines/--no-baselines",
+    default=None,
+    help="Whether to measure kNN, Mahalanobis and PCA residual on the same features, too [yes, if the cache still has "
+    "the features of the training images; with --json: no].",
+)
+@click.option("--all", "all_heads", is_flag=True, help="Print every score, not only featdiff and the best baseline.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for ROC curves, histograms and scores of layers, as SVG and PNG.",
+)
+@report_option
 @runtime_options
 def command(
     in_domain: tuple[str, ...],
@@ -60,56 +80,114 @@ def command(
     models: tuple[str, ...],
     protocol: str,
     groups: str | None,
-    baselines: bool,
+    baselines: bool | None,
+    all_heads: bool,
     as_json: bool,
+    plots: Path | None,
+    report: Path | None,
     quiet: bool,
     **options: Any,
 ) -> int:
     """Measure how well a model separates in-domain test images from OOD sets.
 
-    Prints AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is positive), and AUPR, for the default
-    score (featdiff) and for every other head. With --groups, the interval resamples whole groups. With --baselines,
-    classic methods are fitted on the training images, whose features are read from the cache. For a hardened student,
-    the heads include the energy of its logits, and its accuracy is printed where the in-domain images lie in folders
-    of its classes.
+    Prints a verdict in words: how many OOD images are found, how many in-domain images are flagged, and how featdiff
+    stands to the best baseline. Then a table of AUROC with a 95 % bootstrap interval, FPR at 95 % TPR (in-domain is
+    positive), and AUPR; --all and --json have every score. With --groups, the interval resamples whole groups. For a
+    hardened student, the scores include the energy of its logits, and its accuracy is printed where the in-domain
+    images lie in folders of its classes.
 
     \b
     Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --ood textures=dtd.zip
+    Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --plots figures/
+    Example: featdiff eval --id photos_test/ --ood signs=gtsrb/ --report evaluation.html
     """
-    from featdiff.evaluation.baselines import fit_baselines
     from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
+    check_report(report)
     sets = _ood_sets(ood)
+    if plots:
+        from featdiff.report.plots import check_folder
+
+        check_folder(plots)
     protocols = PROTOCOLS if protocol == "both" else (protocol,)
     loaded = [load_model(model, options) for model in models]  # before the long work: one may be missing
 
     unreadable: dict[str, str] = {}
     results: list[dict[str, Any]] = []
+    pairs: list[list[ScoredPair]] = []
     for detector, guard, classes in loaded:
+        scored: list[ScoredPair] = []
+        pairs.append(scored)
         with Bars(quiet) as bars:
-            fitted = fit_baselines(detector) if baselines else None
-            result = evaluate_detector(detector, list(in_domain), sets, protocols, bars, unreadable, fitted, groups)
+            fitted = _baselines(detector, baselines, as_json, quiet)
+            result = evaluate_detector(
+                detector, list(in_domain), sets, protocols, bars, unreadable, fitted, groups, scored
+            )
             if guard is not None:
                 result["accuracy"] = _accuracy(guard.detector, list(in_domain), classes, bars, quiet)
         results.append(result)
 
-    _print(models, results, as_json)
+    if len(models) > 1:
+        results = [{"folder": model} | result for model, result in zip(models, results, strict=True)]
+    if as_json:
+        click.echo(json.dumps(results if len(models) > 1 else results[0], indent=2))
+    else:
+        for (detector, *_), result, scored in zip(loaded, results, pairs, strict=True):
+            print_result(detector, result, scored, all_heads)
+    if plots:
+        _draw(plots, models, [detector for detector, *_ in loaded], results, pairs, quiet)
+    if report:
+        detectors = [detector for detector, *_ in loaded]
+        write_evaluation(report, detectors, results, pairs, unreadable, options, quiet)
     list_unreadable(list(unreadable.items()), quiet)
     return EXIT_UNREADABLE if unreadable else 0
 
 
-def _print(models: tuple[str, ...], results: list[dict[str, Any]], as_json: bool) -> None:
-    """JSON or tables; with several models, each result names its folder."""
-    if len(models) > 1:
-        results = [{"folder": model} | result for model, result in zip(models, results, strict=True)]
+def print_result(
+    detector: Detector | PixelDetector, result: dict[str, Any], scored: Sequence[ScoredPair], all_heads: bool
+) -> None:
+    """The verdict in words, and the table."""
+    flagged = [(int(pair.id_flags.sum()), int(pair.ood_flags.sum())) for pair in scored]
+    print_evaluation(result, flagged, detector.calibration_, detector.fpr, all_heads)
 
-    if as_json:
-        click.echo(json.dumps(results if len(models) > 1 else results[0], indent=2))
-    else:
-        for result in results:
-            print_table(result)
+
+def _draw(
+    folder: Path,
+    models: Sequence[str],
+    detectors: Sequence[Detector | PixelDetector],
+    results: Sequence[dict[str, Any]],
+    pairs: Sequence[Sequence[ScoredPair]],
+    quiet: bool,
+) -> None:
+    """Pictures of all results; with several models, the names of the files begin with the model's."""
+    from featdiff.report.plots import Evaluation, save_evaluations
+
+    drawn: dict[str, Evaluation] = {}
+    for i, (detector, result, scored) in enumerate(zip(detectors, results, pairs, strict=True)):
+        name = re.sub(r"[^\w.-]+", "_", Path(models[i]).name)
+        beginning = f"{i + 1}-{name}-" if len(models) > 1 else ""
+        drawn[beginning] = Evaluation(result, scored, detector.calibration_.threshold(detector.fpr), detector.fpr)
+
+    files = save_evaluations(folder, drawn)
+    say(f"written: {len(files)} pictures in {folder}", quiet)
+
+
+def _baselines(detector: Detector | PixelDetector, wanted: bool | None, as_json: bool, quiet: bool) -> Baselines | None:
+    """The fitted baselines; unless they are asked for, only where the cache has what they need."""
+    from featdiff.evaluation.baselines import fit_baselines
+    from featdiff.exceptions import UsageError
+
+    if wanted is False or (wanted is None and as_json):
+        return None
+    try:
+        return fit_baselines(detector)
+    except UsageError as error:
+        if wanted:
+            raise
+        say(f"no baselines: {error}", quiet)
+        return None
 
 
 def _accuracy(
@@ -137,42 +215,3 @@ def _ood_sets(items: tuple[str, ...]) -> dict[str, str]:
             raise click.UsageError(f"--ood names {name!r} twice")
         sets[name] = source
     return sets
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Percentages, one line per head, on standard output."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from featdiff.files.text import for_terminal
-
-    title = f"in-domain: {result['id']}   backbone: {result['model']}   (percent; featdiff is the default score)"
-    if "folder" in result:
-        title = f"{result['folder']}   {title}"
-    if result.get("accuracy") is not None:
-        title += f"   accuracy: {100 * result['accuracy']:.1f}"
-
-    table = Table(title=escape(for_terminal(title)))
-    for column in ("OOD set", "protocol", "head"):
-        table.add_column(column)
-    for column in ("AUROC", "95 % interval", "FPR95", "AUPR-in", "AUPR-out"):
-        table.add_column(column, justify="right")
-
-    for pair in result["pairs"]:
-        names = [f"{pair['ood']} ({pair['n_ood']:,})", pair["protocol"]]
-        for head, metrics in pair["heads"].items():
-            table.add_row(*(escape(for_terminal(name)) for name in (*names, head)), *_cells(metrics))
-            names = ["", ""]  # only the first line of a pair names it
-        table.add_section()
-
-    Console(width=None if Console().is_terminal else 120).print(table)
-
-
-def _cells(metrics: dict[str, Any]) -> list[str]:
-    """Metrics of a head in percent."""
-    low, high = metrics["auroc_ci"]
-    cells = [f"{100 * metrics['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}"]
-    for key in ("fpr95", "aupr_in", "aupr_out"):
-        cells.append(f"{100 * metrics[key]:.1f}")
-    return cells

@@ -72,9 +72,23 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, {'joint' if settings['joint'] else 'one per layer'}",
         "neighbours": neighbours,
+        "keeps": _kept(config, tensors),
         "score": f"{settings['head']}, start times {settings['start_times']}, "
         f"{settings['draws']} stored noise samples each",
     }
+
+
+def _kept(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """What the model holds of its training images, beside their features."""
+    count = config["images"]["bank"]
+    paths = tensors.get("bank_paths")
+    if paths is None:
+        return f"digests of {count:,} training images, no paths and no pictures"
+    held = f"paths of {count:,} training images ({paths.nbytes / 1e6:.1f} MB)"
+    pictures = tensors.get("bank_thumbnails")
+    if pictures is None:
+        return f"{held}, no pictures"
+    return f"{held}, small pictures of them ({pictures.nbytes / 1e6:.1f} MB)"
 
 
 def _pixel_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:

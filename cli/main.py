@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from .completion import complete_paths
 from .speech import plain_warnings, say
 
 # command name -> (module, one line for the overview); the overview must not import torch
@@ -20,6 +21,7 @@ COMMANDS = {
     "audit": ("audit", "Find the odd images of a folder; no model is needed."),
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
+    "explain": ("explain", "Show why an image is judged as it is, beside the most similar normal images."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
     "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
@@ -36,6 +38,8 @@ PARAMETERS = {
     "distillation": "kd",
     "feature_distillation": "feature_kd",
     "folder": "output",
+    "keep_paths": "no_paths",
+    "keep_thumbnails": "thumbnails",
     "format": "format_",
     "random_state": "seed",
     "replace": "force",
@@ -69,6 +73,7 @@ class Commands(click.Group):
         command: click.Command = importlib.import_module(f".{COMMANDS[name][0]}", __package__).command
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())  # after the name of the command, too
+            complete_paths(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -77,7 +82,7 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in COMMANDS:
+        if name and not name.startswith("-") and name not in COMMANDS and not ctx.resilient_parsing:
             from featdiff.exceptions import did_you_mean
 
             ctx.fail(f"no such command {name!r}{did_you_mean(name, list(COMMANDS))}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+
+from .progress import starting
 
 if TYPE_CHECKING:
     from featdiff import Detector, Guard, PixelDetector
@@ -133,7 +136,14 @@ def groups_option(default: str) -> Callable[[F], F]:
 
 
 def runtime_options(function: F) -> F:
-    """How to run: device, batch size, threads, limits, cache, quiet."""
+    """How to run: device, batch size, threads, limits, cache, quiet. While the command starts, a word says so."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with starting(kwargs["quiet"]):
+            return function(*args, **kwargs)
+
+    wrapped: Any = run
     for option in (
         click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
         click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
@@ -143,8 +153,8 @@ def runtime_options(function: F) -> F:
         click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images at once [32; pixel mode 8]."),
         click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto]."),
     ):
-        function = option(function)
-    return function
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:

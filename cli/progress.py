@@ -1,18 +1,27 @@
-"""Progress bars and summaries on standard error; data never goes there, and bars only on a terminal."""
+"""Progress and summaries on standard error, where data never goes: bars on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from .speech import say, say_warning
 
@@ -20,9 +29,101 @@ if TYPE_CHECKING:
     from featdiff.detectors.grouping import Grouping
     from featdiff.verdicts.calibration import Calibration
 
+# What is going on before there is anything to count.
+_LIBRARIES = "loading PyTorch and the backbone"
+_BACKBONE = "loading the backbone"
+# Without a terminal: seconds until the first line, and between two lines at least.
+_FIRST_LINE = 5.0
+_NEXT_LINE = 30.0
+
+
+class Lines:
+    """A line on standard error now and then, from a thread of its own, so that a long silent step has one, too.
+
+    Parameters
+    ----------
+    text : callable
+        The line at this moment.
+    """
+
+    # When the last line was printed, by whichever object: they are about one command.
+    _printed: ClassVar[float] = -_NEXT_LINE
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        self._text = text
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._print, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _print(self) -> None:
+        pause = max(_FIRST_LINE, Lines._printed + _NEXT_LINE - time.monotonic())
+        while not self._over.wait(pause):
+            say(self._text())
+            Lines._printed = time.monotonic()
+            pause = _NEXT_LINE
+
+
+class Spinner:
+    """A word on a terminal, for the time until there is something to count; then it is erased."""
+
+    def __init__(self, text: str, console: Console) -> None:
+        # whatever goes to standard output passes the spinner by
+        self._line = Progress(
+            SpinnerColumn(), TextColumn(text, markup=False), console=console, transient=True, redirect_stdout=False
+        )
+        self._line.add_task("")
+
+    def start(self) -> None:
+        self._line.start()
+
+    def stop(self) -> None:
+        self._line.stop()
+
+
+# What says that a command is starting, until its first bars.
+_starting: Lines | Spinner | None = None
+
+
+@contextmanager
+def starting(quiet: bool = False) -> Iterator[None]:
+    """A word on the seconds in which libraries and the model are loaded, until the first :class:`Bars` begin."""
+    global _starting
+
+    console = Console(stderr=True)
+    if not quiet:
+        _starting = Spinner(_LIBRARIES, console) if _is_terminal(console) else Lines(lambda: _LIBRARIES)
+        _starting.start()
+    try:
+        yield
+    finally:
+        _started()
+
+
+def _started() -> None:
+    """End the word of :func:`starting`."""
+    global _starting
+
+    if _starting is not None:
+        _starting.stop()
+        _starting = None
+
+
+def _is_terminal(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
 
 class Bars:
-    """One bar per stage, and what was warned of below them. Detectors call it with (stage, done, total).
+    """How far a run is, and what was warned of below it. Detectors call it with (stage, done, total).
+
+    On a terminal each stage has a bar. Elsewhere, as in logs, there is a line after some seconds, and then at most one
+    every half minute.
 
     Parameters
     ----------
@@ -34,11 +135,12 @@ class Bars:
     seconds : dict of str to float
         How long each stage took.
     counts : dict of str to int
-        How many items each stage has done.
+        How many items each stage has done. A stage may come again with other items, and all are counted.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         console = Console(stderr=True)
+        on_terminal = _is_terminal(console)
         self._bars = Progress(
             TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
@@ -47,42 +149,123 @@ class Bars:
             TextColumn("{task.fields[rate]}"),
             console=console,
             transient=True,
-            disable=quiet or not console.is_terminal or console.is_dumb_terminal,
+            disable=quiet or not on_terminal,
         )
+        self._spinner = Spinner(_BACKBONE, console) if on_terminal and not quiet else None
+        self._lines = None if on_terminal or quiet else Lines(self.line)
         self._warnings = telling_warnings(quiet)
         self._tasks: dict[str, TaskID] = {}
+        self._rounds: dict[str, Round] = {}
+        self._stage = ""
         self._last = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
+        latest = self._rounds.get(stage)
+        if latest is None or latest.is_over(done, total, stage == self._stage):
+            latest = self._rounds[stage] = Round(now, done)
+        self.counts[stage] = self.counts.get(stage, 0) + done - latest.done
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self.counts[stage] = done
+        latest.reach(now, done, total)
+        self._stage = stage
         self._last = now
 
+        self._draw(stage, done, total)
+
+    def _draw(self, stage: str, done: int, total: int) -> None:
+        if self._bars.disable:
+            return
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+            self._bars.start()
         if stage not in self._tasks:
             from featdiff.files.text import for_terminal
 
             self._tasks[stage] = self._bars.add_task(for_terminal(stage), total=total, rate="")
-        rate = f"{self.rate(stage):,.0f}/s"
-        self._bars.update(self._tasks[stage], completed=done, total=total, rate=rate)
+        self._bars.update(self._tasks[stage], completed=done, total=total, rate=_per_second(self.rate(stage)))
 
     def rate(self, stage: str) -> float:
         """Items per second of a stage."""
         return self.counts.get(stage, 0) / max(self.seconds.get(stage, 0.0), 1e-9)
 
+    def line(self) -> str:
+        """How far the present stage is, in words."""
+        if not self._stage:
+            return _BACKBONE
+        return f"{self._stage}: {self._rounds[self._stage].in_words(self.rate(self._stage))}"
+
     def __enter__(self) -> Self:
+        _started()
         self._warnings.__enter__()
-        self._bars.start()
+        for shown in (self._spinner, self._lines):
+            if shown is not None:
+                shown.start()
         self._last = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for shown in (self._spinner, self._lines):
+            if shown is not None:
+                shown.stop()
         self._bars.stop()
         self._warnings.__exit__(kind, value, trace)
+
+
+class Round:
+    """How far a stage is with its items; the next round of the same stage has others.
+
+    Parameters
+    ----------
+    now : float
+        Time of the first report.
+    done : int
+        Items that were done by then.
+    """
+
+    def __init__(self, now: float, done: int) -> None:
+        self._first = (now, done)
+        self._now = now
+        self.done = 0
+        self.total = 0
+
+    def is_over(self, done: int, total: int, is_present: bool) -> bool:
+        """Whether a report is about other items; ``is_present``: no other stage has reported since."""
+        return done < self.done or (total != self.total and not is_present)
+
+    def reach(self, now: float, done: int, total: int) -> None:
+        self._now = now
+        self.done = done
+        self.total = total
+
+    def in_words(self, rate: float) -> str:
+        """What is done, how fast, and the time left; ``rate`` counts as long as there was one report only."""
+        start, first = self._first
+        if self._now > start and self.done > first:
+            rate = (self.done - first) / (self._now - start)
+
+        text = f"{self.done:,} of {self.total:,} ({self.done / max(self.total, 1):.0%}), {_per_second(rate)}"
+        if rate > 0 and self.total > self.done:
+            text += f", about {_duration((self.total - self.done) / rate)} left"
+        return text
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+
+
+def _duration(seconds: float) -> str:
+    """A time in words: ``40 s``, ``12 min``, ``3 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
+from .choice import Choice
 from .output import is_stream
 
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ class Rows(Protocol):
         ``names`` gives the names of the first so many of all ``total`` rows: its rows must be those.
         """
 
-    def scores(self) -> list[float]:
-        """``ood_score`` of those rows."""
+    def before(self) -> Iterator[dict[str, Any]] | None:
+        """Those rows; ``ood_score``, ``p_value`` and ``is_ood`` are numbers or None, others as they were written.
+
+        None if they are there, but in a table, whose numbers are rounded.
+        """
 
     def write(self, part: Scores, counts: Mapping[str, int]) -> None:
         """Append a part; ``counts`` include it."""
@@ -48,21 +52,33 @@ class Rows(Protocol):
         """What is kept of ``count`` rows if the run ends now, and how to go on."""
 
 
+# Rows that must be sorted for a stream lie in memory up to so many bytes, then in a temporary file.
+_IN_MEMORY = 64 << 20
+
+
 def open_rows(
-    output: Path | None, format_: str, raw_csv: bool, made_with: Mapping[str, Any], columns: Sequence[str], resume: bool
+    output: Path | None,
+    format_: str,
+    raw_csv: bool,
+    made_with: Mapping[str, Any],
+    columns: Sequence[str],
+    resume: bool,
+    choice: Choice,
 ) -> Rows:
     """Where rows go; ``made_with`` is what decides them, by a name for people."""
     if output is None or is_stream(output):
-        return StreamRows(output, format_, raw_csv)
-    return FileRows(output, format_, raw_csv, made_with, columns, resume)
+        return StreamRows(output, format_, raw_csv, columns, choice)
+    return FileRows(output, format_, raw_csv, made_with, columns, resume, choice)
 
 
 class StreamRows:
-    """Rows on standard output, a device or a pipe."""
+    """Rows on standard output, a device or a pipe; those in order of strangeness when all are there."""
 
     resumable = False
 
-    def __init__(self, output: Path | None, format_: str, raw_csv: bool) -> None:
+    def __init__(
+        self, output: Path | None, format_: str, raw_csv: bool, columns: Sequence[str], choice: Choice
+    ) -> None:
         from featdiff.report.writers import open_writer
 
         self._name = str(output or "standard output")
@@ -70,30 +86,53 @@ class StreamRows:
         self._ours = output is not None
         self._writer = open_writer(format_, self._stream, raw_csv=raw_csv)
 
+        self._choice = choice
+        self._columns = columns
+        self._waiting = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
+        self._lines = open_writer("jsonl", self._waiting)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # what cannot be written was an error before
+            self._waiting.close()
         if self._ours:
-            with contextlib.suppress(OSError):  # what cannot be written was an error before
+            with contextlib.suppress(OSError):
                 self._stream.close()
 
     def resumed(self, total: int, names: Callable[[int], Iterable[str]]) -> dict[str, int]:
         return {}
 
-    def scores(self) -> list[float]:
-        return []
+    def before(self) -> Iterator[dict[str, Any]] | None:
+        return iter(())
 
     def write(self, part: Scores, counts: Mapping[str, int]) -> None:
+        if self._choice.in_order_of_strangeness:
+            self._keep(part)
+            return
         with self._named_errors():
-            self._writer.write(part)
+            self._writer.write(self._choice.of_part(part))
 
     def finish(self) -> None:
         with self._named_errors():
+            if self._choice.in_order_of_strangeness:
+                self._waiting.seek(0)
+                self._writer.write_rows(self._choice.of_lines(self._waiting), self._columns)
             self._writer.close()
             self._stream.flush()
 
+    def _keep(self, part: Scores) -> None:
+        try:
+            self._lines.write(part)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
+
     def kept(self, count: int) -> str:
+        if self._choice.in_order_of_strangeness:
+            return f"no rows are written: {self._choice} needs all of them first"
+        if self._choice.only_ood:
+            return f"the flagged ones of {count:,} rows are written"
         return f"{count:,} rows are written"
 
     @contextlib.contextmanager
@@ -109,7 +148,8 @@ class StreamRows:
 class FileRows:
     """Rows in a file that takes its place when it is whole.
 
-    A Parquet file cannot be read before its end is written, so its rows are JSON lines until then.
+    A Parquet file cannot be read before its end is written, so its rows are JSON lines until then. So are all rows of
+    which some are chosen or sorted in the end.
     """
 
     def __init__(
@@ -120,16 +160,25 @@ class FileRows:
         made_with: Mapping[str, Any],
         columns: Sequence[str],
         resume: bool,
+        choice: Choice,
     ) -> None:
         from featdiff.files.partial import PartialFile
         from featdiff.report.writers import open_writer
 
-        self._parquet = format_ == "parquet"
-        if self._parquet:
-            open_writer("parquet", io.BytesIO())  # can it be written here? Better asked before the long work
-        self._format = "jsonl" if self._parquet else format_
+        open_writer(format_, io.BytesIO())  # can it be written here? Better asked before the long work
+        self._converted = format_ == "parquet" or not choice.everything
+        self._final = format_
+        self._format = "jsonl" if self._converted else format_
+        self._raw_csv = raw_csv
         self._columns = columns
-        decisive = {"format": format_, "raw CSV": raw_csv, "columns": list(columns), **made_with}
+        self._choice = choice
+        decisive = {
+            "format": format_,
+            "raw CSV": raw_csv,
+            "columns": list(columns),
+            "choice of rows": str(choice),
+            **made_with,
+        }
 
         self._parts = PartialFile(output, decisive, resume)
         self._part = io.BytesIO()
@@ -160,11 +209,14 @@ class FileRows:
             )
         return counts
 
-    def scores(self) -> list[float]:
+    def before(self) -> Iterator[dict[str, Any]] | None:
         if not self._parts.facts:
-            return []
+            return iter(())
+        return None if self._format == "table" else self._rows_in_parts()
+
+    def _rows_in_parts(self) -> Iterator[dict[str, Any]]:
         with self._parts.open() as stream:
-            return [float("nan" if score in (None, "") else score) for score in _scores_in(stream, self._format)]
+            yield from _rows_in(stream, self._format, self._raw_csv)
 
     def write(self, part: Scores, counts: Mapping[str, int]) -> None:
         self._writer.write(part)
@@ -174,7 +226,7 @@ class FileRows:
         self._part.truncate()
 
     def finish(self) -> None:
-        self._parts.finish(self._to_parquet if self._parquet else None)
+        self._parts.finish(self._convert if self._converted else None)
 
     def kept(self, count: int) -> str:
         if not self.resumable:
@@ -189,19 +241,25 @@ class FileRows:
         for name in names:
             self._names.update(name.encode("utf-8", "surrogatepass") + b"\0")
 
-    def _to_parquet(self, source: IO[bytes], target: IO[bytes]) -> None:
-        from featdiff.report.writers import ParquetWriter
+    def _convert(self, source: IO[bytes], target: IO[bytes]) -> None:
+        from featdiff.report.writers import open_writer
 
-        writer = ParquetWriter(target)
-        writer.write_rows(map(json.loads, source), self._columns)
+        writer = open_writer(self._final, target, raw_csv=self._raw_csv)
+        writer.write_rows(self._choice.of_lines(source), self._columns)
         writer.close()
 
 
-def _scores_in(stream: IO[bytes], format_: str) -> Iterator[Any]:
-    """The values of ``ood_score`` in a file of rows."""
+def _rows_in(stream: IO[bytes], format_: str, raw_csv: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines or CSV."""
     if format_ == "jsonl":
         for line in stream:
-            yield json.loads(line)["ood_score"]
-    else:
-        for row in csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8", newline="")):
-            yield row["ood_score"]
+            yield json.loads(line)
+        return
+
+    from featdiff.report.writers import read_csv
+
+    for row in read_csv(stream, raw_csv=raw_csv):
+        for name in ("ood_score", "p_value"):
+            row[name] = None if row[name] == "" else float(row[name])
+        row["is_ood"] = {"true": True, "false": False}.get(row["is_ood"])
+        yield row

@@ -5,20 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .choice import Choice, choice_options
+from .flagged import Flagged, flagged_options, open_flagged, undo
 from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import load_model, model_option, output_options, runtime_options, weights_option
 from .output import choose_format, is_stream
 from .progress import Bars
+from .report import (
+    Source,
+    check_report,
+    report_images_option,
+    report_option,
+    source_of_images,
+    source_of_vectors,
+    write_report,
+)
 from .rows import Rows, open_rows
 from .signals import Stop, catching_stop
 from .speech import say
+from .summary import FEW, Counts, Strangest, is_seen_as_table
 from .vectors import features_option, open_vectors, score_vectors
 
 if TYPE_CHECKING:
@@ -26,6 +38,7 @@ if TYPE_CHECKING:
 
     from featdiff import Detector, PixelDetector, Scores
     from featdiff.data.references import ImageRef
+    from featdiff.report.rows import ReportRows
 
 
 @click.command("score")
@@ -34,6 +47,8 @@ if TYPE_CHECKING:
 @model_option
 @weights_option
 @output_options
+@choice_options
+@flagged_options
 @click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
 @click.option(
@@ -44,6 +59,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Pixel mode: a picture of the least and the most strange images and their inpaintings.",
 )
+@report_option
+@report_images_option
 @click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
 @runtime_options
 def command(
@@ -53,10 +70,16 @@ def command(
     format_: str | None,
     output: Path | None,
     raw_csv: bool,
+    sort: bool,
+    top: int | None,
+    only_ood: bool,
+    undo_manifest: Path | None,
     resume: bool,
     fpr: float | None,
     exclude_known: bool,
     figure: Path | None,
+    report: Path | None,
+    report_images: int | None,
     fail_on_ood: bool,
     quiet: bool,
     **options: Any,
@@ -69,17 +92,32 @@ def command(
 
     \b
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
+    Example: featdiff score images/ --top 20
+    Example: featdiff score images/ --report report.html -o scores.csv
+    Example: featdiff score images/ --copy-to flagged
+    Example: featdiff score --undo flagged/manifest.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
     from featdiff.exceptions import UsageError
+    from featdiff.report.rows import ReportRows
     from featdiff.runtime.allocator import keep_freed_memory
+
+    if undo_manifest is not None:
+        if images or features:
+            raise UsageError("--undo takes back what was done, and scores nothing: give it alone")
+        return undo(undo_manifest, quiet)
 
     keep_freed_memory()
     chosen = choose_format(output, format_)
+    choice = Choice(sort, top, only_ood)
+    flagged = open_flagged(options, images, features)
     if resume and is_stream(output):
         raise UsageError("--resume needs -o FILE: only what is in a file can be continued")
-    if resume and figure and chosen == "table":
-        raise UsageError("--figure needs all scores, and a table has rounded ones: resume a .csv, .jsonl or .parquet")
+    if resume and (figure or flagged or report) and chosen == "table" and choice.everything:
+        needy = "--figure" if figure else f"--{flagged.action}-to" if flagged else "--report"
+        raise UsageError(f"{needy} needs all scores, and a table has rounded ones: resume a .csv, .jsonl or .parquet")
+    check_report(report, report_images)
+    reported = ReportRows() if report else None
 
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
     if features:
@@ -90,18 +128,25 @@ def command(
 
     if not is_stream(output):
         work.made_with |= {"featdiff": version("featdiff"), "model": _identity(model), "fpr": work.fpr}
-    with open_rows(output, chosen, raw_csv, work.made_with, work.columns, resume) as rows, bars:
+    with open_rows(output, chosen, raw_csv, work.made_with, work.columns, resume, choice) as rows, bars:
         counts = Counts(**rows.resumed(work.total, work.names))
         if resume:
             say(f"{counts.rows:,} rows are there from an interrupted run, {work.total - counts.rows:,} are left", quiet)
-        scores = _write(work, rows, counts)
+        run = Run(work, counts, flagged, reported)
+        run.look_at_rows(rows.before())
+        _write(run, rows)
     if work.draw:
-        work.draw(scores)
+        work.draw(run.scores)
 
-    _summary(counts, work, bars, quiet)
+    seen = is_seen_as_table(output, chosen) and (choice.in_order_of_strangeness or counts.rows <= FEW)
+    _summary(run, bars, model, seen, quiet)
+    if report is not None and reported is not None:
+        seconds = bars.seconds.get("scoring", 0.0)
+        write_report(report, reported, work.fpr, work.source, report_images, seconds, quiet)
+    code = flagged.place(work.refs, quiet) if flagged else 0
     if fail_on_ood and (counts.flagged or counts.failed):
         return EXIT_OOD
-    return EXIT_UNREADABLE if counts.unreadable or counts.failed else 0
+    return EXIT_UNREADABLE if counts.unreadable or counts.failed else code
 
 
 @dataclass
@@ -110,7 +155,8 @@ class Work:
 
     ``total``: how many rows; ``names``: of the first so many; ``score``: the parts of the rows from a number on, as
     they come; ``columns``: of the rows; ``what``: what a row is called; ``made_with``: what decides the rows, by a name
-    for people; ``excluded``: training images are not compared with themselves.
+    for people; ``source``: what a report shows beside the rows; ``excluded``: training images are not compared with
+    themselves; ``refs``: the images, if there are any; ``explained``: the model can explain its scores.
     """
 
     total: int
@@ -120,19 +166,55 @@ class Work:
     fpr: float
     what: str
     made_with: dict[str, Any]
+    source: Source
     draw: Callable[[list[np.ndarray]], None] | None = None
     excluded: bool = False
+    refs: Sequence[ImageRef] = ()
+    explained: bool = False
 
 
 @dataclass
-class Counts:
-    """Rows that were written, and how many of them were flagged, could not be read, failed, or are training images."""
+class Run:
+    """What is known of the rows so far.
 
-    rows: int = 0
-    flagged: int = 0
-    unreadable: int = 0
-    failed: int = 0
-    known: int = 0
+    ``strangest``: None if some rows cannot be looked at; ``scores``: of all rows, if a picture of them is wanted.
+    """
+
+    work: Work
+    counts: Counts
+    flagged: Flagged | None
+    reported: ReportRows | None = None
+    strangest: Strangest | None = None
+    scores: list[np.ndarray] = field(default_factory=list)
+
+    def look_at(self, part: Scores) -> None:
+        """The next part."""
+        if self.flagged:
+            self.flagged.add(part, self.counts.rows)
+        self.counts.add(part)
+        if self.strangest:
+            self.strangest.add(part)
+        if self.reported is not None:
+            self.reported.add(part)
+        if self.work.draw:
+            self.scores.append(part.ood_score)
+
+    def look_at_rows(self, rows: Iterator[dict[str, Any]] | None) -> None:
+        """Rows of an interrupted run, which are counted already; None if they cannot be read."""
+        import numpy as np
+
+        strangest = Strangest()
+        self.strangest = strangest if rows is not None else None
+        scores = []
+        for number, row in enumerate(rows or ()):
+            strangest.add_rows([row])
+            if self.flagged:
+                self.flagged.add_row(number, row)
+            if self.reported is not None:
+                self.reported.add_written(row)
+            scores.append(np.nan if row["ood_score"] is None else row["ood_score"])
+        if self.work.draw:
+            self.scores.append(np.array(scores))
 
 
 def _vectors(
@@ -153,6 +235,7 @@ def _vectors(
         rate,
         "rows",
         {f"content of {file}": [status.st_size, status.st_mtime_ns]},
+        source_of_vectors(estimator, file, model),
     )
 
 
@@ -165,6 +248,7 @@ def _images(
     bars: Bars,
     exclude_known: bool,
 ) -> Work:
+    from featdiff import Detector
     from featdiff.data.references import list_images
     from featdiff.exceptions import UsageError
     from featdiff.verdicts.results import columns_of
@@ -190,8 +274,11 @@ def _images(
             "max-pixels": detector.settings.max_pixels,
             "max-bytes": detector.settings.max_bytes,
         },
+        source_of_images(detector, refs, model, rate),
         _figure(detector, refs, figure) if figure else None,
         exclude_known,
+        refs,
+        isinstance(detector, Detector),
     )
 
 
@@ -203,26 +290,20 @@ def _identity(model: str) -> object:
     return read_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))[DIGEST]
 
 
-def _write(work: Work, rows: Rows, counts: Counts) -> list[np.ndarray]:
-    """Write rows as they come; the scores of all, if a picture of them is wanted."""
-    import numpy as np
-
-    kept = [np.array(rows.scores())] if work.draw else []
+def _write(run: Run, rows: Rows) -> None:
+    """Write rows as they come."""
     with catching_stop() as stop:
         try:
-            for part in _parts(work, counts.rows, stop):
-                _count(part, counts)
-                rows.write(part, asdict(counts))
-                if work.draw:
-                    kept.append(part.ood_score)
+            for part in _parts(run.work, run.counts.rows, stop):
+                run.look_at(part)
+                rows.write(part, asdict(run.counts))
             rows.finish()
         except KeyboardInterrupt:
-            raise stop.stopped(rows.kept(counts.rows)) from None
+            raise stop.stopped(rows.kept(run.counts.rows)) from None
         except Exception:
             if rows.resumable:
-                say(rows.kept(counts.rows))
+                say(rows.kept(run.counts.rows))
             raise
-    return kept
 
 
 def _parts(work: Work, start: int, stop: Stop) -> Iterator[Scores]:
@@ -233,27 +314,24 @@ def _parts(work: Work, start: int, stop: Stop) -> Iterator[Scores]:
                 yield part
 
 
-def _count(part: Scores, counts: Counts) -> None:
-    from featdiff.verdicts.results import ERROR, UNREADABLE
-
-    counts.rows += len(part)
-    counts.flagged += part.flagged
-    counts.unreadable += part.status.count(UNREADABLE)
-    counts.failed += part.status.count(ERROR)
-    if part.known is not None:
-        counts.known += int(part.known.sum())
-
-
-def _summary(counts: Counts, work: Work, bars: Bars, quiet: bool) -> None:
+def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
+    """Counts, the strangest rows unless they were ``seen``, and what to type next."""
+    work = run.work
+    counts = run.counts
     seconds = bars.seconds.get("scoring", 0.0)
     speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
     bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
     bad += f", {counts.failed:,} failed" if counts.failed else ""
     what = work.what.removesuffix("s") if counts.rows == 1 else work.what
     say(f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+
     if counts.known and not work.excluded:
         say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)
         say("featdiff audit finds the odd ones of a training set; --exclude-known leaves out each image itself.", quiet)
+    if run.strangest and not seen:
+        run.strangest.say(quiet)
+    if run.strangest and work.explained:
+        run.strangest.say_next(model, quiet)
 
 
 def _figure(

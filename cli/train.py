@@ -41,6 +41,8 @@ INPAINTINGS = "inpaintings.png"
 @click.option("--config", metavar="NAME|FILE", help="A preset (dlsr_paper, lmd_small ...) or a TOML file.")
 @click.option("--fpr", type=float, help="False-alarm rate to be able to hold [0.05].")
 @click.option("--no-pretrained", is_flag=True, help="Random backbone: for tests only, scores mean nothing.")
+@click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the model (for featdiff explain).")
+@click.option("--thumbnails", is_flag=True, help="Keep small pictures of training images in the model, 16 MB at most.")
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
 @click.option(
     "-o",
@@ -154,8 +156,14 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
         raise UsageError("--pretrained and --distances need --mode pixel")
     if mode == PixelDetector.mode and (options["layers"] or options["view"] or no_pretrained):
         raise UsageError("--layers, --view and --no-pretrained mean nothing in pixel mode")
+    if mode == PixelDetector.mode and (options["no_paths"] or options["thumbnails"]):
+        raise UsageError("--no-paths and --thumbnails mean nothing in pixel mode: such a model keeps no images")
     if no_pretrained:
         given["pretrained"] = False
+    if options["no_paths"]:
+        given["keep_paths"] = False
+    if options["thumbnails"]:
+        given["keep_thumbnails"] = True
     values = config.detector | given
     if mode == PixelDetector.mode:
         return PixelDetector.from_settings(PixelSettings.of(values))

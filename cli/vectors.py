@@ -31,6 +31,8 @@ _OF_IMAGES = {
     "distances": "--distances",
     "config": "--config",
     "no_pretrained": "--no-pretrained",
+    "no_paths": "--no-paths",
+    "thumbnails": "--thumbnails",
     "figure": "--figure",
     "exclude_known": "--exclude-known",
     "cache": "--cache",

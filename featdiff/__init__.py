@@ -14,11 +14,13 @@ if _typing.TYPE_CHECKING:
     from .features.extractor import FeatureExtractor as FeatureExtractor
     from .guard.guard import Guard as Guard
     from .guard.guard import Verdict as Verdict
+    from .verdicts.explanation import Explanation as Explanation
     from .verdicts.results import Scores as Scores
 
 # Public name -> where it is defined.
 _HOMES = {
     "Detector": "detectors",
+    "Explanation": "verdicts.explanation",
     "FeatdiffError": "exceptions",
     "FeatureDiffusion": "detectors.estimator",
     "FeatureExtractor": "features.extractor",
@@ -31,6 +33,7 @@ _HOMES = {
 }
 __all__ = [
     "Detector",
+    "Explanation",
     "FeatdiffError",
     "FeatureDiffusion",
     "FeatureExtractor",

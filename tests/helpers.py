@@ -90,6 +90,21 @@ def newcomer_folder(folder: Path, samples: Path) -> None:
     (folder / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
 
 
+def model_of_vectors(folder: Path) -> Path:
+    """Fill ``folder`` with a model of ``train.npy``, and ``new.npy`` of 70 rows: 5 are strange and 2 hold NaN."""
+    from featdiff import FeatureDiffusion
+
+    rng = np.random.default_rng(0)
+    np.save(folder / "train.npy", rng.normal(size=(200, 6)).astype(np.float32))
+    new = rng.normal(size=(70, 6)).astype(np.float32)
+    new[3:8] *= 20
+    new[[1, 40]] = np.nan
+    np.save(folder / "new.npy", new)
+    recipe = {"epochs": 2, "min_steps": 100, "batch_size": 64}
+    FeatureDiffusion(recipe=recipe).fit(np.load(folder / "train.npy")).save_pretrained(folder / "model")
+    return folder
+
+
 def noise_pictures(folder: Path, count: int, side: int) -> Path:
     """Fill ``folder`` with ``count`` seeded pictures of noise, 00.png and on."""
     rng = np.random.default_rng(1)

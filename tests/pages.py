@@ -32,6 +32,7 @@ INSTALL = "extras and options are looked up (test_docs_other)"
 PYTEST = "the files that it names are looked up (test_docs_other)"
 LINT = "on the checkout (test_code)"
 SCRIPT = "with --help (test_code)"
+COMPLETION = "typed with a home of its own (cli/test_completion)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONFIG = "featdiff train --config (test_docs_other)"
@@ -55,8 +56,9 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
-        (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|eval|bench|info|outliers|harden)", DEFAULT),
+        (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
         (r"^find images ", DEFAULT),
+        (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
     "python": (
         (r"^@register", PLUGIN),
@@ -80,6 +82,8 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
 EXPECTED = {
     "featdiff score images/": 3,  # images/ holds a broken file
     "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
+    "featdiff score images/ -m my-model --top 5 --copy-to flagged": 3,
+    "featdiff score images/ -m my-model --report report.html -o reported.csv": 3,
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,

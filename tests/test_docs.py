@@ -41,21 +41,27 @@ def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
 def test_demo_audits_first(newcomer: Path) -> None:
     """What a stranger reads: a question, the command that answers it, and the odd ones on top."""
     lines = (newcomer / "demo.txt").read_text().splitlines()
+    lines = [line for line in lines if not re.match("(loading|features|training|scoring)", line)]  # progress, in a log
     assert lines[0].startswith("1. Which images are odd? featdiff-demo/mixed holds 120 digits, and 8 tiles")
     assert lines[1] == "$ featdiff audit featdiff-demo/mixed --top 10"
-    assert lines[2].split() == ["verdict", "p-value", "score", "path"]
-    assert not any("/digit_" in _row(line).path for line in lines[3:11])
-    assert all("/digit_" in _row(line).path for line in lines[11:13])
-    assert lines[13] == "8 of 128 images stand apart (score above 3)."
+    assert lines[2] == "8 of 128 images stand apart (score above 3). The 10 oddest:"
+    assert lines[3].split() == ["verdict", "p-value", "score", "path"]
+    assert not any("/digit_" in _row(line).path for line in lines[4:12])
+    assert all("/digit_" in _row(line).path for line in lines[12:14])
     assert lines[15].startswith("2. Is a new image like those before?")
 
-    told = "\n".join(lines[16:])
-    for words in (
-        "other tiles: ",
-        "digits: ",
-        "Next: featdiff score featdiff-demo/images/digits -m featdiff-demo/model",
-    ):
-        assert words in told
+
+def test_demo_tells_what_it_found(newcomer: Path) -> None:
+    """The counts are those of the rows, and the verdict comes before the table."""
+    told = (newcomer / "demo.txt").read_text().partition("2. Is a new image like those before?")[2]
+    rows = (newcomer / "featdiff-demo" / "scores.csv").read_text().splitlines()
+    found, alarms = (sum(f"/{kind}/" in row and ",true," in row for row in rows) for kind in ("digits", "test"))
+    words = " ".join(told.split())
+    assert f"featdiff finds {found / 2:.1f} % of the OOD images ({found} of 200)" in words
+    assert f"({alarms} of 130), where 5 % were asked for" in words
+    assert "the best of 9 baselines" in words
+    assert told.index("featdiff finds") < told.index("95 % interval")
+    assert "Next: featdiff score featdiff-demo/images/digits -m featdiff-demo/model" in told
     assert "WARNING" not in told
 
 

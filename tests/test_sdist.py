@@ -60,5 +60,5 @@ def test_a_wheel_from_the_source_distribution_holds_commands_and_presets(tmp_pat
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
     for folder, name in (("featdiff", "featdiff"), ("cli", "featdiff_cli"), ("configs", "featdiff_cli/configs")):
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".toml") or file.name == "py.typed":
+            if file.suffix in (".py", ".toml", ".html", ".css", ".js") or file.name == "py.typed":
                 assert (tmp_path / "site" / name / file.relative_to(ROOT / folder)).is_file(), file

@@ -10,10 +10,10 @@ import numpy as np
 from ..data.groups import AUTO, Groups, check_groups, is_word, label_images, numbered
 from ..exceptions import UsageError
 from ..features.extraction import Extraction
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, shown
 from ..scores.near_copies import find_near_copies, nearest_outside, oddness
 from ..scores.nearest import views
-from ..verdicts.calibration import Calibration, check_fpr, check_supported
+from ..verdicts.calibration import ROUNDING, Calibration, check_fpr, check_supported
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .feature import Detector
@@ -22,8 +22,6 @@ from .feature import Detector
 FEWEST = 20
 #: From this score on an image stands apart, whatever share was asked for; at most about one in 100 of ordinary sets.
 STANDS_APART = 3.0
-# k / n and the same rate written as a decimal may differ in the last bits.
-_ROUNDING = 1e-9
 
 
 def audit(
@@ -31,7 +29,7 @@ def audit(
     *,
     groups: Groups = AUTO,
     fpr: float = 0.05,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **arguments: Any,
 ) -> Scores:
     """Find the odd images of a set by comparing its images with each other.
@@ -48,7 +46,8 @@ def audit(
         Which images belong together: ``auto`` (near-copies), ``none``, or as for :meth:`featdiff.Detector.fit`.
     fpr : float, default 0.05
         Which images ``is_ood`` marks: the p-value is a rank, so about this share of the images is always marked.
-    progress : callable (stage, done, total), optional
+    progress : bool or callable (stage, done, total), optional
+        True shows bars.
     **arguments
         What to look with: ``backbone``, ``weights``, ``layers``, ``view``, ``device``, ``cache`` and others of
         :class:`featdiff.Detector`.
@@ -79,7 +78,8 @@ def audit(
     check_groups(groups)
     check_fpr(fpr)
     detector = Detector(**arguments)
-    extraction, store = detector.read(images, progress)
+    with shown(progress) as report:
+        extraction, store = detector.read(images, report)
 
     different = list(dict.fromkeys(extraction.digests))
     if len(different) < FEWEST:
@@ -132,7 +132,7 @@ def _as_scores(
         extra["nearest"][position] = first_path.get(int(nearest[own]), "")
         if first_path[own] != names[position]:
             extra["duplicate_of"][position] = first_path[own]
-    return replace(scores, p_value=rank, is_ood=rank <= fpr + _ROUNDING, extra=extra)
+    return replace(scores, p_value=rank, is_ood=rank <= fpr + ROUNDING, extra=extra)
 
 
 def _all_names(extraction: Extraction) -> tuple[list[str], dict[int, str]]:

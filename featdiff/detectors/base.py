@@ -21,7 +21,7 @@ from ..exceptions import KnownImages, NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
 from ..features.store import FeatureStore, FeatureTable
 from ..files.model_folder import save
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, shown
 from ..verdicts.calibration import Calibration, check_supported
 from ..verdicts.judge import judge
 from ..verdicts.results import Scores
@@ -125,7 +125,7 @@ class BaseDetector(Generic[S]):
         """Names of the layers that have a score of their own."""
         return []
 
-    def fit(self, images: object, progress: Progress | None = None) -> Self:
+    def fit(self, images: object, progress: Progress | bool | None = None) -> Self:
         """Learn what is in-domain from ordinary images."""
         raise NotImplementedError
 
@@ -227,14 +227,15 @@ class BaseDetector(Generic[S]):
             raise UsageError(f"none of the images could be read; the first: {path}: {reason}")
         return extraction, store
 
-    def features(self, images: object, progress: Progress | None = None) -> tuple[list[str], FeatureTable]:
+    def features(self, images: object, progress: Progress | bool | None = None) -> tuple[list[str], FeatureTable]:
         """Features of images, computed where the cache does not hold them.
 
         Parameters
         ----------
         images : object
             As for :meth:`fit`. Those that cannot be read are listed in ``unreadable_``.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
 
         Returns
         -------
@@ -249,7 +250,8 @@ class BaseDetector(Generic[S]):
             There is no extractor yet; none of the images can be read.
         """
         self.check_fitted()
-        extraction, store = self._extract(images, progress)
+        with shown(progress) as report:
+            extraction, store = self._extract(images, report)
         return extraction.paths, store.table(extraction.digests)
 
     # ---- parts of fit ----
@@ -301,7 +303,7 @@ class BaseDetector(Generic[S]):
         self,
         images: object,
         fpr: float | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         exclude_known: bool = False,
     ) -> Scores:
         """Score all images at once; :meth:`iter_scores` gives the same as a stream.
@@ -312,7 +314,8 @@ class BaseDetector(Generic[S]):
             As for :meth:`fit`. An image that cannot be read becomes a row with a status and a reason.
         fpr : float, optional
             False-alarm rate; default: the one given at fit.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
         exclude_known : bool, default False
             Do not compare training images with themselves. (The denoisers have seen them all the same; to find odd
             images in a training set, use :func:`featdiff.audit`.)
@@ -347,7 +350,7 @@ class BaseDetector(Generic[S]):
         self,
         images: object,
         fpr: float | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         exclude_known: bool = False,
     ) -> Iterator[Scores]:
         """Score images part by part, in their order; memory does not grow with their number.
@@ -364,6 +367,18 @@ class BaseDetector(Generic[S]):
         return self._stream(*self.batches(images), at_once, rate, progress, exclude_known)
 
     def _stream(
+        self,
+        batches: Iterable[Batch],
+        total: int,
+        at_once: int,
+        fpr: float,
+        progress: Progress | bool | None,
+        exclude_known: bool,
+    ) -> Iterator[Scores]:
+        with shown(progress) as report:
+            yield from self._parts(batches, total, at_once, fpr, report, exclude_known)
+
+    def _parts(
         self,
         batches: Iterable[Batch],
         total: int,

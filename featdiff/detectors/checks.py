@@ -29,10 +29,41 @@ def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def check_whole(name: str, value: object) -> None:
-    """A whole number above 0."""
+def check_whole(name: str, value: object, optional: bool = False) -> None:
+    """A whole number above 0; with ``optional``, None will do as well."""
+    if optional and value is None:
+        return
     if not is_whole(value) or value < 1:
         raise UsageError(f"{name} must be a whole number above 0, not {value!r}", argument=name)
+
+
+def check_positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    if not is_number(value) or value <= 0:
+        raise UsageError(f"{name} must be a number above 0, not {value!r}", argument=name)
+
+
+def check_number(name: str, value: object) -> None:
+    """A finite number."""
+    if not is_number(value):
+        raise UsageError(f"{name} must be a number, not {value!r}", argument=name)
+
+
+def check_seed(name: str, value: object) -> None:
+    """A whole number of 0 or more that random generators take."""
+    if not is_whole(value) or not 0 <= value < 2**63:
+        raise UsageError(f"{name} must be a whole number of 0 or more, not {value!r}", argument=name)
+
+
+def check_kept(paths: object, thumbnails: object) -> None:
+    """What a model keeps of the images in its bank: their paths, and small pictures of them beside the paths."""
+    check_bool("keep_paths", paths)
+    check_bool("keep_thumbnails", thumbnails)
+    if thumbnails and not paths:
+        raise UsageError(
+            "keep_thumbnails shows the images whose paths keep_paths=False leaves out: choose one of the two",
+            argument="keep_thumbnails",
+        )
 
 
 def check_input_size(size: object) -> None:

@@ -37,9 +37,13 @@ from .checks import (
     check_choice,
     check_different_names,
     check_input_size,
+    check_kept,
     check_names,
     check_neighbors,
+    check_number,
     check_path,
+    check_positive,
+    check_seed,
     check_share,
     check_table,
     check_text,
@@ -94,8 +98,7 @@ class Runtime:
     def __post_init__(self) -> None:
         for name in ("image_batch", "max_pixels", "max_bytes"):
             check_whole(name, getattr(self, name))
-        if self.workers is not None:
-            check_whole("workers", self.workers)
+        check_whole("workers", self.workers, optional=True)
         check_path("cache", self.cache)
 
     @property
@@ -145,8 +148,7 @@ class Settings(Runtime):
             check_share("calibration", self.calibration)
         check_share("validation", self.validation)
         object.__setattr__(self, "fpr", check_fpr(self.fpr))
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed must be a whole number of 0 or more, not {self.seed!r}", argument="seed")
+        check_seed("seed", self.seed)
 
     def with_(self, **changes: Any) -> Self:
         """The same settings with some changed, checked again."""
@@ -204,16 +206,16 @@ class FeatureSettings(Settings):
     bank_size: int = 10_000
     coreset: str = "random"
     backend: str = "auto"
+    keep_paths: bool = True
+    keep_thumbnails: bool = False
     extra_heads: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden_max", "blocks", "timesteps", "draws", "bank_size"):
             check_whole(name, getattr(self, name))
-        if self.stride is not None:
-            check_whole("stride", self.stride)
-        if not is_number(self.hidden_ratio) or self.hidden_ratio <= 0:
-            raise UsageError(f"hidden_ratio must be a number above 0, not {self.hidden_ratio!r}", "hidden_ratio")
+        check_whole("stride", self.stride, optional=True)
+        check_positive("hidden_ratio", self.hidden_ratio)
         if not isinstance(self.backbone, str | nn.Module):
             raise UsageError(f"backbone must be a name or a module, not {self.backbone!r}", argument="backbone")
         check_bool("joint", self.joint)
@@ -225,6 +227,7 @@ class FeatureSettings(Settings):
         check_neighbors(self.neighbors, self.bank_size)
         check_choice("coreset", self.coreset, CORESETS)
         check_choice("backend", self.backend, BACKENDS)
+        check_kept(self.keep_paths, self.keep_thumbnails)
         self._check_heads()
         check_input_size(self.input_size)
         check_view(self.view, self.size, isinstance(self.backbone, nn.Module))
@@ -319,8 +322,7 @@ class PixelSettings(Settings):
             raise UsageError("multipliers must name at least one level", argument="multipliers")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UsageError(f"dropout is a share between 0 and 1, not {self.dropout!r}", argument="dropout")
-        if not is_number(self.mask_ratio):
-            raise UsageError(f"mask_ratio must be a number, not {self.mask_ratio!r}", argument="mask_ratio")
+        check_number("mask_ratio", self.mask_ratio)
 
     def _check_distances(self) -> None:
         check_different_names("distances", self.distances)

@@ -19,7 +19,7 @@ from ..diffusion.training import Recipe
 from ..exceptions import ModelError, UsageError
 from ..features.store import Features
 from ..files.model_folder import load, locate, save
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, shown
 from ..scores.fused import Heads, Measured
 from ..scores.nearest import NearestNeighbors
 from ..scores.registry import Context
@@ -163,7 +163,9 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
 
     # ---- fit ----
 
-    def fit(self, X: object, y: object = None, progress: Progress | None = None, groups: Groups | None = None) -> Self:
+    def fit(
+        self, X: object, y: object = None, progress: Progress | bool | None = None, groups: Groups | None = None
+    ) -> Self:
         """Learn what is in-domain from ordinary rows; no labels, no OOD rows.
 
         Parameters
@@ -172,7 +174,8 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             Finite numbers, at least three different rows.
         y : object, optional
             Ignored.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
         groups : "auto", "none", or sequence of length n, optional
             Which rows belong together, so that they are never on two sides of a split: a label for each, or ``auto``:
             near-copies do. Default: as ``auto`` where a split by chance would make the false-alarm rate wrong.
@@ -194,6 +197,11 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         NearCopiesFound
             Near-copies were taken as groups without being asked for.
         """
+        with shown(progress) as report:
+            return self._fit(X, report, groups)
+
+    def _fit(self, X: object, progress: Progress | None, groups: Groups | None) -> Self:
+        """The work of :meth:`fit`."""
         check_groups(groups)
         settings = self._settings()
         check_settings(settings)

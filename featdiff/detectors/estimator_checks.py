@@ -79,5 +79,5 @@ def supported_fpr(fpr: float, n: int, share: float | str) -> float:
         return fpr
     needed = needed_in_all(fpr, share)
     message = f"fpr {fpr:g} needs about {needed:,} different rows or groups: fit on more, or ask for {offered(n)}"
-    warnings.warn(TooFewRows(message, argument="fpr"), stacklevel=3)
+    warnings.warn(TooFewRows(message, argument="fpr"), stacklevel=4)  # the line that called fit
     return 1 / (n + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..data.batches import is_loader, peek_size
 from ..data.decoding import Transform
 from ..data.groups import AUTO, Groups, check_groups, is_word
+from ..data.references import list_images
 from ..data.splits import Split
-from ..exceptions import ModelError, UsageError
+from ..exceptions import UsageError
 from ..features.backbones import load_backbone
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
@@ -25,17 +26,20 @@ from ..features.networks import device_of, identity
 from ..features.store import FeatureStore, FeatureTable
 from ..features.views import settings_of
 from ..files.model_folder import load, locate
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, shown
 from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
 from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
+from .bank_images import BankImages
 from .base import BaseDetector
 from .checks import make_recipe
 from .config import FeatureSettings
 from .constructors import takes
+from .explanation import Explanation, explain_each, explain_one
 from .fitting import Bank, as_digests, fit_heads
 from .grouping import Grouping
+from .same_network import check_same_features, check_same_weights
 from .saved import (
     building,
     check_fingerprint,
@@ -107,6 +111,12 @@ class Detector(BaseDetector[FeatureSettings]):
         :func:`featdiff.scores.coreset.coreset`.
     backend : str
         How neighbours are searched; see :func:`featdiff.scores.neighbors.make_index`.
+    keep_paths : bool
+        Keep the paths of these vectors' images in the model, so that :meth:`explain` can name and show the normal
+        images that are like a new one. Without them it says ``image 17``.
+    keep_thumbnails : bool
+        Keep small pictures of these images too (96 pixels a side, 16 MB in all), so that they can be shown where the
+        files are not. The images are decoded once more for that; those of a loader or generator have none.
     recipe : Recipe or mapping of its fields
         How the denoisers are trained.
     calibration, validation : float
@@ -147,6 +157,7 @@ class Detector(BaseDetector[FeatureSettings]):
     extractor_: FeatureExtractor
     heads_: Heads
     bank_digests_: np.ndarray
+    bank_images_: BankImages
     precision_: str
 
     @takes(FeatureSettings)
@@ -168,7 +179,7 @@ class Detector(BaseDetector[FeatureSettings]):
     def fit(
         self,
         images: object,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         split: Split | None = None,
         groups: Groups | None = None,
     ) -> Self:
@@ -180,7 +191,8 @@ class Detector(BaseDetector[FeatureSettings]):
             As for :func:`featdiff.data.references.list_images`; a DataLoader of preprocessed batches; or a generator of
             such batches, or of single images as a dataset has them. What cannot be read is skipped and listed in
             ``unreadable_``; images of the same content count once.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
         split : featdiff.data.splits.Split, optional
             Which of the different, readable images train, validate and calibrate, for example because a classifier was
             trained on others. Default: up to 500 images all calibrate, by five folds; of more, a fifth.
@@ -207,7 +219,14 @@ class Detector(BaseDetector[FeatureSettings]):
         NearCopiesFound
             Near-copies were taken as groups without being asked for.
         """
+        with shown(progress) as report:
+            return self._fit(images, report, split, groups)
+
+    def _fit(self, images: object, progress: Progress | None, split: Split | None, groups: Groups | None) -> Self:
+        """The work of :meth:`fit`."""
         check_groups(groups)
+        if self.settings.keep_thumbnails and not is_loader(images):
+            images = list_images(images)  # they are read twice
         # images -> features
         extraction, store = self.read(images, progress)
         digests, features, plan = self._divide(extraction, store, split, groups)
@@ -225,6 +244,7 @@ class Detector(BaseDetector[FeatureSettings]):
         self.validation_loss_ = fitted.validation_loss
         self.training_seconds_ = fitted.seconds
         self.bank_digests_ = as_digests(digests, fitted.bank)
+        self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
         self.calibration_ = Calibration(fitted.calibration, plan.groups)
         return self
 
@@ -338,11 +358,7 @@ class Detector(BaseDetector[FeatureSettings]):
         """
         self.check_fitted()
         backbone = self.extractor_.backbone
-        theirs = classifier.state_dict()
-        for name, value in backbone.model.state_dict().items():
-            if name not in theirs or not _same(value, theirs[name]):
-                what = "has other weights" if name in theirs else "has no such weights"
-                raise ModelError(f"the classifier is not the network this detector was fitted on: {name} {what}")
+        check_same_weights(backbone.model, classifier)
 
         settings = self.settings.with_(
             backbone=classifier,
@@ -358,11 +374,18 @@ class Detector(BaseDetector[FeatureSettings]):
         )
         other = Detector.from_settings(settings)
         other.extractor_ = other._make_extractor(settings.input_size)
-        if other.extractor_.layout != self.extractor_.layout or not _alike(self.extractor_, other.extractor_):
-            raise ModelError("the classifier gives other layers than this detector was fitted on: call fit on it")
+        check_same_features(self.extractor_, other.extractor_)
 
         other.heads_ = copy.deepcopy(self.heads_)
-        learned = ("calibration_", "bank_digests_", "n_images_", "precision_", "validation_loss_", "training_seconds_")
+        learned = (
+            "calibration_",
+            "bank_digests_",
+            "bank_images_",
+            "n_images_",
+            "precision_",
+            "validation_loss_",
+            "training_seconds_",
+        )
         for name in learned:
             setattr(other, name, getattr(self, name))
         return other
@@ -403,11 +426,24 @@ class Detector(BaseDetector[FeatureSettings]):
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}
 
+    # ---- explain ----
+
+    def explain(self, image: object, fpr: float | None = None, nearest: int = 5) -> Explanation:
+        """Why an image is judged as it is; see :func:`featdiff.detectors.explanation.explain_one`."""
+        return explain_one(self, image, fpr, nearest)
+
+    def iter_explanations(
+        self, images: object, fpr: float | None = None, nearest: int = 5, progress: Progress | None = None
+    ) -> Iterator[Explanation]:
+        """The same for many images, one after the other; see :func:`featdiff.detectors.explanation.explain_each`."""
+        return explain_each(self, images, fpr, nearest, progress)
+
     # ---- save and load ----
 
     def tensors(self) -> dict[str, Tensor]:
-        """The heads, the calibration scores, and the digests of the images in the bank."""
-        return self.heads_.state_dict() | {"bank_digests": torch.from_numpy(self.bank_digests_)} | super().tensors()
+        """The heads, the calibration scores, and what identifies and shows the images in the bank."""
+        bank = {"bank_digests": torch.from_numpy(self.bank_digests_)} | self.bank_images_.tensors()
+        return self.heads_.state_dict() | bank | super().tensors()
 
     def config(self) -> dict[str, Any]:
         """All that ``config.json`` says besides the format."""
@@ -490,6 +526,7 @@ class Detector(BaseDetector[FeatureSettings]):
         check_layers(detector.extractor_, config, folder)
 
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
+        detector.bank_images_ = BankImages.take(tensors, detector.bank_digests_, detector.settings, folder)
         with building(folder):
             detector.heads_ = detector._make_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
@@ -502,16 +539,3 @@ class Detector(BaseDetector[FeatureSettings]):
 def _row_of_each(bank: bytes) -> dict[bytes, int]:
     """Digests of 16 bytes, end to end -> the row of each; kept, for it is asked for with every batch."""
     return {bank[start : start + 16]: start // 16 for start in range(0, len(bank), 16)}
-
-
-def _alike(a: FeatureExtractor, b: FeatureExtractor) -> bool:
-    """Whether two extractors give the same features of some picture, but for rounding."""
-    pixels = a.probe()
-    rows = a(pixels).cpu()
-    others = b(pixels).cpu()
-    limit = 1e-3 if a.precision == b.precision else 5e-2
-    return bool((rows - others).abs().max() <= limit * rows.abs().max())
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))

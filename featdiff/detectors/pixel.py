@@ -23,7 +23,7 @@ from ..features.pixels import Pixels
 from ..features.store import Features, FeatureStore, FeatureTable
 from ..files.model_folder import load, locate
 from ..runtime.processes import make_accelerator
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, shown
 from ..scores.distances import FeatureCosine
 from ..scores.inpainting import PixelHeads
 from ..verdicts.calibration import Calibration
@@ -131,7 +131,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
 
     # ---- fit ----
 
-    def fit(self, images: object, progress: Progress | None = None, groups: Groups | None = None) -> Self:
+    def fit(self, images: object, progress: Progress | bool | None = None, groups: Groups | None = None) -> Self:
         """Learn what is in-domain from ordinary images; no labels, no OOD images.
 
         With several processes (``accelerate launch``), all train, and only the first one continues: the detectors of
@@ -143,7 +143,8 @@ class PixelDetector(BaseDetector[PixelSettings]):
             As for :func:`featdiff.data.references.list_images`; a DataLoader of (B, C, size, size) tensors in [-1, 1];
             or a generator of such batches, or of single images as a dataset has them. What cannot be read is skipped
             and listed in ``unreadable_``; images of the same content count once.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
         groups : str, path, sequence or mapping, optional
             Which images belong together; see :func:`featdiff.data.groups.label_images` (``auto`` needs the feature
             mode). Default: each image is on its own.
@@ -160,6 +161,11 @@ class PixelDetector(BaseDetector[PixelSettings]):
         WeightsError, FeatdiffError
             A pipeline or the weights of a distance cannot be loaded, the cache cannot be written, or training diverged.
         """
+        with shown(progress) as report:
+            return self._fit(images, report, groups)
+
+    def _fit(self, images: object, progress: Progress | None, groups: Groups | None) -> Self:
+        """The work of :meth:`fit`."""
         check_groups(groups)
         if is_word(groups, AUTO):
             raise UsageError("groups='auto' needs the feature mode: say which images belong together", "groups")

@@ -25,6 +25,8 @@ from .metrics import evaluate
 
 #: matched: every set is first brought to the smaller resolution of the pair; as-published: straight to the model.
 PROTOCOLS = ("matched", "as-published")
+# Images whose sizes are read between two reports of progress.
+_SIZES_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,40 @@ class ScoredSet:
         By name of the head.
     groups : ndarray of shape (N,) of int, optional
         The group of each image.
+    refs : list of ImageRef
+        The images.
     """
 
     scores: dict[str, np.ndarray]
     groups: np.ndarray | None
+    refs: list[ImageRef]
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """What the metrics of an OOD set under one protocol are made of.
+
+    Parameters
+    ----------
+    ood : str
+        Name of the OOD set.
+    protocol : str
+    id_scores, ood_scores : dict of str to ndarray
+        Scores of the readable in-domain images (n_id,) and OOD images (n_ood,) by name of the head, higher = more OOD.
+    id_flags, ood_flags : ndarrays of shape (n_id,) and (n_ood,) of bool
+        Which of them the detector flags at its false-alarm rate.
+    id_refs, ood_refs : lists of ImageRef
+        The images.
+    """
+
+    ood: str
+    protocol: str
+    id_scores: dict[str, np.ndarray]
+    ood_scores: dict[str, np.ndarray]
+    id_flags: np.ndarray
+    ood_flags: np.ndarray
+    id_refs: list[ImageRef]
+    ood_refs: list[ImageRef]
 
 
 def evaluate_detector(
@@ -81,6 +113,7 @@ def evaluate_detector(
     unreadable: dict[str, str] | None = None,
     baselines: Baselines | None = None,
     groups: str | None = None,
+    scored: list[ScoredPair] | None = None,
 ) -> dict[str, Any]:
     """Score an in-domain test set against OOD sets.
 
@@ -105,6 +138,8 @@ def evaluate_detector(
     groups : str, optional
         Which images of a set belong together; see :func:`featdiff.data.groups.label_images`. Intervals then come from
         resamples of whole groups. ``auto`` looks for near-copies. Default: each image counts alone.
+    scored : list, optional
+        Filled with a :class:`ScoredPair` for each pair of the result.
 
     Returns
     -------
@@ -124,11 +159,11 @@ def evaluate_detector(
     detector.check_fitted()
     unreadable = {} if unreadable is None else unreadable
 
-    id_set = _image_set("id", in_domain)
+    id_set = _image_set("id", in_domain, progress)
     id_scores: dict[int | None, ScoredSet] = {}  # by resolution: many pairs share one
     pairs = []
     for name, source in ood.items():
-        ood_set = _image_set(name, source)
+        ood_set = _image_set(name, source, progress)
         for protocol in protocols:
             size = min(id_set.resolution, ood_set.resolution) if protocol == "matched" else None
 
@@ -138,7 +173,9 @@ def evaluate_detector(
 
             ood_size = ood_set.shrunk_to(size)
             ood_scores = _score_set(detector, baselines, ood_set, ood_size, groups, unreadable, progress)
-            pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores))
+            pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores, progress))
+            if scored is not None:
+                scored.append(_scored_pair(detector, name, protocol, id_scores[id_size], ood_scores))
 
     return {"id": _label(in_domain, len(id_set.refs)), "model": detector.name, "pairs": pairs}
 
@@ -192,10 +229,15 @@ def _label(source: object, count: int) -> str:
     return f"{count} images in memory"
 
 
-def _image_set(name: str, source: object) -> ImageSet:
+def _image_set(name: str, source: object, progress: Progress | None) -> ImageSet:
     refs = list_images(source)
-    sides = short_sides(refs)
+    parts = [np.empty(0)]
+    for start in range(0, len(refs), _SIZES_AT_ONCE):
+        parts.append(short_sides(refs[start : start + _SIZES_AT_ONCE]))
+        if progress:
+            progress("sizes", min(start + _SIZES_AT_ONCE, len(refs)), len(refs))
 
+    sides = np.concatenate(parts)
     if np.isnan(sides).all():
         raise UsageError(f"none of the images of the set {name!r} could be read")
     return ImageSet(name, refs, sides)
@@ -234,7 +276,8 @@ def _score_set(
         if progress:
             progress("scoring", done, len(extraction.digests))
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return ScoredSet(scores, _group(detector, extraction, table, groups))
+    refs = [images.refs[position] for position in extraction.positions]
+    return ScoredSet(scores, _group(detector, extraction, table, groups), refs)
 
 
 def _group(
@@ -249,12 +292,23 @@ def _group(
     return np.unique([repr(label) for label in labels], return_inverse=True)[1]
 
 
-def _pair(name: str, protocol: str, in_domain: ScoredSet, ood: ScoredSet) -> dict[str, Any]:
+def _scored_pair(
+    detector: BaseDetector[Any], name: str, protocol: str, in_domain: ScoredSet, ood: ScoredSet
+) -> ScoredPair:
+    """Scores of a pair, and which images the detector flags."""
+    _, id_flags = detector.calibration_.flags(in_domain.scores["featdiff"], detector.fpr)
+    _, ood_flags = detector.calibration_.flags(ood.scores["featdiff"], detector.fpr)
+    return ScoredPair(name, protocol, in_domain.scores, ood.scores, id_flags, ood_flags, in_domain.refs, ood.refs)
+
+
+def _pair(name: str, protocol: str, in_domain: ScoredSet, ood: ScoredSet, progress: Progress | None) -> dict[str, Any]:
     """Metrics of every head for one OOD set under one protocol."""
-    metrics = {}
+    metrics: dict[str, dict[str, object]] = {}
     for head, id_scores in in_domain.scores.items():
         measured = evaluate(id_scores, ood.scores[head], id_groups=in_domain.groups, ood_groups=ood.groups)
         metrics[head] = measured.to_dict()
+        if progress:  # each is a thousand resamples
+            progress("intervals", len(metrics), len(in_domain.scores))
     return {
         "ood": name,
         "protocol": protocol,

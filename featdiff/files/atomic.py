@@ -59,7 +59,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     OSError
         As for :func:`write_atomically`.
     """
-    temporary = {file: _temporary(file) for file in contents}
+    temporary = {file: temporary_name(file) for file in contents}
     try:
         for file, data in contents.items():
             _write_through(temporary[file], data)
@@ -94,7 +94,7 @@ def filling(folder: Path) -> Iterator[Path]:
         return
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(folder)
+    temporary = temporary_name(folder)
     temporary.mkdir()
     try:
         yield temporary
@@ -103,6 +103,11 @@ def filling(folder: Path) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(temporary), str(folder)), argument=error.argument) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_name(file: Path) -> Path:
+    """A name beside a file for what becomes it when it is whole."""
+    return file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def meant_for(file: Path) -> str:
@@ -132,11 +137,6 @@ def write_output(file: str | os.PathLike[str], data: bytes) -> None:
             write_atomically(target, data)
     except OSError as error:
         raise FeatdiffError(f"{os.fspath(file)} cannot be written: {error.strerror or error}") from None
-
-
-def _temporary(file: Path) -> Path:
-    """A name beside a file's own, which nothing else has."""
-    return file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _write_through(file: Path, data: bytes) -> None:

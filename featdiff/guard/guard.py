@@ -217,7 +217,7 @@ class Guard(nn.Module):
     def fit(
         self,
         loader: object,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         split: Split | None = None,
         groups: Groups | None = None,
     ) -> Self:
@@ -229,7 +229,8 @@ class Guard(nn.Module):
             Preprocessed images (B, C, H, W), alone, first in a tuple, or as ``pixel_values``; or any images that
             :meth:`featdiff.Detector.fit` takes, with ``transform=`` among the arguments.
             Fit in the precision of later use: in half precision, or under the same ``autocast``.
-        progress : callable (stage, done, total), optional
+        progress : bool or callable (stage, done, total), optional
+            True shows bars.
         split : featdiff.data.splits.Split, optional
             Which of the different images train, validate and calibrate; see :meth:`featdiff.Detector.fit`.
         groups : str, path, sequence or mapping, optional

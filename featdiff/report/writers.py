@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol
 
 from ..exceptions import UsageError
-from ..files.text import for_json, for_spreadsheet, for_terminal
+from ..files.text import for_json, for_spreadsheet, for_terminal, from_spreadsheet
 from ..verdicts.results import COLUMNS, OK, Scores
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
@@ -22,6 +23,11 @@ class Writer(Protocol):
 
     def write(self, scores: Scores) -> None:
         """Append the rows of one part."""
+
+    def write_rows(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
+    ) -> None:
+        """Append rows as :meth:`featdiff.Scores.rows` gives them; of ``columns``, ``texts`` are extra ones of text."""
 
     def close(self) -> None:
         """Finish the file; also after an interrupted run."""
@@ -75,7 +81,19 @@ def open_writer(format: str, stream: IO[bytes], *, raw_csv: bool = False, header
     raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}", argument="format")
 
 
-class CsvWriter:
+class _RowWriter:
+    """Writes the parts of a run by their rows."""
+
+    def write(self, scores: Scores) -> None:
+        self.write_rows(scores.rows(), scores.columns, tuple(scores.extra))
+
+    def write_rows(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
+    ) -> None:
+        raise NotImplementedError
+
+
+class CsvWriter(_RowWriter):
     """Comma-separated values with a header; cells that an unreadable image lacks are empty."""
 
     def __init__(self, stream: IO[bytes], raw: bool = False, header: bool = True) -> None:
@@ -83,12 +101,14 @@ class CsvWriter:
         self._raw = raw
         self._header = header
 
-    def write(self, scores: Scores) -> None:
+    def write_rows(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
+    ) -> None:
         if self._header:
-            self._line(scores.columns)
+            self._line(columns)
             self._header = False
 
-        for row in scores.rows():
+        for row in rows:
             self._line(list(row.values()))
         self._stream.flush()
 
@@ -109,14 +129,46 @@ class CsvWriter:
         self._stream.flush()
 
 
-class JsonlWriter:
+def read_csv(stream: IO[bytes], *, raw_csv: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file that :class:`CsvWriter` has written.
+
+    Cells are text, but for numbers below zero, so that the same cells can be written again.
+
+    Parameters
+    ----------
+    stream : binary stream
+    raw_csv : bool, default False
+        Whether it was written so.
+
+    Raises
+    ------
+    ValueError, csv.Error
+        It is no such file.
+    """
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogatepass", newline="")
+    for row in csv.DictReader(text, strict=True):
+        if None in row or None in row.values():
+            raise ValueError("a row with more or fewer cells than the first line")
+        yield {name: _plain_cell(cell, raw_csv) for name, cell in row.items()}
+
+
+def _plain_cell(cell: str, raw: bool) -> str | float:
+    if cell.startswith("-"):  # text that begins so has an apostrophe, unless it is raw
+        with contextlib.suppress(ValueError):
+            return float(cell)
+    return cell if raw else from_spreadsheet(cell)
+
+
+class JsonlWriter(_RowWriter):
     """One JSON object per line; values that an unreadable image lacks are null."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
 
-    def write(self, scores: Scores) -> None:
-        for row in scores.rows():
+    def write_rows(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
+    ) -> None:
+        for row in rows:
             self._stream.write(for_json(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
         self._stream.flush()
 
@@ -124,7 +176,7 @@ class JsonlWriter:
         self._stream.flush()
 
 
-class ParquetWriter:
+class ParquetWriter(_RowWriter):
     """Apache Parquet (needs pyarrow). Unlike the others it keeps up to 10,000 rows in memory until :meth:`close`."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -138,15 +190,13 @@ class ParquetWriter:
         self._parquet = pyarrow.parquet
         self._stream = stream
         self._writer: Any = None
-        self._rows: list[dict[str, object]] = []
+        self._rows: list[Mapping[str, object]] = []
         self._columns: Sequence[str] = COLUMNS
         self._texts: Sequence[str] = ()
 
-    def write(self, scores: Scores) -> None:
-        self.write_rows(scores.rows(), scores.columns, tuple(scores.extra))
-
-    def write_rows(self, rows: Iterable[dict[str, object]], columns: Sequence[str], texts: Sequence[str] = ()) -> None:
-        """Append rows as :meth:`featdiff.Scores.rows` gives them; of ``columns``, ``texts`` are extra ones of text."""
+    def write_rows(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
+    ) -> None:
         self._columns = columns
         self._texts = texts
         for row in rows:
@@ -171,25 +221,27 @@ class ParquetWriter:
         self._writer.close()
 
 
-class TableWriter:
+class TableWriter(_RowWriter):
     """Lines for people: verdict, p-value, score, path; the reason for unreadable images."""
 
     def __init__(self, stream: IO[bytes], header: bool = True) -> None:
         self._stream = stream
         self._header = header
 
-    def write(self, scores: Scores) -> None:
+    def write_rows(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
+    ) -> None:
         if self._header:
             self._stream.write(b"verdict      p-value    score  path\n")
             self._header = False
 
-        for row in scores.rows():
+        for row in rows:
             if row["status"] == OK:
                 verdict = "OOD" if row["is_ood"] else "-"
                 line = f"{verdict:<10} {row['p_value']:>9.4f} {row['ood_score']:>8.2f}  {row['path']}"
             else:
                 line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
-            further = [f"{name.replace('_', ' ')} {row[name]}" for name in scores.extra if row[name]]
+            further = [f"{name.replace('_', ' ')} {row[name]}" for name in texts if row[name]]
             if further:
                 line += f"  ({', '.join(further)})"
 

@@ -176,8 +176,12 @@ class Diffusion(nn.Module):
         Weights are C_l ** 0.75, between what is best far from the training images (sqrt(C_l), as if layers were
         independent) and near (C_l, as in ``mse``).
         """
-        channels = torch.tensor(self.widths, device=layer_scores.device, dtype=layer_scores.dtype)
-        return weighted_sum(layer_scores, channels**_LAYER_EXPONENT)
+        return weighted_sum(layer_scores, self.layer_weights(layer_scores))
+
+    def layer_weights(self, like: Tensor) -> Tensor:
+        """Weight of each stage in :meth:`join` (L,), before they are brought to length 1."""
+        channels = torch.tensor(self.widths, device=like.device, dtype=like.dtype)
+        return channels**_LAYER_EXPONENT
 
     def shares(self, like: Tensor) -> Tensor:
         """Share of all channels that each stage has (L,)."""

@@ -223,6 +223,52 @@ class Heads(nn.Module):
             further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
             return torch.cat([own[:, None], layers, *further], dim=1)
 
+    @torch.inference_mode()
+    def contributions(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the detector's own score is made of.
+
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+
+        Returns
+        -------
+        dict of str to (Tensor of shape (B,), Tensor of shape (B,))
+            For each stage (``layer_<name>``, what diffusion says of it) and each member, its score in in-domain
+            standard deviations, and its part of the own score. The parts add up to that score, as :meth:`forward`
+            gives it. Empty where the own score is no such sum (``head`` is neither ``fused`` nor ``layerwise``).
+        """
+        if self.head not in (FUSED, Layerwise.name):
+            return {}
+        measured = self.measure(features)
+        with full_precision(self.mean):
+            joined, layers = self._joined(measured)
+            z = (joined - self.mean) / self.deviation
+
+            # own = sum of layer_weights * layers + shift, plus the members' part
+            layer_weights = self.diffusion.layer_weights(layers)
+            layer_weights = layer_weights / layer_weights.norm()
+            weights = self.weights / self.weights.norm()
+            shift = layers.new_zeros(())
+            members = z[:, 1:] * weights[1:]
+            if self.head == FUSED:
+                factor = weights[0] / self.deviation[0]
+                shift = -factor * self.mean[0]
+                layer_weights = factor * layer_weights
+            else:
+                members = members[:, :0]
+
+            # what is the same for all images is shared out by weight
+            parts = torch.cat([layers * layer_weights, members], dim=1)
+            shares = torch.cat([layer_weights, weights[1 : 1 + members.shape[1]]])
+            amounts = (parts + (shift - self.location[0]) * shares / shares.sum()) / self.scale[0]
+
+        scaled = (layers - self.location[1 : 1 + layers.shape[1]]) / self.scale[1 : 1 + layers.shape[1]]
+        scores = torch.cat([scaled, z[:, 1:][:, : members.shape[1]]], dim=1)
+        names = [f"layer_{name}" for name in self.layout.stage_names]
+        names += [score.name for score in self._scores[: members.shape[1]]]
+        return {name: (scores[:, i], amounts[:, i]) for i, name in enumerate(names)}
+
     def _joined(self, measured: Measured) -> tuple[Tensor, Tensor]:
         """What is standardised and joined (B, 1 + members), and the scores of the stages (B, stages)."""
         layers = self.diffusion.standardised(measured.errors)

@@ -73,6 +73,25 @@ class NearestNeighbors(Score):
         return _mean_distance(self._search(features, self.k)[0])
 
     @torch.inference_mode()
+    def nearest(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The most similar kept vectors.
+
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+        count : int
+            How many; at most all that are kept.
+
+        Returns
+        -------
+        distances : Tensor of shape (B, count)
+            Euclidean, in the space of :meth:`view`, ascending.
+        rows : Tensor of shape (B, count) of int
+            Which of the rows that :meth:`fit` was given; of equally near ones, the lower number comes first.
+        """
+        return self._search(features, min(count, len(self.vectors)))
+
+    @torch.inference_mode()
     def without(self, features: Tensor, own: Tensor) -> Tensor:
         """As :meth:`forward`, without the kept vector of this number (B,); -1: with all."""
         wanted = min(self.k + 1, len(self.vectors))

@@ -14,8 +14,8 @@ from ..exceptions import UsageError
 
 # k / (n + 1) and the same rate written as a decimal may differ in the last bits.
 _SLACK = 1e-9
-# The same where p-values are float32; two of them are never so close, for n is at most 10,000.
-_ROUNDING = 1e-7
+#: The same where p-values are float32; two of them are never so close, for n is at most 10,000.
+ROUNDING = 1e-7
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -183,7 +183,7 @@ class Calibration:
             ``is_ood`` where ``p_value <= fpr``, and so for every score that is not finite.
         """
         p_value = self.p_values(scores)
-        is_ood: Any = p_value <= fpr + _ROUNDING
+        is_ood: Any = p_value <= fpr + ROUNDING
         return p_value, is_ood
 
     def threshold(self, fpr: float) -> float:
@@ -198,7 +198,7 @@ class Calibration:
         n = len(self)
         # p-values of a score that 0, 1 ... held-out ones reach
         ranks = (1 + self._weight * np.arange(n)) / (self.groups + 1)
-        reached = int((ranks <= fpr + _ROUNDING).sum()) - 1
+        reached = int((ranks <= fpr + ROUNDING).sum()) - 1
         return float(self.scores[n - 1 - reached])
 
     def _like(self, scores: Tensor) -> Tensor:

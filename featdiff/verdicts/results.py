@@ -212,10 +212,7 @@ class Scores:
         By p-value, small ones first; equal ones by score, high ones first; then in their present order. Unreadable
         images come last, and errors before others of the same p-value.
         """
-        unreadable = self._unreadable()
-        p_value = np.where(unreadable, 0, self.p_value)
-        ood_score = np.where(np.isfinite(self.ood_score), self.ood_score, np.inf)
-        return self._take(np.lexsort((-ood_score, p_value, unreadable)))  # the last key counts first
+        return self._take(strangest_first(self.ood_score, self.p_value, self._unreadable()))
 
     # ---- tables ----
 
@@ -332,6 +329,32 @@ class Scores:
 def columns_of(layers: Iterable[str], extra: Iterable[str] = ()) -> list[str]:
     """Names of all columns, in the order in which they are written."""
     return [*COLUMNS, *extra, *(f"layer_{name}" for name in layers)]
+
+
+def strangest_first(ood_score: np.ndarray, p_value: np.ndarray, unreadable: np.ndarray) -> np.ndarray:
+    """The order of :meth:`Scores.sorted`.
+
+    Parameters
+    ----------
+    ood_score : (N,) float
+        Not finite for an error.
+    p_value : (N,) float
+    unreadable : (N,) bool
+
+    Returns
+    -------
+    (N,) int
+        Positions, the strangest first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> strangest_first(np.array([1.0, 9.0, 2.0]), np.array([0.5, 0.1, 0.1]), np.array([False, False, False]))
+    array([1, 2, 0])
+    """
+    p_value = np.where(unreadable, 0, p_value)
+    ood_score = np.where(np.isfinite(ood_score), ood_score, np.inf)
+    return np.lexsort((-ood_score, p_value, unreadable))  # the last key counts first
 
 
 def _html_row(row: Row) -> str:

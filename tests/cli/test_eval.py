@@ -89,18 +89,52 @@ def test_several_in_domain_sources(evaluate: Cli, sets: dict[str, Path]) -> None
     assert json.loads(result.stdout)["pairs"][0]["n_id"] == 16
 
 
-def test_table_is_for_people(evaluate: Cli, sets: dict[str, Path]) -> None:
+def test_verdict_comes_first_and_counts_what_score_counts(
+    evaluate: Cli, sets: dict[str, Path], tiny_detector: Detector
+) -> None:
+    result = evaluate("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "as-published")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    found = int(tiny_detector.score(sets["digits"]).is_ood.sum())
+    alarms = int(tiny_detector.score(sets["id"]).is_ood.sum())
+    assert f"digits, as-published: featdiff finds {found / 0.12:.1f} % of the OOD images ({found} of 12)" in text
+    assert f"{alarms / 0.16:.1f} % of the in-domain images are flagged ({alarms} of 16), where 5 % were asked" in text
+    assert result.stdout.index("featdiff finds") < result.stdout.index("95 % interval")
+
+
+def test_table_has_featdiff_and_the_best_baseline(evaluate: Cli, sets: dict[str, Path]) -> None:
     command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched")
     result = evaluate(*command)
     assert result.exit_code == 0, result.output
-    assert "digits (12)" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 120
-    metrics = json.loads(evaluate(*command, "--json").stdout)["pairs"][0]["heads"]["featdiff"]
-    (line,) = [line for line in result.stdout.splitlines() if "matched" in line]
-    low, high = metrics["auroc_ci"]
-    numbers = [f"{100 * metrics['auroc']:.1f}", f"{100 * low:.1f} - {100 * high:.1f}"]
-    numbers += [f"{100 * metrics[name]:.1f}" for name in ("fpr95", "aupr_in", "aupr_out")]
-    assert [cell for cell in numbers if cell not in line] == []
+
+    heads = json.loads(evaluate(*command, "--json", "--baselines").stdout)["pairs"][0]["heads"]
+    baselines = {name: metrics for name, metrics in heads.items() if name.startswith("baseline_")}
+    best = max(baselines, key=lambda name: baselines[name]["auroc"])
+    lines = result.stdout.split("digits (12 images), matched\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == ["featdiff", best]
+    for line, name in zip(lines, ("featdiff", best), strict=True):
+        low, high = heads[name]["auroc_ci"]
+        numbers = [f"{100 * heads[name]['auroc']:.1f}", f"{100 * low:.1f}", "-", f"{100 * high:.1f}"]
+        numbers += [f"{100 * heads[name][key]:.1f}" for key in ("fpr95", "aupr_in", "aupr_out")]
+        assert line.split()[1:] == numbers
+    assert f"the best of {len(baselines)} baselines" in " ".join(result.stdout.split())
+
+    everything = evaluate(*command, "--all").stdout.split("digits (12 images), matched\n")[1].split("\n\n")[0]
+    assert [line.split()[0] for line in everything.splitlines()] == list(heads)
+
+
+def test_baselines_can_be_left_out(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
+    """Unasked, they are measured for the table where the cache has what they need."""
+    command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched", "--all")
+    without = evaluate(*command, "--no-baselines")
+    assert without.exit_code == 0, without.output
+    assert "baseline" not in without.output
+
+    uncached = evaluate(*command, "--cache", tmp_path)
+    assert uncached.exit_code == 0, uncached.output
+    assert "baseline" not in uncached.stdout
+    assert "no baselines: " in uncached.stderr and "292 of their 292 features" in uncached.stderr
 
 
 def test_brackets_in_a_name_are_printed(evaluate: Cli, sets: dict[str, Path]) -> None:
@@ -108,6 +142,33 @@ def test_brackets_in_a_name_are_printed(evaluate: Cli, sets: dict[str, Path]) ->
     result = evaluate("--id", sets["id"], "--ood", f"digits [/b]={sets['digits']}", "--protocol", "matched")
     assert result.exit_code == 0, result.output
     assert "[/b]" in result.stdout
+
+
+def test_plots_are_beside_the_table(evaluate: Cli, sets: dict[str, Path], tmp_path: Path) -> None:
+    command = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--plots", tmp_path / "figures")
+    result = evaluate(*command)
+    assert result.exit_code == 0, result.output
+    names = [
+        f"{name}-{protocol}" for name in ("roc", "histograms", "layers") for protocol in ("matched", "as-published")
+    ]
+    files = [f"{name}.{format}" for name in names for format in ("svg", "png")]
+    assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == sorted(files)
+    assert f"written: 12 pictures in {tmp_path / 'figures'}" in result.stderr
+    assert "featdiff finds" in result.stdout
+
+    (tmp_path / "file").write_text("")
+    fails(evaluate(*command[:-1], tmp_path / "file"), 2, "--plots", "is a file")
+
+
+def test_plots_of_several_models(featdiff_cli: Cli, tiny_model: Path, sets: dict[str, Path], tmp_path: Path) -> None:
+    models = ("-m", tiny_model, "-m", tiny_model)
+    sources = ("--id", sets["id"], "--ood", f"digits={sets['digits']}", "--protocol", "matched", "--json")
+    result = featdiff_cli("eval", *models, *sources, "--plots", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)) == 2
+    names = {file.name for file in tmp_path.iterdir()}
+    assert len(names) == 12
+    assert {f"1-{tiny_model.name}-roc-matched.svg", f"2-{tiny_model.name}-roc-matched.svg"} <= names
 
 
 def test_baselines_are_rows_of_their_own(evaluate: Cli, sets: dict[str, Path]) -> None:

@@ -16,6 +16,7 @@ from helpers import fails
 from rich.console import Console
 
 from featdiff.files.text import from_spreadsheet
+from featdiff.verdicts.calibration import Calibration
 
 Cli = Callable[..., Result]
 #: A file name that clears the screen, turns text round, rings, and begins a line of its own.
@@ -201,11 +202,18 @@ def test_bars_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_tables_of_results_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     from featdiff_cli.bench import _text, print_grids
-    from featdiff_cli.evaluate import print_table
+    from featdiff_cli.tables import print_evaluation
 
     metrics = {"auroc": 0.9, "auroc_ci": [0.8, 1.0], "fpr95": 0.1, "aupr_in": 0.9, "aupr_out": 0.9}
     pair = {"ood": EVIL, "protocol": "matched", "n_id": 9, "n_ood": 9, "heads": {EVIL: metrics}}
-    print_table({"id": EVIL, "model": EVIL, "pairs": [pair]})
+    heads = {"featdiff": metrics, EVIL: metrics, f"baseline_{EVIL}": metrics}
+    evaluated = {"folder": EVIL, "id": EVIL, "model": EVIL, "pairs": [pair | {"heads": heads}]}
+    print_evaluation(evaluated, [(0, 9)], Calibration([1.0, 2.0]), 0.5, all_heads=True)
+    shown = capsys.readouterr().out
+    assert harmless(shown)
+    assert f"{SHOWN}: backbone {SHOWN}; in-domain: {SHOWN}" in shown
+    assert f"\n  {SHOWN} " in shown
+
     costs = {"images_per_second": 1.0, "training_seconds": 1.0, "megabytes": 1.0}
     task = {"name": EVIL, "pairs": [pair], "methods": {EVIL: costs}, "n_train": 9, "n_bank": 9}
     result = {"suite": EVIL, "backbone": EVIL, "tasks": [task], "published": [], "left_out": {EVIL: EVIL}}

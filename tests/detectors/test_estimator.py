@@ -291,8 +291,9 @@ def test_rows_must_be_finite_and_different(fitted: FeatureDiffusion) -> None:
 
 
 def test_few_rows_get_the_least_rate_they_support_and_a_warning() -> None:
-    with pytest.warns(TooFewRows, match=r"fpr 0\.05 needs about 95 different rows.* 0\.12 or more"):
+    with pytest.warns(TooFewRows, match=r"fpr 0\.05 needs about 95 different rows.* 0\.12 or more") as warned:
         model = FeatureDiffusion(recipe=QUICK, calibration=0.2).fit(inside(40, 0))
+    assert warned[0].filename == __file__  # the line that called fit
     assert model.fpr_ == 1 / 9
     rows = np.concatenate([inside(100, 1), outside(10)])
     assert np.array_equal(model.predict(rows) == -1, model.p_values(rows) <= 1 / 9)

@@ -1,0 +1,188 @@
+"""Scores of layers and heads -> plain sentences about what is unusual in an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..features.layout import PRE_LOGITS
+from ..scores.fused import Heads
+from ..scores.nearest import NearestNeighbors
+from ..verdicts.explanation import Contribution, Neighbor
+from ..verdicts.results import ERROR, OK, Row
+
+#: Standard deviations from which on something counts as unusual.
+UNUSUAL = 2.0
+_VERY = 5.0
+# How many things are named.
+_MOST = 3
+# Early layers of a network see textures, middle ones parts of things, the last ones what is shown.
+_TEXTURE = "fine texture and colour"
+_PARTS = "shapes and parts"
+_CONTENT = "overall content"
+# What a distance to the nearest normal images looks at.
+_LIKE_NONE = "likeness to normal images"
+_LIKE_NONE_CONTENT = "likeness to normal images in content"
+_LIKE_NONE_LAYOUT = "likeness to normal images in layout"
+_ANSWER = "the classifier's answer"
+
+
+def labels(heads: Heads) -> dict[str, str]:
+    """What each contribution to a detector's own score looks at, by name, in plain words."""
+    words = {f"layer_{name}": label for name, label in layer_labels(heads.layout.stage_names).items()}
+    for name, score in heads.scores.items():
+        if isinstance(score, NearestNeighbors):
+            words[name] = _label_of_neighbors(score)
+        elif score.reads_logits:
+            words[name] = _ANSWER
+    return words
+
+
+def layer_labels(names: Sequence[str]) -> dict[str, str]:
+    """What each layer of a network sees, by its place among them, early ones first.
+
+    Examples
+    --------
+    >>> layer_labels(["stem", "stage1", "stage2", "stage3"])["stem"]
+    'fine texture and colour'
+    >>> layer_labels(["stem", "stage1", "stage2", "stage3"])["stage3"]
+    'overall content'
+    """
+    words = {}
+    for i, name in enumerate(names):
+        depth = i / (len(names) - 1) if len(names) > 1 else 1.0
+        words[name] = _TEXTURE if depth <= 1 / 3 else _PARTS if depth < 0.9 else _CONTENT
+    return words
+
+
+def _label_of_neighbors(score: NearestNeighbors) -> str:
+    if score.layer == PRE_LOGITS:
+        return _LIKE_NONE_CONTENT
+    return _LIKE_NONE_LAYOUT if score.parts[0].layer == PRE_LOGITS else _LIKE_NONE
+
+
+def sentences(
+    row: Row,
+    heads: Sequence[Contribution],
+    nearest: Sequence[Neighbor],
+    known: bool,
+    heat: np.ndarray | None,
+    heat_threshold: float,
+) -> tuple[str, ...]:
+    """Why an image was judged as it was, the most important first.
+
+    Parameters
+    ----------
+    row : Row
+        Its verdict.
+    heads : sequence of Contribution
+    nearest : sequence of Neighbor
+        The nearest normal images.
+    known : bool
+        Whether it is one of the training images.
+    heat : ndarray of shape (H, W), optional
+        NaN where nothing was seen.
+    heat_threshold : float
+
+    Returns
+    -------
+    tuple of str
+    """
+    if row.status == ERROR:
+        return ("The model fails on this image: its score is not finite.",)
+    if row.status != OK:
+        return ()
+    found = [_verdict(row), *_about_parts(row, heads, nearest)]
+    if heat is not None:
+        found += _about_places(heat, heat_threshold)
+    if known:
+        found.append("It was among the training images, so it looks more ordinary than it would otherwise.")
+    return tuple(found)
+
+
+def _verdict(row: Row) -> str:
+    share = _percent(row.p_value)
+    if row.is_ood:
+        return f"Flagged: at most {share} of normal images look as strange as this one."
+    return f"Not flagged: about {share} of normal images look at least as strange as this one."
+
+
+def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neighbor]) -> list[str]:
+    """What stands out; of several scores with one label, the highest counts."""
+    highest = _highest(heads or _of_layers(row.layers))
+    unusual = {label: score for label, score in highest.items() if score >= UNUSUAL}
+    if unusual:
+        return [_about(label, score, nearest) for label, score in list(unusual.items())[:_MOST]]
+    if not row.is_ood:
+        return ["Nothing about it stands out."]
+    if not highest:
+        return []
+    return [f"No single thing stands out; most unusual is the {next(iter(highest))}.".replace("the the", "the")]
+
+
+def _of_layers(layers: Mapping[str, float]) -> list[Contribution]:
+    """Scores of layers as they would be named among contributions, where the own score is not a sum."""
+    words = layer_labels([name for name in layers if name != PRE_LOGITS])
+    return [Contribution(name, words.get(name, _LIKE_NONE_CONTENT), score, score) for name, score in layers.items()]
+
+
+def _highest(heads: Sequence[Contribution]) -> dict[str, float]:
+    """The highest score of each label, those with the largest amount first."""
+    scores: dict[str, float] = {}
+    amounts: dict[str, float] = {}
+    for head in heads:
+        scores[head.label] = max(head.score, scores.get(head.label, -np.inf))
+        amounts[head.label] = head.amount + amounts.get(head.label, 0.0)
+    order = sorted(scores, key=lambda label: -amounts[label])
+    return {label: scores[label] for label in order}
+
+
+def _about(label: str, score: float, nearest: Sequence[Neighbor]) -> str:
+    very = "very " if score >= _VERY else ""
+    if label == _LIKE_NONE:
+        among = f"; the nearest is {nearest[0].path}" if nearest else ""
+        return f"It is {very}unlike every normal image that the model knows{among}."
+    if label == _LIKE_NONE_CONTENT:
+        return f"What it shows is {very}unlike the normal images."
+    if label == _LIKE_NONE_LAYOUT:
+        return f"How things are spread over the picture is {very}unlike the normal images."
+    verb = "are" if label in (_PARTS, _TEXTURE) else "is"
+    return f"{label[0].upper()}{label[1:]} {verb} {very}unusual."
+
+
+def _about_places(heat: np.ndarray, threshold: float) -> list[str]:
+    seen = ~np.isnan(heat)
+    if not seen.any():
+        return []
+    found = []
+    strange = heat > threshold  # False where it is NaN
+    if strange.any():
+        row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
+        share = _percent(float(strange.sum() / seen.sum()))
+        place = _place(float(row) / heat.shape[0], float(column) / heat.shape[1])
+        found.append(f"Places that cover {share} of the picture are stranger than normal, most of all {place}.")
+    else:
+        found.append("No place in the picture is strange by itself.")
+    if not seen.all():
+        found.append(f"The network did not see {_percent(float(1 - seen.mean()))} of the picture.")
+    return found
+
+
+def _place(down: float, across: float) -> str:
+    """Shares of height and width -> a ninth of the picture."""
+    rows = ("upper", "", "lower")
+    columns = ("left", "", "right")
+    words = [rows[min(2, int(3 * down))], columns[min(2, int(3 * across))]]
+    named = [word for word in words if word]
+    if not named:
+        return "in the middle"
+    if len(named) == 1 and named[0] in ("left", "right"):
+        return f"on the {named[0]}"
+    return "in the " + (" ".join(named) if len(named) == 2 else f"{named[0]} part")
+
+
+def _percent(share: float) -> str:
+    """A share in percent, with two digits below 10 %."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"

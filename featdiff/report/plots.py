@@ -1,0 +1,351 @@
+"""The result of an evaluation -> ROC curves, histograms and scores of layers, as SVG and PNG for a paper."""
+
+from __future__ import annotations
+
+import io
+import os
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..exceptions import FeatdiffError, UsageError
+from ..files.atomic import write_together
+from ..files.text import for_terminal
+from .evaluations import OWN, best_baseline, in_words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("svg", "png")
+_DPI = 300
+_LAYER = "layer_"
+
+# Of the palette of Okabe and Ito, which colour-blind people can tell apart; dark and light, so that grey tells, too.
+_DARK = "#0072B2"
+_LIGHT = "#E69F00"
+_GREY = "#8C8C8C"
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.0,
+    "axes.titlesize": 8.0,
+    "axes.labelsize": 8.0,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "hatch.linewidth": 0.5,
+    "legend.fontsize": 7.0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "featdiff",  # the same result gives the same bytes
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
+# Panels beside each other, and the inches of so many: one fits a column of a paper, three its page.
+_PANELS = 3
+_WIDTHS = {1: 3.4, 2: 4.9, 3: 7.0}
+# Letters of a label per inch.
+_LETTERS = 14
+
+
+class Pair(Protocol):
+    """Scores of an OOD set; :class:`featdiff.evaluation.protocols.ScoredPair` is such."""
+
+    @property
+    def ood(self) -> str: ...
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def id_scores(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def ood_scores(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def id_flags(self) -> np.ndarray: ...
+    @property
+    def ood_flags(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is drawn of a detector that was evaluated.
+
+    Parameters
+    ----------
+    result : mapping
+        As from :func:`featdiff.evaluation.protocols.evaluate_detector`.
+    pairs : sequence of Pair
+        The scores behind it, in the same order.
+    threshold : float
+        Scores above are flagged.
+    fpr : float
+        The false-alarm rate of the threshold.
+    """
+
+    result: Mapping[str, Any]
+    pairs: Sequence[Pair]
+    threshold: float
+    fpr: float
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse a place where no pictures can be put (``UsageError``), before any long work."""
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file: name a folder for the pictures", argument="plots")
+    if not path.parent.is_dir():
+        raise UsageError(f"no folder {path.parent} for {path.name}", argument="plots")
+
+
+def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, Evaluation]) -> list[Path]:
+    """Draw evaluations into a folder: all pictures are written, or none.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing. Pictures of the same name are replaced.
+    evaluations : mapping of str to Evaluation
+        By what the names of their files begin with, which may be empty.
+
+    Returns
+    -------
+    list of Path
+        The files: ``roc``, ``histograms`` and ``layers`` for each protocol, as SVG and PNG.
+
+    Raises
+    ------
+    UsageError
+        The folder is a file, or lies nowhere.
+    FeatdiffError
+        The disk is full, or the folder cannot be written.
+    """
+    check_folder(folder)
+    target = Path(folder)
+    contents: dict[Path, bytes] = {}
+    for beginning, evaluation in evaluations.items():
+        for name, data in draw_evaluation(evaluation).items():
+            contents[target / f"{beginning}{name}"] = data
+
+    is_new = not target.exists()
+    try:
+        target.mkdir(exist_ok=True)
+        write_together(contents)
+    except OSError as error:
+        if is_new and target.is_dir():
+            target.rmdir()
+        raise FeatdiffError(f"{target} cannot be written: {error.strerror or error}", argument="plots") from None
+    return list(contents)
+
+
+def draw_evaluation(evaluation: Evaluation) -> dict[str, bytes]:
+    """Draw what an evaluation found: for each protocol three figures, with a panel for each OOD set.
+
+    ``roc`` has the ROC curves of featdiff and of the best baseline, and a dot for the rate that the detector works at;
+    ``histograms`` the detector's own score; ``layers`` the scores of the layers, if these have any.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+
+    Returns
+    -------
+    dict of str to bytes
+        Pictures by the name of a file, such as ``roc-matched.svg``.
+    """
+    from matplotlib import rc_context
+
+    pictures: dict[str, bytes] = {}
+    for protocol in dict.fromkeys(pair.protocol for pair in evaluation.pairs):
+        pairs = [pair for pair in evaluation.pairs if pair.protocol == protocol]
+        heads = [pair["heads"] for pair in evaluation.result["pairs"] if pair["protocol"] == protocol]
+        with rc_context(_STYLE):
+            figures = {
+                "roc": _roc_curves(pairs, heads, evaluation.fpr),
+                "histograms": _histograms(pairs, evaluation.threshold, evaluation.fpr),
+                "layers": _layers(pairs, heads),
+            }
+            for name, figure in figures.items():
+                if figure is not None:
+                    pictures |= dict(_rendered(f"{name}-{protocol}", figure))
+    return pictures
+
+
+def _rendered(name: str, figure: Figure) -> Iterator[tuple[str, bytes]]:
+    for format in FORMATS:
+        stream = io.BytesIO()
+        metadata = {"Date": None} if format == "svg" else {}
+        figure.savefig(stream, format=format, dpi=_DPI, metadata=metadata)
+        yield f"{name}.{format}", stream.getvalue()
+
+
+def _panels(count: int, height: float, share_x: bool = False, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width with so many panels, each ``height`` inches high."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(count, _PANELS)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(_WIDTHS[columns], rows * height + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    for above in axes[max(count - columns, 0) : count]:
+        above.xaxis.set_tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
+def _label_axes(figure: Figure, x: str, y: str) -> None:
+    """Name both axes of all panels, on several lines where it is narrow."""
+    lines = textwrap.wrap(x, int(_LETTERS * figure.get_figwidth()))
+    figure.set_figheight(figure.get_figheight() + 0.13 * (len(lines) - 1))
+    figure.supxlabel("\n".join(lines), fontsize=8)
+    figure.supylabel(y, fontsize=8)
+
+
+def _title(pair: Pair) -> str:
+    """The set, and how many images it has."""
+    return f"{_short(for_terminal(pair.ood))} ({len(pair.ood_scores[OWN]):,})"
+
+
+def _set_title(axes: Axes, pair: Pair) -> None:
+    axes.set_title(_title(pair), loc="left", fontweight="bold")
+
+
+def _short(name: str, most: int = 26) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+
+
+# ---- ROC curves ----
+
+
+def _roc_curves(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]], fpr: float) -> Figure:
+    figure, panels = _panels(len(pairs), 2.32, share_x=True)
+    for axes, pair, metrics in zip(panels, pairs, heads, strict=True):
+        axes.plot([0, 100], [0, 100], color=_GREY, linewidth=0.8, linestyle=":")
+        axes.plot(
+            *_roc(pair, OWN), color=_DARK, label=f"featdiff, AUROC {_auroc(metrics[OWN])}", clip_on=False, zorder=2.7
+        )
+        baseline = best_baseline(metrics)
+        if baseline is not None:
+            label = f"{_short(for_terminal(in_words(baseline)))}, {_auroc(metrics[baseline])}"
+            dashes = (0, (4, 1.5))
+            axes.plot(*_roc(pair, baseline), color=_LIGHT, linestyle=dashes, label=label, clip_on=False, zorder=2.6)
+
+        works_at = 100 * pair.id_flags.mean(), 100 * pair.ood_flags.mean()
+        axes.plot(*works_at, "o", color=_DARK, markeredgecolor="white", markersize=5.5, clip_on=False, zorder=3)
+        axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xticks=range(0, 101, 25), yticks=range(0, 101, 25))
+
+        # above the panel, where no curve can be hidden
+        place: Any = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.1, "alignment": "left"}
+        legend = axes.legend(**place, handlelength=2.2, title=_title(pair), title_fontproperties={"weight": "bold"})
+        legend.get_title().set_fontsize(8)
+
+    x = f"in-domain images flagged (%); the dot: at the threshold for {100 * fpr:g} %"
+    _label_axes(figure, x, "OOD images flagged (%), higher = better")
+    return figure
+
+
+def _roc(pair: Pair, head: str) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of in-domain and OOD images above each threshold, in percent."""
+    from sklearn.metrics import roc_curve
+
+    scores = np.concatenate([pair.id_scores[head], pair.ood_scores[head]])
+    is_ood = np.repeat([0, 1], [len(pair.id_scores[head]), len(pair.ood_scores[head])])
+    false_alarms, found, _ = roc_curve(is_ood, scores)
+    return 100 * false_alarms, 100 * found
+
+
+def _auroc(metrics: Mapping[str, Any]) -> str:
+    return f"{100 * metrics['auroc']:.1f}"
+
+
+# ---- histograms ----
+
+
+def _histograms(pairs: Sequence[Pair], threshold: float, fpr: float) -> Figure:
+    figure, panels = _panels(len(pairs), 1.75, share_x=True, share_y=False)
+    everything = np.concatenate([scores for pair in pairs for scores in (pair.id_scores[OWN], pair.ood_scores[OWN])])
+    edges = list(np.histogram_bin_edges(np.append(everything, threshold), bins=30))
+
+    for axes, pair in zip(panels, pairs, strict=True):
+        inside, outside = pair.id_scores[OWN], pair.ood_scores[OWN]
+        axes.hist(inside, edges, weights=_percent(inside), color=_DARK, alpha=0.6, label="in-domain")
+        axes.hist(
+            outside,
+            edges,
+            weights=_percent(outside),
+            histtype="stepfilled",
+            facecolor=(*_rgb(_LIGHT), 0.5),
+            edgecolor="black",
+            linewidth=0.6,
+            hatch="//////",
+            label="OOD",
+        )
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=0.9, label=f"threshold for {100 * fpr:g} %")
+        _set_title(axes, pair)
+
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, handlelength=1.6, columnspacing=1.2)
+    x = "OOD score (in-domain standard deviations; higher = more out-of-distribution)"
+    _label_axes(figure, x, "share of the set (%)")
+    return figure
+
+
+def _percent(values: np.ndarray) -> np.ndarray:
+    """Weights of which all images of a set together have 100."""
+    return np.full(len(values), 100 / len(values))
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(colour)
+
+
+# ---- layers ----
+
+
+def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """What each layer says: medians, and the middle 90 % of the images; None if no layer has a score."""
+    layers = [name for name in heads[0] if name.startswith(_LAYER)]
+    if not layers:
+        return None
+
+    figure, panels = _panels(len(pairs), 0.55 + 0.24 * len(layers))
+    rows = np.arange(len(layers))
+    for axes, pair, metrics in zip(panels, pairs, heads, strict=True):
+        for scores, offset, colour, marker, label in (
+            (pair.id_scores, -0.16, _DARK, "o", "in-domain"),
+            (pair.ood_scores, 0.16, _LIGHT, "s", "OOD"),
+        ):
+            low, middle, high = np.array([np.percentile(scores[name], (5, 50, 95)) for name in layers]).T
+            axes.hlines(rows + offset, low, high, color=colour, linewidth=1.6)
+            edge: Any = {"markeredgecolor": "black", "markeredgewidth": 0.5}
+            axes.plot(middle, rows + offset, marker, color=colour, markersize=4, label=label, **edge)
+
+        place = axes.get_yaxis_transform()
+        for row, name in enumerate(layers):
+            axes.text(1.17, row, _auroc(metrics[name]), transform=place, ha="right", va="center", fontsize=7)
+        axes.text(1.17, -0.75, "AUROC (%)", transform=place, ha="right", va="center", fontsize=7)
+        axes.axvline(0, color=_GREY, linewidth=0.6, linestyle=":", zorder=0)
+        axes.set(yticks=rows, ylim=(len(layers) - 0.5, -1.1))
+        axes.set_yticklabels([_short(for_terminal(name.removeprefix(_LAYER)), 20) for name in layers])
+        _set_title(axes, pair)
+
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, handletextpad=0.2, columnspacing=1.2)
+    x = "score of the layer (in-domain standard deviations; higher = more OOD): median and middle 90 %"
+    _label_axes(figure, x, "layer, from the first to the last")
+    return figure
