@@ -228,7 +228,7 @@ class _Page:
         for row, value in enumerate(values):
             side = "left" if value >= 0 else "right"
             shift = 0.02 * span if value >= 0 else -0.02 * span
-            axes.text(value + shift, row, f"{value:+.2f}", ha=side, va="center", size=8.5, color=_INK)
+            axes.text(value + shift, row, _signed(value), ha=side, va="center", size=8.5, color=_INK)
 
         for row, (label, name, _) in enumerate(self.bars):
             middle = top + 0.4 + _BAR * (row + 0.5)
@@ -250,7 +250,7 @@ class _Page:
             else:
                 _show(axes, other.thumbnail)
                 axes.set_anchor("W")
-            self._text(left, top + _SMALL + 0.5, _shortened(other.path, 26), size=7.5)
+            self._text(left, top + _SMALL + 0.5, _shortened(other.path, 24), size=7.5)
             self._text(left, top + _SMALL + 0.67, f"distance {other.distance:.3g}", size=7.5, color=_MUTED)
 
     # ---- tools ----
@@ -294,6 +294,12 @@ def _wrapped(sentences: tuple[str, ...], width: int) -> list[str]:
     for sentence in sentences:
         lines += textwrap.wrap(_BULLET + for_terminal(sentence), width)
     return lines
+
+
+def _signed(value: float) -> str:
+    """A number with its sign and two digits; what rounds to 0 has none."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
 
 
 def _shortened(path: str, length: int) -> str:

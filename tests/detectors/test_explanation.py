@@ -313,7 +313,7 @@ ROW = Row("a.png", "ok", "", 5.0, 0.01, True, {"early": 1.0, "late": 6.0})
 
 
 def parts(**scores: float) -> list[Contribution]:
-    labels = {"texture": "fine texture and colour", "content": "overall content", "like": "likeness to normal images"}
+    labels = {"texture": "fine texture and colour", "content": "overall content", "like": "distance from normal images"}
     return [Contribution(name, labels[name], score, score) for name, score in scores.items()]
 
 
@@ -337,7 +337,7 @@ def test_layers_are_named_by_their_depth() -> None:
     ],
 )
 def test_sentences_say_what_is_unusual(heads: list[Contribution], expected: str) -> None:
-    found = sentences(ROW, heads, [Neighbor("n.png", 1.0)], False, None, 0.0)
+    found = sentences(ROW, heads, [Neighbor("photos/n.png", 1.0)], False, None, 0.0)
     assert found == ("Flagged: at most 1 % of normal images look as strange as this one.", expected)
 
 
