@@ -1,5 +1,5 @@
 """``python -m cli`` in a checkout."""
 
-from . import main
+from . import run
 
-main(prog_name="featdiff")
+run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -183,7 +184,7 @@ def _with_options(message: str, command: click.Command | None, argument: str) ->
         option = option_of(command, match[1])
         return f"{option} " if option else match[0]
 
-    message = re.sub(r"\b([a-z_]+)=(?=\S)", as_option, message)
+    message = re.sub(r"(?<![\w/.-])([a-z_]+)=(?=\S)", as_option, message)  # not within a path
     option = option_of(command, argument)
     if not option or option in message:
         return message
@@ -221,3 +222,11 @@ def main(debug: bool) -> None:
     featdiff score new_images/      one row per image, with a p-value
     """
     os.environ["FEATDIFF_DEBUG"] = "1" if debug else ""
+
+
+def run() -> None:
+    """The program. Once its command has ended Ctrl-C changes nothing: the work is done, and only Python tidies up."""
+    try:
+        main(prog_name="featdiff")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

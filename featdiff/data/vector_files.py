@@ -192,7 +192,10 @@ def _open_parquet(file: Path) -> Arrays:
     title = next((name for name in NAME_COLUMNS if name in table.column_names), None)
     names = None
     if title is not None:
-        names = ["" if name is None else str(name) for name in table[title].to_pylist()]
+        try:
+            names = ["" if name is None else str(name) for name in table[title].to_pylist()]
+        except UnicodeDecodeError as error:  # Parquet does not check that text is text
+            raise _damaged(file, "Parquet", error) from None
 
     columns = {name: table[name].combine_chunks() for name in table.column_names if name != title}
     lists = [_is_list(file, name, column.type) for name, column in columns.items()]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..exceptions import FeatdiffError
@@ -57,7 +59,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     OSError
         As for :func:`write_atomically`.
     """
-    temporary = {file: file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp") for file in contents}
+    temporary = {file: _temporary(file) for file in contents}
     try:
         for file, data in contents.items():
             _write_through(temporary[file], data)
@@ -67,6 +69,40 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Make a folder that appears with all its files or not at all; one that exists is filled as it is.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Yields
+    ------
+    Path
+        Where to write the files. Errors of featdiff that name it name ``folder`` in its place.
+
+    Raises
+    ------
+    OSError
+        The place cannot be written. Nothing is left behind.
+    """
+    if folder.exists():
+        yield folder
+        return
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(folder)
+    except FeatdiffError as error:
+        raise type(error)(str(error).replace(str(temporary), str(folder)), argument=error.argument) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def meant_for(file: Path) -> str:
@@ -96,6 +132,11 @@ def write_output(file: str | os.PathLike[str], data: bytes) -> None:
             write_atomically(target, data)
     except OSError as error:
         raise FeatdiffError(f"{os.fspath(file)} cannot be written: {error.strerror or error}") from None
+
+
+def _temporary(file: Path) -> Path:
+    """A name beside a file's own, which nothing else has."""
+    return file.with_name(f".{file.name[:_REPEATED]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _write_through(file: Path, data: bytes) -> None:

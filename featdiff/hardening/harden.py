@@ -24,7 +24,7 @@ from ..data.references import ImageRef
 from ..detectors.config import Runtime
 from ..exceptions import ModelError, UsageError, first_line, some_of
 from ..features.networks import fingerprint
-from ..files.atomic import write_atomically
+from ..files.atomic import filling, write_atomically
 from ..files.model_folder import check_target
 from ..files.text import for_spreadsheet
 from ..guard.guard import Guard
@@ -69,6 +69,8 @@ class Hardened:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the folders ``student``, which timm loads, and ``guard``, and a list of left out images.
 
+        A new folder appears with all of it or not at all.
+
         Parameters
         ----------
         folder : path
@@ -81,16 +83,16 @@ class Hardened:
         ModelError
             The disk is full or the folder cannot be written.
         """
-        save_classifier(self.classifier, Path(folder) / STUDENT, self.facts)
-        self.guard.save_pretrained(Path(folder) / GUARD)
-
         stream = io.StringIO()
         rows = [(for_spreadsheet(path), for_spreadsheet(reason)) for path, reason in self.unreadable]
         csv.writer(stream).writerows([("path", "reason"), *rows])
         try:
-            write_atomically(Path(folder) / LEFT_OUT, stream.getvalue().encode())
+            with filling(Path(folder)) as place:
+                save_classifier(self.classifier, place / STUDENT, self.facts)
+                self.guard.save_pretrained(place / GUARD)
+                write_atomically(place / LEFT_OUT, stream.getvalue().encode())
         except OSError as error:
-            raise ModelError(f"{LEFT_OUT} could not be written to {folder}: {first_line(error)}") from None
+            raise ModelError(f"the student could not be written to {folder}: {first_line(error)}") from None
 
 
 def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None:

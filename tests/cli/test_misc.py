@@ -139,6 +139,15 @@ def test_debug_comes_from_the_environment_too(
         assert ("Traceback" in result.stderr) is shown, value
 
 
+def test_ctrl_c_after_the_end_changes_nothing() -> None:
+    code = (
+        "import atexit, os, signal, sys; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
+        "sys.argv = ['featdiff', '--version']; from featdiff_cli import run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- errors that name an option ----
 
 
@@ -154,6 +163,8 @@ def test_debug_comes_from_the_environment_too(
         ("timesteps", "timesteps must be 1 or more", "Error: timesteps must be 1 or more\n"),
         ("images", "there are none", "Error: there are none\n"),
         ("", "nothing to do", "Error: nothing to do\n"),
+        ("", "photos/fpr=0.1.png is odd", "Error: photos/fpr=0.1.png is odd\n"),
+        ("", "try fpr=0.1", "Error: try --fpr 0.1\n"),
     ],
 )
 @pytest.mark.parametrize("kind", [UsageError, ModelError, WeightsError, UnreadableImage])

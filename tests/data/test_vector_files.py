@@ -140,6 +140,16 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
+def test_parquet_names_that_are_no_text(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    names = arrow.array([b"\xff", b"b"]).view("string")
+    parquet.write_table(arrow.table({"id": names, "x": [1.0, 2.0]}), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="x.parquet cannot be read as a Parquet file: 'utf-8' codec can't decode"):
+        open_arrays(str(tmp_path / "x.parquet"))
+
+
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from featdiff.exceptions import FeatdiffError
-from featdiff.files.atomic import write_atomically, write_together
+from featdiff.files.atomic import filling, write_atomically, write_together
 from featdiff.files.cache import cache_errors
 
 
@@ -70,3 +70,32 @@ def test_an_error_of_the_cache_says_what_to_do_and_names_its_argument(tmp_path: 
         f"the feature cache {tmp_path} cannot be written: No space left on device. Free space or choose another cache; "
         "what was computed so far is kept"
     )
+
+
+def test_a_new_folder_appears_with_all_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "new"
+    with filling(folder) as place:
+        (place / "a").write_text("first")
+        assert not folder.exists()
+        (place / "b").write_text("second")
+    assert sorted(file.name for file in folder.iterdir()) == ["a", "b"]
+    assert [file.name for file in folder.parent.iterdir()] == ["new"]
+
+    with filling(folder) as place:
+        (place / "a").write_text("third")
+    assert ((folder / "a").read_text(), (folder / "b").read_text()) == ("third", "second")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_folder_that_is_not_filled_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), filling(tmp_path / "new") as place:
+        (place / "a").write_text("first")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_name_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    message = f"the model could not be written to {tmp_path / 'new' / 'student'}: full"
+    with pytest.raises(FeatdiffError) as caught, filling(tmp_path / "new") as place:
+        raise FeatdiffError(f"the model could not be written to {place / 'student'}: full")
+    assert str(caught.value) == message
