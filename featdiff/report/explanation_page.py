@@ -107,6 +107,11 @@ class _Page:
             return 0.6
         return float(np.clip(_PANEL * picture.height / picture.width, 1.2, 4.2))
 
+    def _shown_width(self, height: float) -> float:
+        """How wide the picture is in a panel of this height."""
+        picture = self.explanation.picture
+        return min(_PANEL, height / _shape(picture)) if picture else _PANEL
+
     # ---- parts ----
 
     def _title(self) -> None:
@@ -128,7 +133,7 @@ class _Page:
         right = _MARGIN + _PANEL + 0.35
         self._picture(self.explanation.picture, _MARGIN, top, height, self._original_title())
         self._picture(self.heat, right, top, height, "Where it is strange")
-        self._scale(right + _PANEL + 0.1, top, height)
+        self._scale(right + self._shown_width(height) + 0.1, top, height)
 
     def _original_title(self) -> str:
         width, height = self.explanation.size
@@ -235,12 +240,16 @@ class _Page:
 
 def _show(axes: Axes, picture: Image.Image) -> None:
     """Draw a picture in its own shape; one that would be a mere line is drawn wider."""
-    shape = np.clip(picture.height / picture.width, 1 / _THINNEST, _THINNEST)
     few = max(picture.size) < 128
-    aspect = float(shape * picture.width / picture.height)
+    aspect = _shape(picture) * picture.width / picture.height
     axes.imshow(np.asarray(picture.convert("RGB")), aspect=aspect, interpolation="nearest" if few else "antialiased")
     axes.set(xticks=[], yticks=[])
     axes.set_anchor("NW")
+
+
+def _shape(picture: Image.Image) -> float:
+    """Height by width of a picture as it is drawn."""
+    return float(np.clip(picture.height / picture.width, 1 / _THINNEST, _THINNEST))
 
 
 def _bars_of(explanation: Explanation) -> list[tuple[str, str, float]]:
