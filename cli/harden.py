@@ -58,6 +58,7 @@ _RECIPE = {
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--fpr", type=float, default=0.05, show_default=True, help="False-alarm rate of the guard.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything that is random.")
+@click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the guard.")
 @click.option("--force", is_flag=True, help="Replace what is already there.")
 @runtime_options
 def command(
@@ -70,6 +71,7 @@ def command(
     layers: str | None,
     views: int,
     as_published: bool,
+    no_paths: bool,
     force: bool,
     quiet: bool,
     **options: Any,
@@ -103,6 +105,9 @@ def command(
     if as_published and train_from is None:
         train_from = ALL_LAYERS
 
+    guard: dict[str, Any] = {"keep_paths": not no_paths}
+    if layers:
+        guard["layers"] = layers
     try:
         with Bars(quiet) as bars:
             hardened = harden(
@@ -113,7 +118,7 @@ def command(
                 recipe=recipe,
                 train_from=train_from,
                 views=views,
-                guard={"layers": layers} if layers else None,
+                guard=guard,
                 **{name: options[name] for name in ("weights", "fpr", "mixed_precision", "seed")},
                 **runtime_arguments(options),
                 progress=bars,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
 from ..features.extraction import FeatureBatch, featurise
 from ..features.extractor import FeatureExtractor
+from ..features.geometry import Box, onto_picture, probed_box, seen_box
 from ..runtime.progress import Progress
 from ..scores.fused import Heads
 from ..scores.nearest import NearestNeighbors
@@ -125,6 +127,15 @@ class _Original:
     size: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class _Heat:
+    """A map over the network's input (h, w), and what its values mean."""
+
+    values: np.ndarray
+    threshold: float
+    top: float
+
+
 class _Explainer:
     """Runs images through a detector a batch at a time, and keeps small originals beside their pixels."""
 
@@ -138,6 +149,7 @@ class _Explainer:
         # of the images that were read and are not explained yet, in their order
         self._originals: deque[_Original | None] = deque()
         self._shown: dict[int, Neighbor] = {}
+        self._boxes: dict[tuple[int, int], Box | None] = {}
 
     def stream(self, images: Iterable[object], progress: Progress | None) -> Iterator[Explanation]:
         return self._explain(batches_from_stream(images, self._batches), 0, progress)
@@ -180,8 +192,9 @@ class _Explainer:
         if features.positions:
             parts = self._contributions(features)
             nearest = self._nearest(features)
+        heat = self._heat(batch)
         for i, original in enumerate(originals):
-            yield self._of_row(scores, i, original, parts.get(i, []), nearest.get(i, []))
+            yield self._of_row(scores, i, original, parts.get(i, []), nearest.get(i, []), heat.get(i))
 
     def _of_row(
         self,
@@ -190,9 +203,11 @@ class _Explainer:
         original: _Original | None,
         heads: list[Contribution],
         nearest: list[Neighbor],
+        heat: _Heat | None,
     ) -> Explanation:
         row = scores[i]
         is_read = row.status == OK
+        aligned = self._aligned(heat, original) if heat and is_read else None
         known = scores.known is not None and bool(scores.known[i])
         return Explanation(
             path=row.path,
@@ -205,11 +220,47 @@ class _Explainer:
             threshold=self.threshold,
             layers=row.layers if is_read else {},
             heads=tuple(heads) if is_read else (),
-            reasons=sentences(row, heads, nearest, known, None, 0.0),
+            reasons=sentences(row, heads, nearest, known, aligned, heat.threshold if heat else 0.0),
             size=original.size if original else (0, 0),
             picture=original.picture if original else None,
+            heat=aligned,
+            heat_threshold=heat.threshold if heat and aligned is not None else None,
+            heat_top=heat.top if heat and aligned is not None else None,
             nearest=tuple(nearest),
         )
+
+    # ---- where ----
+
+    def _heat(self, batch: Batch) -> dict[int, _Heat]:
+        """The heat map of each decoded image, by its position; none for a model without a local score."""
+        heat = getattr(self.detector, "heat", None)
+        if heat is None:
+            return {}
+        found = {}
+        for stack in batch.stacks:
+            maps, threshold, top = heat(stack.pixels)
+            for position, values in zip(stack.positions, maps.numpy(), strict=True):
+                found[position] = _Heat(values, threshold, top)
+        return found
+
+    def _aligned(self, heat: _Heat, original: _Original | None) -> np.ndarray | None:
+        """A heat map over the picture that is shown; None if it is not known what the network sees of it."""
+        if original is None or not np.isfinite(heat.values).all():
+            return None
+        box = self._box(original.size)
+        return None if box is None else onto_picture(heat.values, box, *original.picture.size)
+
+    def _box(self, size: tuple[int, int]) -> Box | None:
+        """What the network sees of a picture of this size."""
+        if size not in self._boxes:
+            backbone = self.detector.extractor_.backbone
+            if backbone.source == "module":
+                self._boxes[size] = probed_box(backbone.transform, *size)
+            else:
+                self._boxes[size] = seen_box(backbone.data_config, *size)
+        return self._boxes[size]
+
+    # ---- what, and like which ----
 
     def _contributions(self, features: FeatureBatch) -> dict[int, list[Contribution]]:
         """What the score of each image is made of, by its position."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,9 +23,10 @@ _TEXTURE = "fine texture and colour"
 _PARTS = "shapes and parts"
 _CONTENT = "overall content"
 # What a distance to the nearest normal images looks at.
-_LIKE_NONE = "likeness to normal images"
-_LIKE_NONE_CONTENT = "likeness to normal images in content"
-_LIKE_NONE_LAYOUT = "likeness to normal images in layout"
+_FAR = "distance from normal images"
+_FAR_IN_CONTENT = "distance from normal images in content"
+_FAR_IN_LAYOUT = "distance from normal images in layout"
+_SLASH = r"[/\\]"
 _ANSWER = "the classifier's answer"
 
 
@@ -58,8 +60,8 @@ def layer_labels(names: Sequence[str]) -> dict[str, str]:
 
 def _label_of_neighbors(score: NearestNeighbors) -> str:
     if score.layer == PRE_LOGITS:
-        return _LIKE_NONE_CONTENT
-    return _LIKE_NONE_LAYOUT if score.parts[0].layer == PRE_LOGITS else _LIKE_NONE
+        return _FAR_IN_CONTENT
+    return _FAR_IN_LAYOUT if score.parts[0].layer == PRE_LOGITS else _FAR
 
 
 def sentences(
@@ -124,7 +126,7 @@ def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neig
 def _of_layers(layers: Mapping[str, float]) -> list[Contribution]:
     """Scores of layers as they would be named among contributions, where the own score is not a sum."""
     words = layer_labels([name for name in layers if name != PRE_LOGITS])
-    return [Contribution(name, words.get(name, _LIKE_NONE_CONTENT), score, score) for name, score in layers.items()]
+    return [Contribution(name, words.get(name, _FAR_IN_CONTENT), score, score) for name, score in layers.items()]
 
 
 def _highest(heads: Sequence[Contribution]) -> dict[str, float]:
@@ -140,12 +142,12 @@ def _highest(heads: Sequence[Contribution]) -> dict[str, float]:
 
 def _about(label: str, score: float, nearest: Sequence[Neighbor]) -> str:
     very = "very " if score >= _VERY else ""
-    if label == _LIKE_NONE:
-        among = f"; the nearest is {nearest[0].path}" if nearest else ""
+    if label == _FAR:
+        among = f"; the nearest is {re.split(_SLASH, nearest[0].path)[-1]}" if nearest else ""
         return f"It is {very}unlike every normal image that the model knows{among}."
-    if label == _LIKE_NONE_CONTENT:
+    if label == _FAR_IN_CONTENT:
         return f"What it shows is {very}unlike the normal images."
-    if label == _LIKE_NONE_LAYOUT:
+    if label == _FAR_IN_LAYOUT:
         return f"How things are spread over the picture is {very}unlike the normal images."
     verb = "are" if label in (_PARTS, _TEXTURE) else "is"
     return f"{label[0].upper()}{label[1:]} {verb} {very}unusual."

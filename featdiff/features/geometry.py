@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from ..data.decoding import Transform
 from .views import view_of
+
+# Of a ramp from 0 to 1: what rounding to 8 bits and interpolation may add, and the least contrast that is left of it.
+_BENT = 0.01
+_FAINT = 1e-3
 
 
 class Box(NamedTuple):
@@ -78,6 +84,83 @@ def _middle(length: int, wanted: int) -> tuple[float, float]:
     """Where the middle ``wanted`` of so many pixels begins and ends, as shares; below 0 where it is padded."""
     start = round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
     return start / length, (start + wanted) / length
+
+
+def probed_box(transform: Transform, width: int, height: int) -> Box | None:
+    """The same for any preprocessing: found out by showing it pictures whose colours count columns and rows.
+
+    Parameters
+    ----------
+    transform : callable
+        RGB picture -> (3, H, W) tensor.
+    width, height : int
+        Of the picture, in pixels.
+
+    Returns
+    -------
+    Box or None
+        None if what comes out is no upright part of the picture, in its own shape or squashed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> def middle(picture):
+    ...     pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+    ...     return pixels[:, :, 100:300]
+    >>> box = probed_box(middle, width=400, height=100)
+    >>> [round(edge, 2) for edge in box]
+    [0.25, 0.0, 0.75, 1.0]
+    """
+    across = np.linspace(0, 255, width).round()[None].repeat(height, 0)
+    down = np.linspace(0, 255, height).round()[:, None].repeat(width, 1)
+    try:
+        black, white, columns, rows = (
+            transform(Image.fromarray(np.repeat(ramp[..., None], 3, axis=2).astype(np.uint8))).double().mean(0)
+            for ramp in (0 * across, 0 * across + 255, across, down)
+        )
+    except Exception:  # a function of the user's own
+        return None
+    if black.dim() != 2 or columns.shape != black.shape or bool((white - black).abs().min() < _FAINT):
+        return None
+
+    found = []
+    for ramp, length, axis in ((columns, width, 0), (rows, height, 1)):
+        share = ((ramp - black) / (white - black)).numpy()
+        centres = (share.mean(axis) * (length - 1) + 0.5) / length
+        turned = np.abs(share - share.mean(axis, keepdims=True)).max() > _BENT
+        edges = _line_through(centres, length)
+        if turned or edges is None:
+            return None
+        found.append(edges)
+    (left, right), (top, bottom) = found
+    return Box(left, top, right, bottom)
+
+
+def _line_through(centres: np.ndarray, length: int) -> tuple[float, float] | None:
+    """Where the first pixel begins and the last ends, if pixels lie evenly; None if they do not.
+
+    Parameters
+    ----------
+    centres : ndarray of shape (n,)
+        Of the pixels of the input, as shares of the picture's side.
+    length : int
+        Of that side, in pixels.
+    """
+    count = len(centres)
+    if count < 2 or length < 2:
+        return 0.0, 1.0
+    places = np.arange(count) + 0.5
+    inner = slice(count // 8, count - count // 8)  # interpolation bends a line at its ends
+    slope, start = np.polyfit(places[inner], centres[inner], 1)
+    bent = np.abs(start + slope * places - centres)[inner].max()
+    if slope <= 0 or bent > _BENT:
+        return None
+
+    # whole pictures end at their edges, not a rounding beside them
+    near = max(_BENT, 0.5 / length)
+    first = float(start)
+    last = float(start + slope * count)
+    return (0.0 if abs(first) < near else first, 1.0 if abs(last - 1) < near else last)
 
 
 def onto_picture(values: np.ndarray, box: Box, width: int, height: int) -> np.ndarray:

@@ -99,6 +99,24 @@ def test_info_and_export_take_the_folder(hardened: Path, tmp_path: Path, featdif
     assert torch.allclose(logits, classifier.model(pixels), atol=1e-5)
 
 
+def test_explain_takes_the_folder_and_paths_can_be_left_out(
+    hardened: Path, folders: dict[str, Path], seeded_backbone: Path, tmp_path: Path, featdiff_cli: Cli
+) -> None:
+    image = sorted(folders["digits"].iterdir())[0]
+    done = featdiff_cli("explain", image, "-m", hardened, "-o", tmp_path / "why")
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "why" / f"{image.stem}-explained.json").read_text(encoding="utf-8"))
+    assert all(Path(other["path"]).is_relative_to(folders["train"]) for other in facts["nearest"])
+    assert "energy" in {head["name"] for head in facts["heads"]}
+
+    options = ["--epochs", "2", "--train-batch", "16", "--fpr", "0.1", "--weights", seeded_backbone, "--no-paths"]
+    command = ["harden", folders["train"], "--student", "test_resnet", *options, "-o", tmp_path / "private"]
+    assert featdiff_cli(*command).exit_code == 0
+    assert "no paths and no pictures" in featdiff_cli("info", tmp_path / "private").stdout
+    stored = (tmp_path / "private" / "guard" / "model.safetensors").read_bytes()
+    assert str(folders["train"]).encode() not in stored
+
+
 def test_outliers_of_stable_diffusion_in_the_students_features(
     hardened: Path, folders: dict[str, Path], tmp_path: Path, featdiff_cli: Cli
 ) -> None:

@@ -31,6 +31,7 @@ COMMANDS = [
     "audit",
     "train",
     "score",
+    "explain",
     "eval",
     "export",
     "outliers",

@@ -313,7 +313,7 @@ ROW = Row("a.png", "ok", "", 5.0, 0.01, True, {"early": 1.0, "late": 6.0})
 
 
 def parts(**scores: float) -> list[Contribution]:
-    labels = {"texture": "fine texture and colour", "content": "overall content", "like": "likeness to normal images"}
+    labels = {"texture": "fine texture and colour", "content": "overall content", "like": "distance from normal images"}
     return [Contribution(name, labels[name], score, score) for name, score in scores.items()]
 
 
@@ -337,7 +337,7 @@ def test_layers_are_named_by_their_depth() -> None:
     ],
 )
 def test_sentences_say_what_is_unusual(heads: list[Contribution], expected: str) -> None:
-    found = sentences(ROW, heads, [Neighbor("n.png", 1.0)], False, None, 0.0)
+    found = sentences(ROW, heads, [Neighbor("photos/n.png", 1.0)], False, None, 0.0)
     assert found == ("Flagged: at most 1 % of normal images look as strange as this one.", expected)
 
 
@@ -360,6 +360,73 @@ def test_sentences_say_where() -> None:
 
 
 # ---- the heat map of an explanation ----
+
+
+class SeesRed(Detector):
+    """A detector whose local score is how red a place is, so that a test knows where its maps are hot."""
+
+    def heat(self, pixels: torch.Tensor) -> tuple[torch.Tensor, float, float]:  # type: ignore[override, unused-ignore]
+        red = pixels[:, 0] - pixels[:, 1:].mean(1)
+        return torch.nn.functional.avg_pool2d(red, 8), 0.5, 4.0
+
+
+@pytest.fixture(scope="module")
+def sees_red(tiny_arguments: dict[str, Any], photos: Path) -> dict[str, SeesRed]:
+    """Detectors of a named backbone with the view of the whole picture, and with a crop."""
+    arguments = {**tiny_arguments, "recipe": {"epochs": 1, "min_steps": 1}, "fpr": 0.2}
+    return {view: SeesRed(**arguments, view=view).fit(str(photos)) for view in ("whole", "squash", "crop")}
+
+
+@pytest.mark.parametrize("view", ["whole", "squash", "crop"])
+@pytest.mark.parametrize(
+    ("size", "centre"), [((300, 900), (0.3, 0.45)), ((900, 300), (0.55, 0.7)), ((64, 64), (0.4, 0.4))]
+)
+def test_a_red_square_is_hot_where_it_is(
+    sees_red: dict[str, SeesRed], view: str, size: tuple[int, int], centre: tuple[float, float]
+) -> None:
+    picture = Image.new("RGB", size, (90, 90, 90))
+    half = min(size) // 8
+    x, y = int(centre[0] * size[0]), int(centre[1] * size[1])
+    picture.paste((255, 0, 0), (x - half, y - half, x + half, y + half))
+    other = Image.new("RGB", size, (90, 90, 90))
+
+    found, plain = sees_red[view].iter_explanations([picture, other])
+    assert found.picture is not None and found.heat is not None
+    assert found.heat.shape == found.picture.size[::-1]
+    hot = found.heat > 0.5
+    assert hot.any() and not (plain.heat > 0.5).any()
+    rows, columns = np.nonzero(hot)
+    scale = found.picture.width / size[0]
+    assert abs(columns.mean() / scale - x) < 0.06 * max(size)
+    assert abs(rows.mean() / scale - y) < 0.06 * max(size)
+    assert "stranger than normal" in " ".join(found.reasons)
+    assert "No place in the picture is strange by itself." in plain.reasons
+    assert (found.heat_threshold, found.heat_top) == (0.5, 4.0)
+
+    unseen = np.isnan(found.heat)
+    assert unseen.any() == (view == "crop")
+    assert ("did not see" in " ".join(found.reasons)) == (view == "crop")
+    alone = sees_red[view].explain(picture)
+    np.testing.assert_array_equal(alone.heat, found.heat)
+
+
+def test_a_transform_of_ones_own_is_undone_or_there_is_no_map(small: dict[str, Any], photos: Path) -> None:
+    def middle(picture: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(picture.resize((64, 32)))).permute(2, 0, 1).float() / 255
+        return pixels[:, :, 16:48]
+
+    def mirrored(picture: Image.Image) -> torch.Tensor:
+        return middle(picture).flip(2)
+
+    picture = Image.new("RGB", (400, 200), (90, 90, 90))
+    picture.paste((255, 0, 0), (200, 50, 250, 100))
+    found = SeesRed(tiny_net(), **{**small, "transform": middle}).fit(str(photos)).explain(picture)
+    assert found.heat is not None
+    unseen = np.isnan(found.heat)
+    assert unseen[:, :99].all() and unseen[:, 301:].all()
+    assert not unseen[:, 102:298].any()
+    assert found.hottest == (pytest.approx(225, abs=30), pytest.approx(75, abs=30))
+    assert SeesRed(tiny_net(), **{**small, "transform": mirrored}).fit(str(photos)).explain(picture).heat is None
 
 
 def explanation(**changes: Any) -> Explanation:

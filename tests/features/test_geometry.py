@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from featdiff.data.decoding import decode
-from featdiff.features.geometry import Box, onto_picture, seen_box
+from featdiff.features.geometry import Box, onto_picture, probed_box, seen_box
 from featdiff.features.views import make_transform
 
 CONFIG: dict[str, Any] = {
@@ -170,3 +170,39 @@ def test_the_same_map_over_a_smaller_picture_is_the_same() -> None:
     small = onto_picture(values, Box(left=-0.1, right=0.8), 100, 100)
     np.testing.assert_allclose(large.reshape(100, 4, 100, 4).mean((1, 3)), small, atol=0.05)
     np.testing.assert_array_equal(np.isnan(small).any(0), np.arange(100) >= 80)
+
+
+@pytest.mark.parametrize("view", [view for view in VIEWS if view != "border"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_box_can_be_found_out_by_trying(view: str, size: str) -> None:
+    config = CONFIG | VIEWS[view]
+    box = probed_box(make_transform(config), *SIZES[size])
+    assert box is not None
+    assert box == pytest.approx(seen_box(config, *SIZES[size]), abs=0.01)
+
+
+def test_whole_pictures_are_found_to_be_seen_to_their_very_edges() -> None:
+    for size in ((32, 32), (640, 480), (1, 100)):
+        assert probed_box(make_transform(CONFIG | VIEWS["squash"]), *size) == Box()
+
+
+TRICKS: dict[str, Any] = {
+    "mirrored": lambda pixels: pixels.flip(2),
+    "turned": lambda pixels: pixels.transpose(1, 2),
+    "padded": lambda pixels: torch.nn.functional.pad(pixels, (8, 8, 8, 8)),
+    "bent": lambda pixels: pixels.exp(),
+    "flat": lambda pixels: 0 * pixels,
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_what_is_no_plain_part_of_the_picture_has_no_box(trick: str) -> None:
+    plain = make_transform(CONFIG | VIEWS["squash"])
+    assert probed_box(lambda picture: TRICKS[trick](plain(picture)), 300, 200) is None
+
+
+def test_a_transform_that_fails_has_no_box() -> None:
+    def fails(picture: Image.Image) -> torch.Tensor:
+        raise RuntimeError("too small")
+
+    assert probed_box(fails, 30, 20) is None

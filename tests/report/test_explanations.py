@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from featdiff.exceptions import FeatdiffError
-from featdiff.report.explanations import draw, save_explanation
+from featdiff.report.explanation_page import draw
+from featdiff.report.explanations import save_explanation
 from featdiff.report.heatmaps import overlay, scale_ends
 from featdiff.verdicts.explanation import Contribution, Explanation, Neighbor
 
