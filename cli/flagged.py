@@ -70,7 +70,9 @@ def open_flagged(options: dict[str, Any], images: Sequence[str], features: str |
     option = f"--{action}-to {folder}"
     if features:
         raise UsageError(f"{option} cannot go with --features: only image files are {_DONE[action]}")
-    above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise UsageError(f"{option}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"{option}: {above} is read-only")
 

@@ -150,6 +150,7 @@ def test_bad_requests(featdiff_cli: Cli, tiny_model: Path, few_images: Path, fol
         2,
         f"--copy-to {few_images}/x lies in {few_images}, which",
     )
+    fails(featdiff_cli(*command, "--copy-to", file / "x"), 2, f"--copy-to {file}/x: {file} is not a folder")
     fails(featdiff_cli(*command, "--undo", folder), 2, "--undo takes back what was done, and scores nothing")
     fails(featdiff_cli("score", "--undo", folder), 2, "No such file")
     fails(featdiff_cli("score", "--undo", file), 2, f"{file} is not a manifest")
