@@ -93,6 +93,7 @@ def test_flagged_files_and_the_way_back(
     word = {"copy": "copied", "link": "linked", "move": "moved"}[action]
     assert f"{len(flagged)} of {len(flagged)} flagged images {word} to {folder}" in done.stderr
     assert f"Take it back: featdiff score --undo {folder}/manifest.csv" in done.stderr
+    assert ("Next: featdiff explain " in done.stderr) == (action != "move")  # else there is no such file any more
 
     for _ in range(2):
         undone = featdiff_cli("score", "--undo", folder / "manifest.csv")
