@@ -15,7 +15,7 @@ import click
 
 from .main import EXIT_UNREADABLE
 from .new_names import NewNames, content_of, reason_of
-from .progress import list_unreadable
+from .progress import Bars, list_unreadable
 from .signals import catching_stop
 from .speech import say
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DONE = {"copy": "copied", "link": "linked", "move": "moved"}
+_DOING = {"copy": "copying", "link": "linking", "move": "moving"}
 _DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -69,7 +70,9 @@ def open_flagged(options: dict[str, Any], images: Sequence[str], features: str |
     option = f"--{action}-to {folder}"
     if features:
         raise UsageError(f"{option} cannot go with --features: only image files are {_DONE[action]}")
-    above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise UsageError(f"{option}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"{option}: {above} is read-only")
 
@@ -112,11 +115,12 @@ class Flagged:
             say(f"No image is flagged, so nothing is {_DONE[self.action]}.", quiet)
             return 0
 
-        entries = NewNames(self.action, self.folder, self.images, refs).entries(self.rows)
         manifest = None
-        if any(entry.result == PLANNED for entry in entries):
-            manifest = _make_manifest(self.folder, entries)
-            self._place_all(entries, refs, manifest)
+        with Bars(quiet) as bars:
+            entries = NewNames(self.action, self.folder, self.images, refs).entries(self.rows, bars)
+            if any(entry.result == PLANNED for entry in entries):
+                manifest = _make_manifest(self.folder, entries)
+                self._place_all(entries, refs, manifest, bars)
 
         counts = {result: sum(entry.result == result for entry in entries) for result in (DONE, ALREADY, LEFT)}
         there = f", {counts[ALREADY]:,} were there already" if counts[ALREADY] else ""
@@ -127,7 +131,7 @@ class Flagged:
         list_unreadable(left, quiet, manifest)
         return EXIT_UNREADABLE if left else 0
 
-    def _place_all(self, entries: list[Entry], refs: Sequence[ImageRef], manifest: Path) -> None:
+    def _place_all(self, entries: list[Entry], refs: Sequence[ImageRef], manifest: Path, bars: Bars) -> None:
         """Do what is planned; afterwards the manifest says what was done, however this ends."""
         from featdiff.exceptions import FeatdiffError
         from featdiff.report.manifest import DONE, LEFT, PLANNED, write_results
@@ -136,13 +140,14 @@ class Flagged:
         done = 0
         with catching_stop() as stop:
             try:
-                for entry, ref in planned:
+                for number, (entry, ref) in enumerate(planned, 1):
                     entry.note = self._place(entry, ref)
                     entry.result = LEFT if entry.note else DONE
                     if entry.note:
                         entry.target = ""  # what has that name is not ours
                     else:
                         done += 1
+                    bars(_DOING[self.action], number, len(planned))
             except KeyboardInterrupt:
                 write_results(manifest, entries)
                 raise stop.stopped(self._how_to_go_on(done, len(planned), manifest)) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from featdiff.data.references import ImageRef
     from featdiff.report.manifest import Entry
+    from featdiff.runtime.progress import Progress
 
 # What a disk somewhere does not permit in a name, and control characters; members of archives may have any name.
 _HOSTILE = re.compile(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\\/:*?"<>|]')
@@ -35,9 +36,13 @@ class NewNames:
         self._shared = _shared_folders(images)
         self._taken: set[Path] = set()
 
-    def entries(self, rows: Mapping[int, Mapping[str, object]]) -> list[Entry]:
+    def entries(self, rows: Mapping[int, Mapping[str, object]], progress: Progress) -> list[Entry]:
         """One for each row; ``rows`` are those of flagged images, by their number."""
-        return [self._entry(self._refs[number], row) for number, row in rows.items()]
+        entries = []
+        for number, row in rows.items():
+            entries.append(self._entry(self._refs[number], row))
+            progress("planning", len(entries), len(rows))
+        return entries
 
     def _entry(self, ref: ImageRef, row: Mapping[str, object]) -> Entry:
         from featdiff.files.placing import sha256_of

@@ -330,7 +330,8 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
         say("featdiff audit finds the odd ones of a training set; --exclude-known leaves out each image itself.", quiet)
     if run.strangest and not seen:
         run.strangest.say(quiet)
-    if run.strangest and work.explained:
+    moved = run.flagged is not None and run.flagged.action == "move"  # its path is not for long
+    if run.strangest and work.explained and not moved:
         run.strangest.say_next(model, quiet)
 
 

@@ -76,7 +76,7 @@ class Strangest:
 
         for row in self.rows:
             path = row["path"]
-            if for_terminal(path) == path:  # else what is printed is not what must be typed
+            if for_terminal(path) == path and not path.startswith("-"):  # else this is not what must be typed
                 command = ["featdiff", "explain", path] + ([] if model == MODEL_FOLDER else ["-m", model])
                 say(f"Next: {shlex.join([*command, '-o', 'explained'])}", quiet)
                 if not click.get_current_context().params.get("report"):

@@ -158,6 +158,8 @@ def remove_empty(folder: Path, above: Path) -> None:
     while above in folder.parents:
         try:
             folder.rmdir()
+        except FileNotFoundError:  # it was not made yet
+            pass
         except OSError:
             return
         folder = folder.parent

@@ -175,8 +175,8 @@ def _take_back(entry: Entry, folder: Path) -> None:
         note = _not_inside(entry, folder) or _TAKING_BACK[entry.action](entry, target)
     except OSError as error:
         note = error.strerror or one_line(error)
-    except FeatdiffError as error:
-        note = str(error)
+    except (FeatdiffError, ValueError) as error:  # no name may hold what somebody has written into the manifest
+        note = one_line(error)
 
     if entry.result == PLANNED:
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -219,6 +220,14 @@ def test_what_to_type_next(featdiff_cli: Cli, tiny_model: Path, few_images: Path
         f"Next: featdiff explain {quoted} -m {tiny_model} -o explained",
         "      or the same featdiff score with --report report.html",
     ]
+
+
+@pytest.mark.parametrize("path", ["-rf.png", "a\x1b[31m.png"])
+def test_a_path_that_cannot_be_typed_as_it_is_printed(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    strangest = Strangest([{"path": path, "ood_score": 9.0, "p_value": 0.01}, {"path": "b.png"}])
+    with click.Context(click.Command("score")):
+        strangest.say_next("featdiff-model", quiet=False)
+    assert capsys.readouterr().err.startswith("Next: featdiff explain b.png -o explained\n")
 
 
 def test_unreadable_images_are_not_strange(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_flagged_files_and_the_way_back(
     word = {"copy": "copied", "link": "linked", "move": "moved"}[action]
     assert f"{len(flagged)} of {len(flagged)} flagged images {word} to {folder}" in done.stderr
     assert f"Take it back: featdiff score --undo {folder}/manifest.csv" in done.stderr
+    assert ("Next: featdiff explain " in done.stderr) == (action != "move")  # else there is no such file any more
 
     for _ in range(2):
         undone = featdiff_cli("score", "--undo", folder / "manifest.csv")
@@ -150,6 +151,7 @@ def test_bad_requests(featdiff_cli: Cli, tiny_model: Path, few_images: Path, fol
         2,
         f"--copy-to {few_images}/x lies in {few_images}, which",
     )
+    fails(featdiff_cli(*command, "--copy-to", file / "x"), 2, f"--copy-to {file}/x: {file} is not a folder")
     fails(featdiff_cli(*command, "--undo", folder), 2, "--undo takes back what was done, and scores nothing")
     fails(featdiff_cli("score", "--undo", folder), 2, "No such file")
     fails(featdiff_cli("score", "--undo", file), 2, f"{file} is not a manifest")

@@ -167,7 +167,7 @@ def test_names_that_some_disks_take_for_one() -> None:
 
 def test_empty_folders_are_removed_up_to_one(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
-    remove_empty(tmp_path / "a" / "b" / "c", tmp_path / "a")
+    remove_empty(tmp_path / "a" / "b" / "c" / "was never made", tmp_path / "a")
     assert names(tmp_path / "a") == []
     (tmp_path / "a" / "b").mkdir()
     (tmp_path / "a" / "file").touch()

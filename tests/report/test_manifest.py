@@ -273,6 +273,42 @@ def test_a_manifest_from_somebody_else_cannot_reach_out_of_its_folder(
     assert not (tmp_path / "new.png").exists()
 
 
+@EACH
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png"])
+def test_names_that_no_file_can_have(place: Place, tmp_path: Path, action: str, name: str) -> None:
+    place.target.parent.mkdir()
+    place.target.write_bytes(b"picture")
+    old, new = place.entry(action, source=str(tmp_path / name)), place.entry(action, target=name)
+    first, second = undo(write_new_manifest(place.flagged, [old, new]))
+    assert (first.result, second.result) == (LEFT, TAKEN_BACK)  # nothing has the new name
+    assert first.note
+    assert place.source.read_bytes() == place.target.read_bytes() == b"picture"
+
+
+def test_ctrl_c_while_it_is_undone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest says how far it came."""
+    other = place.source.with_name("b.png")
+    other.write_bytes(b"other")
+    entries = [place.entry("move"), place.entry("move", source=str(other), target="b.png")]
+    manifest = write_new_manifest(place.flagged, entries)
+    place.target.parent.mkdir()
+    move_new(place.source, place.target)
+    move_new(other, place.flagged / "b.png")
+
+    def stopped(source: Path, target: Path) -> None:
+        if target == other:
+            raise KeyboardInterrupt
+        move_new(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featdiff.report.manifest.move_new", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            undo(manifest)
+    assert [entry.result for entry in read_manifest(manifest)] == [TAKEN_BACK, DONE]
+    assert [entry.result for entry in undo(manifest)] == [TAKEN_BACK, TAKEN_BACK]
+    assert (place.source.read_bytes(), other.read_bytes()) == (b"picture", b"other")
+
+
 def test_a_manifest_that_cannot_be_written_anew(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done is done; to type it again is safe."""
     manifest = place.place("copy")
