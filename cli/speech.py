@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
+
+
+def is_first_process() -> bool:
+    """Whether to talk and to write: of the processes of ``accelerate launch`` only one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, quiet: bool = False) -> None:

@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def quick_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines after 0.2 s, and then every 0.4 s."""
     monkeypatch.setattr(progress, "_FIRST_LINE", 0.2)
-    monkeypatch.setattr(progress, "_NEXT_LINE", 0.4)
+    monkeypatch.setenv("FEATDIFF_LOG_SECONDS", "0.4")
     monkeypatch.setattr(Lines, "_printed", float("-inf"))
 
 
@@ -126,6 +126,26 @@ def test_short_work_and_quiet_work_print_nothing(quick_lines: None, capsys: pyte
         bars("features", 1, 1)
     with starting(quiet=True), Bars(quiet=True) as bars:
         bars("features", 1, 1)
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_environment_sets_the_pause(
+    quick_lines: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, lines in (("0", 0), ("600", 1), ("often", 1)):
+        monkeypatch.setenv("FEATDIFF_LOG_SECONDS", value)
+        monkeypatch.setattr(Lines, "_printed", float("-inf"))
+        with starting():
+            time.sleep(0.8)
+        assert len(capsys.readouterr().err.splitlines()) == lines, value
+
+
+def test_only_the_first_of_several_processes_talks(
+    quick_lines: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with starting():
         time.sleep(0.5)
     assert capsys.readouterr().err == ""
 
