@@ -14,6 +14,7 @@ from rich.console import Console
 
 from featdiff_cli import progress
 from featdiff_cli.progress import Bars, Lines, starting
+from featdiff_cli.speech import say
 
 Cli = Callable[..., Result]
 
@@ -204,6 +205,27 @@ def test_a_terminal_has_a_word_until_the_first_bar(monkeypatch: pytest.MonkeyPat
             before = len(stream.getvalue())
             time.sleep(0.3)
             assert "loading" not in stream.getvalue()[before:]
+
+
+def test_what_is_said_stands_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = screen(monkeypatch)
+    with starting():
+        time.sleep(0.2)
+        say("hello")
+        with Bars() as bars:
+            bars("features", 1, 2)
+            say("and on")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").splitlines()
+    assert "hello" in lines and "and on" in lines
+
+
+def test_without_standard_error_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with ``2>&-``: it must not go among the data."""
+    monkeypatch.setattr("sys.stderr", None)
+    say("hello")
+    assert capsys.readouterr().out == ""
 
 
 def test_an_error_ends_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
