@@ -11,8 +11,8 @@ import click
 from .main import EXIT_UNREADABLE, Stopped
 from .options import runtime_arguments, runtime_options
 from .progress import Bars, list_unreadable
-from .speech import say
-from .train import check_itself, is_first_process
+from .speech import is_first_process, say
+from .train import check_itself
 
 if TYPE_CHECKING:
     from featdiff.hardening.harden import Hardened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -23,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .speech import say, say_warning
+from .speech import is_first_process, say, say_warning
 
 if TYPE_CHECKING:
     from featdiff.detectors.grouping import Grouping
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 # What is going on before there is anything to count.
 _LIBRARIES = "loading PyTorch and the backbone"
 _BACKBONE = "loading the backbone"
-# Without a terminal: seconds until the first line, and between two lines at least.
+# Without a terminal: seconds until the first line, and between two lines, unless the environment says otherwise.
 _FIRST_LINE = 5.0
 _NEXT_LINE = 30.0
+_SECONDS = "FEATDIFF_LOG_SECONDS"
 
 
 class Lines:
@@ -47,7 +49,7 @@ class Lines:
     """
 
     # When the last line was printed, by whichever object: they are about one command.
-    _printed: ClassVar[float] = -_NEXT_LINE
+    _printed: ClassVar[float] = float("-inf")
 
     def __init__(self, text: Callable[[], str]) -> None:
         self._text = text
@@ -63,11 +65,22 @@ class Lines:
             self._thread.join()
 
     def _print(self) -> None:
-        pause = max(_FIRST_LINE, Lines._printed + _NEXT_LINE - time.monotonic())
+        seconds = _seconds_between_lines()
+        if not seconds:
+            return
+        pause = max(_FIRST_LINE, Lines._printed + seconds - time.monotonic())
         while not self._over.wait(pause):
             say(self._text())
             Lines._printed = time.monotonic()
-            pause = _NEXT_LINE
+            pause = seconds
+
+
+def _seconds_between_lines() -> float:
+    """What the environment says, 0 for no lines; a value that is no number is as none."""
+    try:
+        return max(0.0, float(os.environ.get(_SECONDS, _NEXT_LINE)))
+    except ValueError:
+        return _NEXT_LINE
 
 
 class Spinner:
@@ -97,7 +110,7 @@ def starting(quiet: bool = False) -> Iterator[None]:
     global _starting
 
     console = Console(stderr=True)
-    if not quiet:
+    if not quiet and is_first_process():
         _starting = Spinner(_LIBRARIES, console) if _is_terminal(console) else Lines(lambda: _LIBRARIES)
         _starting.start()
     try:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
+
+
+def is_first_process() -> bool:
+    """Whether to talk and to write: of the processes of ``accelerate launch`` only one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, quiet: bool = False) -> None:
@@ -20,7 +27,11 @@ def show(text: str, err: bool = False) -> None:
     """Print a line on standard output, or on standard error; control characters in it are shown as ``\\x1b``."""
     from featdiff.files.text import for_terminal
 
-    click.echo(for_terminal(text), err=err)
+    if not err:
+        click.echo(for_terminal(text))
+    elif sys.stderr is not None:  # as it is where the caller has closed it
+        # named, because click would look behind what rich puts in its place, and write into the middle of a bar
+        click.echo(for_terminal(text), file=sys.stderr)
 
 
 def say_warning(

@@ -131,8 +131,8 @@ def _parts(grid: Grid, width: int) -> list[list[int]]:
     from featdiff.files.text import for_terminal
 
     widths = []
-    for column in zip(grid.header, *grid.lines, strict=True):
-        widths.append(max(cell_len(for_terminal(cell)) for cell in column) + _BORDER)
+    for cells in zip(grid.header, *grid.lines, strict=True):
+        widths.append(max(cell_len(for_terminal(cell)) for cell in cells) + _BORDER)
 
     first = min(widths[0], _METHOD + _BORDER) + 1
     parts: list[list[int]] = [[]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options, seed_option
 from .progress import Bars, calibrated, list_unreadable
-from .speech import say
+from .speech import is_first_process, say
 from .vectors import features_option, train_on_vectors
 
 if TYPE_CHECKING:
@@ -168,11 +167,6 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
     if mode == PixelDetector.mode:
         return PixelDetector.from_settings(PixelSettings.of(values))
     return Detector.from_settings(FeatureSettings.of(values))
-
-
-def is_first_process() -> bool:
-    """Whether to talk and to write: of the processes of ``accelerate launch`` only one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _tell_where(bars: Bars, detector: Detector | PixelDetector, quiet: bool) -> Progress:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported
+os.environ["FEATDIFF_LOG_SECONDS"] = "0"  # what a command prints does not depend on how long it takes
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tiny networks gain nothing from threads and lose much when cores are busy

@@ -40,6 +40,7 @@ SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
 ANSWER = "compared with what featdiff score prints (test_docs)"
 AUDITED = "compared with what featdiff audit prints (test_docs)"
+EVALUATED = "compared with what featdiff eval prints (test_docs)"
 DRAWING = "not run: a drawing for people"
 
 #: Language -> (pattern, place); the first pattern that is found decides. What fits none fails a test.
@@ -74,6 +75,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "text": (
         (r"^verdict +p-value +score .*\n.* featdiff-demo/mixed/", AUDITED),
         (r"^verdict +p-value +score", ANSWER),
+        (r"featdiff finds .* of the OOD images", EVALUATED),
         (r"──>|->", DRAWING),
     ),
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers import newcomer_folder, python, shell, typed
-from pages import ANSWER, AUDITED, DEFAULT, EXPECTED, blocks_at, commands_at
+from pages import ANSWER, AUDITED, DEFAULT, EVALUATED, EXPECTED, blocks_at, commands_at
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,6 @@ def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
 def test_demo_audits_first(newcomer: Path) -> None:
     """What a stranger reads: a question, the command that answers it, and the odd ones on top."""
     lines = (newcomer / "demo.txt").read_text().splitlines()
-    lines = [line for line in lines if not re.match("(loading|features|training|scoring)", line)]  # progress, in a log
     assert lines[0].startswith("1. Which images are odd? featdiff-demo/mixed holds 120 digits, and 8 tiles")
     assert lines[1] == "$ featdiff audit featdiff-demo/mixed --top 10"
     assert lines[2] == "8 of 128 images stand apart (score above 3). The 10 oddest:"
@@ -92,6 +91,17 @@ def test_the_audit_on_the_front_page_is_what_featdiff_says(newcomer: Path) -> No
     assert len(rows) == 128
     assert all("digit_" not in row.path and row.score > 3 for row in rows[:8])
     assert all("digit_" in row.path and row.score < 3 for row in rows[8:])
+
+
+def test_the_verdict_on_the_page_is_what_featdiff_says(newcomer: Path) -> None:
+    """Words to the letter; numbers but for another machine's rounding, and but for which of several equal baselines."""
+    (block,) = blocks_at(EVALUATED, language="text")
+    printed = typed("featdiff eval --id test/ --ood digits=digits/", newcomer).stdout.split("\n\n")[1]
+    numbers = r"\d+(?:\.\d+)?"
+    texts = [re.sub(r"\(Mahalanobis.*?:", "(", " ".join(text.split())) for text in (block.text, printed)]
+    assert re.sub(numbers, "#", texts[0]) == re.sub(numbers, "#", texts[1])
+    expected, found = ([float(number) for number in re.findall(numbers, text)] for text in texts)
+    assert found == pytest.approx(expected, abs=3)
 
 
 def _compare(expected: str, printed: str) -> None:

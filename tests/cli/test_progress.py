@@ -14,6 +14,7 @@ from rich.console import Console
 
 from featdiff_cli import progress
 from featdiff_cli.progress import Bars, Lines, starting
+from featdiff_cli.speech import say
 
 Cli = Callable[..., Result]
 
@@ -39,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def quick_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines after 0.2 s, and then every 0.4 s."""
     monkeypatch.setattr(progress, "_FIRST_LINE", 0.2)
-    monkeypatch.setattr(progress, "_NEXT_LINE", 0.4)
+    monkeypatch.setenv("FEATDIFF_LOG_SECONDS", "0.4")
     monkeypatch.setattr(Lines, "_printed", float("-inf"))
 
 
@@ -130,6 +131,26 @@ def test_short_work_and_quiet_work_print_nothing(quick_lines: None, capsys: pyte
     assert capsys.readouterr().err == ""
 
 
+def test_the_environment_sets_the_pause(
+    quick_lines: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, lines in (("0", 0), ("600", 1), ("often", 1)):
+        monkeypatch.setenv("FEATDIFF_LOG_SECONDS", value)
+        monkeypatch.setattr(Lines, "_printed", float("-inf"))
+        with starting():
+            time.sleep(0.8)
+        assert len(capsys.readouterr().err.splitlines()) == lines, value
+
+
+def test_only_the_first_of_several_processes_talks(
+    quick_lines: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with starting():
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+
+
 def test_lines_of_one_command_keep_their_distance(quick_lines: None, capsys: pytest.CaptureFixture[str]) -> None:
     """The libraries, and each of several models, have an object of their own."""
     with starting():
@@ -184,6 +205,27 @@ def test_a_terminal_has_a_word_until_the_first_bar(monkeypatch: pytest.MonkeyPat
             before = len(stream.getvalue())
             time.sleep(0.3)
             assert "loading" not in stream.getvalue()[before:]
+
+
+def test_what_is_said_stands_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = screen(monkeypatch)
+    with starting():
+        time.sleep(0.2)
+        say("hello")
+        with Bars() as bars:
+            bars("features", 1, 2)
+            say("and on")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").splitlines()
+    assert "hello" in lines and "and on" in lines
+
+
+def test_without_standard_error_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with ``2>&-``: it must not go among the data."""
+    monkeypatch.setattr("sys.stderr", None)
+    say("hello")
+    assert capsys.readouterr().out == ""
 
 
 def test_an_error_ends_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
