@@ -238,7 +238,10 @@ class _Explainer:
             return {}
         found = {}
         for stack in batch.stacks:
-            maps, threshold, top = heat(stack.pixels)
+            given = heat(stack.pixels)
+            if given is None:
+                return {}
+            maps, threshold, top = given
             for position, values in zip(stack.positions, maps.numpy(), strict=True):
                 found[position] = _Heat(values, threshold, top)
         return found
