@@ -410,6 +410,13 @@ def test_a_red_square_is_hot_where_it_is(
     np.testing.assert_array_equal(alone.heat, found.heat)
 
 
+def test_a_detector_may_have_no_map(fitted: Detector, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Detector, "heat", lambda self, pixels: None, raising=False)
+    found = fitted.explain(files_of(photos, 1)[0])
+    assert (found.heat, found.heat_threshold, found.heat_top) == (None, None, None)
+    assert found.to_json()["heat"] is None
+
+
 def test_a_transform_of_ones_own_is_undone_or_there_is_no_map(small: dict[str, Any], photos: Path) -> None:
     def middle(picture: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(picture.resize((64, 32)))).permute(2, 0, 1).float() / 255
