@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from featdiff import Detector
-from featdiff.evaluation.protocols import PROTOCOLS, evaluate_detector
+from featdiff.evaluation.protocols import PROTOCOLS, ScoredPair, evaluate_detector
 from featdiff.exceptions import NotFittedError, UsageError
 from featdiff.verdicts.results import OK
 
@@ -236,6 +236,23 @@ def test_pictures_in_memory_can_be_evaluated(tiny_detector: Detector, sharp: Pat
     found = evaluate_detector(tiny_detector, shrunk(sharp, 32), {"tiles": tiles}, ["matched"])
     assert found["pairs"][0]["n_id"] == 12
     assert len(found["id"]) < 100
+
+
+def test_scores_behind_the_metrics_are_kept(tiny_detector: Detector, tiles: Path, sharp: Path) -> None:
+    scored: list[ScoredPair] = []
+    result = evaluate_detector(tiny_detector, tiles, {"sharp": sharp}, scored=scored)
+    assert result == evaluate_detector(tiny_detector, tiles, {"sharp": sharp})
+    assert [(pair.ood, pair.protocol) for pair in scored] == [("sharp", protocol) for protocol in PROTOCOLS]
+    for pair, document in zip(scored, result["pairs"], strict=True):
+        assert list(pair.id_scores) == list(pair.ood_scores) == list(document["heads"])
+        for head, metrics in document["heads"].items():
+            is_ood = np.repeat([0, 1], [document["n_id"], document["n_ood"]])
+            both = np.concatenate([pair.id_scores[head], pair.ood_scores[head]])
+            assert roc_auc_score(is_ood, both) == pytest.approx(metrics["auroc"])
+
+    as_published = scored[1]
+    assert np.array_equal(as_published.id_flags, tiny_detector.score(tiles).is_ood)
+    assert np.array_equal(as_published.ood_flags, tiny_detector.score(sharp).is_ood)
 
 
 def test_progress_reaches_the_number_of_images(tiny_detector: Detector, tiles: Path, sharp: Path) -> None:
