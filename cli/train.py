@@ -185,7 +185,7 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     from featdiff.detectors import PixelDetector
     from featdiff.features.views import in_words
 
-    duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
+    duplicates = f", {detector.n_duplicates_:,} duplicate{'s' * (detector.n_duplicates_ != 1)} left out" if detector.n_duplicates_ else ""
     bad = f", {len(detector.unreadable_):,} unreadable" if detector.unreadable_ else ""
     stage = "reading" if isinstance(detector, PixelDetector) else "features"
     speed = f"{stage} {bars.seconds['features']:.0f} s ({bars.rate('features'):,.0f} images/s)"

@@ -209,7 +209,7 @@ def _summary(
     detector: FeatureDiffusion, arrays: Arrays, unreadable: int, output: Path, bars: Bars, quiet: bool
 ) -> None:
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
-    duplicates = f", {detector.n_duplicates_:,} duplicates left out" if detector.n_duplicates_ else ""
+    duplicates = f", {detector.n_duplicates_:,} duplicate{'s' * (detector.n_duplicates_ != 1)} left out" if detector.n_duplicates_ else ""
     bad = f", {unreadable:,} unreadable" if unreadable else ""
 
     say(f"{detector.n_rows_:,} rows of {arrays.width:,} numbers{duplicates}{bad}", quiet)

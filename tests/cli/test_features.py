@@ -114,7 +114,7 @@ def test_bad_rows_and_copies_are_left_out_of_training(featdiff_cli: Cli, vectors
     done = featdiff_cli("train", "--features", tmp_path / "x.npy", "-o", tmp_path / "model")
     assert done.exit_code == 3
     told = done.stderr.splitlines()
-    assert told[0] == "198 rows of 12 numbers, 1 duplicates left out, 1 unreadable"
+    assert told[0] == "198 rows of 12 numbers, 1 duplicate left out, 1 unreadable"
     assert told[-1].startswith(f"  left out: {tmp_path / 'x.npy'}[2]: ") and "NaN" in told[-1]
     assert FeatureDiffusion.from_pretrained(tmp_path / "model").n_rows_ == 198
     np.save(tmp_path / "x.npy", train * np.nan)
