@@ -34,6 +34,13 @@ def show(text: str, err: bool = False) -> None:
         click.echo(for_terminal(text), file=sys.stderr)
 
 
+def without_duplicates(count: int) -> str:
+    """Part of a summary: that so many copies of images or rows do not count; empty if there are none."""
+    if not count:
+        return ""
+    return f", {count:,} duplicate{'' if count == 1 else 's'} left out"
+
+
 def say_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:

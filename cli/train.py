@@ -10,7 +10,7 @@ import click
 from .main import EXIT_UNREADABLE, Stopped
 from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options, seed_option
 from .progress import Bars, calibrated, list_unreadable
-from .speech import is_first_process, say
+from .speech import is_first_process, say, without_duplicates
 from .vectors import features_option, train_on_vectors
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     from featdiff.detectors import PixelDetector
     from featdiff.features.views import in_words
 
-    duplicates = f", {detector.n_duplicates_:,} duplicate{'s' * (detector.n_duplicates_ != 1)} left out" if detector.n_duplicates_ else ""
+    duplicates = without_duplicates(detector.n_duplicates_)
     bad = f", {len(detector.unreadable_):,} unreadable" if detector.unreadable_ else ""
     stage = "reading" if isinstance(detector, PixelDetector) else "features"
     speed = f"{stage} {bars.seconds['features']:.0f} s ({bars.rate('features'):,.0f} images/s)"

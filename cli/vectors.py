@@ -11,7 +11,7 @@ import click
 
 from .main import EXIT_UNREADABLE, Stopped
 from .progress import Bars, calibrated, list_unreadable
-from .speech import say
+from .speech import say, without_duplicates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,7 +209,7 @@ def _summary(
     detector: FeatureDiffusion, arrays: Arrays, unreadable: int, output: Path, bars: Bars, quiet: bool
 ) -> None:
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
-    duplicates = f", {detector.n_duplicates_:,} duplicate{'s' * (detector.n_duplicates_ != 1)} left out" if detector.n_duplicates_ else ""
+    duplicates = without_duplicates(detector.n_duplicates_)
     bad = f", {unreadable:,} unreadable" if unreadable else ""
 
     say(f"{detector.n_rows_:,} rows of {arrays.width:,} numbers{duplicates}{bad}", quiet)
