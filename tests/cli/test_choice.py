@@ -193,8 +193,9 @@ def test_columns_that_are_not_known_yet_come_along() -> None:
 def test_the_strangest_are_named(score: Cli, rows: list[dict[str, Any]]) -> None:
     lines = score().stderr.splitlines()
     assert lines[1] == "The strangest:"
+    numbers = "  p {p_value:.4f}  score {ood_score:6.2f}  "
     assert lines[2:] == [
-        f"  p {row['p_value']:.4f}  score {row['ood_score']:6.2f}  {row['path']}"
+        (start := numbers.format(**row)) + shortened(row["path"], 80 - len(start))
         for row in chosen(rows, ("--sort",))[:5]
     ]
     assert all(len(line) <= 80 for line in lines[1:])
