@@ -118,13 +118,18 @@ def _sample_set() -> list[Image.Image]:
 def _save(detector: Detector | PixelDetector, output: Path) -> None:
     """Write the model, and in pixel mode a picture of inpaintings."""
     from featdiff.detectors import PixelDetector
+    from featdiff.files.atomic import filling
+    from featdiff.files.model_folder import check_target
     from featdiff.report.figures import save_inpaintings
 
-    (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
+    check_target(output)
     shown = detector.inpaintings() if isinstance(detector, PixelDetector) else None
-    detector.save_pretrained(output)
-    if shown:
-        save_inpaintings(output / INPAINTINGS, *shown)
+    with filling(output) as place:
+        detector.save_pretrained(place)
+        if shown:
+            save_inpaintings(place / INPAINTINGS, *shown)
+    if not shown:
+        (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
 
 
 def _check_free(output: Path, force: bool) -> None:

@@ -73,36 +73,48 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Make a folder that appears with all its files or not at all; one that exists is filled as it is.
+    """Fill a folder: a new one appears with all its files, in one that exists they replace others once all are written.
 
     Parameters
     ----------
     folder : Path
+        Files in it that are not written stay.
 
     Yields
     ------
     Path
-        Where to write the files. Errors of featdiff that name it name ``folder`` in its place.
+        Where to write the files, and folders of files. Errors of featdiff that name it name ``folder`` in its place.
 
     Raises
     ------
-    OSError
-        The place cannot be written. Nothing is left behind.
+    FeatdiffError
+        The disk is full or the place cannot be written; nothing is left behind, and older files stay whole.
     """
-    if folder.exists():
-        yield folder
-        return
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder)
-    temporary.mkdir()
+    existed = folder.exists()
+    temporary = temporary_name(folder / folder.name if existed else folder)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
-        temporary.rename(folder)
+        if existed:
+            _move_into(temporary, folder)
+        else:
+            temporary.rename(folder)
     except FeatdiffError as error:
         raise type(error)(str(error).replace(str(temporary), str(folder)), argument=error.argument) from None
+    except OSError as error:
+        raise FeatdiffError(f"{folder} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(source: Path, folder: Path) -> None:
+    """Move all files below one folder to the same places below another."""
+    for file in sorted(source.rglob("*")):
+        target = folder / file.relative_to(source)
+        if file.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            file.replace(target)
 
 
 def temporary_name(file: Path) -> Path:

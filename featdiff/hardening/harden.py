@@ -22,7 +22,7 @@ import torch
 from ..data.labels import list_labelled
 from ..data.references import ImageRef
 from ..detectors.config import Runtime
-from ..exceptions import ModelError, UsageError, first_line, some_of
+from ..exceptions import UsageError, some_of
 from ..features.networks import fingerprint
 from ..files.atomic import filling, write_atomically
 from ..files.model_folder import check_target
@@ -69,7 +69,7 @@ class Hardened:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the folders ``student``, which timm loads, and ``guard``, and a list of left out images.
 
-        A new folder appears with all of it or not at all.
+        A new folder appears with all of it or not at all; an earlier student is replaced when all is written.
 
         Parameters
         ----------
@@ -80,19 +80,19 @@ class Hardened:
         ------
         UsageError
             The folder holds something else.
-        ModelError
+        FeatdiffError
             The disk is full or the folder cannot be written.
         """
+        check_classifier_target(Path(folder) / STUDENT)
+        check_target(Path(folder) / GUARD)
         stream = io.StringIO()
         rows = [(for_spreadsheet(path), for_spreadsheet(reason)) for path, reason in self.unreadable]
         csv.writer(stream).writerows([("path", "reason"), *rows])
-        try:
-            with filling(Path(folder)) as place:
-                save_classifier(self.classifier, place / STUDENT, self.facts)
-                self.guard.save_pretrained(place / GUARD)
-                write_atomically(place / LEFT_OUT, stream.getvalue().encode())
-        except OSError as error:
-            raise ModelError(f"the student could not be written to {folder}: {first_line(error)}") from None
+
+        with filling(Path(folder)) as place:
+            save_classifier(self.classifier, place / STUDENT, self.facts)
+            self.guard.save_pretrained(place / GUARD)
+            write_atomically(place / LEFT_OUT, stream.getvalue().encode())
 
 
 def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None:

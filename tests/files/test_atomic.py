@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from featdiff.exceptions import FeatdiffError
+from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.files.atomic import filling, write_atomically, write_together
 from featdiff.files.cache import cache_errors
 
@@ -81,17 +81,40 @@ def test_a_new_folder_appears_with_all_its_files(tmp_path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["a", "b"]
     assert [file.name for file in folder.parent.iterdir()] == ["new"]
 
-    with filling(folder) as place:
-        (place / "a").write_text("third")
-    assert ((folder / "a").read_text(), (folder / "b").read_text()) == ("third", "second")
+
+def test_files_of_a_folder_are_replaced_when_all_are_written(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    for name in ("a", "b", "part/c"):
+        (tmp_path / name).write_text("old")
+    with filling(tmp_path) as place:
+        (place / "a").write_text("new")
+        (place / "part").mkdir()
+        (place / "part" / "c").write_text("new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert [(tmp_path / name).read_text() for name in ("a", "b", "part/c")] == ["new", "old", "new"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "part"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_folder_that_is_not_filled_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
+def test_a_folder_that_is_not_filled_stays_as_it_was(error: type[BaseException], exists: bool, tmp_path: Path) -> None:
+    if exists:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "a").write_text("old")
     with pytest.raises(error), filling(tmp_path / "new") as place:
         (place / "a").write_text("first")
         raise error
-    assert list(tmp_path.iterdir()) == []
+    left = [(file.name, file.read_text()) for file in tmp_path.rglob("*") if file.is_file()]
+    assert left == ([("a", "old")] if exists else [])
+    assert len(list(tmp_path.iterdir())) == exists
+
+
+def test_a_folder_on_a_full_disk(small_disk: Path) -> None:
+    (small_disk / "a").write_text("old")
+    with pytest.raises(FeatdiffError, match="disk cannot be written: No space left"), filling(small_disk) as place:
+        (place / "a").write_text("new")
+        (place / "b").write_bytes(bytes(1 << 20))
+    assert [(file.name, file.read_text()) for file in small_disk.iterdir()] == [("a", "old")]
 
 
 def test_errors_name_the_folder_that_was_asked_for(tmp_path: Path) -> None:
