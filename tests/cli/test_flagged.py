@@ -9,21 +9,20 @@ import shutil
 import signal
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import Result
+from featdiff_cli.flagged import Flagged, open_flagged
+from featdiff_cli.main import Stopped
 from helpers import fails
 
 from featdiff.data.references import list_images
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.files import placing
 from featdiff.report.manifest import read_manifest, undo
-from featdiff_cli.flagged import Flagged, open_flagged
-from featdiff_cli.main import Stopped
 
 Cli = Callable[..., Result]
 EACH = pytest.mark.parametrize("action", ["copy", "link", "move"])
@@ -62,12 +61,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "new" / "flagged"
 
 
+Told = Callable[[], list[str]]
+
+
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Lines on standard error."""
-    lines: list[str] = []
-    monkeypatch.setattr(click, "echo", lambda text, err=False: lines.append(text))
-    yield lines
+def told(capsys: pytest.CaptureFixture[str]) -> Told:
+    """Lines on standard error since it was called last."""
+    return lambda: capsys.readouterr().err.splitlines()
 
 
 # ---- the whole command ----
@@ -268,18 +268,18 @@ def test_names_that_differ_by_capital_letters_only_can_go_to_any_disk(tmp_path: 
 
 
 @pytest.mark.parametrize("action", ["copy", "link"])
-def test_the_same_command_again_does_nothing(photos: Path, folder: Path, told: list[str], action: str) -> None:
+def test_the_same_command_again_does_nothing(photos: Path, folder: Path, told: Told, action: str) -> None:
     place(action, folder, photos)
     (photos / "new.png").write_text("new")
-    told.clear()
+    told()
     place(action, folder, photos)
     word = "copied" if action == "copy" else "linked"
-    assert told[0] == f"1 of 4 flagged images {word} to {folder}, 3 were there already"
+    assert told()[0] == f"1 of 4 flagged images {word} to {folder}, 3 were there already"
     assert [entry.target for entry in read_manifest(folder / "manifest-2.csv") if entry.result == "done"] == ["new.png"]
 
-    told.clear()
+    told()
     place(action, folder, photos)
-    assert told == [f"0 of 4 flagged images {word} to {folder}, 4 were there already"]
+    assert told() == [f"0 of 4 flagged images {word} to {folder}, 4 were there already"]
     undo(folder / "manifest-2.csv")
     assert sorted(content(folder)) == ["a.png", "b/a.png", "b/c.png"]
 
@@ -297,16 +297,14 @@ def test_names_of_files_are_kept_exactly(tmp_path: Path, folder: Path, action: s
     assert file.read_text() == "picture"
 
 
-def test_a_folder_that_leads_elsewhere_is_not_followed(
-    photos: Path, folder: Path, tmp_path: Path, told: list[str]
-) -> None:
+def test_a_folder_that_leads_elsewhere_is_not_followed(photos: Path, folder: Path, tmp_path: Path, told: Told) -> None:
     (tmp_path / "elsewhere").mkdir()
     folder.mkdir(parents=True)
     (folder / "b").symlink_to(tmp_path / "elsewhere")
     assert place("copy", folder, photos) == 3
     assert content(folder) == {"a.png": b"a.png"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    assert f"  left out: {photos}/b/a.png: {folder}/b leads out of {folder}" in told
+    assert f"  left out: {photos}/b/a.png: {folder}/b leads out of {folder}" in told()
 
 
 # ---- archives and links ----
@@ -356,23 +354,22 @@ def test_members_of_tar_archives_beside_files(photos: Path, folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("action", ["link", "move"])
-def test_members_cannot_be_linked_or_moved(
-    archive: Path, photos: Path, folder: Path, told: list[str], action: str
-) -> None:
+def test_members_cannot_be_linked_or_moved(archive: Path, photos: Path, folder: Path, told: Told, action: str) -> None:
     before = archive.read_bytes()
     assert place(action, folder, photos / "a.png", archive) == 3
     assert list(content(folder).values()) == [b"a.png"]
     assert archive.read_bytes() == before
     word = {"link": "linked", "move": "moved"}[action]
-    assert told[0] == f"1 of 7 flagged images {word} to {folder}"
-    assert sum(line.endswith(f": a member of an archive cannot be {word}, only copied") for line in told) == 6
+    lines = told()
+    assert lines[0] == f"1 of 7 flagged images {word} to {folder}"
+    assert sum(line.endswith(f": a member of an archive cannot be {word}, only copied") for line in lines) == 6
 
 
-def test_links_are_copied_and_linked_but_not_moved(photos: Path, folder: Path, told: list[str]) -> None:
+def test_links_are_copied_and_linked_but_not_moved(photos: Path, folder: Path, told: Told) -> None:
     link = photos / "link.png"
     link.symlink_to("a.png")
     assert place("move", folder / "1", link, photos / "a.png", only=("link.png",)) == 3
-    assert f"  left out: {link}: a link, not a file: only files are moved" in told
+    assert f"  left out: {link}: a link, not a file: only files are moved" in told()
     assert not folder.exists()
     for number, action in enumerate(("copy", "link"), 2):
         place(action, folder / str(number), link)
@@ -380,7 +377,7 @@ def test_links_are_copied_and_linked_but_not_moved(photos: Path, folder: Path, t
 
 
 @EACH
-def test_images_that_are_gone_are_named(photos: Path, folder: Path, told: list[str], action: str) -> None:
+def test_images_that_are_gone_are_named(photos: Path, folder: Path, told: Told, action: str) -> None:
     refs = list_images(str(photos))
     (photos / "b" / "a.png").unlink()
     flagged = Flagged(action, folder, [str(photos)])
@@ -388,7 +385,7 @@ def test_images_that_are_gone_are_named(photos: Path, folder: Path, told: list[s
         flagged.add_row(number, {"path": ref.path, "is_ood": True})
     assert flagged.place(refs, quiet=False) == 3
     assert sorted(content(folder)) == ["a.png", "b/c.png"]
-    (line,) = [line for line in told if "left out" in line]
+    (line,) = [line for line in told() if "left out" in line]
     assert line.startswith(f"  left out: {photos}/b/a.png: ")
     assert {entry.result for entry in undo(folder / "manifest.csv")} == {"taken back", "left"}
 
