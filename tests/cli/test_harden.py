@@ -69,7 +69,7 @@ def test_eval_prints_accuracy_and_energy_of_several_students(
     heads = first["pairs"][0]["heads"]
     assert {"featdiff", "energy", "knn_pre_logits"} <= set(heads)
     table = featdiff_cli("eval", *sets, "-m", hardened, "-q")
-    assert f"accuracy: {100 * first['accuracy']:.1f}" in " ".join(table.stdout.split())
+    assert f"accuracy of the classifier: {100 * first['accuracy']:.1f} %" in " ".join(table.stdout.split())
 
 
 def test_eval_without_class_folders_has_no_accuracy(
