@@ -162,13 +162,14 @@ def _draw(
     quiet: bool,
 ) -> None:
     """Pictures of all results; with several models, the names of the files begin with the model's."""
-    from featdiff.report.plots import Evaluation, save_evaluations
+    from featdiff.report.evaluations import Evaluated
+    from featdiff.report.plots import save_evaluations
 
-    drawn: dict[str, Evaluation] = {}
+    drawn: dict[str, Evaluated] = {}
     for i, (detector, result, scored) in enumerate(zip(detectors, results, pairs, strict=True)):
         name = re.sub(r"[^\w.-]+", "_", Path(models[i]).name)
         beginning = f"{i + 1}-{name}-" if len(models) > 1 else ""
-        drawn[beginning] = Evaluation(result, scored, detector.calibration_.threshold(detector.fpr), detector.fpr)
+        drawn[beginning] = Evaluated(result, scored, detector.calibration_, detector.fpr)
 
     files = save_evaluations(folder, drawn)
     say(f"written: {len(files)} pictures in {folder}", quiet)

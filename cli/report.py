@@ -136,8 +136,9 @@ def write_evaluation(
 ) -> None:
     """Write the page on an evaluation, and say where it is."""
     from featdiff.data.thumbnails import iter_thumbnails
+    from featdiff.report.evaluations import Evaluated
     from featdiff.report.html import PICTURE_SIDE
-    from featdiff.report.html_evaluation import Evaluated, save_evaluation
+    from featdiff.report.html_evaluation import save_evaluation
 
     evaluated = []
     for detector, result, scored in zip(detectors, results, pairs, strict=True):

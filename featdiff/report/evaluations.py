@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from ..verdicts.calibration import Calibration
 
@@ -29,6 +31,49 @@ _IN_WORDS = {
 }
 # With a smaller chance, a share of false alarms is called larger than chance explains.
 _UNLIKELY = 0.01
+
+
+class Pair(Protocol):
+    """What the metrics of an OOD set are made of; :class:`featdiff.evaluation.protocols.ScoredPair` is such."""
+
+    @property
+    def ood(self) -> str: ...
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def id_scores(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def ood_scores(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def id_flags(self) -> np.ndarray: ...
+    @property
+    def ood_flags(self) -> np.ndarray: ...
+    @property
+    def id_refs(self) -> Sequence[Any]: ...
+    @property
+    def ood_refs(self) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is known of one evaluated detector.
+
+    Parameters
+    ----------
+    result : mapping
+        As from :func:`featdiff.evaluation.protocols.evaluate_detector`.
+    pairs : sequence of Pair
+        One for each pair of the result.
+    calibration : Calibration
+        Of the detector.
+    fpr : float
+        Its false-alarm rate.
+    """
+
+    result: Mapping[str, Any]
+    pairs: Sequence[Pair]
+    calibration: Calibration
+    fpr: float
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..files.atomic import write_output
 from ..files.text import for_terminal
-from ..verdicts.calibration import Calibration
 from .charts import HEIGHT, WIDTH, Histogram, histogram, roc_path
-from .evaluations import COLUMNS, EXPLANATION, OWN, Section, best_baseline, in_words, merged, sections, verdicts
+from .evaluations import (
+    COLUMNS,
+    EXPLANATION,
+    OWN,
+    Evaluated,
+    Pair,
+    Section,
+    best_baseline,
+    in_words,
+    merged,
+    sections,
+    verdicts,
+)
 from .html import PICTURE_SIDE, Names
 from .page import json_in_html, picture_uri, render
 
@@ -25,47 +36,8 @@ _HARDEST = 6
 _ROC_SIDE = 300.0
 
 
-class Pair(Protocol):
-    """What the metrics of an OOD set are made of; :class:`featdiff.evaluation.protocols.ScoredPair` is such."""
-
-    @property
-    def id_scores(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def ood_scores(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def id_flags(self) -> np.ndarray: ...
-    @property
-    def ood_flags(self) -> np.ndarray: ...
-    @property
-    def id_refs(self) -> Sequence[Any]: ...
-    @property
-    def ood_refs(self) -> Sequence[Any]: ...
-
-
 #: References to images (each has a ``path``) -> their pictures, None for one that cannot be read any more.
 Pictures = Callable[[Sequence[Any]], "Iterable[Image.Image | None]"]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What is known of one evaluated detector.
-
-    Parameters
-    ----------
-    result : mapping
-        As from :func:`featdiff.evaluation.protocols.evaluate_detector`.
-    pairs : sequence of Pair
-        One for each pair of the result.
-    calibration : Calibration
-        Of the detector.
-    fpr : float
-        Its false-alarm rate.
-    """
-
-    result: Mapping[str, Any]
-    pairs: Sequence[Pair]
-    calibration: Calibration
-    fpr: float
 
 
 @dataclass(frozen=True)

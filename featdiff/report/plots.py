@@ -6,16 +6,15 @@ import io
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..exceptions import FeatdiffError, UsageError
 from ..files.atomic import write_together
 from ..files.text import for_terminal
-from .evaluations import OWN, best_baseline, in_words
+from .evaluations import OWN, Evaluated, Pair, best_baseline, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,45 +57,6 @@ _WIDTHS = {1: 3.4, 2: 4.9, 3: 7.0}
 _LETTERS = 14
 
 
-class Pair(Protocol):
-    """Scores of an OOD set; :class:`featdiff.evaluation.protocols.ScoredPair` is such."""
-
-    @property
-    def ood(self) -> str: ...
-    @property
-    def protocol(self) -> str: ...
-    @property
-    def id_scores(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def ood_scores(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def id_flags(self) -> np.ndarray: ...
-    @property
-    def ood_flags(self) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is drawn of a detector that was evaluated.
-
-    Parameters
-    ----------
-    result : mapping
-        As from :func:`featdiff.evaluation.protocols.evaluate_detector`.
-    pairs : sequence of Pair
-        The scores behind it, in the same order.
-    threshold : float
-        Scores above are flagged.
-    fpr : float
-        The false-alarm rate of the threshold.
-    """
-
-    result: Mapping[str, Any]
-    pairs: Sequence[Pair]
-    threshold: float
-    fpr: float
-
-
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Refuse a place where no pictures can be put (``UsageError``), before any long work."""
     path = Path(folder)
@@ -106,14 +66,14 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise UsageError(f"no folder {path.parent} for {path.name}", argument="plots")
 
 
-def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, Evaluation]) -> list[Path]:
+def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, Evaluated]) -> list[Path]:
     """Draw evaluations into a folder: all pictures are written, or none.
 
     Parameters
     ----------
     folder : path
         Made if it is missing. Pictures of the same name are replaced.
-    evaluations : mapping of str to Evaluation
+    evaluations : mapping of str to Evaluated
         By what the names of their files begin with, which may be empty.
 
     Returns
@@ -146,7 +106,7 @@ def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, E
     return list(contents)
 
 
-def draw_evaluation(evaluation: Evaluation) -> dict[str, bytes]:
+def draw_evaluation(evaluation: Evaluated) -> dict[str, bytes]:
     """Draw what an evaluation found: for each protocol three figures, with a panel for each OOD set.
 
     ``roc`` has the ROC curves of featdiff and of the best baseline, and a dot for the rate that the detector works at;
@@ -154,7 +114,7 @@ def draw_evaluation(evaluation: Evaluation) -> dict[str, bytes]:
 
     Parameters
     ----------
-    evaluation : Evaluation
+    evaluation : Evaluated
 
     Returns
     -------
@@ -170,7 +130,7 @@ def draw_evaluation(evaluation: Evaluation) -> dict[str, bytes]:
         with rc_context(_STYLE):
             figures = {
                 "roc": _roc_curves(pairs, heads, evaluation.fpr),
-                "histograms": _histograms(pairs, evaluation.threshold, evaluation.fpr),
+                "histograms": _histograms(pairs, evaluation.calibration.threshold(evaluation.fpr), evaluation.fpr),
                 "layers": _layers(pairs, heads),
             }
             for name, figure in figures.items():

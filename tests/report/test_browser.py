@@ -15,8 +15,9 @@ import pytest
 from report_pages import CALIBRATION, FPR, HOSTILE, made_up, write_page
 
 from featdiff.evaluation.metrics import evaluate
+from featdiff.report.evaluations import Evaluated
 from featdiff.report.html import save_report
-from featdiff.report.html_evaluation import Evaluated, save_evaluation
+from featdiff.report.html_evaluation import save_evaluation
 from featdiff.report.rows import ReportRows
 
 COUNT = 10_000

@@ -18,13 +18,15 @@ from PIL import Image
 
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.report import plots
-from featdiff.report.plots import Evaluation, check_folder, draw_evaluation, save_evaluations
+from featdiff.report.evaluations import Evaluated
+from featdiff.report.plots import check_folder, draw_evaluation, save_evaluations
+from featdiff.verdicts.calibration import Calibration
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ["roc", "histograms", "layers"]
 
 
-def evaluation(*names: str, heads: tuple[str, ...] = ("layer_a", "layer_b"), baseline: bool = True) -> Evaluation:
+def evaluation(*names: str, heads: tuple[str, ...] = ("layer_a", "layer_b"), baseline: bool = True) -> Evaluated:
     """Sets whose scores lie 2 above those of 50 in-domain images; threshold 1.5."""
     rng = np.random.default_rng(0)
     scores = ["featdiff", *heads, *(["baseline_knn"] if baseline else [])]
@@ -36,7 +38,9 @@ def evaluation(*names: str, heads: tuple[str, ...] = ("layer_a", "layer_b"), bas
         pairs.append(SimpleNamespace(ood=name, protocol="matched", id_scores=inside, ood_scores=outside, **flags))
         metrics = {"auroc": 0.912, "auroc_ci": [0.8, 1.0], "fpr95": 0.1, "aupr_in": 0.9, "aupr_out": 0.9}
         documents.append({"ood": name, "protocol": "matched", "heads": dict.fromkeys(scores, metrics)})
-    return Evaluation({"pairs": documents}, pairs, 1.5, 0.05)
+    calibration = Calibration(np.append(np.zeros(94), np.full(5, 1.5)))
+    assert calibration.threshold(0.05) == 1.5
+    return Evaluated({"pairs": documents}, pairs, calibration, 0.05)
 
 
 def texts(svg: bytes) -> list[str]:
