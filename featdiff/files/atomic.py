@@ -91,7 +91,7 @@ def filling(folder: Path) -> Iterator[Path]:
         The disk is full or the place cannot be written; nothing is left behind, and older files stay whole.
     """
     existed = folder.exists()
-    temporary = temporary_name(folder / folder.name if existed else folder)
+    temporary = temporary_name(folder / "new" if existed else folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
