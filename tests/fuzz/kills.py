@@ -65,7 +65,7 @@ def stop(command: Command, inputs: Path, work: Path, seconds: float, sign: signa
 def _after_interrupt(code: int, errors: str, work: Path) -> list[str]:
     problems = []
     if code not in (130, *_FINE):
-        problems.append(f"exit code {code} after Ctrl-C")
+        problems.append(f"exit code {code} after Ctrl-C: {errors.strip()[-200:]!r}")
     if "Traceback" in errors:
         problems.append("a traceback after Ctrl-C")
     if any(name.endswith(".tmp") for name in leftovers(work)):
