@@ -64,7 +64,9 @@ def stop(command: Command, inputs: Path, work: Path, seconds: float, sign: signa
 
 def _after_interrupt(code: int, errors: str, work: Path) -> list[str]:
     problems = []
-    if code not in (130, *_FINE):
+    # "python -m" ends itself by the signal, though all was handled, if Ctrl-C came while a text was executed
+    by_signal = code == -signal.SIGINT and errors.startswith("interrupted")
+    if code not in (130, *_FINE) and not by_signal:
         problems.append(f"exit code {code} after Ctrl-C: {errors.strip()[-200:]!r}")
     if "Traceback" in errors:
         problems.append("a traceback after Ctrl-C")
