@@ -1,5 +1,5 @@
 """``python -m cli`` in a checkout."""
 
-from . import run
+from . import main
 
-run()
+main(prog_name="featdiff")

@@ -102,6 +102,13 @@ class Commands(click.Group):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             return _report(error, command)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program. Once its command has ended Ctrl-C changes nothing: the work is done, Python only tidies up."""
+        try:
+            return self.main(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     @plain_warnings()
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave with its exit code; ``--debug`` or ``FEATDIFF_DEBUG`` shows tracebacks."""
@@ -224,11 +231,3 @@ def main(debug: bool) -> None:
     featdiff score new_images/      one row per image, with a p-value
     """
     os.environ["FEATDIFF_DEBUG"] = "1" if debug else ""
-
-
-def run() -> None:
-    """The program. Once its command has ended Ctrl-C changes nothing: the work is done, and only Python tidies up."""
-    try:
-        main(prog_name="featdiff")
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -142,7 +142,7 @@ def test_debug_comes_from_the_environment_too(
 def test_ctrl_c_after_the_end_changes_nothing() -> None:
     code = (
         "import atexit, os, signal, sys; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
-        "sys.argv = ['featdiff', '--version']; from featdiff_cli import run; run()"
+        "sys.argv = ['featdiff', '--version']; from featdiff_cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
