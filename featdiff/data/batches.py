@@ -116,7 +116,8 @@ def load(
     ----------
     ref : ImageRef
     transform : callable
-        PIL image -> (3, H, W).
+        PIL image -> (3, H, W). If it has an attribute ``draft``, a large JPEG is decoded at a smaller size, whose sides
+        are at least that many pixels.
     max_pixels : int, default 89,478,485
         Larger pictures are refused.
     known : container of bytes, default ()
@@ -142,6 +143,9 @@ def load(
                 return LoadedImage(ref, digest)
             image = open_image(content, max_pixels)
             note = note_on_pages(content, image)
+            side = getattr(transform, "draft", None)
+            if side:
+                image.draft("RGB", (side, side))
             with MEMORY.decoding(memory_of(image)):
                 pixels = transform(decode(image, max_pixels))
                 del image  # free before others may take as much

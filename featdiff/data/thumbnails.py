@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from ..exceptions import UnreadableImage
-from ..runtime.cpus import available_cpus
-from .decoding import MAX_PIXELS, decode, open_image
+from .batches import iter_loaded
+from .decoding import MAX_PIXELS
 from .image_refs import ImageRef
 from .limits import MAX_BYTES
-
-# Pictures that are decoded ahead of their turn, for each thread.
-_AHEAD = 4
 
 
 def iter_thumbnails(
@@ -51,41 +48,17 @@ def iter_thumbnails(
     >>> [small.size for small in iter_thumbnails(list_images(Image.new("L", (400, 200))), side=100)]
     [(100, 50)]
     """
-    workers = workers or min(available_cpus(), 16)
-    pending: deque[Future[Image.Image | None]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="featdiff-thumbnails")
-    try:
-        for ref in refs:
-            content = _read(ref, max_bytes) if ref.sequential else ref
-            pending.append(pool.submit(_thumbnail, content, side, max_pixels, max_bytes))
-            if len(pending) >= _AHEAD * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:  # also on Ctrl-C and when the caller stops early
-        pool.shutdown(wait=True, cancel_futures=True)
+    for item in iter_loaded(refs, _Shrink(side), workers, max_pixels, max_bytes=max_bytes):
+        yield None if item.pixels is None else Image.fromarray(item.pixels.numpy())
 
 
-def _read(ref: ImageRef, max_bytes: int) -> bytes | Image.Image | None:
-    try:
-        return ref.read_within(max_bytes)
-    except Exception:  # damaged archives raise nearly anything
-        return None
+class _Shrink:
+    """A transform, in the sense of :mod:`featdiff.data.batches`: RGB picture -> a small one, (H, W, 3) uint8."""
 
+    def __init__(self, side: int) -> None:
+        self.draft = side
 
-def _thumbnail(
-    source: ImageRef | bytes | Image.Image | None, side: int, max_pixels: int, max_bytes: int
-) -> Image.Image | None:
-    content = _read(source, max_bytes) if isinstance(source, ImageRef) else source
-    if content is None:
-        return None
-    try:
-        image = open_image(content, max_pixels) if isinstance(content, bytes) else content
-        if isinstance(content, bytes):
-            image.draft("RGB", (side, side))  # a JPEG is decoded at about this size at once
-        small = decode(image, max_pixels).copy()
-    except UnreadableImage:
-        return None
-
-    small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return small
+    def __call__(self, picture: Image.Image) -> Tensor:
+        small = picture.copy()
+        small.thumbnail((self.draft, self.draft), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return torch.from_numpy(np.array(small))
