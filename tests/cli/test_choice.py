@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from click.testing import Result
-from featdiff_cli.choice import Choice
-from featdiff_cli.summary import Strangest, shortened
 from helpers import fails, model_of_vectors
 from rich.cells import cell_len
 
 from featdiff import FeatureDiffusion, Scores
 from featdiff.report.writers import open_writer
+from featdiff_cli.choice import Choice
+from featdiff_cli.summary import Strangest, shortened
 
 Cli = Callable[..., Result]
 CHOICES = [("--sort",), ("--top", "3"), ("--only-ood",), ("--sort", "--only-ood"), ("--top", "2", "--only-ood")]

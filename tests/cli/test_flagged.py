@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from featdiff_cli.flagged import Flagged, open_flagged
-from featdiff_cli.main import Stopped
 from helpers import fails
 
 from featdiff.data.references import list_images
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.files import placing
 from featdiff.report.manifest import read_manifest, undo
+from featdiff_cli.flagged import Flagged, open_flagged
+from featdiff_cli.main import Stopped
 
 Cli = Callable[..., Result]
 EACH = pytest.mark.parametrize("action", ["copy", "link", "move"])

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from featdiff_cli.tables import table_lines
 
 from featdiff.report.evaluations import best_baseline, chance_of_alarms, in_words, sections, verdicts
 from featdiff.verdicts.calibration import Calibration
+from featdiff_cli.tables import table_lines
 
 CALIBRATION = Calibration(np.arange(99.0))
 
