@@ -72,10 +72,19 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, {'joint' if settings['joint'] else 'one per layer'}",
         "neighbours": neighbours,
+        "local score": _local(config, tensors),
         "keeps": _kept(config, tensors),
         "score": f"{settings['head']}, start times {settings['start_times']}, "
         f"{settings['draws']} stored noise samples each",
     }
+
+
+def _local(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The maps of a local score, and how large it is."""
+    if not config["local"]:
+        return "none"
+    size = sum(values.nbytes for name, values in tensors.items() if name.startswith("joint."))
+    return f"places in {', '.join(config['local'])} ({size / 1e6:.1f} MB)"
 
 
 def _kept(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:

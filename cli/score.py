@@ -88,7 +88,8 @@ def command(
     vectors, with --features.
 
     One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
-    is_ood means p_value <= fpr: of images like those trained on, this share is flagged.
+    is_ood means p_value <= fpr: of images like those trained on, this share is flagged. A model with a local score adds
+    p_value_global and p_value_local: of the picture as a whole, and of its strangest places.
 
     \b
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
@@ -266,7 +267,7 @@ def _images(
         len(refs),
         lambda count: (ref.path for ref in refs[:count]),
         lambda start: detector.iter_scores(refs[start:], fpr, bars, exclude_known),
-        columns_of(detector.layers),
+        columns_of(detector.layers, (), detector.parts),
         rate,
         "images",
         {

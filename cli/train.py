@@ -40,6 +40,9 @@ INPAINTINGS = "inpaintings.png"
 @click.option("--config", metavar="NAME|FILE", help="A preset (dlsr_paper, lmd_small ...) or a TOML file.")
 @click.option("--fpr", type=float, help="False-alarm rate to be able to hold [0.05].")
 @click.option("--no-pretrained", is_flag=True, help="Random backbone: for tests only, scores mean nothing.")
+@click.option(
+    "--local/--no-local", default=None, help="Look at places of a picture, too [if the images are alike]."
+)
 @click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the model (for featdiff explain).")
 @click.option("--thumbnails", is_flag=True, help="Keep small pictures of training images in the model, 16 MB at most.")
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
@@ -160,6 +163,8 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
         raise UsageError("--pretrained and --distances need --mode pixel")
     if mode == PixelDetector.mode and (options["layers"] or options["view"] or no_pretrained):
         raise UsageError("--layers, --view and --no-pretrained mean nothing in pixel mode")
+    if mode == PixelDetector.mode and options["local"] is not None:
+        raise UsageError("--local and --no-local mean nothing in pixel mode")
     if mode == PixelDetector.mode and (options["no_paths"] or options["thumbnails"]):
         raise UsageError("--no-paths and --thumbnails mean nothing in pixel mode: such a model keeps no images")
     if no_pretrained:
@@ -168,6 +173,8 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
         given["keep_paths"] = False
     if options["thumbnails"]:
         given["keep_thumbnails"] = True
+    if options["local"] is not None:
+        given["local"] = options["local"]
     values = config.detector | given
     if mode == PixelDetector.mode:
         return PixelDetector.from_settings(PixelSettings.of(values))
@@ -187,7 +194,7 @@ def _tell_where(bars: Bars, detector: Detector | PixelDetector, quiet: bool) -> 
 
 
 def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet: bool) -> None:
-    from featdiff.detectors import PixelDetector
+    from featdiff.detectors import Detector, PixelDetector
     from featdiff.features.views import in_words
 
     duplicates = without_duplicates(detector.n_duplicates_)
@@ -195,9 +202,10 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     stage = "reading" if isinstance(detector, PixelDetector) else "features"
     speed = f"{stage} {bars.seconds['features']:.0f} s ({bars.rate('features'):,.0f} images/s)"
     say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
-    if not isinstance(detector, PixelDetector):
+    if isinstance(detector, Detector):
         say(f"view: {in_words(detector.config()['settings'])}", quiet)
-
+        size = f"; {detector.local_.nbytes / 1e6:.1f} MB" if detector.local_ else ""
+        say(detector.local_note_ + size, quiet)
     if trained := bars.seconds.get("training"):
         say(f"trained {trained:.0f} s", quiet)
     elif isinstance(detector, PixelDetector) and detector.settings.pretrained:

@@ -125,6 +125,11 @@ class BaseDetector(Generic[S]):
         """Names of the layers that have a score of their own."""
         return []
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the scores that the verdict joins and that have a p-value of their own; most often none."""
+        return ()
+
     def fit(self, images: object, progress: Progress | bool | None = None) -> Self:
         """Learn what is in-domain from ordinary images."""
         raise NotImplementedError
@@ -411,15 +416,24 @@ class BaseDetector(Generic[S]):
         batch = FeatureBatch.concatenate(batches)
         score = np.empty(0)
         layers = np.empty((0, len(self.layers)))
+        p_values = {name: np.empty(0) for name in self.parts}
         own = self.rows_in_bank(batch.digests)
         if batch.positions:
-            score, layers = self.layer_scores(batch.features, own if exclude_known else None)
+            score, layers, p_values = self._measured(batch.features, own if exclude_known else None)
         by_layer = dict(zip(self.layers, layers.T, strict=True))
-        scores = judge(batch.paths, batch.positions, batch.failed, score, by_layer, self.calibration_, fpr, batch.notes)
+        scores = judge(
+            batch.paths, batch.positions, batch.failed, score, by_layer, self.calibration_, fpr, batch.notes, p_values
+        )
         if own is not None:
             scores.known = np.zeros(len(scores), dtype=bool)
             scores.known[batch.positions] = own >= 0
         return scores
+
+    def _measured(
+        self, features: Tensor, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """:meth:`layer_scores`, and a p-value (B,) of each of :attr:`parts` by name."""
+        return *self.layer_scores(features, own), {}
 
     def check_fitted(self) -> None:
         """Raise ``NotFittedError`` unless there is something to score with."""

@@ -66,6 +66,12 @@ def check_kept(paths: object, thumbnails: object) -> None:
         )
 
 
+def check_local(value: object) -> None:
+    """``"auto"``, True or False."""
+    if value != "auto" and not isinstance(value, bool):
+        raise UsageError(f'local must be "auto", True or False, not {value!r}', argument="local")
+
+
 def check_input_size(size: object) -> None:
     """Three whole numbers above 0, or None."""
     if size is None:

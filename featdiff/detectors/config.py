@@ -38,6 +38,7 @@ from .checks import (
     check_different_names,
     check_input_size,
     check_kept,
+    check_local,
     check_names,
     check_neighbors,
     check_number,
@@ -206,6 +207,7 @@ class FeatureSettings(Settings):
     bank_size: int = 10_000
     coreset: str = "random"
     backend: str = "auto"
+    local: bool | str = "auto"
     keep_paths: bool = True
     keep_thumbnails: bool = False
     extra_heads: Sequence[str] = ()
@@ -228,6 +230,7 @@ class FeatureSettings(Settings):
         check_choice("coreset", self.coreset, CORESETS)
         check_choice("backend", self.backend, BACKENDS)
         check_kept(self.keep_paths, self.keep_thumbnails)
+        check_local(self.local)
         self._check_heads()
         check_input_size(self.input_size)
         check_view(self.view, self.size, isinstance(self.backbone, nn.Module))

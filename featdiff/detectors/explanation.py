@@ -48,6 +48,8 @@ class Explainable(Protocol):
 
     def check_fitted(self) -> None: ...
 
+    def heat(self, pixels: Tensor, fpr: float | None = None) -> tuple[Tensor, float, float] | None: ...
+
     def _judge(self, batches: list[FeatureBatch], fpr: float, exclude_known: bool) -> Scores: ...
 
 
@@ -218,6 +220,7 @@ class _Explainer:
             is_ood=row.is_ood,
             fpr=self.fpr,
             threshold=self.threshold,
+            p_values=row.p_values if is_read else {},
             layers=row.layers if is_read else {},
             heads=tuple(heads) if is_read else (),
             reasons=sentences(row, heads, nearest, known, aligned, heat.threshold if heat else 0.0),
@@ -233,12 +236,9 @@ class _Explainer:
 
     def _heat(self, batch: Batch) -> dict[int, _Heat]:
         """The heat map of each decoded image, by its position; none for a model without a local score."""
-        heat = getattr(self.detector, "heat", None)
-        if heat is None:
-            return {}
         found = {}
         for stack in batch.stacks:
-            given = heat(stack.pixels)
+            given = self.detector.heat(stack.pixels, self.fpr)
             if given is None:
                 return {}
             maps, threshold, top = given

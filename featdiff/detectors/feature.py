@@ -17,8 +17,8 @@ from ..data.batches import is_loader, peek_size
 from ..data.decoding import Transform
 from ..data.groups import AUTO, Groups, check_groups, is_word
 from ..data.references import list_images
-from ..data.splits import Split
-from ..exceptions import UsageError
+from ..data.splits import Plan, Split
+from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
@@ -29,6 +29,7 @@ from ..files.model_folder import load, locate
 from ..runtime.progress import Progress, shown
 from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
+from ..scores.joint import GLOBAL, NAMES
 from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
 from .bank_images import BankImages
@@ -39,6 +40,8 @@ from .constructors import takes
 from .explanation import Explanation, explain_each, explain_one
 from .fitting import Bank, as_digests, fit_heads
 from .grouping import Grouping
+from .local_fit import LocalFit
+from .local_part import LocalPart, decide, saved_maps
 from .same_network import check_same_features, check_same_weights
 from .saved import (
     building,
@@ -111,6 +114,11 @@ class Detector(BaseDetector[FeatureSettings]):
         :func:`featdiff.scores.coreset.coreset`.
     backend : str
         How neighbours are searched; see :func:`featdiff.scores.neighbors.make_index`.
+    local : {"auto", True, False}, default "auto"
+        Whether places of a picture are looked at as well, for defects that a pooled vector averages away; see
+        :mod:`featdiff.scores.local`. An image is then as strange as the stranger of its global and its local score, and
+        results have a p-value of each. ``auto`` decides from the normal images alone: if they are alike, as pictures of
+        one product are, and can be read again. For photographs of many things the local score would do harm.
     keep_paths : bool
         Keep the paths of these vectors' images in the model, so that :meth:`explain` can name and show the normal
         images that are like a new one. Without them it says ``image 17``.
@@ -158,7 +166,10 @@ class Detector(BaseDetector[FeatureSettings]):
     heads_: Heads
     bank_digests_: np.ndarray
     bank_images_: BankImages
+    local_: LocalPart | None = None
     precision_: str
+    #: Whether there is a local score, and why; known where the detector was fitted.
+    local_note_: str = ""
 
     @takes(FeatureSettings)
     def __init__(self, settings: FeatureSettings) -> None:
@@ -173,6 +184,11 @@ class Detector(BaseDetector[FeatureSettings]):
     def layers(self) -> list[str]:
         """Names of the layers that have a score."""
         return self.heads_.layers
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """``global`` and ``local``, where there is a local score."""
+        return NAMES if self.local_ else ()
 
     # ---- fit ----
 
@@ -225,8 +241,8 @@ class Detector(BaseDetector[FeatureSettings]):
     def _fit(self, images: object, progress: Progress | None, split: Split | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)
-        if self.settings.keep_thumbnails and not is_loader(images):
-            images = list_images(images)  # they are read twice
+        if not is_loader(images):
+            images = list_images(images)  # they may be read again
         # images -> features
         extraction, store = self.read(images, progress)
         digests, features, plan = self._divide(extraction, store, split, groups)
@@ -245,8 +261,40 @@ class Detector(BaseDetector[FeatureSettings]):
         self.training_seconds_ = fitted.seconds
         self.bank_digests_ = as_digests(digests, fitted.bank)
         self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
-        self.calibration_ = Calibration(fitted.calibration, plan.groups)
+        scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
+        self.calibration_ = Calibration(scores, plan.groups)
         return self
+
+    def _fit_local(
+        self,
+        images: object,
+        extraction: Extraction,
+        digests: list[bytes],
+        store: FeatureStore,
+        plan: Plan,
+        scores: np.ndarray,
+        progress: Progress | None,
+    ) -> np.ndarray:
+        """Fit the local score where there is to be one; the scores of the calibration images, joined with it."""
+        self.local_ = None
+        features = store.table(digests)
+        wanted, self.local_note_ = decide(self.settings, isinstance(images, list), features, self.extractor_)
+        if not wanted:
+            return scores
+
+        assert isinstance(images, list)
+        refs = [images[position] for position in extraction.first_positions(digests)]
+        fit = LocalFit(
+            self.extractor_,
+            lambda numbers: self.batches([refs[i] for i in numbers])[0],
+            digests,
+            self.settings.seed,
+            store.folder,
+            progress,
+        )
+        self.local_, joined = LocalPart.of(fit.fit(plan), scores, plan.groups)
+        self.local_.attach(self.extractor_)
+        return joined
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
         """The group of each different image: given, or found in the features."""
@@ -272,6 +320,7 @@ class Detector(BaseDetector[FeatureSettings]):
             Their features by digest.
         """
         vars(self).pop("calibration_", None)  # until a fit is through, there is nothing to score with
+        self.local_ = None
         images, size = self._input_size(images)
         self.extractor_ = self._make_extractor(size)
         self.precision_ = self.extractor_.precision
@@ -374,9 +423,13 @@ class Detector(BaseDetector[FeatureSettings]):
         )
         other = Detector.from_settings(settings)
         other.extractor_ = other._make_extractor(settings.input_size)
+        other.heads_ = copy.deepcopy(self.heads_)
+        other.local_ = copy.deepcopy(self.local_)
+        if other.local_ is not None:
+            other.extractor_.keep_maps(list(self.extractor_.maps))
+            other.local_.attach(other.extractor_)
         check_same_features(self.extractor_, other.extractor_)
 
-        other.heads_ = copy.deepcopy(self.heads_)
         learned = (
             "calibration_",
             "bank_digests_",
@@ -388,6 +441,17 @@ class Detector(BaseDetector[FeatureSettings]):
         )
         for name in learned:
             setattr(other, name, getattr(self, name))
+        return other
+
+    def without_local(self) -> Detector:
+        """The same detector judged by its global score alone, which pooled features are enough for; itself if it has
+        no local score."""
+        if self.local_ is None:
+            return self
+        other = copy.copy(self)
+        other.local_ = None
+        other.extractor_ = self.extractor_.detached()
+        other.calibration_ = self.local_.calibrations[GLOBAL]
         return other
 
     # ---- score ----
@@ -413,15 +477,70 @@ class Detector(BaseDetector[FeatureSettings]):
         layer_scores : ndarray of shape (B, L)
             Both higher = more OOD, about 0 +- 1 for in-domain images.
         """
+        score, layers, _ = self._measured(features, own)
+        return score, layers
+
+    def _measured(
+        self, features: Tensor, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         self.check_fitted()
-        score, layers = self.heads_(features, None if own is None else torch.from_numpy(own))
-        return score.double().cpu().numpy(), layers.double().cpu().numpy()
+        score, layers, parts = self.measured(features, None if own is None else torch.from_numpy(own))
+        numbers = {name: values.double().cpu().numpy() for name, values in parts.items()}
+        p_values = self.local_.p_values(numbers) if self.local_ else {}
+        return score.double().cpu().numpy(), layers.double().cpu().numpy(), p_values
+
+    def measured(self, features: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same in tensors, on the device of the heads.
+
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+        own : Tensor of shape (B,) of int, optional
+
+        Returns
+        -------
+        ood_score : Tensor of shape (B,)
+        layer_scores : Tensor of shape (B, L)
+        parts : dict of str to Tensor of shape (B,)
+            ``global`` and ``local``, standardised, which the ``ood_score`` joins; empty without a local score.
+        """
+        score, layers = self.heads_(features, own)
+        if self.local_ is None:
+            return score, layers, {}
+        column = self.extractor_.layout.local
+        assert column is not None
+        joined, parts = self.local_.joint(score, features[:, column.start].to(score.device))
+        return joined, layers, dict(zip(NAMES, parts.T, strict=True))
+
+    def heat(self, pixels: Tensor, fpr: float | None = None) -> tuple[Tensor, float, float] | None:
+        """Where images are strange.
+
+        Parameters
+        ----------
+        pixels : Tensor of shape (B, C, H, W)
+            Preprocessed.
+        fpr : float, optional
+            False-alarm rate; default: the detector's.
+
+        Returns
+        -------
+        heat : Tensor of shape (B, h, w)
+            On the CPU, in standard deviations of normal images at the same place, higher = more OOD.
+        threshold, top : float
+            Above which a place is strange, as only ``fpr`` of the normal images have one; where a colour scale ends.
+            None in place of all three for a detector without a local score.
+        """
+        if self.local_ is None:
+            return None
+        maps = self.extractor_.maps_of(pixels)
+        threshold, top = self.local_.scale_of_heat(self.fpr if fpr is None else fpr)
+        return self.local_.joint.local.heat(maps).cpu(), threshold, top
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Rows of features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
         self.check_fitted()
-        score, layers = self.heads_(features)
-        scores = {"featdiff": score} | self.heads_.all_scores(features)
+        score, layers, parts = self.measured(features)
+        scores = {"featdiff": score} | parts | self.heads_.all_scores(features)
         scores.pop(self.settings.head, None)
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}
@@ -443,7 +562,8 @@ class Detector(BaseDetector[FeatureSettings]):
     def tensors(self) -> dict[str, Tensor]:
         """The heads, the calibration scores, and what identifies and shows the images in the bank."""
         bank = {"bank_digests": torch.from_numpy(self.bank_digests_)} | self.bank_images_.tensors()
-        return self.heads_.state_dict() | bank | super().tensors()
+        local = self.local_.tensors() if self.local_ else {}
+        return self.heads_.state_dict() | bank | local | super().tensors()
 
     def config(self) -> dict[str, Any]:
         """All that ``config.json`` says besides the format."""
@@ -463,6 +583,7 @@ class Detector(BaseDetector[FeatureSettings]):
             "precision": self.precision_,
         }
         config["layers"] = widths_of(self.extractor_)
+        config["local"] = self.extractor_.maps if self.local_ else None
         return config
 
     @classmethod
@@ -525,11 +646,22 @@ class Detector(BaseDetector[FeatureSettings]):
         check_fingerprint(detector.extractor_.backbone.fingerprint, config)
         check_layers(detector.extractor_, config, folder)
 
+        maps = saved_maps(config, folder)
+        if maps:
+            with building(folder):
+                detector.extractor_.keep_maps(list(maps))
+            if detector.extractor_.maps != maps:
+                raise ModelError(f"the maps of the backbone are not those the detector at {folder} was fitted with")
+            detector.local_ = LocalPart.take(
+                tensors, list(maps.values()), config["images"], detector.settings.seed, folder
+            ).to(detector.device)
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
         detector.bank_images_ = BankImages.take(tensors, detector.bank_digests_, detector.settings, folder)
         with building(folder):
             detector.heads_ = detector._make_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
+        if detector.local_:
+            detector.local_.attach(detector.extractor_)
         take_facts(detector, config)
         detector.precision_ = config["backbone"]["precision"]
         return detector

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.splits import Plan, Split
 from ..diffusion.training import TrainingState
 from ..features.store import Features, Rows
+from ..runtime.progress import part_of
 from ..scores.coreset import coreset
 from ..scores.fused import Heads, Measured
 from ..scores.registry import Context
@@ -145,15 +146,8 @@ def _fit(
 
 
 def _part_of(context: Context, number: int, count: int) -> Context:
-    """The context of one of several trainings of about one length, which reports its progress as a part of all."""
-    report = context.progress
-    if report is None or count == 1:
-        return context
-
-    def progress(stage: str, done: int, total: int) -> None:
-        report(stage, number * total + done, count * total)
-
-    return replace(context, progress=progress)
+    """The context of one of several trainings, which reports its progress as a part of all."""
+    return replace(context, progress=part_of(context.progress, number, count))
 
 
 def choose_bank(

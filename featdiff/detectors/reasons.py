@@ -9,6 +9,7 @@ import numpy as np
 
 from ..features.layout import PRE_LOGITS
 from ..scores.fused import Heads
+from ..scores.joint import GLOBAL, LOCAL
 from ..scores.nearest import NearestNeighbors
 from ..verdicts.explanation import Contribution, Neighbor
 from ..verdicts.results import ERROR, OK, Row
@@ -95,9 +96,12 @@ def sentences(
         return ("The model fails on this image: its score is not finite.",)
     if row.status != OK:
         return ()
-    found = [_verdict(row), *_about_parts(row, heads, nearest)]
-    if heat is not None:
-        found += _about_places(heat, heat_threshold)
+    about_places = [] if heat is None else _about_places(heat, heat_threshold)
+    is_local = row.p_values.get(LOCAL, 1.0) < row.p_values.get(GLOBAL, 0.0)
+    if is_local and row.is_ood:
+        about_places.insert(0, "Places in the picture are stranger than the picture as a whole.")
+    about_parts = _about_parts(row, heads, nearest, bool(row.p_values))
+    found = [_verdict(row), *(about_places + about_parts if is_local else about_parts + about_places)]
     if known:
         found.append("It was among the training images, so it looks more ordinary than it would otherwise.")
     return tuple(found)
@@ -110,7 +114,9 @@ def _verdict(row: Row) -> str:
     return f"Not flagged: about {share} of normal images look at least as strange as this one."
 
 
-def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neighbor]) -> list[str]:
+def _about_parts(
+    row: Row, heads: Sequence[Contribution], nearest: Sequence[Neighbor], has_local: bool
+) -> list[str]:
     """What stands out; of several scores with one label, the highest counts."""
     highest = _highest(heads or _of_layers(row.layers))
     unusual = {label: score for label, score in highest.items() if score >= UNUSUAL}
@@ -118,6 +124,8 @@ def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neig
         return [_about(label, score, nearest) for label, score in list(unusual.items())[:_MOST]]
     if not row.is_ood:
         return ["Nothing about it stands out."]
+    if has_local and row.p_values[GLOBAL] > row.p_values[LOCAL]:
+        return ["As a whole, the picture looks ordinary."]
     if not highest:
         return []
     return [f"No single thing stands out; most unusual is the {next(iter(highest))}.".replace("the the", "the")]

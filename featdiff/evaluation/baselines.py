@@ -64,6 +64,7 @@ def fit_baselines(detector: BaseDetector[Any]) -> Baselines:
     if not isinstance(detector, Detector):
         raise UsageError("baselines look at features, and this model at pixels: train one of mode feature")
 
+    detector = detector.without_local()  # baselines look at pooled features, as training left them
     store = detector.feature_store()
     digests = [digest.tobytes() for digest in detector.bank_digests_]
     if missing := sum(digest not in store for digest in digests):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..features.extractor import FeatureExtractor
     from ..guard.guard import Guard
     from ..scores.fused import Heads
+    from ..scores.joint import Joint
 
 #: File names by format.
 FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -57,14 +58,24 @@ class Exportable(nn.Module):
     calibration : Calibration
     further : sequence of str, default ()
         Names of the further outputs, for example ``("logits",)``.
+    joint : Joint, optional
+        Joins the score of the heads with the local one, with which the features then end.
     """
 
-    def __init__(self, run: nn.Module, heads: Heads, calibration: Calibration, further: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        run: nn.Module,
+        heads: Heads,
+        calibration: Calibration,
+        further: Sequence[str] = (),
+        joint: Joint | None = None,
+    ) -> None:
         super().__init__()
         self.run = run
         self.outputs = (*OUTPUTS, *further)
         self.calibration = calibration
         self.heads = copy.deepcopy(heads).cpu()
+        self.joint = joint
         if heads.head != LikelihoodRegret.name:
             self.heads.diffusion.early = nn.Identity()  # only likelihood regret needs it
         for score in self.heads.members:
@@ -75,6 +86,8 @@ class Exportable(nn.Module):
         """(B, 3, H, W) -> scores (B,), p-values (B,), and the further outputs."""
         features, *further = self.run(pixels)
         score, _ = self.heads(features)
+        if self.joint is not None:
+            score, _ = self.joint(score, features[:, -1])
         return score, self.calibration.p_values(score), *further
 
 
@@ -148,7 +161,8 @@ def export(
     if model is not detector:  # a guard
         run = RowsAndLogits(detector.extractor_)
         further = ("logits",)
-    exportable = Exportable(run, detector.heads_, detector.calibration_, further)
+    joint = detector.local_.joint if detector.local_ else None
+    exportable = Exportable(run, detector.heads_, detector.calibration_, further, joint)
     metadata = facts(model) | {"classes": list(classes)}
     return write(exportable, metadata, Sizes.of(detector.extractor_.backbone), folder, formats)
 
@@ -215,6 +229,7 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
         "backbone_fingerprint": backbone.fingerprint,
         "layers": detector.extractor_.layers,
         "head": detector.settings.head,
+        "maps": list(detector.extractor_.maps) if detector.local_ else [],
     }
     return dict(json.loads(json.dumps(metadata)))  # tuples become lists, as in the files
 

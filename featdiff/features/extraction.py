@@ -139,6 +139,13 @@ class Extraction:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     computed: int = 0
 
+    def first_positions(self, digests: Sequence[bytes]) -> list[int]:
+        """Where each content was read first, among all images."""
+        first: dict[bytes, int] = {}
+        for digest, position in zip(self.digests, self.positions, strict=True):
+            first.setdefault(digest, position)
+        return [first[digest] for digest in digests]
+
 
 def extract(
     batches: Iterable[Batch],

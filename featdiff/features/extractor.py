@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,12 +18,16 @@ from ..data.decoding import Transform
 from ..exceptions import UsageError
 from .backbones import Backbone
 from .layers import Layers
-from .layout import FeatureLayout, Key
+from .layout import LOCAL, FeatureLayout, Key, Kind
 from .networks import identity
+from .patches import choose_maps, map_hooks
 from .readers import ModuleReader, checked, make_reader
+from .stages import maps_with_channels_last, watch
 
 #: How the name of a mixed precision ends.
 AUTOCAST = " autocast"
+#: Maps (B, C, h, w), the finest first -> a number for each image (B,).
+OfMaps = Callable[[Sequence[Tensor]], Tensor]
 # Raised when the numbers that an extractor gives for the same weights change.
 _FEATURE_VERSION = 2
 
@@ -59,6 +64,8 @@ class FeatureExtractor:
         Names of the layers.
     width : int
         Length of a row.
+    maps : dict of str to int
+        Modules whose maps are read as well, the finest first, and their channels; none before :meth:`keep_maps`.
 
     Examples
     --------
@@ -88,10 +95,17 @@ class FeatureExtractor:
         self._reader = make_reader(self.model, self.backbone.tag, own, layers, probe, logits)
         self._logits = logits
         self.layers = self._reader.layers
+        self.maps: dict[str, int] = {}
+        self._local: OfMaps | None = None
+        self._local_key = ""
 
-        features = self._forward(probe)
+        features = checked(self._read(probe), self._reader.keys, 1)
         self.layout = FeatureLayout.of({key: vectors.shape[1] for key, vectors in features.items()})
-        self.width = self.layout.width
+
+    @property
+    def width(self) -> int:
+        """Length of a row."""
+        return self.layout.width
 
     @property
     def transform(self) -> Transform:
@@ -122,6 +136,7 @@ class FeatureExtractor:
         # the printed module tells settings that leave the weights alone (padding, activation)
         network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
         further = ["logits"] * self._logits + [self.precision] * self.precision.endswith(AUTOCAST)
+        further += [self._local_key] * bool(self._local_key)
         facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *further]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
@@ -134,8 +149,74 @@ class FeatureExtractor:
         UsageError
             The backbone does not take images of this shape.
         """
-        pixels = pixels.to(self.device, self.dtype, non_blocking=True)
-        return torch.cat([*self._forward(pixels).values()], dim=1)
+        return self._row(self._read(pixels), pixels.shape[0])  # len() would fix the batch size of an export
+
+    # ---- maps ----
+
+    def keep_maps(self, names: Sequence[str] = ()) -> dict[str, int]:
+        """From now on, read the maps that show places in the same pass.
+
+        Parameters
+        ----------
+        names : sequence of str, optional
+            Modules that give them, the finest first; default:
+            :func:`featdiff.features.patches.choose_maps`.
+
+        Returns
+        -------
+        dict of str to int
+            Which these are, and their channels; :attr:`maps`.
+
+        Raises
+        ------
+        UsageError
+            The network gives no maps.
+        """
+        probe = self.probe()
+        reader = self._reader
+        with reader.evaluated(probe):
+            outputs = watch(self.model, lambda: reader.read(probe), probe)
+        names = names or choose_maps(self.layers, outputs)
+        if not names or not all(name in outputs for name in names):
+            raise UsageError(f"{self.backbone.tag} gives no maps, so it cannot tell where something is strange")
+
+        last = set() if reader.stage_names else maps_with_channels_last(outputs)
+        reader.keep_maps(map_hooks(names, self.model, outputs, last))
+        self.maps = dict.fromkeys(names, 0)
+        self.maps = {name: values.shape[1] for name, values in zip(names, self.maps_of(probe), strict=True)}
+        return self.maps
+
+    def maps_of(self, pixels: Tensor) -> list[Tensor]:
+        """(B, C, H, W) preprocessed images -> maps (B, C, h, w) of :attr:`maps`, in float32."""
+        return self._maps_in(self._read(pixels))
+
+    def attach(self, local: OfMaps, digest: str) -> None:
+        """End each row with what ``local`` makes of the image's maps.
+
+        Parameters
+        ----------
+        local : callable
+            Maps (B, C, h, w) of :attr:`maps` -> (B,).
+        digest : str
+            Identifies it: it is part of :meth:`key`.
+        """
+        self._local = local
+        self._local_key = digest
+        widths = {(part.layer, part.kind): part.width for part in self.layout.parts}
+        self.layout = FeatureLayout.of(widths | {(LOCAL, Kind.LOCAL): 1})
+
+    def detached(self) -> FeatureExtractor:
+        """The same extractor, whose rows do not end with a local score."""
+        other = copy.copy(self)
+        other._local = None
+        other._local_key = ""
+        other.layout = self.layout.without(Kind.LOCAL)
+        return other
+
+    def _maps_in(self, features: Mapping[Key, Tensor]) -> list[Tensor]:
+        return [features[name, Kind.MAP].float() for name in self.maps]
+
+    # ---- passes of others ----
 
     def recording(self) -> AbstractContextManager[dict[Key, Tensor]]:
         """Collect layers from the passes of a module of your own that are made meanwhile; see :meth:`in_passing`.
@@ -167,8 +248,7 @@ class FeatureExtractor:
             A layer does not give one vector for each image.
         """
         assert isinstance(self._reader, ModuleReader)
-        complete = self._reader.with_output(features, output)
-        return torch.cat([*checked(complete, self._reader.keys, count).values()], dim=1)
+        return self._row(self._reader.with_output(features, output), count)
 
     def last_linear(self) -> nn.Linear | nn.Conv2d:
         """The layer of a module of your own that gives the logits (``UsageError`` if there is none)."""
@@ -183,12 +263,19 @@ class FeatureExtractor:
         return pixels.to(self.device, self.dtype)
 
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor) -> dict[Key, Tensor]:
-        """Vectors (B, C) by layer and kind, in the order of a row."""
+    def _read(self, pixels: Tensor) -> dict[Key, Tensor]:
+        """Vectors (B, C) and maps by layer and kind."""
+        pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
         with autocast, self._reader.evaluated(pixels):
-            features = self._reader.read(pixels)
-        return checked(features, self._reader.keys, pixels.shape[0])  # len() would fix the batch size of an export
+            return self._reader.read(pixels)
+
+    def _row(self, features: Mapping[Key, Tensor], count: int) -> Tensor:
+        """Rows (``count``, ``width``) from the vectors and maps of a pass."""
+        parts = [*checked(features, self._reader.keys, count).values()]
+        if self._local is not None:
+            parts.append(self._local(self._maps_in(features))[:, None])
+        return torch.cat(parts, dim=1)
 
 
 def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:

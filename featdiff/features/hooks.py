@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ class Hook:
         Leave out so many tokens at the beginning (class tokens).
     channels_last : bool, default False
         Its map is (B, H, W, C), whatever the module declares.
+    keeps_map : bool, default False
+        Whether the map itself is kept, too; tokens must fill a square.
     """
 
     module: str
@@ -46,6 +49,14 @@ class Hook:
     input: bool = False
     skip: int = 0
     channels_last: bool = False
+    keeps_map: bool = False
+
+    @property
+    def key(self) -> Key | None:
+        """What a pass must have given, if anything must."""
+        if self.keeps_map:
+            return self.layer, Kind.MAP
+        return (self.layer, self.pooled) if self.pooled else None
 
 
 class Hooks:
@@ -100,7 +111,7 @@ class Hooks:
             self._remove()
 
         for hook in self.hooks:
-            if hook.pooled and (hook.layer, hook.pooled) not in features:
+            if hook.key and hook.key not in features:
                 raise UsageError(f"layer {hook.layer!r} was not reached in the forward pass")
 
     def _install(self) -> None:
@@ -144,6 +155,8 @@ class Hooks:
                 features[hook.layer, hook.pooled] = pool(activation, hook.layer).clone()
             if hook.spatial_std and (std := spatial_std(activation)) is not None:
                 features[hook.layer, Kind.SPATIAL_STD] = std
+            if hook.keeps_map:
+                features[hook.layer, Kind.MAP] = as_map(activation, hook.layer).clone()
 
 
 def first_tensor(output: Any) -> Any:
@@ -178,6 +191,24 @@ def channels_first(output: Tensor, module: nn.Module, model: nn.Module) -> Tenso
     channels_last = type(module) in (nn.Linear, nn.LayerNorm) or "NHWC" in formats
     is_map = isinstance(output, Tensor) and output.dim() == 4
     return output.movedim(-1, 1) if channels_last and is_map else output
+
+
+def as_map(features: Tensor, layer: str = "") -> Tensor:
+    """A map (B, C, H, W) as it is, and tokens (B, N, C) as one, if they fill a square.
+
+    Raises
+    ------
+    UsageError
+        Anything else.
+    """
+    if isinstance(features, Tensor) and features.dim() == 4:
+        return features
+    if isinstance(features, Tensor) and features.dim() == 3:
+        side = math.isqrt(features.shape[1])
+        if side * side == features.shape[1] and side > 1:
+            return features.unflatten(1, (side, side)).movedim(-1, 1)
+    what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+    raise UsageError(f"layer {layer!r} gives {what}, and no map of places (B, C, H, W)")
 
 
 def pool(features: Tensor, layer: str = "") -> Tensor:

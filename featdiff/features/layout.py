@@ -1,7 +1,7 @@
 """What a row of features holds: which columns belong to which layer, and what kind of numbers they are.
 
-Nobody else knows how columns are named or ordered. A row is a sequence of parts; each part is a vector of one layer.
-(Maps before pooling will be parts of their own: a layer and its channels, height and width.)
+Nobody else knows how columns are named or ordered. A row is a sequence of parts; each part is a vector of one layer, or
+the local score, which is made of maps before they are pooled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ..exceptions import UsageError
 PRE_LOGITS = "pre_logits"
 #: The layer of a classifier's logits.
 LOGITS = "logits"
+#: What stands for a layer where a row ends with the local score.
+LOCAL = "local"
 # How the written name of a spatial standard deviation ends.
 _STD = ":std"
 
@@ -34,6 +36,10 @@ class Kind(StrEnum):
     PRE_LOGITS = "pre_logits"
     #: The classifier's answer.
     LOGITS = "logits"
+    #: The local score; one column, the last of all.
+    LOCAL = "local"
+    #: A map of a stage before pooling (B, C, H, W). It is read in the same pass, and is no part of a row.
+    MAP = "map"
 
 
 #: What tells a part from the others of a row: its layer and its kind.
@@ -179,6 +185,11 @@ class FeatureLayout:
         """The logits, if the row holds them."""
         return self.find(LOGITS, Kind.LOGITS)
 
+    @property
+    def local(self) -> Part | None:
+        """The local score, if the row holds it."""
+        return self.find(LOCAL, Kind.LOCAL)
+
     def spatial_std(self, part: Part) -> Part | None:
         """The spatial standard deviation of the same layer, if the row holds it."""
         return self.find(part.layer, Kind.SPATIAL_STD)
@@ -218,7 +229,7 @@ def _key(name: str) -> Key:
     """What a written name means."""
     if name.endswith(_STD):
         return name.removesuffix(_STD), Kind.SPATIAL_STD
-    kinds = {PRE_LOGITS: Kind.PRE_LOGITS, LOGITS: Kind.LOGITS}
+    kinds = {PRE_LOGITS: Kind.PRE_LOGITS, LOGITS: Kind.LOGITS, LOCAL: Kind.LOCAL}
     return name, kinds.get(name, Kind.MEAN)
 
 

@@ -31,6 +31,7 @@ class Reader:
     layers : tuple of str
         Names of the layers that are read.
     hooks : Hooks
+        What a pass is read with.
     """
 
     layers: tuple[str, ...]
@@ -54,7 +55,11 @@ class Reader:
         return [*layers, (self.last_stage, Kind.SPATIAL_STD), (PRE_LOGITS, Kind.SPATIAL_STD)]
 
     def read(self, pixels: Tensor) -> dict[Key, Tensor]:
-        """Preprocessed images (B, C, H, W) -> vectors (B, C) by layer and kind."""
+        """Preprocessed images (B, C, H, W) -> vectors (B, C), and maps that are kept, by layer and kind."""
+        raise NotImplementedError
+
+    def keep_maps(self, hooks: Sequence[Hook]) -> None:
+        """Read these maps as well from now on, in the same pass, in place of those that were kept before."""
         raise NotImplementedError
 
     @contextmanager
@@ -93,16 +98,22 @@ class BackboneReader(Reader):
         self._stages = {name: self.stage_names.index(name) for name in self.layers if name in self.stage_names}
         inner = [name for name in self.layers if name not in self._stages and name != PRE_LOGITS]
         self.hooks = Hooks(model, [Hook(name, name, spatial_std=name == self.last_stage) for name in inner])
+        self._maps = Hooks(model, [])
+
+    def keep_maps(self, hooks: Sequence[Hook]) -> None:
+        """Read these maps as well from now on."""
+        self._maps = Hooks(self.model, hooks)
 
     def read(self, pixels: Tensor) -> dict[Key, Tensor]:
-        """Preprocessed images (B, C, H, W) -> vectors (B, C) by layer and kind."""
+        """Preprocessed images (B, C, H, W) -> vectors (B, C), and maps that are kept, by layer and kind."""
         features: dict[Key, Tensor] = {}
-        if self.hooks.hooks:
-            with self.hooks.recording() as features:
-                self.model(pixels)
-        if self._stages or PRE_LOGITS in self.layers:
-            features |= self._intermediates(pixels.contiguous(memory_format=torch.channels_last))
-        return features
+        with self._maps.recording() as maps:
+            if self.hooks.hooks:
+                with self.hooks.recording() as features:
+                    self.model(pixels)
+            if self._stages or PRE_LOGITS in self.layers:
+                features |= self._intermediates(pixels.contiguous(memory_format=torch.channels_last))
+        return features | maps
 
     def _intermediates(self, pixels: Tensor) -> dict[Key, Tensor]:
         features: dict[Key, Tensor] = {}
@@ -162,7 +173,12 @@ class ModuleReader(Reader):
         if is_auto(layers) and not stages:
             stages = self._find_stages(probe)
         self.layers = resolve_layers(layers, stages, self.module_names, headless or bool(self._last_linear))
-        self.hooks = Hooks(model, self._make_hooks(probe))
+        self._row_hooks = self._make_hooks(probe)
+        self.hooks = Hooks(model, self._row_hooks)
+
+    def keep_maps(self, hooks: Sequence[Hook]) -> None:
+        """Read these maps as well from now on."""
+        self.hooks = Hooks(self.model, [*self._row_hooks, *hooks])
 
     @property
     def keys(self) -> list[Key]:

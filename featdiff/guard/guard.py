@@ -8,7 +8,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -49,6 +49,8 @@ class Verdict:
         Score (B,) of each layer, in in-domain standard deviations; higher = more OOD.
     predicted : Tensor of shape (B,), int64
         Class of the largest logit; -1 for flagged images if the guard abstains.
+    p_values : dict of Tensor
+        P-value (B,) of the ``global`` and the ``local`` score, where the detector has both.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class Verdict:
     is_ood: Tensor
     layers: dict[str, Tensor]
     predicted: Tensor
+    p_values: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Guard(nn.Module):
@@ -368,15 +371,18 @@ class Guard(nn.Module):
         with self._moving:
             if detector.heads_.mean.device != features.device:
                 detector.heads_.to(features.device)
+                if detector.local_:
+                    detector.local_.to(features.device)
 
-        score, layer_scores = detector.heads_(features)
+        score, layer_scores, parts = detector.measured(features)
         p_value, is_ood = detector.calibration_.flags(score, self.fpr)
         predicted = logits.detach().argmax(1)
         if self.abstain:
             predicted = predicted.masked_fill(is_ood, ABSTAINED)
 
         layers = dict(zip(detector.layers, layer_scores.T, strict=True))
-        return Verdict(score, p_value, is_ood, layers, predicted)
+        p_values = detector.local_.p_values(parts) if detector.local_ else {}
+        return Verdict(score, p_value, is_ood, layers, predicted, p_values)
 
     def _check_finite(self, features: Tensor, images: Tensor) -> None:
         """Refuse features (B, D) with NaN or infinite values, and say where they come from (``UsageError``)."""

@@ -105,7 +105,7 @@ class Synthesis:
 
 
 def feature_detector(detector: object) -> Detector:
-    """Return the detector if outliers can be made in its features.
+    """Return the detector, judged by pooled features alone, if outliers can be made in its features.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def feature_detector(detector: object) -> Detector:
             argument="detector",
         )
     detector.check_fitted()
-    return detector
+    return detector.without_local()
 
 
 def with_classes(images: object, labelled: bool | None) -> tuple[object, dict[str, int], list[str]]:

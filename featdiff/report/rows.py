@@ -19,6 +19,7 @@ MOST_UNREADABLE = 1_000
 # Rows of a file that become a part of the run at once.
 _AT_ONCE = 4_096
 _LAYER = "layer_"
+_P_VALUE = "p_value_"
 
 
 @dataclass(frozen=True)
@@ -192,4 +193,5 @@ def _scores_of(rows: Sequence[Mapping[str, Any]]) -> Scores:
         p_value=numbers("p_value"),
         is_ood=np.array([bool(row["is_ood"]) for row in rows]),
         layers={name.removeprefix(_LAYER): numbers(name) for name in rows[0] if name.startswith(_LAYER)},
+        p_values={name.removeprefix(_P_VALUE): numbers(name) for name in rows[0] if name.startswith(_P_VALUE)},
     )

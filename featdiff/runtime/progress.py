@@ -86,3 +86,23 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
     if not callable(progress):
         raise UsageError(f"progress is True, or a callable (stage, done, total), not {progress!r}", argument="progress")
     yield progress
+
+
+def part_of(progress: Progress | None, number: int, count: int, name: str = "") -> Progress | None:
+    """Progress of one of several trainings of about one length.
+
+    Parameters
+    ----------
+    progress : callable (stage, done, total), optional
+    number, count : int
+        Which of how many.
+    name : str, optional
+        What the stage is called; default: what the training calls it.
+    """
+    if progress is None:
+        return None
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(name or stage, number * total + done, count * total)
+
+    return report

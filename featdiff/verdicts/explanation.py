@@ -29,7 +29,8 @@ class Contribution:
     score : float
         In standard deviations of normal images, higher = more OOD.
     amount : float
-        Its part of the ``ood_score``: the amounts of an explanation add up to it.
+        Its part of the ``ood_score``: the amounts of an explanation add up to it (to the global score, where that is
+        joined with a local one).
     """
 
     name: str
@@ -84,7 +85,8 @@ class Explanation:
     layers : dict of str to float, default {}
         The score of each layer, in standard deviations of normal images, higher = more OOD.
     heads : tuple of Contribution, default ()
-        What the ``ood_score`` is made of, largest amount first; empty where it is not a sum.
+        What the ``ood_score`` is made of, largest amount first; empty where it is not a sum. Where it joins a global and
+        a local score, these are the parts of the global one.
     reasons : tuple of str, default ()
         Why, in plain sentences, the most important first. Never empty for an image that could be read.
     size : (int, int), default (0, 0)

@@ -22,6 +22,7 @@ def judge(
     calibration: Calibration,
     fpr: float,
     notes: Mapping[int, str] | None = None,
+    p_values: Mapping[str, np.ndarray] | None = None,
 ) -> Scores:
     """Compare scores with the calibration, and put them beside the images that have none.
 
@@ -41,6 +42,8 @@ def judge(
         False-alarm rate.
     notes : mapping, optional
         Position of an image that has a score -> what is to be told of it all the same.
+    p_values : mapping of names to ndarrays of shape (n,), optional
+        Of the scores that ``ood_score`` joins.
 
     Returns
     -------
@@ -50,7 +53,7 @@ def judge(
     """
     positions = np.asarray(positions, dtype=np.int64)
     failed = ~np.isfinite([ood_score, *layers.values()]).all(axis=0)
-    p_values, flags = calibration.flags(np.where(failed, np.nan, ood_score), fpr)
+    p_value, flags = calibration.flags(np.where(failed, np.nan, ood_score), fpr)
     is_ood = np.zeros(len(names), dtype=bool)
     is_ood[positions] = flags
 
@@ -68,8 +71,9 @@ def judge(
         status=status.tolist(),
         reason=[texts.get(i, "") for i in range(len(names))],
         ood_score=spread(ood_score),
-        p_value=spread(p_values),
+        p_value=spread(p_value),
         is_ood=is_ood,
         layers={name: spread(values) for name, values in layers.items()},
         fpr=fpr,
+        p_values={name: spread(values) for name, values in (p_values or {}).items()},
     )

@@ -14,7 +14,8 @@ from ..exceptions import UsageError
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
 
-#: Columns of every table that featdiff writes; ``layer_<name>`` follow, one per layer.
+#: Columns of every table that featdiff writes; ``p_value_<name>`` follow where the verdict joins several scores, then
+#: ``layer_<name>``, one per layer.
 COLUMNS = ("path", "status", "reason", "ood_score", "p_value", "is_ood")
 OK = "ok"
 UNREADABLE = "unreadable"
@@ -44,6 +45,8 @@ class Row:
         The score of each layer, in in-domain standard deviations.
     extra : dict of str to str
         Further columns of text.
+    p_values : dict of str to float
+        Of the scores that the verdict joins (``global``, ``local``), where it joins any.
     """
 
     path: str
@@ -54,6 +57,7 @@ class Row:
     is_ood: bool
     layers: dict[str, float]
     extra: dict[str, str] = field(default_factory=dict)
+    p_values: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
@@ -86,6 +90,8 @@ class Scores:
         Further columns of text, for example ``group`` and ``nearest`` of an audit.
     known : (N,) bool, optional
         Which images the model has in its bank of training images; not written to files.
+    p_values : dict of str to (N,) float
+        Where the verdict joins several scores (``global``, ``local``): the p-value of each, by name.
 
     Examples
     --------
@@ -121,6 +127,7 @@ class Scores:
     fpr: float | None = None
     extra: dict[str, list[str]] = field(default_factory=dict)
     known: np.ndarray | None = None
+    p_values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         images = f"{len(self):,} image{'' if len(self) == 1 else 's'}"
@@ -190,6 +197,7 @@ class Scores:
             is_ood=bool(self.is_ood[i]),
             layers={name: float(values[i]) for name, values in self.layers.items()},
             extra={name: texts[i] for name, texts in self.extra.items()},
+            p_values={name: float(values[i]) for name, values in self.p_values.items()},
         )
 
     def _take(self, positions: np.ndarray) -> Scores:
@@ -204,6 +212,7 @@ class Scores:
             fpr=self.fpr,
             extra={name: [texts[i] for i in positions] for name, texts in self.extra.items()},
             known=None if self.known is None else self.known[positions],
+            p_values={name: values[positions] for name, values in self.p_values.items()},
         )
 
     def sorted(self) -> Scores:
@@ -219,7 +228,7 @@ class Scores:
     @property
     def columns(self) -> list[str]:
         """Column names of :meth:`rows` and :meth:`to_pandas`."""
-        return columns_of(self.layers, self.extra)
+        return columns_of(self.layers, self.extra, self.p_values)
 
     def rows(self) -> Iterator[dict[str, object]]:
         """One plain dict per image, as it is written to files.
@@ -230,6 +239,7 @@ class Scores:
             cells: list[object] = [path, self.status[i], self.reason[i]]
             cells += [_plain(self.ood_score[i]), _plain(self.p_value[i])]
             cells.append(None if self.status[i] == UNREADABLE else bool(self.is_ood[i]))
+            cells += [_plain(values[i]) for values in self.p_values.values()]
             cells += [texts[i] for texts in self.extra.values()]
             cells += [_plain(values[i]) for values in self.layers.values()]
             yield dict(zip(self.columns, cells, strict=True))
@@ -265,6 +275,8 @@ class Scores:
             "p_value": np.where(unreadable, np.nan, self.p_value),
             "is_ood": is_ood,
         }
+        for name, values in self.p_values.items():
+            data[f"p_value_{name}"] = np.where(unreadable, np.nan, values)
         data |= self.extra
         for name, values in self.layers.items():
             data[f"layer_{name}"] = np.where(unreadable, np.nan, values)
@@ -323,12 +335,13 @@ class Scores:
             fpr=rates.pop() if len(rates) == 1 else None,
             extra={name: [text for part in several for text in part.extra[name]] for name in several[0].extra},
             known=None if several[0].known is None else numbers("known"),
+            p_values={name: np.concatenate([part.p_values[name] for part in several]) for name in several[0].p_values},
         )
 
 
-def columns_of(layers: Iterable[str], extra: Iterable[str] = ()) -> list[str]:
+def columns_of(layers: Iterable[str], extra: Iterable[str] = (), p_values: Iterable[str] = ()) -> list[str]:
     """Names of all columns, in the order in which they are written."""
-    return [*COLUMNS, *extra, *(f"layer_{name}" for name in layers)]
+    return [*COLUMNS, *(f"p_value_{name}" for name in p_values), *extra, *(f"layer_{name}" for name in layers)]
 
 
 def strangest_first(ood_score: np.ndarray, p_value: np.ndarray, unreadable: np.ndarray) -> np.ndarray:

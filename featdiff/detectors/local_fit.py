@@ -1,0 +1,247 @@
+"""Normal images -> the local score of a detector and its calibration, after everything else is fitted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.batches import Batch
+from ..data.references import ImageRef
+from ..data.splits import Plan, Split
+from ..exceptions import FeatdiffError
+from ..features.extractor import FeatureExtractor
+from ..features.store import Features
+from ..runtime.progress import Progress, part_of
+from ..scores.local import RECIPE, Local, worst
+
+#: From this mean cosine of two images on, in the deepest stage, ``local="auto"`` counts a set as pictures of one thing.
+ALIKE = 0.7
+#: Fewer images say too little about each place.
+FEWEST = 40
+# Raised when the same places give another training: finished ones in the cache are not used then.
+_TRAINING_VERSION = 1
+# Images that the mean cosine is taken of.
+_SAMPLE = 1000
+# Images that train. Of as many runs of neighbours, each fifth only says how places differ.
+_TRAINING_IMAGES = 2000
+_RUNS = 25
+_HELD_OUT = 5
+# Places of training images in all, and of one image.
+_PLACES = 32_768
+_FEWEST_PLACES = 16
+_MOST_PLACES = 64
+# Bytes that these places may take.
+_MOST_BYTES = 1 << 28
+
+#: Images by number -> batches of them, and their numbers.
+ReadBatches = Callable[[Sequence[int]], Iterator[Batch]]
+
+
+def likeness(features: Features, columns: slice) -> float:
+    """How alike images are: the mean cosine between the features of two of them.
+
+    Parameters
+    ----------
+    features : Features
+        Rows (N, D) of different images, N >= 2.
+    columns : slice
+        Those that are compared.
+
+    Returns
+    -------
+    float
+        From -1 to 1. Of the default backbone's last stage: 0.84 for tiles of one product, 0.2 to 0.5 for photographs of
+        many things, up to 0.6 for those of one class.
+    """
+    count = min(len(features), _SAMPLE)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:count])
+    units = F.normalize(features[chosen][:, columns].float(), dim=1)
+    # of all pairs, without those of an image with itself
+    return float((units.sum(0).square().sum() - count) / (count * (count - 1)))
+
+
+@dataclass(frozen=True)
+class FittedLocal:
+    """What came of it.
+
+    Attributes
+    ----------
+    local : Local
+    scores : ndarray of shape (n,)
+        Of the images that calibrate, in the order of :attr:`featdiff.data.splits.Plan.calibration`.
+    heat : ndarray of shape (n,)
+        Of the strangest place of each.
+    """
+
+    local: Local
+    scores: np.ndarray
+    heat: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A local score to be fitted: which images train it, and which set its statistics."""
+
+    local: Local
+    training: np.ndarray
+    held_out: np.ndarray
+    scored: np.ndarray
+
+
+class LocalFit:
+    """Fits a local score, and one more for each fold of a plan.
+
+    Images are read twice: those that train, to take a few places of each, then those that are held out, as a whole.
+
+    Parameters
+    ----------
+    extractor : FeatureExtractor
+        That keeps maps.
+    read : callable
+        Numbers of images -> batches of them, in that order.
+    digests : sequence of bytes
+        The content that each image had.
+    seed : int
+    folder : Path
+        Where trainings are kept, so that one that is repeated, or was stopped, goes on from there.
+    progress : callable (stage, done, total), optional
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        read: ReadBatches,
+        digests: Sequence[bytes],
+        seed: int,
+        folder: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        self.extractor = extractor
+        self.read = read
+        self.digests = digests
+        self.seed = seed
+        self.folder = folder
+        self.progress = progress
+        self.channels = tuple(extractor.maps.values())
+
+    def fit(self, plan: Plan) -> FittedLocal:
+        """Fit on a plan's final rows, and score the images that calibrate by fits that have not seen them.
+
+        Parameters
+        ----------
+        plan : Plan
+
+        Returns
+        -------
+        FittedLocal
+
+        Raises
+        ------
+        FeatdiffError
+            An image cannot be read any more, or holds something else by now.
+        """
+        splits = [*plan.folds, plan.final]
+        parts = [self._part(split, number == len(plan.folds)) for number, split in enumerate(splits)]
+        self._train(parts)
+
+        errors = self._errors(parts)
+        scores = []
+        hottest = []
+        for number, part in enumerate(parts):
+            part.local.fit_statistics([errors[number, row] for row in part.held_out])
+            for row in part.scored:
+                heat = part.local.standardised(errors[number, row][None].to(part.local.mean.device))
+                scores.append(float(worst(heat)))
+                hottest.append(float(heat.max()))
+        return FittedLocal(parts[-1].local, np.array(scores), np.array(hottest))
+
+    def _part(self, split: Split, is_final: bool) -> _Part:
+        rows = split.training
+        if is_final and not len(split.calibration):  # the images of all folds
+            rows = np.sort(np.concatenate([split.training, split.validation]))
+        if len(rows) > _TRAINING_IMAGES:
+            rows = np.sort(np.random.default_rng(self.seed).permutation(rows)[:_TRAINING_IMAGES])
+
+        # runs of neighbours, for bursts are named alike
+        run = np.arange(len(rows)) * _RUNS // len(rows)
+        is_held_out = run % _HELD_OUT == _HELD_OUT - 1
+        local = Local(self.channels, self.seed).to(self.extractor.device)
+        return _Part(local, rows[~is_held_out], rows[is_held_out], split.calibration)
+
+    # ---- places ----
+
+    def _train(self, parts: Sequence[_Part]) -> None:
+        rows = np.unique(np.concatenate([part.training for part in parts]))
+        count = _places_of_each(min(len(part.training) for part in parts), sum(self.channels))
+        owners, places = self._places(rows, count, parts[0].local)
+
+        for number, part in enumerate(parts):
+            own = torch.from_numpy(np.flatnonzero(np.isin(owners, part.training)))
+            part.local.fit(
+                [[values[own].to(self.extractor.device) for values in layers] for layers in places],
+                self._checkpoint(part.training, count),
+                part_of(self.progress, number, len(parts), "training places"),
+            )
+
+    def _checkpoint(self, rows: np.ndarray, count: int) -> Path:
+        """The file of a training on so many places of these images."""
+        facts = repr([_TRAINING_VERSION, RECIPE, self.extractor.maps, self.seed, count])
+        contents = b"".join(self.digests[row] for row in rows)
+        return self.folder / f"local-{hashlib.sha256(facts.encode() + contents).hexdigest()[:16]}.pt"
+
+    def _places(self, rows: np.ndarray, count: int, local: Local) -> tuple[np.ndarray, list[list[Tensor]]]:
+        """Random places of these images: the row that each belongs to, and what each view sees of each layer there."""
+        owners: list[int] = []
+        found: list[list[list[Tensor]]] = []
+        for numbers, maps in self._maps(rows, "places"):
+            sampled = local.sample(maps, count, numbers)
+            found.append(sampled)
+            each = len(sampled[0][0]) // len(numbers)
+            owners += [number for number in numbers for _ in range(each)]
+
+        places = [
+            [torch.cat([part[view][layer] for part in found]) for layer in range(len(self.channels))]
+            for view in range(len(local.views))
+        ]
+        return np.array(owners), places
+
+    def _errors(self, parts: Sequence[_Part]) -> dict[tuple[int, int], Tensor]:
+        """Log errors (views, h, w) of held-out images by the number of the part and the row."""
+        wanted = [set(part.held_out.tolist()) | set(part.scored.tolist()) for part in parts]
+        rows = np.array(sorted(set().union(*wanted)))
+        found = {}
+        for numbers, maps in self._maps(rows, "held-out places"):
+            for which, part in enumerate(parts):
+                own = [i for i, number in enumerate(numbers) if number in wanted[which]]
+                if own:
+                    errors = part.local.errors([values[own] for values in maps]).cpu()
+                    found |= {(which, numbers[i]): values for i, values in zip(own, errors, strict=True)}
+        return found
+
+    def _maps(self, rows: np.ndarray, stage: str) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Maps of these images, some at a time, and which images these are."""
+        done = 0
+        for batch in self.read(rows.tolist()):
+            numbers = rows[done : done + len(batch.loaded)].tolist()
+            for item, number in zip(batch.loaded, numbers, strict=True):
+                if item.reason or item.digest != self.digests[number]:
+                    reason = item.reason or "it holds something else than before"
+                    raise FeatdiffError(f"{item.ref.path} changed while it was learned: {reason}; train again")
+            for stack in batch.stacks:
+                yield [numbers[i] for i in stack.positions], self.extractor.maps_of(stack.pixels)
+            done += len(numbers)
+            if self.progress:
+                self.progress(stage, done, len(rows))
+
+
+def _places_of_each(images: int, channels: int) -> int:
+    """How many places of each image train."""
+    most = min(_PLACES, _MOST_BYTES // (4 * channels))  # two views, two bytes
+    return max(_FEWEST_PLACES, min(_MOST_PLACES, most // max(1, images)))

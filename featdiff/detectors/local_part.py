@@ -1,0 +1,192 @@
+"""The local part of a detector: its score of places, beside the global one, with calibrations of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import ModelError, UsageError
+from ..features.extractor import FeatureExtractor
+from ..features.store import Features
+from ..files.model_folder import check_tensors
+from ..scores.fused import FUSED
+from ..scores.joint import NAMES, Joint
+from ..scores.local import Local
+from ..verdicts.calibration import Calibration
+from .checks import is_whole
+from .config import FeatureSettings
+from .local_fit import ALIKE, FEWEST, FittedLocal, likeness
+
+# What the tensors of a saved model are called.
+_JOINT = "joint."
+_CALIBRATION = "calibration_"
+# The strangest place of each calibration image.
+_HEAT = "heat"
+# The colour scale of heat maps ends so many times as far above the median of those as their largest.
+_ABOVE = 2.0
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """What a detector has besides its heads, where it looks at places as well.
+
+    Parameters
+    ----------
+    joint : Joint
+        The local score, and how it is joined with the global one.
+    calibrations : dict of str to Calibration
+        ``global`` and ``local``, of these scores; ``heat``, of the strangest place of each image.
+    """
+
+    joint: Joint
+    calibrations: Mapping[str, Calibration]
+
+    @classmethod
+    def of(cls, fitted: FittedLocal, global_scores: np.ndarray, groups: int) -> tuple[LocalPart, np.ndarray]:
+        """The part, and the joint scores (n,) of the calibration images.
+
+        Parameters
+        ----------
+        fitted : FittedLocal
+        global_scores : ndarray of shape (n,)
+            Of the calibration images, in the same order.
+        groups : int
+            Independent groups among them.
+        """
+        joint = Joint(fitted.local).to(fitted.local.mean.device)
+        joint.fit(global_scores, fitted.scores)
+        place = joint.scale.device
+        both = [torch.from_numpy(values).float().to(place) for values in (global_scores, fitted.scores)]
+        scores, parts = joint(*both)
+
+        values = dict(zip(NAMES, parts.T.double().cpu().numpy(), strict=True)) | {_HEAT: fitted.heat}
+        calibrations = {name: Calibration(numbers, groups) for name, numbers in values.items()}
+        return cls(joint, calibrations), scores.double().cpu().numpy()
+
+    def attach(self, extractor: FeatureExtractor) -> None:
+        """Make the extractor's rows end with the local score."""
+        extractor.attach(self.joint.local, self.digest())
+
+    def digest(self) -> str:
+        """A short hash of the local score's tensors."""
+        found = hashlib.sha256()
+        for tensor in self.joint.local.state_dict().values():
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    def p_values(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Standardised scores of the parts (B,) by name -> their conformal p-values (B,)."""
+        return {name: self.calibrations[name].p_values(values) for name, values in parts.items()}
+
+    def scale_of_heat(self, fpr: float) -> tuple[float, float]:
+        """Where heat is strange (``fpr`` of the normal images have such a place), and where its colour scale ends."""
+        heat = self.calibrations[_HEAT]
+        middle = float(np.median(heat.scores))
+        return heat.threshold(fpr), middle + _ABOVE * max(float(heat.scores[-1]) - middle, 1e-3)
+
+    def to(self, device: torch.device) -> LocalPart:
+        """The same part, on another device."""
+        self.joint.to(device)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a saved model."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    # ---- save and load ----
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored."""
+        tensors = {_JOINT + name: values for name, values in self.joint.state_dict().items()}
+        for name, calibration in self.calibrations.items():
+            tensors[_CALIBRATION + name] = torch.from_numpy(calibration.scores.copy())
+        return tensors
+
+    @classmethod
+    def take(
+        cls, tensors: dict[str, Tensor], channels: Sequence[int], images: Mapping[str, int], seed: int, folder: Path
+    ) -> LocalPart:
+        """Remove the part from a saved model's tensors, and check it (``ModelError``)."""
+        joint = Joint(Local(channels, seed))
+        own = {name.removeprefix(_JOINT): tensors.pop(name) for name in list(tensors) if name.startswith(_JOINT)}
+        check_tensors(own, joint.state_dict(), folder)
+        joint.load_state_dict(own)
+
+        calibrations = {}
+        for name in (*NAMES, _HEAT):
+            scores = tensors.pop(_CALIBRATION + name, None)
+            if scores is None or scores.dtype != torch.float64 or scores.shape != (images["calibration"],):
+                raise ModelError(f"the model at {folder} is damaged: the calibration of its {name} score is missing")
+            if bool((scores.diff() < 0).any()):
+                raise ModelError(f"the model at {folder} is damaged: the calibration of its {name} score is not sorted")
+            try:
+                calibrations[name] = Calibration(scores.numpy(), images["calibration_groups"])
+            except UsageError as error:
+                raise ModelError(f"the model at {folder} is damaged: {error}") from None
+        return cls(joint, calibrations)
+
+
+def saved_maps(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
+    """The maps that a saved detector looks at, by module, and their channels; empty for one without a local score."""
+    maps: Any = config.get("local", "")
+    if maps is None:
+        return {}
+    sound = isinstance(maps, dict) and maps and all(is_whole(count) and count > 0 for count in maps.values())
+    if not sound:
+        raise ModelError(f"the model at {folder} is damaged: config.json: local is not what it should be")
+    return dict(maps)
+
+
+def decide(
+    settings: FeatureSettings, rereadable: bool, features: Features, extractor: FeatureExtractor
+) -> tuple[bool, str]:
+    """Whether a detector gets a local score, and why, in a few words.
+
+    Parameters
+    ----------
+    settings : FeatureSettings
+    rereadable : bool
+        Whether the images can be read again.
+    features : Features
+        Rows of the normal images.
+    extractor : FeatureExtractor
+
+    Raises
+    ------
+    UsageError
+        It is asked for, and cannot be had.
+    """
+    asked = settings.local
+    if asked is False:
+        return False, "local score: off, as asked"
+    reason = ""
+    if not rereadable:
+        reason = "it needs images that can be read again (files, pictures or arrays, no loader or generator)"
+    elif settings.head != FUSED:
+        reason = f"it is joined with head='{FUSED}' only"
+    elif len(features) < FEWEST:
+        reason = f"it needs at least {FEWEST} different images"
+    else:
+        try:
+            extractor.keep_maps()
+        except UsageError as error:
+            reason = str(error)
+    if reason and asked is True:
+        raise UsageError(f"no local score: {reason}", argument="local")
+    if reason:
+        return False, f"local score: off, {reason}"
+    if asked is True:
+        return True, "local score: on, as asked"
+
+    alike = likeness(features, extractor.layout.last_stage.columns)
+    if alike >= ALIKE:
+        return True, f"local score: on, the images are alike (mean cosine {alike:.2f}, from {ALIKE:g} on)"
+    return False, f"local score: off, the images show different things (mean cosine {alike:.2f}, below {ALIKE:g})"
