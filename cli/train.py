@@ -40,9 +40,7 @@ INPAINTINGS = "inpaintings.png"
 @click.option("--config", metavar="NAME|FILE", help="A preset (dlsr_paper, lmd_small ...) or a TOML file.")
 @click.option("--fpr", type=float, help="False-alarm rate to be able to hold [0.05].")
 @click.option("--no-pretrained", is_flag=True, help="Random backbone: for tests only, scores mean nothing.")
-@click.option(
-    "--local/--no-local", default=None, help="Look at places of a picture, too [if the images are alike]."
-)
+@click.option("--local/--no-local", default=None, help="Look at places of a picture, too [if the images are alike].")
 @click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the model (for featdiff explain).")
 @click.option("--thumbnails", is_flag=True, help="Keep small pictures of training images in the model, 16 MB at most.")
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
@@ -204,8 +202,8 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
     if isinstance(detector, Detector):
         say(f"view: {in_words(detector.config()['settings'])}", quiet)
-        size = f"; {detector.local_.nbytes / 1e6:.1f} MB" if detector.local_ else ""
-        say(detector.local_note_ + size, quiet)
+        held = f"; {detector.local_.nbytes / 1e6:.1f} MB" if detector.local_ else ""
+        say(detector.local_note_ + held, quiet)
     if trained := bars.seconds.get("training"):
         say(f"trained {trained:.0f} s", quiet)
     elif isinstance(detector, PixelDetector) and detector.settings.pretrained:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.batches import Batch
-from ..data.references import ImageRef
 from ..data.splits import Plan, Split
 from ..exceptions import FeatdiffError
 from ..features.extractor import FeatureExtractor
@@ -87,12 +86,17 @@ class FittedLocal:
 
 @dataclass(frozen=True)
 class _Part:
-    """A local score to be fitted: which images train it, and which set its statistics."""
+    """A local score to be fitted.
+
+    ``training`` are the images that train it, ``measured`` those whose errors it gives, ``scored`` those of them that
+    calibrate, and ``compared`` those whose errors say what is normal for each place when they are scored.
+    """
 
     local: Local
     training: np.ndarray
-    held_out: np.ndarray
+    measured: np.ndarray
     scored: np.ndarray
+    compared: np.ndarray
 
 
 class LocalFit:
@@ -147,33 +151,48 @@ class LocalFit:
         FeatdiffError
             An image cannot be read any more, or holds something else by now.
         """
-        splits = [*plan.folds, plan.final]
-        parts = [self._part(split, number == len(plan.folds)) for number, split in enumerate(splits)]
+        parts = self._of_folds(plan) if plan.folds else self._of_split(plan.final)
         self._train(parts)
-
         errors = self._errors(parts)
+
         scores = []
         hottest = []
-        for number, part in enumerate(parts):
-            part.local.fit_statistics([errors[number, row] for row in part.held_out])
+        for part in parts:
+            part.local.fit_statistics([errors[row] for row in part.compared])
             for row in part.scored:
-                heat = part.local.standardised(errors[number, row][None].to(part.local.mean.device))
+                heat = part.local.standardised(errors[row][None].to(part.local.mean.device))
                 scores.append(float(worst(heat)))
                 hottest.append(float(heat.max()))
         return FittedLocal(parts[-1].local, np.array(scores), np.array(hottest))
 
-    def _part(self, split: Split, is_final: bool) -> _Part:
-        rows = split.training
-        if is_final and not len(split.calibration):  # the images of all folds
-            rows = np.sort(np.concatenate([split.training, split.validation]))
-        if len(rows) > _TRAINING_IMAGES:
-            rows = np.sort(np.random.default_rng(self.seed).permutation(rows)[:_TRAINING_IMAGES])
+    def _of_folds(self, plan: Plan) -> list[_Part]:
+        """A part for each fold, then the final one, trained on all images.
 
+        An image is never among those that it is compared with, lest it look too ordinary.
+        """
+        nothing = np.empty(0, dtype=np.int64)
+        rows = np.sort(plan.calibration)  # all images
+        parts = []
+        for fold in plan.folds:
+            others = np.setdiff1d(rows, fold.calibration)
+            parts.append(_Part(self._new(), self._some(others), fold.calibration, fold.calibration, others))
+        return [*parts, _Part(self._new(), self._some(rows), nothing, nothing, rows)]
+
+    def _of_split(self, split: Split) -> list[_Part]:
+        rows = self._some(split.training)
         # runs of neighbours, for bursts are named alike
         run = np.arange(len(rows)) * _RUNS // len(rows)
         is_held_out = run % _HELD_OUT == _HELD_OUT - 1
-        local = Local(self.channels, self.seed).to(self.extractor.device)
-        return _Part(local, rows[~is_held_out], rows[is_held_out], split.calibration)
+        compared = np.concatenate([rows[is_held_out], split.validation])
+        measured = np.concatenate([compared, split.calibration])
+        return [_Part(self._new(), rows[~is_held_out], measured, split.calibration, compared)]
+
+    def _new(self) -> Local:
+        return Local(self.channels, self.seed).to(self.extractor.device)
+
+    def _some(self, rows: np.ndarray) -> np.ndarray:
+        """So many of these images as train at most, ascending."""
+        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:_TRAINING_IMAGES])
 
     # ---- places ----
 
@@ -212,17 +231,15 @@ class LocalFit:
         ]
         return np.array(owners), places
 
-    def _errors(self, parts: Sequence[_Part]) -> dict[tuple[int, int], Tensor]:
-        """Log errors (views, h, w) of held-out images by the number of the part and the row."""
-        wanted = [set(part.held_out.tolist()) | set(part.scored.tolist()) for part in parts]
-        rows = np.array(sorted(set().union(*wanted)))
-        found = {}
-        for numbers, maps in self._maps(rows, "held-out places"):
-            for which, part in enumerate(parts):
-                own = [i for i, number in enumerate(numbers) if number in wanted[which]]
-                if own:
-                    errors = part.local.errors([values[own] for values in maps]).cpu()
-                    found |= {(which, numbers[i]): values for i, values in zip(own, errors, strict=True)}
+    def _errors(self, parts: Sequence[_Part]) -> dict[int, Tensor]:
+        """Log errors (views, h, w) of each image that is measured."""
+        local_of = {row: part.local for part in parts for row in part.measured.tolist()}
+        found: dict[int, Tensor] = {}
+        for numbers, maps in self._maps(np.array(sorted(local_of)), "held-out places"):
+            for local in {id(local_of[row]): local_of[row] for row in numbers}.values():
+                own = [i for i, row in enumerate(numbers) if local_of[row] is local]
+                errors = local.errors([values[own] for values in maps]).cpu()
+                found |= {numbers[i]: values for i, values in zip(own, errors, strict=True)}
         return found
 
     def _maps(self, rows: np.ndarray, stage: str) -> Iterator[tuple[list[int], list[Tensor]]]:

@@ -114,9 +114,7 @@ def _verdict(row: Row) -> str:
     return f"Not flagged: about {share} of normal images look at least as strange as this one."
 
 
-def _about_parts(
-    row: Row, heads: Sequence[Contribution], nearest: Sequence[Neighbor], has_local: bool
-) -> list[str]:
+def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neighbor], has_local: bool) -> list[str]:
     """What stands out; of several scores with one label, the highest counts."""
     highest = _highest(heads or _of_layers(row.layers))
     unusual = {label: score for label, score in highest.items() if score >= UNUSUAL}

@@ -22,7 +22,8 @@ class Extractor(Protocol):
     ``width`` is a row's length, ``transform`` prepares a picture, ``key`` names everything that decides the numbers.
     """
 
-    width: int
+    @property
+    def width(self) -> int: ...
 
     @property
     def transform(self) -> Transform: ...

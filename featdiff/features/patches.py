@@ -36,7 +36,8 @@ def choose_maps(layers: Sequence[str], outputs: Mapping[str, Output]) -> list[st
     Examples
     --------
     >>> network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 2, 2)), nn.Sequential(nn.Conv2d(8, 16, 2, 2)))
-    >>> outputs = {name: Output(name, network[int(name)], (8, n, n), 0, n * n, False) for name, n in (("0", 8), ("1", 4))}
+    >>> sides = {"0": 8, "1": 4}
+    >>> outputs = {name: Output(name, network[int(name)], (8, n, n), 0, n * n, False) for name, n in sides.items()}
     >>> choose_maps(["0", "1"], outputs)
     ['0', '1']
     """

@@ -26,7 +26,9 @@ from .fusion import log
 #: Share of the places of a picture that make its score.
 TOP = 0.03
 #: How the places' denoisers are trained.
-RECIPE = Recipe(epochs=1, batch_size=512, learning_rate=2e-3, weight_decay=1e-3, min_steps=1000, max_steps=1000, patience=1000)
+RECIPE = Recipe(
+    epochs=1, batch_size=512, learning_rate=2e-3, weight_decay=1e-3, min_steps=1000, max_steps=1000, patience=1000
+)
 # Dimensions that a denoiser sees of each layer, its hidden width, blocks, start time and stored noise draws.
 _DIMENSIONS = 32
 _HIDDEN = 64
@@ -82,9 +84,7 @@ class View(nn.Module):
         """Smoothed maps (B, C, h, w) of each layer -> the same, as this view sees them."""
         return [_normalised(values) for values in maps] if self.contrast else list(maps)
 
-    def fit(
-        self, places: Sequence[Tensor], checkpoint: Path | None = None, progress: Progress | None = None
-    ) -> None:
+    def fit(self, places: Sequence[Tensor], checkpoint: Path | None = None, progress: Progress | None = None) -> None:
         """Learn what normal places look like.
 
         Parameters
