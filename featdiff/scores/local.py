@@ -139,7 +139,7 @@ class View(nn.Module):
         return log(errors + rest)
 
     def _get(self, name: str, layer: int) -> Tensor:
-        return getattr(self, f"{name}_{layer}")  # type: ignore[no-any-return]
+        return getattr(self, f"{name}_{layer}")
 
 
 class Local(nn.Module):
@@ -166,9 +166,10 @@ class Local(nn.Module):
     def __init__(self, channels: Sequence[int], seed: int = 0) -> None:
         super().__init__()
         self.channels = tuple(channels)
-        self.views = nn.ModuleList(View(channels, contrast, seed) for contrast in (False, True))
-        self.register_buffer("mean", torch.zeros(len(self.views), _GRID, _GRID))
-        self.register_buffer("deviation", torch.ones(len(self.views), _GRID, _GRID))
+        views = [View(channels, contrast, seed) for contrast in (False, True)]
+        self.views: Sequence[View] = nn.ModuleList(views)  # type: ignore[assignment]
+        self.register_buffer("mean", torch.zeros(len(views), _GRID, _GRID))
+        self.register_buffer("deviation", torch.ones(len(views), _GRID, _GRID))
 
     # ---- fit ----
 
@@ -187,7 +188,7 @@ class Local(nn.Module):
         Returns
         -------
         list of list of Tensors of shape (B * count, C)
-            By view and layer, float16.
+            By view and layer, bfloat16: half the memory, and no number is too large for it.
         """
         maps = _smoothed(maps)
         height, width = maps[0].shape[2:]
@@ -200,7 +201,7 @@ class Local(nn.Module):
         found = []
         for view in self.views:
             layers = [_resized(values, (height, width)).flatten(2) for values in view.prepare(maps)]
-            found.append([_at(values, taken).half().cpu() for values in layers])
+            found.append([_at(values, taken).bfloat16().cpu() for values in layers])
         return found
 
     def fit(
@@ -280,10 +281,9 @@ def worst(heat: Tensor, share: float = TOP) -> Tensor:
     tensor([4.])
     """
     values = heat.flatten(1).sort(dim=1, descending=True).values
-    places = values.shape[1]
-    # the last place that counts may count in part: sizes of maps differ a little
-    counted = torch.clamp(places * share, min=1) if isinstance(places, Tensor) else max(1.0, places * share)
-    weights = (counted - torch.arange(places, device=heat.device)).clamp(0, 1)
+    # the last place that counts may count in part, for sizes of maps differ a little
+    counted = (share * torch.ones_like(values[0]).sum()).clamp_min(1)
+    weights = (counted - torch.arange(values.shape[1], device=heat.device)).clamp(0, 1)
     return (values * weights).sum(1) / weights.sum()
 
 

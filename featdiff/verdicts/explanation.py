@@ -85,8 +85,8 @@ class Explanation:
     layers : dict of str to float, default {}
         The score of each layer, in standard deviations of normal images, higher = more OOD.
     heads : tuple of Contribution, default ()
-        What the ``ood_score`` is made of, largest amount first; empty where it is not a sum. Where it joins a global and
-        a local score, these are the parts of the global one.
+        What the ``ood_score`` is made of, largest amount first; empty where it is not a sum. Where it joins a global
+        and a local score, these are the parts of the global one.
     reasons : tuple of str, default ()
         Why, in plain sentences, the most important first. Never empty for an image that could be read.
     size : (int, int), default (0, 0)
