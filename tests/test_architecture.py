@@ -58,6 +58,8 @@ FILES: dict[str, dict[str, set[str]]] = {
         "diffusion": {"fusion", "registry", "residuals"},
         "inpainting": set(),
         "fused": {"diffusion", "fusion", "registry"},
+        "local": {"diffusion", "fusion"},
+        "joint": {"local"},
     },
 }
 #: what the library must never know of

@@ -10,24 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..data.batches import Batch
 from ..data.splits import Plan, Split
 from ..exceptions import FeatdiffError
 from ..features.extractor import FeatureExtractor
-from ..features.store import Features
 from ..runtime.progress import Progress, part_of
 from ..scores.local import RECIPE, Local, worst
 
-#: From this mean cosine of two images on, in the deepest stage, ``local="auto"`` counts a set as pictures of one thing.
-ALIKE = 0.7
 #: Fewer images say too little about each place.
 FEWEST = 40
 # Raised when the same places give another training: finished ones in the cache are not used then.
 _TRAINING_VERSION = 1
-# Images that the mean cosine is taken of.
-_SAMPLE = 1000
 # Images that train. Of as many runs of neighbours, each fifth only says how places differ.
 _TRAINING_IMAGES = 2000
 _RUNS = 25
@@ -41,29 +35,6 @@ _MOST_BYTES = 1 << 28
 
 #: Images by number -> batches of them, and their numbers.
 ReadBatches = Callable[[Sequence[int]], Iterator[Batch]]
-
-
-def likeness(features: Features, columns: slice) -> float:
-    """How alike images are: the mean cosine between the features of two of them.
-
-    Parameters
-    ----------
-    features : Features
-        Rows (N, D) of different images, N >= 2.
-    columns : slice
-        Those that are compared.
-
-    Returns
-    -------
-    float
-        From -1 to 1. Of the default backbone's last stage: 0.84 for tiles of one product, 0.2 to 0.5 for photographs of
-        many things, up to 0.6 for those of one class.
-    """
-    count = min(len(features), _SAMPLE)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:count])
-    units = F.normalize(features[chosen][:, columns].float(), dim=1)
-    # of all pairs, without those of an image with itself
-    return float((units.sum(0).square().sum() - count) / (count * (count - 1)))
 
 
 @dataclass(frozen=True)
