@@ -120,10 +120,10 @@ class _Page:
         verdict = "Out-of-distribution" if found.is_ood else "Normal"
         self._text(_MARGIN, 0.48, verdict, size=17, weight="bold", color=colour)
 
-        facts = [f"p = {found.p_value:.3g}"]
-        facts += [f"{name} p = {value:.3g}" for name, value in found.p_values.items()]
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in found.p_values.items())
+        facts = [f"p = {found.p_value:.3g}" + (f" ({parts})" if parts else "")]
         facts += [f"score {found.ood_score:.2f} (threshold {found.threshold:.2f})", f"false-alarm rate {found.fpr:g}"]
-        self._text(_PAGE - _MARGIN, 0.48, "   ".join(facts), size=9.5, color=_MUTED, ha="right")
+        self._text(_PAGE - _MARGIN, 0.48, "   ".join(facts), size=8.5 if parts else 9.5, color=_MUTED, ha="right")
         self._text(_MARGIN, 0.78, _shortened(found.path, 105), size=9.5, color=_MUTED)
 
         line = self._axes(_MARGIN, 0.9, _PAGE - 2 * _MARGIN, 0.01)
@@ -177,8 +177,11 @@ class _Page:
         """A bar for each part of the score, or for each layer where the score is no sum."""
         if not self.bars:
             return
-        self._text(left, top + 0.15, "What the score is made of" if self.explanation.heads else "Layers",
-                   size=11, weight="bold")  # fmt: skip
+        found = self.explanation
+        title = "What the score is made of" if found.heads else "Layers"
+        if found.heads and found.p_values:
+            title = "What the global score is made of"
+        self._text(left, top + 0.15, title, size=11, weight="bold")
         width = _PAGE - _MARGIN - left
         named = 2.35
         axes = self._axes(left + named, top + 0.4, width - named, _BAR * len(self.bars))
@@ -201,8 +204,12 @@ class _Page:
             middle = top + 0.4 + _BAR * (row + 0.5)
             self._text(left, middle - 0.01, label, size=9)
             self._text(left, middle + 0.12, name, size=6.5, color=_MUTED)
-        if self.explanation.heads:
-            total = f"together {self.explanation.ood_score:.2f}; more than {self.explanation.threshold:.2f} is flagged"
+        if found.heads:
+            total = f"together {found.ood_score:.2f}; more than {found.threshold:.2f} is flagged"
+            if found.p_values:  # the stranger of the global and the local score counts
+                amount = sum(head.amount for head in found.heads)
+                values = ", ".join(f"{name} p = {value:.3g}" for name, value in found.p_values.items())
+                total = f"together {amount:.2f}; {values}"
             self._text(left, top + 0.62 + _BAR * len(self.bars), total, size=8.5, color=_MUTED)
 
     def _nearest(self, top: float) -> None:
