@@ -12,7 +12,7 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import backbone_options, detector_arguments, groups_option, output_options, runtime_options
 from .output import choose_format, write_rows
 from .progress import Bars, list_unreadable
-from .report import check_report, report_option, source_of_audit, write_report
+from .report import check_report, report_images_option, report_option, source_of_audit, write_report
 from .speech import say
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _LISTED = 10
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Only the N oddest [20 on a terminal, else all].")
 @click.option("--fpr", type=float, default=0.05, show_default=True, help="Share of the images that is marked.")
 @report_option
+@report_images_option
 @output_options
 @backbone_options
 @runtime_options
@@ -39,6 +40,7 @@ def command(
     top: int | None,
     fpr: float,
     report: Path | None,
+    report_images: int | None,
     format_: str | None,
     output: Path | None,
     raw_csv: bool,
@@ -66,7 +68,7 @@ def command(
     keep_freed_memory()
     chosen = choose_format(output, format_)
     arguments = detector_arguments(options)
-    check_report(report)
+    check_report(report, report_images)
     refs = list_images(list(images))
     try:
         with Bars(quiet) as bars:
@@ -79,12 +81,19 @@ def command(
     write_rows(output, chosen, scores.sorted()[:top], raw_csv)
     code = _summary(scores, bars, fpr, quiet)
     if report:
-        _report(report, scores, refs, fpr, options, bars, quiet)
+        _report(report, report_images, scores, refs, fpr, options, bars, quiet)
     return code
 
 
 def _report(
-    file: Path, scores: Scores, refs: list[ImageRef], fpr: float, options: dict[str, Any], bars: Bars, quiet: bool
+    file: Path,
+    pictures: int | None,
+    scores: Scores,
+    refs: list[ImageRef],
+    fpr: float,
+    options: dict[str, Any],
+    bars: Bars,
+    quiet: bool,
 ) -> None:
     from featdiff.detectors.audit import STANDS_APART
     from featdiff.features.weights import DEFAULT_BACKBONE
@@ -97,7 +106,7 @@ def _report(
         "Backbone": options["backbone"] or DEFAULT_BACKBONE,
     }
     source = source_of_audit(refs, facts, options)
-    write_report(file, rows, fpr, source, None, sum(bars.seconds.values()), quiet)
+    write_report(file, rows, fpr, source, pictures, sum(bars.seconds.values()), quiet)
 
 
 def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:

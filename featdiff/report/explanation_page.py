@@ -208,8 +208,8 @@ class _Page:
             total = f"together {found.ood_score:.2f}; more than {found.threshold:.2f} is flagged"
             if found.p_values:  # the stranger of the global and the local score counts
                 amount = sum(head.amount for head in found.heads)
-                values = ", ".join(f"{name} p = {value:.3g}" for name, value in found.p_values.items())
-                total = f"together {amount:.2f}; {values}"
+                p_values = ", ".join(f"{name} p = {value:.3g}" for name, value in found.p_values.items())
+                total = f"together {amount:.2f}; {p_values}"
             self._text(left, top + 0.62 + _BAR * len(self.bars), total, size=8.5, color=_MUTED)
 
     def _nearest(self, top: float) -> None:

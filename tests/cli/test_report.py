@@ -219,6 +219,9 @@ def test_audit_writes_a_page(
     assert f"{sum(row['is_ood'] == 'true' for row in rows)} of 25 images are marked as odd" in words_of(page)
     assert pictures_in(page) == 24
 
+    assert featdiff_cli("audit", folder, *backbone, "--report", page, "--report-images", 3, "-q").exit_code == 3
+    assert pictures_in(page) == 3
+
 
 def test_eval_writes_a_page(
     featdiff_cli: Cli,
