@@ -182,9 +182,9 @@ def decide(
     if asked is True:
         return True, "local score: on, as asked"
 
-    ratio = variety(features[_some(len(features))], extractor) / variety(_sample_rows(extractor), extractor)
-    measured = f"variety {ratio:.2f} of that of the built-in sample set"
-    if ratio < ALIKE:
+    found = variety(features, extractor)
+    measured = f"variety {found:.2f} of that of the built-in sample set"
+    if found < ALIKE:
         return True, f"local score: on, the images are alike ({measured}, below {ALIKE:g})"
     return False, f"local score: off, the images show different things ({measured}, from {ALIKE:g} on)"
 
@@ -204,17 +204,16 @@ def _obstacle(settings: FeatureSettings, rereadable: bool, features: Features, e
     return ""
 
 
-def variety(rows: Tensor, extractor: FeatureExtractor) -> float:
-    """How different images are: 1 - the mean cosine between two of them, in the deepest stage.
+def variety(features: Features, extractor: FeatureExtractor) -> float:
+    """How different images are, as a share of what the pictures of the built-in sample set are to the same network.
 
-    How large it is depends on the network, so it is compared with that of the built-in sample set. Of the default
-    backbone: 0.28 times that for tiles of one product, 0.6 and more for most photographs of one class, 0.8 to 1.5 for
-    sets of several classes.
+    Measured as 1 - the mean cosine between two of them in the deepest stage. To the default backbone it is 0.28 for
+    tiles of one product, 0.6 and more for most photographs of one class, and 0.8 to 1.5 for sets of several classes.
 
     Parameters
     ----------
-    rows : Tensor of shape (n, D)
-        Of different images, n >= 2.
+    features : Features
+        Rows (N, D) of different images, N >= 2.
     extractor : FeatureExtractor
         That gave them.
 
@@ -223,18 +222,16 @@ def variety(rows: Tensor, extractor: FeatureExtractor) -> float:
     float
         From 0 (all alike) on.
     """
-    units = F.normalize(rows[:, extractor.layout.last_stage.columns].float(), dim=1)
-    count = len(units)
-    # of all pairs, without those of an image with itself
-    cosine = (units.sum(0).square().sum() - count) / (count * (count - 1))
-    return max(float(1 - cosine), 1e-6)
-
-
-def _some(count: int) -> np.ndarray:
-    return np.sort(np.random.default_rng(0).permutation(count)[:_SAMPLE])
-
-
-def _sample_rows(extractor: FeatureExtractor) -> Tensor:
-    """Rows of some pictures of the built-in sample set."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:_SAMPLE])
     pictures = list(samples.tiles()[0].values())[::_STEP]
-    return torch.cat([extractor(extractor.transform(picture)[None]).cpu() for picture in pictures])
+    reference = torch.cat([extractor(extractor.transform(picture)[None]).cpu() for picture in pictures])
+
+    columns = extractor.layout.last_stage.columns
+    return _difference(features[chosen][:, columns]) / max(_difference(reference[:, columns]), 1e-6)
+
+
+def _difference(rows: Tensor) -> float:
+    """1 - the mean cosine of all pairs of rows (n, C), without those of a row with itself."""
+    units = F.normalize(rows.float(), dim=1)
+    count = len(units)
+    return 1 - float((units.sum(0).square().sum() - count) / (count * (count - 1)))

@@ -5,6 +5,7 @@
     python tests/benchmarks/folders.py few --data FOLDER
     python tests/benchmarks/folders.py audit --data FOLDER
     python tests/benchmarks/folders.py contaminated --data FOLDER
+    python tests/benchmarks/folders.py variety --data FOLDER
 
 FOLDER holds flowers.zip, dtd.zip, magnetic_tile.zip and others as configs/README.md describes them.
 """
@@ -26,7 +27,10 @@ from featdiff import Detector
 from featdiff.data.decoding import decode
 from featdiff.data.groups import label_images
 from featdiff.data.references import ImageRef, list_images
+from featdiff.detectors.local_fit import FEWEST
+from featdiff.detectors.local_part import ALIKE, variety
 from featdiff.evaluation.metrics import auroc, fpr_at_tpr
+from featdiff.features.store import Rows
 
 #: width / height that pictures are cut to.
 SHAPES = (1 / 3, 1 / 2, 2 / 3, 3 / 4, 4 / 3, 3 / 2, 2, 3)
@@ -206,9 +210,38 @@ def contaminated(folder: Path, repeats: int) -> None:
             print(row, flush=True)
 
 
+def varieties(folder: Path) -> None:
+    """What decides whether there is a local score, for whole sets and for single classes."""
+    sets = {"magnetic tiles": folder / "magnetic_tile.zip" / "normal"}
+    for name, source in (
+        ("CIFAR-10", folder / "cifar10.zip" / "train"),
+        ("flowers", folder / "flowers.zip" / "train"),
+        ("Tiny ImageNet", folder / "tiny_imagenet.zip"),
+        ("traffic signs", folder / "gtsrb_32.zip"),
+        ("Fashion-MNIST", folder / "fashion_mnist_32.zip"),
+        ("textures", folder / "dtd.zip"),
+    ):
+        sets[name] = source
+
+    detector = Detector()
+    print("| set | variety | least of its classes | local score |")
+    for name, source in sets.items():
+        extraction, store = detector.read(list_images(source))
+        features = store.table(extraction.digests)
+        whole = variety(features, detector.extractor_)
+
+        classes = np.array([path.split("/")[-2] for path in extraction.paths])
+        alone = []
+        for label in np.unique(classes):
+            rows = np.flatnonzero(classes == label)
+            if len(rows) >= FEWEST:
+                alone.append(variety(Rows(features[rows]), detector.extractor_))
+        print(f"| {name} | {whole:.2f} | {min(alone):.2f} | {'on' if whole < ALIKE else 'off'} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["views", "groups", "few", "audit", "contaminated"])
+    parser.add_argument("what", choices=["views", "groups", "few", "audit", "contaminated", "variety"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -219,6 +252,8 @@ def main() -> None:
         groups(arguments.data, arguments.repeats)
     elif arguments.what == "few":
         few(arguments.data, arguments.repeats)
+    elif arguments.what == "variety":
+        varieties(arguments.data)
     elif arguments.what == "contaminated":
         contaminated(arguments.data, arguments.repeats)
     else:
