@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image
 
 from featdiff import Detector
 from featdiff.data import samples
+from featdiff.scores import local
 
 #: Keyword arguments of a detector that fits in a second: a real timm network of 0.4 M weights at 160 px.
 TINY: dict[str, Any] = {
@@ -43,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A feature cache of this run alone (also for sub-processes)."""
     os.environ["FEATDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_training_of_places() -> Iterator[None]:
+    """A tenth of the steps for local scores: what shows one here is pictures that are much alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "RECIPE", replace(local.RECIPE, min_steps=100, max_steps=100))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -178,9 +178,8 @@ class _Page:
         if not self.bars:
             return
         found = self.explanation
-        title = "What the score is made of" if found.heads else "Layers"
-        if found.heads and found.p_values:
-            title = "What the global score is made of"
+        which = "global score" if found.p_values else "score"
+        title = f"What the {which} is made of" if found.heads else "Layers"
         self._text(left, top + 0.15, title, size=11, weight="bold")
         width = _PAGE - _MARGIN - left
         named = 2.35
@@ -207,9 +206,8 @@ class _Page:
         if found.heads:
             total = f"together {found.ood_score:.2f}; more than {found.threshold:.2f} is flagged"
             if found.p_values:  # the stranger of the global and the local score counts
-                amount = sum(head.amount for head in found.heads)
                 p_values = ", ".join(f"{name} p = {value:.3g}" for name, value in found.p_values.items())
-                total = f"together {amount:.2f}; {p_values}"
+                total = f"together {sum(head.amount for head in found.heads):.2f}; {p_values}"
             self._text(left, top + 0.62 + _BAR * len(self.bars), total, size=8.5, color=_MUTED)
 
     def _nearest(self, top: float) -> None:

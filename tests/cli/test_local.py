@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,7 @@ from click.testing import Result
 from defect_pictures import SIDE, plates
 from helpers import fails
 
-from featdiff.scores import local
-
 Cli = Callable[..., Result]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_training() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "RECIPE", replace(local.RECIPE, min_steps=100, max_steps=100))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,9 @@ from featdiff.detectors.local_fit import LocalFit
 from featdiff.exceptions import FeatdiffError, ModelError, UsageError
 from featdiff.features.backbones import load_backbone
 from featdiff.files import model_folder
-from featdiff.scores import local
 from featdiff.verdicts.calibration import Calibration
 
 OPTIONS: dict[str, Any] = {"size": SIDE, "recipe": {"epochs": 2, "min_steps": 50}, "calibration": 0.3, "fpr": 0.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_training() -> Iterator[None]:
-    """A tenth of the steps: these places are easy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "RECIPE", replace(local.RECIPE, min_steps=100, max_steps=100))
-        yield
 
 
 @pytest.fixture(scope="module")
