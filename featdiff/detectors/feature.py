@@ -17,7 +17,7 @@ from ..data.batches import is_loader, peek_size
 from ..data.decoding import Transform
 from ..data.groups import AUTO, Groups, check_groups, is_word
 from ..data.references import list_images
-from ..data.splits import Plan, Split
+from ..data.splits import Split
 from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
 from ..features.extraction import Extraction
@@ -29,19 +29,17 @@ from ..files.model_folder import load, locate
 from ..runtime.progress import Progress, shown
 from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
-from ..scores.joint import GLOBAL, NAMES
 from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
 from .bank_images import BankImages
-from .base import BaseDetector
 from .checks import make_recipe
 from .config import FeatureSettings
 from .constructors import takes
 from .explanation import Explanation, explain_each, explain_one
+from .feature_scoring import FeatureScoring
 from .fitting import Bank, as_digests, fit_heads
 from .grouping import Grouping
-from .local_fit import LocalFit
-from .local_part import LocalPart, decide, saved_maps
+from .local_part import LocalPart, saved_maps
 from .same_network import check_same_features, check_same_weights
 from .saved import (
     building,
@@ -61,7 +59,7 @@ _TRAINING_SETTINGS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timestep
 _DIFFUSION_SETTINGS = (*_TRAINING_SETTINGS, "start_times", "draws", "stride")
 
 
-class Detector(BaseDetector[FeatureSettings]):
+class Detector(FeatureScoring):
     """Feature-diffusion OOD detector after DLSR (Yang et al., NeurIPS 2024, arXiv 2411.10701), with neighbours.
 
     A frozen backbone gives one pooled vector per layer. Small denoisers, trained on noised in-domain vectors,
@@ -162,14 +160,9 @@ class Detector(BaseDetector[FeatureSettings]):
     mode = "feature"
     # on few rows the heads would mostly wait for memory
     batches_at_once = 4
-    extractor_: FeatureExtractor
-    heads_: Heads
     bank_digests_: np.ndarray
     bank_images_: BankImages
-    local_: LocalPart | None = None
     precision_: str
-    #: Whether there is a local score, and why; known where the detector was fitted.
-    local_note_: str = ""
 
     @takes(FeatureSettings)
     def __init__(self, settings: FeatureSettings) -> None:
@@ -179,16 +172,6 @@ class Detector(BaseDetector[FeatureSettings]):
     def name(self) -> str:
         """The backbone's name and tag."""
         return self.extractor_.backbone.tag
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the layers that have a score."""
-        return self.heads_.layers
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """``global`` and ``local``, where there is a local score."""
-        return NAMES if self.local_ else ()
 
     # ---- fit ----
 
@@ -264,37 +247,6 @@ class Detector(BaseDetector[FeatureSettings]):
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
         self.calibration_ = Calibration(scores, plan.groups)
         return self
-
-    def _fit_local(
-        self,
-        images: object,
-        extraction: Extraction,
-        digests: list[bytes],
-        store: FeatureStore,
-        plan: Plan,
-        scores: np.ndarray,
-        progress: Progress | None,
-    ) -> np.ndarray:
-        """Fit the local score where there is to be one; the scores of the calibration images, joined with it."""
-        self.local_ = None
-        features = store.table(digests)
-        wanted, self.local_note_ = decide(self.settings, isinstance(images, list), features, self.extractor_)
-        if not wanted:
-            return scores
-
-        assert isinstance(images, list)
-        refs = [images[position] for position in extraction.first_positions(digests)]
-        fit = LocalFit(
-            self.extractor_,
-            lambda numbers: self.batches([refs[i] for i in numbers])[0],
-            digests,
-            self.settings.seed,
-            store.folder,
-            progress,
-        )
-        self.local_, joined = LocalPart.of(fit.fit(plan), scores, plan.groups)
-        self.local_.attach(self.extractor_)
-        return joined
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
         """The group of each different image: given, or found in the features."""
@@ -443,107 +395,12 @@ class Detector(BaseDetector[FeatureSettings]):
             setattr(other, name, getattr(self, name))
         return other
 
-    def without_local(self) -> Detector:
-        """The same detector judged by its global score alone, which pooled features are enough for; itself if it has
-        no local score."""
-        if self.local_ is None:
-            return self
-        other = copy.copy(self)
-        other.local_ = None
-        other.extractor_ = self.extractor_.detached()
-        other.calibration_ = self.local_.calibrations[GLOBAL]
-        return other
-
     # ---- score ----
 
     def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
         """Which row of the bank holds each content (B,), -1: none."""
         rows = _row_of_each(self.bank_digests_.tobytes())
         return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
-
-    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of features -> scores.
-
-        Parameters
-        ----------
-        features : Tensor of shape (B, D)
-            Of ``extractor_``, on any device.
-        own : ndarray of shape (B,) of int, optional
-            The row of the bank that each is not compared with; -1: none.
-
-        Returns
-        -------
-        ood_score : ndarray of shape (B,)
-        layer_scores : ndarray of shape (B, L)
-            Both higher = more OOD, about 0 +- 1 for in-domain images.
-        """
-        score, layers, _ = self._measured(features, own)
-        return score, layers
-
-    def _measured(
-        self, features: Tensor, own: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        self.check_fitted()
-        score, layers, parts = self.measured(features, None if own is None else torch.from_numpy(own))
-        numbers = {name: values.double().cpu().numpy() for name, values in parts.items()}
-        p_values = self.local_.p_values(numbers) if self.local_ else {}
-        return score.double().cpu().numpy(), layers.double().cpu().numpy(), p_values
-
-    def measured(self, features: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The same in tensors, on the device of the heads.
-
-        Parameters
-        ----------
-        features : Tensor of shape (B, D)
-        own : Tensor of shape (B,) of int, optional
-
-        Returns
-        -------
-        ood_score : Tensor of shape (B,)
-        layer_scores : Tensor of shape (B, L)
-        parts : dict of str to Tensor of shape (B,)
-            ``global`` and ``local``, standardised, which the ``ood_score`` joins; empty without a local score.
-        """
-        score, layers = self.heads_(features, own)
-        if self.local_ is None:
-            return score, layers, {}
-        column = self.extractor_.layout.local
-        assert column is not None
-        joined, parts = self.local_.joint(score, features[:, column.start].to(score.device))
-        return joined, layers, dict(zip(NAMES, parts.T, strict=True))
-
-    def heat(self, pixels: Tensor, fpr: float | None = None) -> tuple[Tensor, float, float] | None:
-        """Where images are strange.
-
-        Parameters
-        ----------
-        pixels : Tensor of shape (B, C, H, W)
-            Preprocessed.
-        fpr : float, optional
-            False-alarm rate; default: the detector's.
-
-        Returns
-        -------
-        heat : Tensor of shape (B, h, w)
-            On the CPU, in standard deviations of normal images at the same place, higher = more OOD.
-        threshold, top : float
-            Above which a place is strange, as only ``fpr`` of the normal images have one; where a colour scale ends.
-            None in place of all three for a detector without a local score.
-        """
-        if self.local_ is None:
-            return None
-        maps = self.extractor_.maps_of(pixels)
-        threshold, top = self.local_.scale_of_heat(self.fpr if fpr is None else fpr)
-        return self.local_.joint.local.heat(maps).cpu(), threshold, top
-
-    def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
-        """Rows of features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""
-        self.check_fitted()
-        score, layers, parts = self.measured(features)
-        scores = {"featdiff": score} | parts | self.heads_.all_scores(features)
-        scores.pop(self.settings.head, None)
-        scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
-        return {name: values.double().cpu().numpy() for name, values in scores.items()}
 
     # ---- explain ----
 
