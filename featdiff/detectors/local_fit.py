@@ -28,7 +28,7 @@ _RUNS = 25
 _HELD_OUT = 5
 # Places of training images in all, and of one image.
 _PLACES = 32_768
-_FEWEST_PLACES = 16
+_FEWEST_PLACES = 4
 _MOST_PLACES = 64
 # Bytes that these places may take.
 _MOST_BYTES = 1 << 28

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class LocalPart:
 
     joint: Joint
     calibrations: Mapping[str, Calibration]
+    _copies: dict[torch.device, Local] = field(default_factory=dict)
 
     @classmethod
     def of(cls, fitted: FittedLocal, global_scores: np.ndarray, groups: int) -> tuple[LocalPart, np.ndarray]:
@@ -79,7 +81,20 @@ class LocalPart:
 
     def attach(self, extractor: FeatureExtractor) -> None:
         """Make the extractor's rows end with the local score."""
-        extractor.attach(self.joint.local, self.digest())
+        extractor.attach(self.score, self.digest())
+
+    def score(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, h, w) on any device -> the local score (B,) there.
+
+        A classifier may have replicas on several devices, which run at the same time.
+        """
+        local = self.joint.local
+        device = maps[0].device
+        if local.mean.device == device:
+            return local(maps)
+        if device not in self._copies:
+            self._copies[device] = copy.deepcopy(local).to(device)
+        return self._copies[device](maps)
 
     def digest(self) -> str:
         """A short hash of the local score's tensors."""
