@@ -123,7 +123,7 @@ def test_rows_of_an_interrupted_run_are_in_the_page(
     featdiff_cli(*common, "-o", tmp_path / f"whole.{kind}", "--report", whole)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Detector, "layer_scores", failing_after(3, Detector.layer_scores))
+        patch.setattr(Detector, "_measured", failing_after(3, Detector._measured))
         patch.setattr(Detector, "batches_at_once", 1)
         assert featdiff_cli(*common, "-o", tmp_path / f"a.{kind}", "--report", page).exit_code == 1
     assert not page.exists()
