@@ -84,8 +84,8 @@ class PatchCore:
     """The distance to the nearest of some normal patches (Roth et al. 2022).
 
     A patch is the mean of 3 x 3 places of two stages. Of 100,000 patches, the same number from each image, a tenth is
-    kept: greedily, by their distances in a random projection. The paper's weight by the neighbours of the nearest patch
-    is left out.
+    kept: greedily, by their distances in a random projection. An image is as strange as its strangest patch; the
+    paper's weight by the neighbours of the nearest one is left out.
     """
 
     patches, kept, dimensions = 100_000, 10_000, 32
