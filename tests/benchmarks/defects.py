@@ -2,8 +2,8 @@
 
     python tests/benchmarks/defects.py --data FOLDER
 
-FOLDER holds magnetic_tile.zip as configs/README.md describes it, with masks/. Nothing is fitted on a defect. The two
-others are written here after their papers, on maps of the same backbone, which sees the same pixels.
+FOLDER holds magnetic_tile.zip (normal/, defect/KIND/, masks/KIND/). Nothing is fitted on a defect. The two others are
+written here after their papers, on maps of the same backbone and pixels.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ KINDS = ("blowhole", "crack", "break", "fray", "uneven")
 STAGES = ("blocks.1", "blocks.2", "blocks.4")
 #: Overlap with regions counts up to this false-positive rate.
 MOST_FPR = 0.3
-#: Images of a pass that is timed, and how often it is.
-BATCH, ROUNDS = 32, 15
-#: In cells of 8 pixels: both papers smooth heat maps by 4 pixels.
-SMOOTHING = 0.5
+BATCH, ROUNDS = 32, 15  # of what is timed
+SMOOTHING = 0.5  # in cells of 8 pixels: both papers smooth heat maps by 4 pixels
 
 
 class PaDiM:
@@ -129,13 +127,8 @@ def smoothed(heat: Tensor) -> np.ndarray:
     return ndimage.gaussian_filter(heat.numpy(), (0, SMOOTHING, SMOOTHING))
 
 
-@dataclass
-class Findings:
-    """Of n images: scores (n,) and heat maps by method, and which of them featdiff flags."""
-
-    scores: dict[str, np.ndarray]
-    heat: dict[str, dict[int, np.ndarray]]
-    flags: np.ndarray
+#: Of n images, by method: scores (n,) and heat maps.
+Findings = tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]]
 
 
 def stacks(detector: Detector, refs: Sequence[ImageRef]) -> Iterator[tuple[list[int], Tensor]]:
@@ -173,7 +166,7 @@ def look(detector: Detector, stages: FeatureExtractor, baselines: Baselines, ref
         for name, (values, hot) in found.items():
             scores[name][numbers] = values
             heat[name] |= zip(numbers, hot, strict=True)
-    return Findings(scores, heat, detector.calibration_.flags(scores["featdiff"], detector.fpr)[1])
+    return scores, heat
 
 
 def masks_of(folder: Path, defects: Sequence[ImageRef], normal: Sequence[ImageRef]) -> list[np.ndarray]:
@@ -183,8 +176,13 @@ def masks_of(folder: Path, defects: Sequence[ImageRef], normal: Sequence[ImageRe
     return found + [np.asarray(decode(given[Path(ref.path).stem].read()))[..., 0] > 127 for ref in defects]
 
 
-def of_pixels(heats: Sequence[np.ndarray], masks: Sequence[np.ndarray], config: dict[str, Any]) -> tuple[float, float]:
-    """AUROC of pixels, and the mean overlap with each region (AUPRO; Bergmann et al. 2021), in percent.
+def each_kind(kinds: np.ndarray) -> list[np.ndarray]:
+    """Which belong to any kind, and which to each."""
+    return [kinds != "", *(kinds == kind for kind in KINDS)]
+
+
+def of_pixels(heats: Sequence[np.ndarray], masks: Sequence[np.ndarray], kinds: np.ndarray, config: Any) -> np.ndarray:
+    """AUROC of pixels and overlap with regions (AUPRO; Bergmann et al. 2021), of all and of each kind, in percent.
 
     No thresholds are needed to integrate the overlap: each pixel counts for the false-positive rates that find it.
     """
@@ -196,14 +194,16 @@ def of_pixels(heats: Sequence[np.ndarray], masks: Sequence[np.ndarray], config: 
         outside.append(values[~mask])
         inside.append(values[mask])
         weights.append(1 / np.bincount(regions.ravel())[regions[mask]])
+    owners = np.repeat(kinds, [len(values) for values in inside])
 
     normal = np.concatenate(outside)
     normal.sort()
     values = np.concatenate(inside)
     below = (np.searchsorted(normal, values, "left") + np.searchsorted(normal, values, "right")) / 2
     fpr = 1 - below / len(normal)
-    overlap = np.average((1 - fpr / MOST_FPR).clip(0), weights=np.concatenate(weights))
-    return 100 * float(1 - fpr.mean()), 100 * float(overlap)
+    found = np.stack([1 - fpr, (1 - fpr / MOST_FPR).clip(0)], axis=1)
+    each = np.stack([np.ones_like(fpr), np.concatenate(weights)], axis=1)
+    return 100 * np.array([np.average(found[part], 0, each[part]) for part in each_kind(owners)])
 
 
 @dataclass
@@ -211,21 +211,22 @@ class Measured:
     """What was found on each split, in percent."""
 
     images: dict[str, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
-    pixels: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    pixels: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     alarms: list[float] = field(default_factory=list)
     flagged: list[float] = field(default_factory=list)
 
-    def add(self, found: Findings, kinds: np.ndarray, masks: Sequence[np.ndarray], config: dict[str, Any]) -> None:
-        """Normal images come first, then defects of these kinds."""
-        n = len(masks) - len(kinds)
-        chosen = [kinds != "", *(kinds == kind for kind in KINDS)]
-        for name, scores in found.scores.items():
-            self.images[name].append([100 * auroc(scores[:n], scores[n:][part]) for part in chosen])
+    def add(self, detector: Detector, found: Findings, kinds: np.ndarray, masks: Sequence[np.ndarray]) -> None:
+        """Images of these kinds, ``""`` for normal ones."""
+        normal = kinds == ""
+        scores, heat = found
+        for name, values in scores.items():
+            self.images[name].append([100 * auroc(values[normal], values[part]) for part in each_kind(kinds)])
         for name in ("featdiff", "PaDiM", "PatchCore"):
-            heats = [found.heat[name][i] for i in range(len(masks))]
-            self.pixels[name].append(of_pixels(heats, masks, config))
-        self.alarms.append(100 * found.flags[:n].mean())
-        self.flagged.append(100 * found.flags[n:].mean())
+            heats = [heat[name][i] for i in range(len(masks))]
+            self.pixels[name].append(of_pixels(heats, masks, kinds, detector.extractor_.backbone.data_config))
+        _, flags = detector.calibration_.flags(scores["featdiff"], detector.fpr)
+        self.alarms.append(100 * flags[normal].mean())
+        self.flagged.append(100 * flags[~normal].mean())
 
     def show(self) -> None:
         print(f"| image AUROC | all (each split) | {' | '.join(KINDS)} |")
@@ -234,10 +235,9 @@ class Measured:
             print(f"| {name} | {of_all} ({listed(row[0] for row in rows)}) | {' | '.join(of_kinds)} |")
         print("\n| false alarms at 5 % (each split) | defects flagged |")
         print(f"| {np.mean(self.alarms):.1f} ({listed(self.alarms)}) | {np.mean(self.flagged):.1f} |")
-        print("\n| heat map | pixel AUROC | AUPRO |")
+        print(f"\n| pixel AUROC / AUPRO | all | {' | '.join(KINDS)} |")
         for name, pairs in self.pixels.items():
-            area, overlap = np.mean(pairs, axis=0)
-            print(f"| {name} | {area:.1f} | {overlap:.1f} |")
+            print(f"| {name} | {' | '.join(f'{a:.1f} / {b:.1f}' for a, b in np.mean(pairs, axis=0))} |")
 
 
 def listed(values: Iterable[float]) -> str:
@@ -247,7 +247,7 @@ def listed(values: Iterable[float]) -> str:
 def compare(folder: Path, count: int, cache: Path | None) -> Detector:
     """Print the tables of detection; the detector of the last split."""
     defects = list_images(folder / "magnetic_tile.zip" / "defect")
-    kinds = np.array([Path(ref.path).parent.name for ref in defects])
+    kinds = [Path(ref.path).parent.name for ref in defects]
     stages = FeatureExtractor(load_backbone())
     stages.keep_maps(STAGES)
     measured = Measured()
@@ -255,7 +255,7 @@ def compare(folder: Path, count: int, cache: Path | None) -> Detector:
         detector = Detector(cache=cache).fit(training, groups=labels)
         baselines = fit_baselines(detector, stages, training)
         found = look(detector, stages, baselines, [*others, *defects])
-        measured.add(found, kinds, masks_of(folder, defects, others), stages.backbone.data_config)
+        measured.add(detector, found, np.array([""] * len(others) + kinds), masks_of(folder, defects, others))
         print(f"{len(measured.alarms)} of {count} splits; {detector.local_note_}", file=sys.stderr)
     measured.show()
     return detector
