@@ -24,6 +24,8 @@ from PIL import Image
 
 from featdiff import Detector
 from featdiff.data import samples
+from featdiff.detectors import local_part
+from featdiff.detectors.local_part import ALIKE
 from featdiff.scores import local
 
 #: Keyword arguments of a detector that fits in a second: a real timm network of 0.4 M weights at 160 px.
@@ -48,10 +50,22 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _short_training_of_places() -> Iterator[None]:
-    """A tenth of the steps for local scores: what shows one here is pictures that are much alike."""
+def _no_local_score_unless_asked() -> Iterator[None]:
+    """To untrained networks the pictures of the tests are alike; ``decided_locally`` is for tests of the local score.
+
+    Its denoisers train a tenth of the steps.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "RECIPE", replace(local.RECIPE, min_steps=100, max_steps=100))
+        patch.setattr(local_part, "ALIKE", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def decided_locally() -> Iterator[None]:
+    """``local="auto"`` decides as it does for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_part, "ALIKE", ALIKE)
         yield
 
 

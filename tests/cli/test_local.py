@@ -13,6 +13,7 @@ from click.testing import Result
 from defect_pictures import SIDE, plates
 from helpers import fails
 
+pytestmark = pytest.mark.usefixtures("decided_locally")
 Cli = Callable[..., Result]
 
 

@@ -365,7 +365,7 @@ def test_sentences_say_where() -> None:
 class SeesRed(Detector):
     """A detector whose local score is how red a place is, so that a test knows where its maps are hot."""
 
-    def heat(self, pixels: torch.Tensor) -> tuple[torch.Tensor, float, float]:  # type: ignore[override, unused-ignore]
+    def heat(self, pixels: torch.Tensor, fpr: float | None = None) -> tuple[torch.Tensor, float, float]:
         red = pixels[:, 0] - pixels[:, 1:].mean(1)
         return torch.nn.functional.avg_pool2d(red, 8), 0.5, 4.0
 
@@ -411,7 +411,7 @@ def test_a_red_square_is_hot_where_it_is(
 
 
 def test_a_detector_may_have_no_map(fitted: Detector, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Detector, "heat", lambda self, pixels: None, raising=False)
+    monkeypatch.setattr(Detector, "heat", lambda self, pixels, fpr: None)
     found = fitted.explain(files_of(photos, 1)[0])
     assert (found.heat, found.heat_threshold, found.heat_top) == (None, None, None)
     assert found.to_json()["heat"] is None

@@ -23,6 +23,7 @@ from featdiff.features.backbones import load_backbone
 from featdiff.files import model_folder
 from featdiff.verdicts.calibration import Calibration
 
+pytestmark = pytest.mark.usefixtures("decided_locally")
 OPTIONS: dict[str, Any] = {"size": SIDE, "recipe": {"epochs": 2, "min_steps": 50}, "calibration": 0.3, "fpr": 0.1}
 
 
