@@ -35,6 +35,7 @@ def test_commands_of_the_pages_start(
         _, file, *options = line.split()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [file, "--help"])
+            patch.syspath_prepend(str((ROOT / file).parent))  # as when it is run
             with pytest.raises(SystemExit) as left:
                 runpy.run_path(str(ROOT / file), run_name="__main__")
         assert left.value.code == 0
