@@ -189,33 +189,33 @@ def decide(
     asked = settings.local
     if asked is False:
         return False, "local score: off, as asked"
-    reason = _obstacle(settings, rereadable, features, extractor)
+    why = "as asked"
+    reason = _obstacle(settings, rereadable, features)
+    if not reason and asked is not True:
+        found = variety(features, extractor)
+        measured = f"variety {found:.2f} of that of the built-in sample set"
+        if found >= ALIKE:
+            return False, f"local score: off, the images show different things ({measured}, from {ALIKE:g} on)"
+        why = f"the images are alike ({measured}, below {ALIKE:g})"
+
+    if not reason:  # only now, for maps that nobody looks at would be read in every pass
+        try:
+            extractor.keep_maps()
+        except UsageError as error:
+            reason = str(error)
     if reason and asked is True:
         raise UsageError(f"no local score: {reason}", argument="local")
-    if reason:
-        return False, f"local score: off, {reason}"
-    if asked is True:
-        return True, "local score: on, as asked"
-
-    found = variety(features, extractor)
-    measured = f"variety {found:.2f} of that of the built-in sample set"
-    if found < ALIKE:
-        return True, f"local score: on, the images are alike ({measured}, below {ALIKE:g})"
-    return False, f"local score: off, the images show different things ({measured}, from {ALIKE:g} on)"
+    return (False, f"local score: off, {reason}") if reason else (True, f"local score: on, {why}")
 
 
-def _obstacle(settings: FeatureSettings, rereadable: bool, features: Features, extractor: FeatureExtractor) -> str:
-    """Why there can be no local score; empty if there can."""
+def _obstacle(settings: FeatureSettings, rereadable: bool, features: Features) -> str:
+    """Why these settings and images allow no local score; empty if they do."""
     if not rereadable:
         return "it needs images that can be read again (files, pictures or arrays, no loader or generator)"
     if settings.head != FUSED:
         return f"it is joined with head='{FUSED}' only"
     if len(features) < FEWEST:
         return f"it needs at least {FEWEST} different images"
-    try:
-        extractor.keep_maps()
-    except UsageError as error:
-        return str(error)
     return ""
 
 

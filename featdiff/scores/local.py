@@ -60,7 +60,6 @@ class View(nn.Module):
         Decides the initial weights, the noise and the order of training.
     """
 
-    basis: list[Tensor]
     noise: Tensor
     scale: Tensor
 
@@ -68,7 +67,6 @@ class View(nn.Module):
         super().__init__()
         self.contrast = contrast
         self.seed = seed
-        self.channels = tuple(channels)
         widths = [min(_DIMENSIONS, count) for count in channels]
         for i, (count, width) in enumerate(zip(channels, widths, strict=True)):
             self.register_buffer(f"mean_{i}", torch.zeros(count))
@@ -165,7 +163,6 @@ class Local(nn.Module):
 
     def __init__(self, channels: Sequence[int], seed: int = 0) -> None:
         super().__init__()
-        self.channels = tuple(channels)
         views = [View(channels, contrast, seed) for contrast in (False, True)]
         self.views: Sequence[View] = nn.ModuleList(views)  # type: ignore[assignment]
         self.register_buffer("mean", torch.zeros(len(views), _GRID, _GRID))

@@ -129,6 +129,7 @@ def test_auto_does_without_where_images_differ_or_cannot_be_read_again(sample_fo
     different = sorted(sample_folders["train"].iterdir())[::10] + sorted(sample_folders["digits"].iterdir())[::10]
     detector = Detector(**OPTIONS).fit(different)
     assert detector.local_ is None
+    assert detector.extractor_.maps == {}  # no pass reads what nobody looks at
     assert "the images show different things (variety " in detector.local_note_
 
     pixels = [detector.extractor_.transform(image)[None] for image in plates(50, seed=0)]
