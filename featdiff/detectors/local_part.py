@@ -26,6 +26,7 @@ from ..verdicts.calibration import Calibration
 from .checks import is_whole
 from .config import FeatureSettings
 from .local_fit import FEWEST, FittedLocal
+from .saved import as_calibration
 
 # What the tensors of a saved model are called.
 _JOINT = "joint."
@@ -142,17 +143,9 @@ class LocalPart:
         check_tensors(own, joint.state_dict(), folder)
         joint.load_state_dict(own)
 
-        calibrations = {}
-        for name in (*NAMES, _HEAT):
-            scores = tensors.pop(_CALIBRATION + name, None)
-            if scores is None or scores.dtype != torch.float64 or scores.shape != (images["calibration"],):
-                raise ModelError(f"the model at {folder} is damaged: the calibration of its {name} score is missing")
-            if bool((scores.diff() < 0).any()):
-                raise ModelError(f"the model at {folder} is damaged: the calibration of its {name} score is not sorted")
-            try:
-                calibrations[name] = Calibration(scores.numpy(), images["calibration_groups"])
-            except UsageError as error:
-                raise ModelError(f"the model at {folder} is damaged: {error}") from None
+        calibrations = {
+            name: as_calibration(tensors.pop(_CALIBRATION + name, None), images, folder) for name in (*NAMES, _HEAT)
+        }
         return cls(joint, calibrations)
 
 

@@ -238,14 +238,18 @@ def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], images: Mapping[s
     """Load the tensors into ``heads``, strictly, and return the calibration."""
     scores = tensors.pop("calibration", None)
     check_tensors(tensors, heads.state_dict(), folder)
+    calibration = as_calibration(scores, images, folder)
+    heads.load_state_dict(tensors)
+    return calibration
 
+
+def as_calibration(scores: Tensor | None, images: Mapping[str, int], folder: Path) -> Calibration:
+    """The calibration that a saved tensor holds; one that cannot be right is refused (``ModelError``)."""
     expected = images["calibration"]
     if scores is None or scores.dtype != torch.float64 or scores.shape != (expected,):
         raise _damaged(folder, "its calibration scores are not those it was saved with")
     if bool((scores.diff() < 0).any()):
         raise _damaged(folder, "its calibration scores are not sorted")
-
-    heads.load_state_dict(tensors)
     try:
         return Calibration(scores.numpy(), images["calibration_groups"])
     except UsageError as error:
