@@ -114,9 +114,10 @@ class Detector(FeatureScoring):
         How neighbours are searched; see :func:`featdiff.scores.neighbors.make_index`.
     local : {"auto", True, False}, default "auto"
         Whether places of a picture are looked at as well, for defects that a pooled vector averages away; see
-        :mod:`featdiff.scores.local`. An image is then as strange as the stranger of its global and its local score, and
-        results have a p-value of each. ``auto`` decides from the normal images alone: if they are alike, as pictures of
-        one product are, and can be read again. For photographs of many things the local score would do harm.
+        :mod:`featdiff.scores.local`. The verdict then joins a global and a local score
+        (:class:`featdiff.scores.joint.Joint`), and results have a p-value of each. ``auto`` decides from the normal
+        images alone: if they are alike, as pictures of one product are, and can be read again. For photographs of many
+        things the local score would do harm.
     keep_paths : bool
         Keep the paths of these vectors' images in the model, so that :meth:`explain` can name and show the normal
         images that are like a new one. Without them it says ``image 17``.

@@ -17,6 +17,8 @@ from ..verdicts.results import ERROR, OK, Row
 #: Standard deviations from which on something counts as unusual.
 UNUSUAL = 2.0
 _VERY = 5.0
+# A p-value from which on something counts as ordinary.
+_ORDINARY = 0.2
 # How many things are named.
 _MOST = 3
 # Early layers of a network see textures, middle ones parts of things, the last ones what is shown.
@@ -123,7 +125,9 @@ def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neig
     if not row.is_ood:
         return ["Nothing about it stands out."]
     if has_local and row.p_values[GLOBAL] > row.p_values[LOCAL]:
-        return ["As a whole, the picture looks ordinary."]
+        if row.p_values[GLOBAL] >= _ORDINARY:
+            return ["As a whole, the picture looks ordinary."]
+        return ["As a whole, it is a little unusual too; both together are rare."]
     if not highest:
         return []
     return [f"No single thing stands out; most unusual is the {next(iter(highest))}.".replace("the the", "the")]

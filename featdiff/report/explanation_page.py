@@ -205,7 +205,7 @@ class _Page:
             self._text(left, middle + 0.12, name, size=6.5, color=_MUTED)
         if found.heads:
             total = f"together {found.ood_score:.2f}; more than {found.threshold:.2f} is flagged"
-            if found.p_values:  # the stranger of the global and the local score counts
+            if found.p_values:  # the verdict joins this sum with the local score
                 p_values = ", ".join(f"{name} p = {value:.3g}" for name, value in found.p_values.items())
                 total = f"together {sum(head.amount for head in found.heads):.2f}; {p_values}"
             self._text(left, top + 0.62 + _BAR * len(self.bars), total, size=8.5, color=_MUTED)

@@ -1,10 +1,11 @@
-"""The global and the local score of an image -> one score, high where either is."""
+"""The global and the local score of an image -> one score, high where either is, higher where both are."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .local import Local
 
@@ -17,9 +18,10 @@ NAMES = (GLOBAL, LOCAL)
 class Joint(nn.Module):
     """The local score, and how it is joined with the global one.
 
-    Both are standardised over the calibration images, and the larger counts: the smaller of two p-values (min-p), on a
-    scale that does not end where the calibration images do. Two chances to be flagged are one too many, so the joint
-    score is calibrated on its own, with the same images.
+    Both are standardised over the calibration images, and what each has above the usual is added (softplus): two signs
+    that agree count for more than one, and a very ordinary part takes hardly anything away from a strange one. This is
+    close to Fisher's sum of the logarithms of both p-values, on a scale that does not end where the calibration images
+    do. The two are not independent, so the sum is calibrated on its own, with the same images.
 
     Parameters
     ----------
@@ -29,6 +31,10 @@ class Joint(nn.Module):
     ----------
     location, scale : Tensors of shape (3,)
         Of the global, the local and the joint score, over the calibration images.
+
+    References
+    ----------
+    Fisher, "Statistical Methods for Research Workers", 4th edition, 1932, section 21.1.
     """
 
     location: Tensor
@@ -51,7 +57,7 @@ class Joint(nn.Module):
         """
         both = torch.from_numpy(np.stack([global_scores, local_scores], axis=1)).float().to(self.scale.device)
         self._set(slice(0, 2), both)
-        self._set(slice(2, 3), self._both(both).amax(1, keepdim=True))
+        self._set(slice(2, 3), _added(self._both(both))[:, None])
 
     def _set(self, columns: slice, values: Tensor) -> None:
         deviation = values.std(0, correction=0)
@@ -73,7 +79,12 @@ class Joint(nn.Module):
             The two, standardised. All higher = more OOD, about 0 +- 1 for in-domain images.
         """
         parts = self._both(torch.stack([global_score, local_score.to(global_score)], dim=1))
-        return (parts.amax(1) - self.location[2]) / self.scale[2], parts
+        return (_added(parts) - self.location[2]) / self.scale[2], parts
 
     def _both(self, scores: Tensor) -> Tensor:
         return (scores - self.location[:2]) / self.scale[:2]
+
+
+def _added(parts: Tensor) -> Tensor:
+    """Standardised parts (B, 2) -> (B,)."""
+    return F.softplus(parts).sum(1)

@@ -349,6 +349,19 @@ def test_sentences_of_an_ordinary_image() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("whole", "expected"),
+    [
+        (0.4, "As a whole, the picture looks ordinary."),
+        (0.06, "As a whole, it is a little unusual too; both together are rare."),
+    ],
+)
+def test_sentences_of_an_image_with_strange_places(whole: float, expected: str) -> None:
+    row = replace(ROW, p_values={"global": whole, "local": 0.02})
+    found = sentences(row, parts(texture=0.3), [], False, None, 0.0)
+    assert found[1:] == ("Places in the picture are stranger than the picture as a whole.", expected)
+
+
 def test_sentences_say_where() -> None:
     heat = np.zeros((100, 100), dtype=np.float32)
     heat[10:20, 80:90] = 3.0

@@ -109,7 +109,7 @@ def test_places_of_an_image_follow_from_its_seed_alone(local: Local) -> None:
     assert len(local.sample(maps, 1000, [0, 1, 2])[0][0]) == 3 * 48  # all places, if fewer are there
 
 
-def test_the_joint_score_is_the_larger_of_two_scores_on_one_scale() -> None:
+def test_the_joint_score_adds_what_either_has_above_the_usual() -> None:
     rng = np.random.default_rng(0)
     whole, places = 5 + 2 * rng.standard_normal(500), -3 + 0.1 * rng.standard_normal(500)
     joint = Joint(Local(CHANNELS))
@@ -119,8 +119,16 @@ def test_the_joint_score_is_the_larger_of_two_scores_on_one_scale() -> None:
     assert parts.shape == (500, 2)
     assert parts.mean(0).abs().max() < 1e-4 and (parts.std(0) - 1).abs().max() < 0.01
     assert score.mean().abs() < 1e-4 and score.std() == pytest.approx(1, abs=0.01)
-    assert torch.equal(score.argsort(), parts.amax(1).argsort())
+    excess = parts.exp().log1p().sum(1)
+    assert torch.equal(score.argsort(), excess.argsort())
+    assert torch.allclose(score, (excess - excess.mean()) / excess.std(correction=0), atol=1e-4)
 
     only_local, _ = joint(torch.tensor([5.0]), torch.tensor([-2.0]))
     only_global, _ = joint(torch.tensor([25.0]), torch.tensor([-3.0]))
     assert only_local.item() > score.max() and only_global.item() > score.max()
+
+    # a part below the usual takes hardly anything away, and two that are strange count for more than one
+    ordinary, _ = joint(torch.tensor([-15.0]), torch.tensor([-2.0]))
+    both, _ = joint(torch.tensor([25.0]), torch.tensor([-2.0]))
+    assert 0 < only_local.item() - ordinary.item() < 1
+    assert both.item() > max(only_local.item(), only_global.item()) + 4
