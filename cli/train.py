@@ -202,8 +202,7 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
     if isinstance(detector, Detector):
         say(f"view: {in_words(detector.config()['settings'])}", quiet)
-        held = f"; {detector.local_.nbytes / 1e6:.1f} MB" if detector.local_ else ""
-        say(detector.local_note_ + held, quiet)
+        say(detector.local_note_ + _held(detector), quiet)
     if trained := bars.seconds.get("training"):
         say(f"trained {trained:.0f} s", quiet)
     elif isinstance(detector, PixelDetector) and detector.settings.pretrained:
@@ -219,6 +218,15 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
 
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     say(f"model: {output} ({size:.1f} MB). Next: featdiff score IMAGES -m {output}", quiet)
+
+
+def _held(detector: Detector) -> str:
+    """What a local score takes, if there is one."""
+    from featdiff.detectors.local_fit import MOST_BYTES
+
+    if detector.local_ is None:
+        return ""
+    return f"; {detector.local_.nbytes / 1e6:.1f} MB, trained on at most {MOST_BYTES / 1e6:.0f} MB of places"
 
 
 def check_itself(detector: Detector, quiet: bool) -> None:

@@ -30,8 +30,8 @@ _HELD_OUT = 5
 _PLACES = 32_768
 _FEWEST_PLACES = 4
 _MOST_PLACES = 64
-# Bytes that these places may take.
-_MOST_BYTES = 1 << 28
+#: Bytes that these places may take.
+MOST_BYTES = 1 << 28
 
 #: Images by number -> batches of them, and their numbers.
 ReadBatches = Callable[[Sequence[int]], Iterator[Batch]]
@@ -231,5 +231,5 @@ class LocalFit:
 
 def _places_of_each(images: int, channels: int) -> int:
     """How many places of each image train."""
-    most = min(_PLACES, _MOST_BYTES // (4 * channels))  # two views, two bytes
+    most = min(_PLACES, MOST_BYTES // (4 * channels))  # two views, two bytes
     return max(_FEWEST_PLACES, min(_MOST_PLACES, most // max(1, images)))

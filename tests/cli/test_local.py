@@ -35,7 +35,8 @@ def test_train_decides_and_says_so_and_the_others_show_it(featdiff_cli: Cli, fol
     trained = featdiff_cli("train", folder / "good", "--config", folder / "few.toml", "-o", model)
     assert trained.exit_code == 0, trained.stderr
     (line,) = [line for line in trained.stderr.splitlines() if line.startswith("local score")]
-    assert line.startswith("local score: on, the images are alike (variety 0.") and line.endswith(" MB")
+    assert line.startswith("local score: on, the images are alike (variety 0.")
+    assert line.endswith(" MB, trained on at most 268 MB of places")
 
     scored = featdiff_cli("score", folder / "bad", "-m", model, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(scored.stdout)))
