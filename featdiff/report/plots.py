@@ -1,4 +1,4 @@
-"""The result of an evaluation -> ROC curves, histograms and scores of layers, as SVG and PNG for a paper."""
+"""The result of an evaluation -> ROC curves, histograms and contributions to the score, as SVG and PNG for a paper."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FORMATS = ("svg", "png")
 _DPI = 300
 _LAYER = "layer_"
+# A score among the heads of a detector that has a local one, too.
+_GLOBAL = "global"
 
 # Of the palette of Okabe and Ito, which colour-blind people can tell apart; dark and light, so that grey tells, too.
 _DARK = "#0072B2"
@@ -53,8 +55,14 @@ _STYLE: Any = {
 # Panels beside each other, and the inches of so many: one fits a column of a paper, three its page.
 _PANELS = 3
 _WIDTHS = {1: 3.4, 2: 4.9, 3: 7.0}
-# Letters of a label per inch.
+# Letters of a label per inch, and of a line of the name of a part of the score.
 _LETTERS = 14
+_LABEL = 24
+# The height of a part of the score in inches, and how far its two bars are from its middle, as a share of it.
+_PART = 0.4
+_BESIDE = 0.19
+# The height of a line of its name in points.
+_LINE = 7.8
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -79,7 +87,7 @@ def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, E
     Returns
     -------
     list of Path
-        The files: ``roc``, ``histograms`` and ``layers`` for each protocol, as SVG and PNG.
+        The files: ``roc``, ``histograms`` and ``contributions`` (or ``layers``) for each protocol, as SVG and PNG.
 
     Raises
     ------
@@ -110,7 +118,8 @@ def draw_evaluation(evaluation: Evaluated) -> dict[str, bytes]:
     """Draw what an evaluation found: for each protocol three figures, with a panel for each OOD set.
 
     ``roc`` has the ROC curves of featdiff and of the best baseline, and a dot for the rate that the detector works at;
-    ``histograms`` the detector's own score; ``layers`` the scores of the layers, if these have any.
+    ``histograms`` the detector's own score; ``contributions`` what the mean score of a set is made of. Where the score
+    is no sum, ``layers`` stands in its place: the scores of the layers, if these have any.
 
     Parameters
     ----------
@@ -131,11 +140,13 @@ def draw_evaluation(evaluation: Evaluated) -> dict[str, bytes]:
             figures = {
                 "roc": _roc_curves(pairs, heads, evaluation.fpr),
                 "histograms": _histograms(pairs, evaluation.calibration.threshold(evaluation.fpr), evaluation.fpr),
-                "layers": _layers(pairs, heads),
             }
+            if pairs[0].id_contributions:
+                figures["contributions"] = _contributions(pairs)
+            elif layers := [name for name in heads[0] if name.startswith(_LAYER)]:
+                figures["layers"] = _layers(pairs, heads, layers)
             for name, figure in figures.items():
-                if figure is not None:
-                    pictures |= dict(_rendered(f"{name}-{protocol}", figure))
+                pictures |= dict(_rendered(f"{name}-{protocol}", figure))
     return pictures
 
 
@@ -168,7 +179,7 @@ def _panels(count: int, height: float, share_x: bool = False, share_y: bool = Tr
 
 def _label_axes(figure: Figure, x: str, y: str) -> None:
     """Name both axes of all panels, on several lines where it is narrow."""
-    lines = textwrap.wrap(x, int(_LETTERS * figure.get_figwidth()))
+    lines = textwrap.wrap(x, int(_LETTERS * figure.get_figwidth()), break_on_hyphens=False)
     figure.set_figheight(figure.get_figheight() + 0.13 * (len(lines) - 1))
     figure.supxlabel("\n".join(lines), fontsize=8)
     figure.supylabel(y, fontsize=8)
@@ -274,15 +285,92 @@ def _rgb(colour: str) -> tuple[float, float, float]:
     return to_rgb(colour)
 
 
+# ---- contributions ----
+
+
+def _contributions(pairs: Sequence[Pair]) -> Figure:
+    """What the mean score of each set is made of: a bar for each part, in-domain beside OOD, and their sums."""
+    parts = list(pairs[0].id_contributions)
+    which = "global score" if _GLOBAL in pairs[0].id_scores else "score"
+    bottom = len(parts) - 0.4
+    figure, panels = _panels(len(pairs), 0.75 + _PART * len(parts), share_x=True)
+    for axes, pair in zip(panels, pairs, strict=True):
+        sets = (
+            (pair.id_contributions, -_BESIDE, _DARK, "in-domain"),
+            (pair.ood_contributions, _BESIDE, _LIGHT, "OOD"),
+        )
+        for contributions, offset, colour, label in sets:
+            means = [float(contributions[name].mean()) for name in parts]
+            rows = np.arange(len(parts)) + offset
+            axes.barh(rows, means, 2 * _BESIDE, color=colour, edgecolor="black", linewidth=0.4, label=label)
+            for row, mean in zip(rows, means, strict=True):
+                _write_at_bar(axes, mean, row)
+            _write_sum(axes, sum(means), bottom + 0.5 + offset, colour)
+
+        axes.grid(axis="x", color=_GREY, alpha=0.3, linewidth=0.4)
+        axes.vlines(0, -0.55, bottom, color="black", linewidth=0.6)
+        axes.axhline(bottom, color=_GREY, linewidth=0.6)
+        axes.set(yticks=[], ylim=(bottom + 1, -0.55))
+        axes.spines.left.set_visible(False)
+        axes.margins(x=0.2)
+        _set_title(axes, pair)
+
+    for axes in panels[::_PANELS]:
+        _name_parts(axes, parts, pairs[0].labels)
+        _write_beside(axes, bottom + 0.5, f"sum = mean\n{which}", fontweight="bold")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, handlelength=1.2, columnspacing=1.2)
+
+    x = f"mean contribution to the {which} (in-domain standard deviations)"
+    x += f"; the bars of a set add up to its mean {which}"
+    if _GLOBAL in pairs[0].id_scores:
+        x += "; the verdict takes the larger of the global and the local score"
+    _label_axes(figure, x, "")
+    return figure
+
+
+def _write_at_bar(axes: Axes, value: float, row: float) -> None:
+    """How long a bar is, beyond its end."""
+    side = "left" if value >= 0 else "right"
+    shift = (2 if value >= 0 else -2, 0)
+    axes.annotate(_signed(value), (value, row), shift, textcoords="offset points", ha=side, va="center", fontsize=5.5)
+
+
+def _write_sum(axes: Axes, value: float, row: float, colour: str) -> None:
+    """The mean score of a set, below its bars."""
+    axes.plot(0, row, "s", color=colour, markeredgecolor="black", markeredgewidth=0.4, markersize=4)
+    text: Any = {"textcoords": "offset points", "va": "center", "fontsize": 6.5, "fontweight": "bold"}
+    axes.annotate(_signed(value), (0, row), (5, -0.3), **text)
+
+
+def _name_parts(axes: Axes, parts: Sequence[str], labels: Mapping[str, str]) -> None:
+    """Left of a panel: what each part looks at, in words, and below in grey which part it is."""
+    for row, name in enumerate(parts):
+        own = _short(for_terminal(name.removeprefix(_LAYER)), _LABEL)
+        lines = textwrap.wrap(labels.get(name, ""), _LABEL)
+        if not lines:
+            _write_beside(axes, row, own)
+            continue
+        _write_beside(axes, row, "\n".join(lines), up=_LINE / 2)
+        _write_beside(axes, row, own, up=-len(lines) * _LINE / 2, color=_GREY)
+
+
+def _write_beside(axes: Axes, row: float, text: str, up: float = 0.0, **style: Any) -> None:
+    """Left of a panel, at a row, or so many points above it."""
+    place: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate(text, (0, row), (-4, up), ha="right", va="center", fontsize=6.5, **place, **style)
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.2f}".replace("-", "\u2212")
+    return "0.00" if text[1:] == "0.00" else text
+
+
 # ---- layers ----
 
 
-def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """What each layer says: medians, and the middle 90 % of the images; None if no layer has a score."""
-    layers = [name for name in heads[0] if name.startswith(_LAYER)]
-    if not layers:
-        return None
-
+def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
+    """What each layer says: medians, and the middle 90 % of the images."""
     figure, panels = _panels(len(pairs), 0.55 + 0.24 * len(layers))
     rows = np.arange(len(layers))
     for axes, pair, metrics in zip(panels, pairs, heads, strict=True):

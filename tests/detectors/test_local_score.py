@@ -18,6 +18,7 @@ from tiny_backbones import one_line
 from featdiff import Detector, Guard
 from featdiff.data.splits import make_plan
 from featdiff.detectors.local_fit import LocalFit
+from featdiff.evaluation.protocols import ScoredPair, evaluate_detector
 from featdiff.exceptions import FeatdiffError, ModelError, UsageError
 from featdiff.features.backbones import load_backbone
 from featdiff.features.geometry import onto_picture, seen_box
@@ -112,6 +113,16 @@ def test_score_and_heat_of_an_explanation_come_from_one_pass(detector: Detector)
     assert found.p_values == {name: values[0] for name, values in expected.p_values.items()}
     box = seen_box(detector.extractor_.backbone.data_config, SIDE, SIDE)
     assert found.heat is not None and np.array_equal(found.heat, onto_picture(heat, box, SIDE, SIDE))
+
+
+def test_contributions_of_an_evaluation_add_up_to_the_global_score(detector: Detector) -> None:
+    scored: list[ScoredPair] = []
+    sets = {"scratched": plates(8, seed=2, defect=True)}
+    evaluate_detector(detector, plates(10, seed=1), sets, ["as-published"], scored=scored)
+    (pair,) = scored
+    for parts, scores in ((pair.id_contributions, pair.id_scores), (pair.ood_contributions, pair.ood_scores)):
+        np.testing.assert_allclose(sum(parts.values()), scores["global"], atol=1e-4)
+        assert not np.allclose(scores["global"], scores["featdiff"], atol=1e-2)
 
 
 def test_saved_and_loaded_it_gives_the_same_scores(detector: Detector, saved: Path) -> None:
