@@ -20,6 +20,7 @@ from PIL import Image
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.report import plots
 from featdiff.report.evaluations import Evaluated
+from featdiff.report.plot_contributions import _signed, draw_contributions
 from featdiff.report.plots import check_folder, draw_evaluation, save_evaluations
 from featdiff.verdicts.calibration import Calibration
 
@@ -99,7 +100,7 @@ def bars_of(figure: Figure) -> list[list[list[float]]]:
 def test_bars_of_a_set_add_up_to_its_mean_score(local: bool) -> None:
     drawn = evaluation("digits", "signs", local=local)
     whole = "global" if local else "featdiff"
-    figure = plots._contributions(drawn.pairs)
+    figure = draw_contributions(drawn.pairs)
     for axes, pair, (inside, outside) in zip(figure.axes, drawn.pairs, bars_of(figure), strict=True):
         means = pair.id_scores[whole].mean(), pair.ood_scores[whole].mean()
         assert (sum(inside), sum(outside)) == pytest.approx(means)
@@ -115,7 +116,7 @@ def test_bars_of_a_set_add_up_to_its_mean_score(local: bool) -> None:
 
 
 def test_what_rounds_to_nothing_has_no_sign() -> None:
-    assert [plots._signed(value) for value in (-0.004, 0.004, -0.006, 1.5)] == ["0.00", "0.00", "\u22120.01", "+1.50"]
+    assert [_signed(value) for value in (-0.004, 0.004, -0.006, 1.5)] == ["0.00", "0.00", "\u22120.01", "+1.50"]
 
 
 def test_a_score_that_is_no_sum_has_scores_of_layers_instead() -> None:
@@ -226,7 +227,7 @@ def test_a_failed_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(plots, "_contributions", fail)
+    monkeypatch.setattr(plots, "draw_contributions", fail)
     with pytest.raises(RuntimeError):
         save_evaluations(tmp_path / "new", {"": evaluation("digits")})
     assert not (tmp_path / "new").exists()
