@@ -16,6 +16,7 @@ _PACKAGES = ("featdiff", "torch", "torchvision", "timm", "diffusers", "scikit-le
 _EXTRAS = {
     "parquet": ["pyarrow"],
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    "openvino": ["openvino"],
     "pixel": ["accelerate", "lpips", "torchmetrics"],
 }
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL_FOLDER = "featdiff-model"
+# As in featdiff.features.engines, which takes seconds to import.
+_ENGINES = ("auto", "torch", "openvino", "onnxruntime", "compile")
 
 
 def model_option(function: F) -> F:
@@ -151,6 +153,7 @@ def runtime_options(function: F) -> F:
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
         click.option("--workers", type=click.IntRange(1), help="Decoding threads [one per usable CPU]."),
         click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images at once [32; pixel mode 8]."),
+        click.option("--engine", type=click.Choice(_ENGINES), help="What runs the backbone on a CPU [auto]."),
         click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto]."),
     ):
         wrapped = option(wrapped)
@@ -159,6 +162,6 @@ def runtime_options(function: F) -> F:
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The runtime options that were given, as arguments of a detector."""
-    from featdiff.detectors.config import RUNTIME
+    from featdiff.detectors.run_config import RUNTIME
 
     return {name: options[name] for name in RUNTIME if options.get(name) is not None}

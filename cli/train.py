@@ -202,6 +202,8 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
     if isinstance(detector, Detector):
         say(f"view: {in_words(detector.config()['settings'])}", quiet)
+        if detector.engine_note_:
+            say(f"engine: {detector.engine_note_}", quiet)
         say(detector.local_note_ + _held(detector), quiet)
     if trained := bars.seconds.get("training"):
         say(f"trained {trained:.0f} s", quiet)

@@ -1,7 +1,7 @@
 """Settings of detectors: frozen dataclasses that are checked when they are made.
 
 A constructor's arguments, a config file and ``config.json`` are these and nothing else. Each class holds a detector's
-own settings and, from :class:`Runtime`, how it runs, which is not part of a model.
+own settings and, from :class:`featdiff.detectors.run_config.Runtime`, how it runs, which is not part of a model.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import nn
 
-from ..data.decoding import MAX_PIXELS, Transform
-from ..data.limits import MAX_BYTES
+from ..data.decoding import Transform
 from ..data.splits import CALIBRATION
 from ..diffusion.training import Recipe
 from ..exceptions import UsageError, did_you_mean
+from ..features.engines import AUTO, TORCH
 from ..features.layers import Layers
 from ..features.views import check_view
 from ..features.weights import DEFAULT_BACKBONE
-from ..files.cache import default_cache
-from ..runtime.devices import resolve_device
 from ..scores.coreset import CORESETS
 from ..scores.diffusion import DIFFUSION
 from ..scores.distances import DISTANCES
@@ -55,6 +52,7 @@ from .checks import (
     is_whole,
     make_recipe,
 )
+from .run_config import RUNTIME, Runtime
 
 #: Precisions that ``accelerate`` offers for training.
 PRECISIONS = ("no", "bf16")
@@ -62,59 +60,6 @@ PRECISIONS = ("no", "bf16")
 SMALL_RECIPE = Recipe(
     epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """How a detector runs; it is not saved, and may differ wherever a model is loaded.
-
-    Parameters
-    ----------
-    device : str, default "auto"
-        ``auto`` (CUDA, then MPS, then the CPU), ``cpu``, ``cuda``, ``cuda:1`` ...
-    image_batch : int, default 32
-        Images per backbone pass.
-    workers : int, optional
-        Decoding threads; default: one per CPU that this process may use, at most 16.
-    max_pixels : int, default 89478485
-        The largest picture that is opened.
-    max_bytes : int, default 512000000
-        The largest file, or member of an archive, that is read.
-    cache : path, optional
-        Folder of the feature store; default ``$FEATDIFF_CACHE`` or featdiff's folder in the user's cache.
-
-    Raises
-    ------
-    UsageError
-        A value outside its range.
-    """
-
-    device: str = "auto"
-    image_batch: int = 32
-    workers: int | None = None
-    max_pixels: int = MAX_PIXELS
-    max_bytes: int = MAX_BYTES
-    cache: str | os.PathLike[str] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("image_batch", "max_pixels", "max_bytes"):
-            check_whole(name, getattr(self, name))
-        check_whole("workers", self.workers, optional=True)
-        check_path("cache", self.cache)
-
-    @property
-    def cache_folder(self) -> Path:
-        """Where features are kept."""
-        return Path(self.cache) if self.cache else default_cache()
-
-    @property
-    def place(self) -> torch.device:
-        """The device that ``device`` means here (``UsageError`` if there is none)."""
-        return resolve_device(self.device)
-
-
-#: Names of the settings that say how a detector runs.
-RUNTIME = tuple(item.name for item in fields(Runtime))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +244,8 @@ class PixelSettings(Settings):
     def __post_init__(self) -> None:
         if self.recipe is None:
             object.__setattr__(self, "recipe", SMALL_RECIPE)
+        if self.engine not in (AUTO, TORCH):
+            raise UsageError("the pixel mode runs in PyTorch alone: drop engine", argument="engine")
         if self.calibration == "auto":  # five trainings more would take hours
             object.__setattr__(self, "calibration", CALIBRATION)
         super().__post_init__()

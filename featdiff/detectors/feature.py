@@ -31,6 +31,7 @@ from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
 from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
+from ..verdicts.results import Scores
 from .bank_images import BankImages
 from .checks import make_recipe
 from .config import FeatureSettings
@@ -247,6 +248,7 @@ class Detector(FeatureScoring):
         self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
         self.calibration_ = Calibration(scores, plan.groups)
+        self._confirm_engine(images)
         return self
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
@@ -274,6 +276,7 @@ class Detector(FeatureScoring):
         """
         vars(self).pop("calibration_", None)  # until a fit is through, there is nothing to score with
         self.local_ = None
+        self.engine_note_ = ""
         images, size = self._input_size(images)
         self.extractor_ = self._make_extractor(size)
         self.precision_ = self.extractor_.precision
@@ -398,6 +401,23 @@ class Detector(FeatureScoring):
 
     # ---- score ----
 
+    def iter_scores(
+        self,
+        images: object,
+        fpr: float | None = None,
+        progress: Progress | bool | None = None,
+        exclude_known: bool = False,
+    ) -> Iterator[Scores]:
+        """Score images part by part, in their order; see :meth:`BaseDetector.iter_scores`."""
+        self.check_fitted()
+        if not is_loader(images):
+            images = list_images(images)
+        before = self.extractor_.engine
+        self._choose_engine(images)
+        if self.extractor_.engine != before:
+            self._confirm_engine(images)
+        return super().iter_scores(images, fpr, progress, exclude_known)
+
     def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
         """Which row of the bank holds each content (B,), -1: none."""
         rows = _row_of_each(self.bank_digests_.tobytes())
@@ -439,6 +459,7 @@ class Detector(FeatureScoring):
             "source": backbone.source,
             "fingerprint": backbone.fingerprint,
             "precision": self.precision_,
+            "engine": self.extractor_.engine,
         }
         config["layers"] = widths_of(self.extractor_)
         config["local"] = self.extractor_.maps if self.local_ else None

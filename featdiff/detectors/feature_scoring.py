@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.batches import is_loader
+from ..data.references import list_images
 from ..data.splits import Plan
+from ..features.engines import AUTO, TORCH
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.store import FeatureStore
@@ -20,6 +23,12 @@ from .base import BaseDetector
 from .config import FeatureSettings
 from .local_fit import LocalFit
 from .local_part import LocalPart, decide
+
+#: Images from which on ``engine="auto"`` builds an engine, which takes some seconds.
+WORTH_AN_ENGINE = 256
+# Images on which an engine is compared with PyTorch, and the largest change of a score, in standard deviations.
+_COMPARED = 32
+_MOST_CHANGE = 1e-4
 
 
 class FeatureScoring(BaseDetector[FeatureSettings]):
@@ -35,12 +44,15 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         The local score, and how it is joined with the global one.
     local_note_ : str
         Whether there is a local score, and why; known where the detector was fitted.
+    engine_note_ : str
+        What runs the backbone, and why; empty before anything ran.
     """
 
     extractor_: FeatureExtractor
     heads_: Heads
     local_: LocalPart | None = None
     local_note_: str = ""
+    engine_note_: str = ""
 
     @property
     def layers(self) -> list[str]:
@@ -51,6 +63,48 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     def parts(self) -> tuple[str, ...]:
         """``global`` and ``local``, where there is a local score."""
         return NAMES if self.local_ else ()
+
+    # ---- engine ----
+
+    def _choose_engine(self, images: object) -> None:
+        """Let the engine that the settings name run the backbone, compared with PyTorch on some of these images."""
+        wanted = self.settings.engine
+        extractor = self.extractor_
+        if wanted == AUTO:
+            own = extractor.backbone.source == "module"  # its code may do what no trace shows
+            few = not isinstance(images, list) or len(images) < WORTH_AN_ENGINE
+            if own or few:
+                return
+        if not self.engine_note_:
+            self.engine_note_ = extractor.choose_engine(wanted, self._some(images))
+
+    def _confirm_engine(self, images: object) -> None:
+        """Go back to PyTorch, should the engine change a score by more than rounding, or any verdict."""
+        extractor = self.extractor_
+        if extractor.engine == TORCH:
+            return
+        pixels = self._some(images)
+        given, _ = self.layer_scores(extractor(pixels))
+        expected, _ = self.layer_scores(extractor.in_torch()(pixels))
+        threshold = self.calibration_.threshold(self.fpr)
+        if np.abs(given - expected).max() > _MOST_CHANGE or not np.array_equal(given > threshold, expected > threshold):
+            self.engine_note_ = f"torch, for {extractor.engine} changes scores"
+            extractor.choose_engine(TORCH, pixels)
+
+    def _some(self, images: object) -> Tensor:
+        """Pixels of a few images (B, C, H, W) of one size; made-up ones of a stream."""
+        if isinstance(images, list):
+            batches, _ = self.batches(images[:_COMPARED])
+            for batch in batches:
+                if batch.stacks:
+                    return max((stack.pixels for stack in batch.stacks), key=len)
+        return self.extractor_.probe()
+
+    def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
+        if not is_loader(images):
+            images = list_images(images)
+        self._choose_engine(images)
+        return super()._extract(images, progress)
 
     # ---- fit ----
 

@@ -18,7 +18,7 @@ from ..files.model_folder import check_tensors
 from ..runtime.devices import resolve_device
 from ..verdicts.calibration import Calibration, check_fpr
 from .checks import is_whole
-from .config import RUNTIME, Runtime
+from .run_config import RUNTIME, Runtime
 
 if TYPE_CHECKING:
     from ..data.decoding import Transform
@@ -43,6 +43,7 @@ _KINDS: dict[str, dict[str, Any]] = {
         "backbone.source": str,
         "backbone.fingerprint": str,
         "backbone.precision": str,
+        "backbone.engine": str,
         "layers": dict,
         "images.bank": int,
     },

@@ -17,7 +17,7 @@ from ..data.decoding import short_sides
 from ..data.labels import list_labelled
 from ..data.references import ImageRef
 from ..detectors import MODES, BaseDetector, Detector, PixelDetector
-from ..detectors.config import RUNTIME
+from ..detectors.run_config import RUNTIME
 from ..exceptions import UsageError
 from ..hardening.harden import Hardened
 from ..runtime.progress import Progress

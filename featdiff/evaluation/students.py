@@ -11,7 +11,8 @@ from typing import Any
 
 from ..data.references import ImageRef
 from ..detectors import Detector
-from ..detectors.config import RUNTIME, FeatureSettings
+from ..detectors.config import FeatureSettings
+from ..detectors.run_config import RUNTIME
 from ..exceptions import UsageError
 from ..features.backbones import check_name
 from ..files.toml import check_keys

@@ -97,7 +97,7 @@ class Rows(nn.Module):
     def __init__(self, extractor: FeatureExtractor) -> None:
         super().__init__()
         self.network = extractor.model
-        self._extractor = extractor
+        self._extractor = extractor.in_torch()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         return (self._extractor(pixels),)

@@ -1,8 +1,8 @@
 """Runs a backbone's forward pass in another engine than eager PyTorch, where that agrees with PyTorch and is faster.
 
-A pass is traced once. The engine folds batch norms, fuses operations and plans its memory, which is two to three times as
-fast on a CPU. A trace may hold numbers that belong to one size of images only, so each new size is compared with PyTorch
-first; what disagrees runs in PyTorch.
+A pass is traced once. The engine folds batch norms, fuses operations and plans its memory, which is two to three times
+as fast on a CPU. A trace may hold numbers that belong to one size of images only, so each new size is compared with
+PyTorch first; what disagrees runs in PyTorch.
 """
 
 from __future__ import annotations
@@ -101,35 +101,47 @@ class Engine:
         self._lock = threading.Lock()
 
         traced = _Pass(read)
-        with torch.no_grad():
-            traced(example)
-        self.keys = list(traced.keys)
+        example = example if len(example) > 1 else example.repeat(2, 1, 1, 1)  # tracers take 1 for a constant
         try:
-            with warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tracers warn of sizes, which are compared below
+                traced(example)
+                self.keys = list(traced.keys)
                 self._run = _BUILDERS[name](traced, example)
+            agrees = self.agrees(example)
         except Exception as error:  # converters fail in many ways
             raise FeatdiffError(f"{name} cannot run this backbone: {first_line(error)}") from None
-        if not self.agrees(example):
+        if not agrees:
             raise FeatdiffError(f"{name} gives other features than PyTorch for this backbone")
 
     def read(self, pixels: Tensor) -> dict[Key, Tensor]:
         """Preprocessed images (B, C, H, W) on the CPU -> vectors and maps by layer and kind, float32."""
-        if not self.agrees(pixels):
-            return self._read(pixels)
-        return self._outputs(pixels)
+        return self._outputs(pixels) if self.agrees(pixels) else self._read(pixels)
 
     def agrees(self, pixels: Tensor) -> bool:
         """Whether it gives what PyTorch gives for images of this size, found with the first of them."""
         size = tuple(pixels.shape[1:])
         with self._lock:
-            if size not in self._agrees:
-                first = pixels[:1]
-                self._agrees[size] = _alike(self._read(first), self._outputs(first))
+            if size in self._agrees:
+                return self._agrees[size]
+            if not torch.isfinite(pixels[:1]).all():  # says nothing about others of its size
+                return False
+            expected = self._read(pixels[:1])
+            try:
+                self._agrees[size] = _alike(expected, self._outputs(pixels[:1]))
+            except Exception:  # a trace may not take this size at all
+                self._agrees[size] = False
             return self._agrees[size]
 
+    def rebuilt(self, example: Tensor) -> Choice:
+        """The same engine for what the pass gives now, or PyTorch if that fails."""
+        try:
+            return Choice(Engine(self.name, self._read, example), self.label)
+        except FeatdiffError as error:
+            return Choice(None, f"torch, for {error}")
+
     def _outputs(self, pixels: Tensor) -> dict[Key, Tensor]:
-        arrays = self._run(np.ascontiguousarray(pixels.numpy()))
+        arrays = self._run(pixels.contiguous().numpy())
         return {key: torch.from_numpy(values) for key, values in zip(self.keys, arrays, strict=True)}
 
 
@@ -175,12 +187,11 @@ def choose(wanted: str, read: Read, pixels: Tensor) -> Choice:
     if not names:
         return Choice(None, "torch, for no other engine is installed (pip install 'featdiff[openvino]')")
 
-    example = pixels if len(pixels) > 1 else pixels.repeat(2, 1, 1, 1)  # tracers take 1 for a constant
     built: dict[str, Engine] = {}
     reasons = []
     for name in names:
         try:
-            built[name] = Engine(name, read, example)
+            built[name] = Engine(name, read, pixels)
         except UsageError:
             raise
         except FeatdiffError as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..data.decoding import Transform
 from ..exceptions import UsageError
 from .backbones import Backbone
+from .engines import TORCH, Choice, Engine, choose
 from .layers import Layers
 from .layout import LOCAL, FeatureLayout, Key, Kind
 from .networks import identity
@@ -98,6 +99,8 @@ class FeatureExtractor:
         self.maps: dict[str, int] = {}
         self._local: OfMaps | None = None
         self._local_key = ""
+        self._engine: Engine | None = None
+        self._engine_weights: list[tuple[int, int]] = []
 
         features = checked(self._read(probe), self._reader.keys, 1)
         self.layout = FeatureLayout.of({key: vectors.shape[1] for key, vectors in features.items()})
@@ -137,6 +140,7 @@ class FeatureExtractor:
         network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
         further = ["logits"] * self._logits + [self.precision] * self.precision.endswith(AUTOCAST)
         further += [self._local_key] * bool(self._local_key)
+        further += [self.engine] * (self.engine != TORCH)
         facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *further]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
@@ -167,6 +171,62 @@ class FeatureExtractor:
             In standard deviations of normal images at the same place, higher = more OOD. None without a local score.
         """
         return self._rows(self._read(pixels), pixels.shape[0])  # len() would fix the batch size of an export
+
+    # ---- engine ----
+
+    @property
+    def engine(self) -> str:
+        """What runs the forward pass: ``torch``, or another engine and its version."""
+        return self._engine.label if self._engine else TORCH
+
+    def choose_engine(self, wanted: str, pixels: Tensor) -> str:
+        """Run the forward pass in another engine from now on, if that agrees with PyTorch and is faster.
+
+        Parameters
+        ----------
+        wanted : str
+            One of :data:`featdiff.features.engines.ENGINES`.
+        pixels : Tensor of shape (B, C, H, W)
+            Some real images, preprocessed.
+
+        Returns
+        -------
+        str
+            What was chosen, and why.
+
+        Raises
+        ------
+        UsageError
+            The wanted engine is not installed.
+        """
+        self._engine = None
+        if wanted != TORCH and not self._fits_engines:
+            return f"torch, for engines run float32 on the CPU, and this is {self.precision} on {self.device}"
+        choice = choose(wanted, self._in_torch, pixels)
+        return self._take(choice)
+
+    def _take(self, choice: Choice) -> str:
+        self._engine = choice.engine
+        self._engine_weights = self._weights()
+        return choice.note
+
+    @property
+    def _fits_engines(self) -> bool:
+        return self.device.type == "cpu" and self.precision == "float32"
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Changes when a weight does: an engine holds copies of them."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def in_torch(self) -> FeatureExtractor:
+        """The same extractor, whose passes are PyTorch's."""
+        other = copy.copy(self)
+        other._engine = None
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_engine": None}  # engines can be neither copied nor pickled
 
     # ---- maps ----
 
@@ -199,6 +259,8 @@ class FeatureExtractor:
 
         last = set() if reader.stage_names else maps_with_channels_last(outputs)
         reader.keep_maps(map_hooks(names, self.model, outputs, last))
+        if self._engine is not None:  # it was built for a pass without maps
+            self._take(self._engine.rebuilt(probe))
         self.maps = dict.fromkeys(names, 0)
         self.maps = {name: values.shape[1] for name, values in zip(names, self.maps_of(probe), strict=True)}
         return self.maps
@@ -283,6 +345,15 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _read(self, pixels: Tensor) -> dict[Key, Tensor]:
         """Vectors (B, C) and maps by layer and kind."""
+        if self._engine is None or not self._fits_engines:
+            return self._in_torch(pixels)
+        if self._weights() != self._engine_weights:
+            self._engine = None
+            return self._in_torch(pixels)
+        return self._engine.read(pixels.to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def _in_torch(self, pixels: Tensor) -> dict[Key, Tensor]:
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
         with autocast, self._reader.evaluated(pixels):

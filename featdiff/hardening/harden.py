@@ -21,7 +21,7 @@ import torch
 
 from ..data.labels import list_labelled
 from ..data.references import ImageRef
-from ..detectors.config import Runtime
+from ..detectors.run_config import Runtime
 from ..exceptions import UsageError, some_of
 from ..features.networks import fingerprint
 from ..files.atomic import filling, write_atomically

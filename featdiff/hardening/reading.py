@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.batches import iter_batches, iter_loaded
 from ..data.decoding import Transform
 from ..data.references import ImageRef
-from ..detectors.config import Runtime
+from ..detectors.run_config import Runtime
 from ..exceptions import FeatdiffError
 from ..features.extraction import Extraction, Extractor, extract
 from ..features.store import Features, FeatureStore, FeatureTable

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from featdiff import Detector, PixelDetector
-from featdiff.detectors.config import RUNTIME, SETTINGS, FeatureSettings, PixelSettings, Runtime, Settings
+from featdiff.detectors.config import SETTINGS, FeatureSettings, PixelSettings, Settings
+from featdiff.detectors.run_config import RUNTIME, Runtime
 from featdiff.diffusion.training import Recipe
 from featdiff.exceptions import UsageError
 from featdiff.runtime.devices import resolve_device

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from featdiff.data.batches import load
 from featdiff.data.labels import list_labelled
-from featdiff.detectors.config import Runtime
+from featdiff.detectors.run_config import Runtime
 from featdiff.exceptions import FeatdiffError, UsageError, WeightsError
 from featdiff.features.backbones import load_backbone
 from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Kind
