@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     "--plots",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder for ROC curves, histograms and scores of layers, as SVG and PNG.",
+    help="Folder for ROC curves, histograms and contributions to the score, as SVG and PNG.",
 )
 @report_option
 @runtime_options

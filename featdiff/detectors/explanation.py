@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.batches import Batch, LoadedImage, batches_from_stream, is_loader, iter_batches, load
 from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
-from ..features.extraction import FeatureBatch, featurise
+from ..features.extraction import FeatureBatch
 from ..features.extractor import FeatureExtractor
 from ..features.geometry import Box, onto_picture, probed_box, seen_box
 from ..runtime.progress import Progress
@@ -48,7 +48,7 @@ class Explainable(Protocol):
 
     def check_fitted(self) -> None: ...
 
-    def heat(self, pixels: Tensor, fpr: float | None = None) -> tuple[Tensor, float, float] | None: ...
+    def heat_scale(self, fpr: float) -> tuple[float, float] | None: ...
 
     def _judge(self, batches: list[FeatureBatch], fpr: float, exclude_known: bool) -> Scores: ...
 
@@ -147,6 +147,7 @@ class _Explainer:
         self.fpr = fpr
         self.count = nearest
         self.threshold = detector.calibration_.threshold(fpr)
+        self.heat_scale = detector.heat_scale(fpr)
         self.labels = labels(self.heads)
         # of the images that were read and are not explained yet, in their order
         self._originals: deque[_Original | None] = deque()
@@ -186,7 +187,8 @@ class _Explainer:
 
     def _of_batch(self, batch: Batch, originals: list[_Original | None]) -> Iterator[Explanation]:
         detector = self.detector
-        features = featurise(batch, detector.extractor_)
+        passes = [detector.extractor_.with_heat(stack.pixels) for stack in batch.stacks]
+        features = FeatureBatch.of(batch, [rows for rows, _ in passes])
         scores = detector._judge([features], self.fpr, False)
 
         parts: dict[int, list[Contribution]] = {}
@@ -194,7 +196,7 @@ class _Explainer:
         if features.positions:
             parts = self._contributions(features)
             nearest = self._nearest(features)
-        heat = self._heat(batch)
+        heat = self._heat(batch, [maps for _, maps in passes])
         for i, original in enumerate(originals):
             yield self._of_row(scores, i, original, parts.get(i, []), nearest.get(i, []), heat.get(i))
 
@@ -234,16 +236,15 @@ class _Explainer:
 
     # ---- where ----
 
-    def _heat(self, batch: Batch) -> dict[int, _Heat]:
+    def _heat(self, batch: Batch, maps: Sequence[Tensor | None]) -> dict[int, _Heat]:
         """The heat map of each decoded image, by its position; none for a model without a local score."""
-        found = {}
-        for stack in batch.stacks:
-            given = self.detector.heat(stack.pixels, self.fpr)
-            if given is None:
-                return {}
-            maps, threshold, top = given
-            for position, values in zip(stack.positions, maps.numpy(), strict=True):
-                found[position] = _Heat(values, threshold, top)
+        found: dict[int, _Heat] = {}
+        if self.heat_scale is None:
+            return found
+        for stack, heat in zip(batch.stacks, maps, strict=True):
+            assert heat is not None
+            for position, values in zip(stack.positions, heat.cpu().numpy(), strict=True):
+                found[position] = _Heat(values, *self.heat_scale)
         return found
 
     def _aligned(self, heat: _Heat, original: _Original | None) -> np.ndarray | None:

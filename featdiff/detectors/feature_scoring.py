@@ -149,29 +149,21 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         joined, parts = self.local_.joint(score, features[:, column.start].to(score.device))
         return joined, layers, dict(zip(NAMES, parts.T, strict=True))
 
-    def heat(self, pixels: Tensor, fpr: float | None = None) -> tuple[Tensor, float, float] | None:
-        """Where images are strange.
+    def heat_scale(self, fpr: float) -> tuple[float, float] | None:
+        """What the heat of :meth:`featdiff.features.extractor.FeatureExtractor.with_heat` means.
 
         Parameters
         ----------
-        pixels : Tensor of shape (B, C, H, W)
-            Preprocessed.
-        fpr : float, optional
-            False-alarm rate; default: the detector's.
+        fpr : float
+            False-alarm rate.
 
         Returns
         -------
-        heat : Tensor of shape (B, h, w)
-            On the CPU, in standard deviations of normal images at the same place, higher = more OOD.
         threshold, top : float
             Above which a place is strange, as only ``fpr`` of the normal images have one; where a colour scale ends.
-            None in place of all three for a detector without a local score.
+            None in place of both for a detector without a local score.
         """
-        if self.local_ is None:
-            return None
-        maps = self.extractor_.maps_of(pixels)
-        threshold, top = self.local_.scale_of_heat(self.fpr if fpr is None else fpr)
-        return self.local_.joint.local.heat(maps).cpu(), threshold, top
+        return self.local_.scale_of_heat(fpr) if self.local_ else None
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Rows of features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""

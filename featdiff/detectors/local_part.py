@@ -82,10 +82,10 @@ class LocalPart:
 
     def attach(self, extractor: FeatureExtractor) -> None:
         """Make the extractor's rows end with the local score."""
-        extractor.attach(self.score, self.digest())
+        extractor.attach(self.look, self.digest())
 
-    def score(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (B, C, h, w) on any device -> the local score (B,) there.
+    def look(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps (B, C, h, w) on any device -> the local score (B,) and heat (B, h, w) there.
 
         A classifier may have replicas on several devices, which run at the same time.
         """

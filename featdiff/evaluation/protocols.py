@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..data.decoding import Downscale, short_sides
 from ..data.groups import AUTO, NONE, check_groups, label_images
 from ..data.labels import list_labelled
 from ..data.references import ImageRef, list_images
 from ..detectors import BaseDetector, Detector
+from ..detectors.reasons import labels
 from ..exceptions import UsageError, did_you_mean, some_of
 from ..features.extraction import Extraction, extract
 from ..features.store import FeatureTable
@@ -66,6 +68,8 @@ class ScoredSet:
     ----------
     scores : dict of str to ndarray of shape (N,)
         By name of the head.
+    contributions : dict of str to ndarray of shape (N,)
+        What the (global) score is made of, by name of the part; empty if it is no sum, or if nobody asked.
     groups : ndarray of shape (N,) of int, optional
         The group of each image.
     refs : list of ImageRef
@@ -73,6 +77,7 @@ class ScoredSet:
     """
 
     scores: dict[str, np.ndarray]
+    contributions: dict[str, np.ndarray]
     groups: np.ndarray | None
     refs: list[ImageRef]
 
@@ -92,6 +97,11 @@ class ScoredPair:
         Which of them the detector flags at its false-alarm rate.
     id_refs, ood_refs : lists of ImageRef
         The images.
+    id_contributions, ood_contributions : dict of str to ndarray
+        What their scores are made of, by name of the part (n_id,) and (n_ood,): the parts of an image add up to its
+        score, or to its global score, if the detector has a local one as well. Empty where the score is no sum.
+    labels : dict of str to str
+        What each part looks at, in plain words.
     """
 
     ood: str
@@ -102,6 +112,9 @@ class ScoredPair:
     ood_flags: np.ndarray
     id_refs: list[ImageRef]
     ood_refs: list[ImageRef]
+    id_contributions: dict[str, np.ndarray]
+    ood_contributions: dict[str, np.ndarray]
+    labels: dict[str, str]
 
 
 def evaluate_detector(
@@ -159,6 +172,9 @@ def evaluate_detector(
     detector.check_fitted()
     unreadable = {} if unreadable is None else unreadable
 
+    def score_set(images: ImageSet, size: int | None) -> ScoredSet:
+        return _score_set(detector, baselines, images, size, groups, scored is not None, unreadable, progress)
+
     id_set = _image_set("id", in_domain, progress)
     id_scores: dict[int | None, ScoredSet] = {}  # by resolution: many pairs share one
     pairs = []
@@ -169,10 +185,10 @@ def evaluate_detector(
 
             id_size = id_set.shrunk_to(size)
             if id_size not in id_scores:
-                id_scores[id_size] = _score_set(detector, baselines, id_set, id_size, groups, unreadable, progress)
+                id_scores[id_size] = score_set(id_set, id_size)
 
             ood_size = ood_set.shrunk_to(size)
-            ood_scores = _score_set(detector, baselines, ood_set, ood_size, groups, unreadable, progress)
+            ood_scores = score_set(ood_set, ood_size)
             pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores, progress))
             if scored is not None:
                 scored.append(_scored_pair(detector, name, protocol, id_scores[id_size], ood_scores))
@@ -249,10 +265,14 @@ def _score_set(
     images: ImageSet,
     size: int | None,
     groups: str | None,
+    explained: bool,
     unreadable: dict[str, str],
     progress: Progress | None,
 ) -> ScoredSet:
-    """Scores of all heads and baselines for the readable images of a set, first shrunk to ``size`` if given."""
+    """Scores of all heads and baselines for the readable images of a set, first shrunk to ``size`` if given.
+
+    If ``explained``, also what the detector's own score is made of.
+    """
     extractor = detector.extractor_
     transform = Downscale(size, extractor.transform) if size else None
     store = detector.feature_store(f"matched {size}" if size else "")
@@ -264,6 +284,7 @@ def _score_set(
         raise UsageError(f"none of the images of the set {images.name!r} could be read: {reason}")
 
     parts: list[dict[str, np.ndarray]] = []
+    contributions: list[dict[str, np.ndarray]] = []
     done = 0
     table = store.table(extraction.digests)
     for features in table.chunks(detector.rows_at_once):
@@ -271,13 +292,27 @@ def _score_set(
         if baselines is not None:
             scores |= baselines(features)
         parts.append(scores)
+        contributions.append(_contributions(detector, features) if explained else {})
 
         done += len(features)
         if progress:
             progress("scoring", done, len(extraction.digests))
-    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     refs = [images.refs[position] for position in extraction.positions]
-    return ScoredSet(scores, _group(detector, extraction, table, groups), refs)
+    group_of_each = _group(detector, extraction, table, groups)
+    return ScoredSet(_concatenated(parts), _concatenated(contributions), group_of_each, refs)
+
+
+def _contributions(detector: BaseDetector[Any], features: Tensor) -> dict[str, np.ndarray]:
+    """What the own score of each row is made of, by name; empty where it is no sum."""
+    if not isinstance(detector, Detector):
+        return {}
+    parts = detector.heads_.contributions(features)
+    return {name: amount.double().cpu().numpy() for name, (_, amount) in parts.items()}
+
+
+def _concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of the same names end to end."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _group(
@@ -298,7 +333,19 @@ def _scored_pair(
     """Scores of a pair, and which images the detector flags."""
     _, id_flags = detector.calibration_.flags(in_domain.scores["featdiff"], detector.fpr)
     _, ood_flags = detector.calibration_.flags(ood.scores["featdiff"], detector.fpr)
-    return ScoredPair(name, protocol, in_domain.scores, ood.scores, id_flags, ood_flags, in_domain.refs, ood.refs)
+    return ScoredPair(
+        ood=name,
+        protocol=protocol,
+        id_scores=in_domain.scores,
+        ood_scores=ood.scores,
+        id_flags=id_flags,
+        ood_flags=ood_flags,
+        id_refs=in_domain.refs,
+        ood_refs=ood.refs,
+        id_contributions=in_domain.contributions,
+        ood_contributions=ood.contributions,
+        labels=labels(detector.heads_) if isinstance(detector, Detector) else {},
+    )
 
 
 def _pair(name: str, protocol: str, in_domain: ScoredSet, ood: ScoredSet, progress: Progress | None) -> dict[str, Any]:

@@ -64,6 +64,31 @@ class FeatureBatch:
         return len(self.paths)
 
     @classmethod
+    def of(cls, batch: Batch, rows: Sequence[Tensor]) -> FeatureBatch:
+        """A batch of images and the rows of each of its stacks; an image whose features are not finite has failed."""
+        paths = [item.ref.path for item in batch.loaded]
+        failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
+
+        kept: list[Tensor] = []
+        positions: list[int] = []
+        for stack, features in zip(batch.stacks, rows, strict=True):
+            finite, reason = _finite(features, stack.pixels)
+            failed |= {i: reason for i, good in zip(stack.positions, finite, strict=True) if not good}
+            positions += [i for i, good in zip(stack.positions, finite, strict=True) if good]
+            kept.append(features if all(finite) else features[finite])
+
+        if not positions:
+            return cls(paths, torch.empty(0, 0), [], failed, [])
+        notes = {i: note for i in positions if (note := batch.loaded[i].note)}
+
+        features = kept[0]
+        if len(kept) > 1:
+            order = sorted(range(len(positions)), key=positions.__getitem__)
+            features = torch.cat(kept)[order]
+            positions = sorted(positions)
+        return cls(paths, features, positions, failed, [batch.loaded[i].digest for i in positions], notes)
+
+    @classmethod
     def concatenate(cls, batches: Sequence[FeatureBatch]) -> FeatureBatch:
         """Batches end to end."""
         paths: list[str] = []
@@ -85,29 +110,8 @@ class FeatureBatch:
 
 
 def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
-    """Run the backbone over a batch; an image whose features are not finite has failed."""
-    paths = [item.ref.path for item in batch.loaded]
-    failed = {i: item.reason for i, item in enumerate(batch.loaded) if item.reason}
-
-    rows: list[Tensor] = []
-    positions: list[int] = []
-    for stack in batch.stacks:
-        features = extractor(stack.pixels)
-        finite, reason = _finite(features, stack.pixels)
-        failed |= {i: reason for i, good in zip(stack.positions, finite, strict=True) if not good}
-        positions += [i for i, good in zip(stack.positions, finite, strict=True) if good]
-        rows.append(features if all(finite) else features[finite])
-
-    if not positions:
-        return FeatureBatch(paths, torch.empty(0, extractor.width), [], failed, [])
-    notes = {i: note for i in positions if (note := batch.loaded[i].note)}
-
-    features = rows[0]
-    if len(rows) > 1:
-        order = sorted(range(len(positions)), key=positions.__getitem__)
-        features = torch.cat(rows)[order]
-        positions = sorted(positions)
-    return FeatureBatch(paths, features, positions, failed, [batch.loaded[i].digest for i in positions], notes)
+    """Run the backbone over a batch."""
+    return FeatureBatch.of(batch, [extractor(stack.pixels) for stack in batch.stacks])
 
 
 def _finite(features: Tensor, pixels: Tensor) -> tuple[list[bool], str]:

@@ -26,8 +26,8 @@ from .stages import maps_with_channels_last, watch
 
 #: How the name of a mixed precision ends.
 AUTOCAST = " autocast"
-#: Maps (B, C, h, w), the finest first -> a number for each image (B,).
-OfMaps = Callable[[Sequence[Tensor]], Tensor]
+#: Maps (B, C, h, w), the finest first -> a score of each image (B,), and of each of its places (B, h, w).
+OfMaps = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 # Raised when the numbers that an extractor gives for the same weights change.
 _FEATURE_VERSION = 2
 
@@ -149,7 +149,24 @@ class FeatureExtractor:
         UsageError
             The backbone does not take images of this shape.
         """
-        return self._row(self._read(pixels), pixels.shape[0])  # len() would fix the batch size of an export
+        return self.with_heat(pixels)[0]
+
+    @torch.inference_mode()
+    def with_heat(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same rows, and where images are strange, from one pass.
+
+        Parameters
+        ----------
+        pixels : Tensor of shape (B, C, H, W)
+            Preprocessed.
+
+        Returns
+        -------
+        rows : Tensor of shape (B, ``width``)
+        heat : Tensor of shape (B, h, w), optional
+            In standard deviations of normal images at the same place, higher = more OOD. None without a local score.
+        """
+        return self._rows(self._read(pixels), pixels.shape[0])  # len() would fix the batch size of an export
 
     # ---- maps ----
 
@@ -191,12 +208,12 @@ class FeatureExtractor:
         return self._maps_in(self._read(pixels))
 
     def attach(self, local: OfMaps, digest: str) -> None:
-        """End each row with what ``local`` makes of the image's maps.
+        """End each row with the score that ``local`` makes of the image's maps.
 
         Parameters
         ----------
         local : callable
-            Maps (B, C, h, w) of :attr:`maps` -> (B,).
+            Maps (B, C, h, w) of :attr:`maps` -> a score of each image (B,), and of each of its places (B, h, w).
         digest : str
             Identifies it: it is part of :meth:`key`.
         """
@@ -248,7 +265,8 @@ class FeatureExtractor:
             A layer does not give one vector for each image.
         """
         assert isinstance(self._reader, ModuleReader)
-        return self._row(self._reader.with_output(features, output), count)
+        rows, _ = self._rows(self._reader.with_output(features, output), count)
+        return rows
 
     def last_linear(self) -> nn.Linear | nn.Conv2d:
         """The layer of a module of your own that gives the logits (``UsageError`` if there is none)."""
@@ -270,12 +288,14 @@ class FeatureExtractor:
         with autocast, self._reader.evaluated(pixels):
             return self._reader.read(pixels)
 
-    def _row(self, features: Mapping[Key, Tensor], count: int) -> Tensor:
-        """Rows (``count``, ``width``) from the vectors and maps of a pass."""
+    def _rows(self, features: Mapping[Key, Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """Rows (``count``, ``width``) and heat (``count``, h, w) from the vectors and maps of a pass."""
         parts = [*checked(features, self._reader.keys, count).values()]
+        heat = None
         if self._local is not None:
-            parts.append(self._local(self._maps_in(features))[:, None])
-        return torch.cat(parts, dim=1)
+            score, heat = self._local(self._maps_in(features))
+            parts.append(score[:, None])
+        return torch.cat(parts, dim=1), heat
 
 
 def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:

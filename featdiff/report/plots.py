@@ -1,10 +1,9 @@
-"""The result of an evaluation -> ROC curves, histograms and scores of layers, as SVG and PNG for a paper."""
+"""The result of an evaluation -> ROC curves, histograms and contributions to the score, as SVG and PNG for a paper."""
 
 from __future__ import annotations
 
 import io
 import os
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,46 +14,14 @@ from ..exceptions import FeatdiffError, UsageError
 from ..files.atomic import write_together
 from ..files.text import for_terminal
 from .evaluations import OWN, Evaluated, Pair, best_baseline, in_words
+from .panels import DARK, GREY, LAYER, LIGHT, STYLE, label_axes, panels_of, set_title, short, title_of
+from .plot_contributions import draw_contributions
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = ("svg", "png")
 _DPI = 300
-_LAYER = "layer_"
-
-# Of the palette of Okabe and Ito, which colour-blind people can tell apart; dark and light, so that grey tells, too.
-_DARK = "#0072B2"
-_LIGHT = "#E69F00"
-_GREY = "#8C8C8C"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.0,
-    "axes.titlesize": 8.0,
-    "axes.labelsize": 8.0,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "hatch.linewidth": 0.5,
-    "legend.fontsize": 7.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.solid_capstyle": "round",
-    "xtick.labelsize": 7.0,
-    "ytick.labelsize": 7.0,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "featdiff",  # the same result gives the same bytes
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-}
-# Panels beside each other, and the inches of so many: one fits a column of a paper, three its page.
-_PANELS = 3
-_WIDTHS = {1: 3.4, 2: 4.9, 3: 7.0}
-# Letters of a label per inch.
-_LETTERS = 14
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -79,7 +46,7 @@ def save_evaluations(folder: str | os.PathLike[str], evaluations: Mapping[str, E
     Returns
     -------
     list of Path
-        The files: ``roc``, ``histograms`` and ``layers`` for each protocol, as SVG and PNG.
+        The files: ``roc``, ``histograms`` and ``contributions`` (or ``layers``) for each protocol, as SVG and PNG.
 
     Raises
     ------
@@ -110,7 +77,8 @@ def draw_evaluation(evaluation: Evaluated) -> dict[str, bytes]:
     """Draw what an evaluation found: for each protocol three figures, with a panel for each OOD set.
 
     ``roc`` has the ROC curves of featdiff and of the best baseline, and a dot for the rate that the detector works at;
-    ``histograms`` the detector's own score; ``layers`` the scores of the layers, if these have any.
+    ``histograms`` the detector's own score; ``contributions`` what the mean score of a set is made of. Where the score
+    is no sum, ``layers`` stands in its place: the scores of the layers, if these have any.
 
     Parameters
     ----------
@@ -127,15 +95,17 @@ def draw_evaluation(evaluation: Evaluated) -> dict[str, bytes]:
     for protocol in dict.fromkeys(pair.protocol for pair in evaluation.pairs):
         pairs = [pair for pair in evaluation.pairs if pair.protocol == protocol]
         heads = [pair["heads"] for pair in evaluation.result["pairs"] if pair["protocol"] == protocol]
-        with rc_context(_STYLE):
+        with rc_context(STYLE):
             figures = {
                 "roc": _roc_curves(pairs, heads, evaluation.fpr),
                 "histograms": _histograms(pairs, evaluation.calibration.threshold(evaluation.fpr), evaluation.fpr),
-                "layers": _layers(pairs, heads),
             }
+            if pairs[0].id_contributions:
+                figures["contributions"] = draw_contributions(pairs)
+            elif layers := [name for name in heads[0] if name.startswith(LAYER)]:
+                figures["layers"] = _layers(pairs, heads, layers)
             for name, figure in figures.items():
-                if figure is not None:
-                    pictures |= dict(_rendered(f"{name}-{protocol}", figure))
+                pictures |= dict(_rendered(f"{name}-{protocol}", figure))
     return pictures
 
 
@@ -147,73 +117,33 @@ def _rendered(name: str, figure: Figure) -> Iterator[tuple[str, bytes]]:
         yield f"{name}.{format}", stream.getvalue()
 
 
-def _panels(count: int, height: float, share_x: bool = False, share_y: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure of the page's width with so many panels, each ``height`` inches high."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(count, _PANELS)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(_WIDTHS[columns], rows * height + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
-    axes = list(grid.flat)
-    for unused in axes[count:]:
-        unused.set_axis_off()
-    for above in axes[max(count - columns, 0) : count]:
-        above.xaxis.set_tick_params(labelbottom=True)
-    return figure, axes[:count]
-
-
-def _label_axes(figure: Figure, x: str, y: str) -> None:
-    """Name both axes of all panels, on several lines where it is narrow."""
-    lines = textwrap.wrap(x, int(_LETTERS * figure.get_figwidth()))
-    figure.set_figheight(figure.get_figheight() + 0.13 * (len(lines) - 1))
-    figure.supxlabel("\n".join(lines), fontsize=8)
-    figure.supylabel(y, fontsize=8)
-
-
-def _title(pair: Pair) -> str:
-    """The set, and how many images it has."""
-    return f"{_short(for_terminal(pair.ood))} ({len(pair.ood_scores[OWN]):,})"
-
-
-def _set_title(axes: Axes, pair: Pair) -> None:
-    axes.set_title(_title(pair), loc="left", fontweight="bold")
-
-
-def _short(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
-
-
 # ---- ROC curves ----
 
 
 def _roc_curves(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]], fpr: float) -> Figure:
-    figure, panels = _panels(len(pairs), 2.32, share_x=True)
+    figure, panels = panels_of(len(pairs), 2.32, share_x=True)
     for axes, pair, metrics in zip(panels, pairs, heads, strict=True):
-        axes.plot([0, 100], [0, 100], color=_GREY, linewidth=0.8, linestyle=":")
+        axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle=":")
         axes.plot(
-            *_roc(pair, OWN), color=_DARK, label=f"featdiff, AUROC {_auroc(metrics[OWN])}", clip_on=False, zorder=2.7
+            *_roc(pair, OWN), color=DARK, label=f"featdiff, AUROC {_auroc(metrics[OWN])}", clip_on=False, zorder=2.7
         )
         baseline = best_baseline(metrics)
         if baseline is not None:
-            label = f"{_short(for_terminal(in_words(baseline)))}, {_auroc(metrics[baseline])}"
+            label = f"{short(for_terminal(in_words(baseline)))}, {_auroc(metrics[baseline])}"
             dashes = (0, (4, 1.5))
-            axes.plot(*_roc(pair, baseline), color=_LIGHT, linestyle=dashes, label=label, clip_on=False, zorder=2.6)
+            axes.plot(*_roc(pair, baseline), color=LIGHT, linestyle=dashes, label=label, clip_on=False, zorder=2.6)
 
         works_at = 100 * pair.id_flags.mean(), 100 * pair.ood_flags.mean()
-        axes.plot(*works_at, "o", color=_DARK, markeredgecolor="white", markersize=5.5, clip_on=False, zorder=3)
+        axes.plot(*works_at, "o", color=DARK, markeredgecolor="white", markersize=5.5, clip_on=False, zorder=3)
         axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xticks=range(0, 101, 25), yticks=range(0, 101, 25))
 
         # above the panel, where no curve can be hidden
         place: Any = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.1, "alignment": "left"}
-        legend = axes.legend(**place, handlelength=2.2, title=_title(pair), title_fontproperties={"weight": "bold"})
+        legend = axes.legend(**place, handlelength=2.2, title=title_of(pair), title_fontproperties={"weight": "bold"})
         legend.get_title().set_fontsize(8)
 
     x = f"in-domain images flagged (%); the dot: at the threshold for {100 * fpr:g} %"
-    _label_axes(figure, x, "OOD images flagged (%), higher = better")
+    label_axes(figure, x, "OOD images flagged (%), higher = better")
     return figure
 
 
@@ -235,31 +165,31 @@ def _auroc(metrics: Mapping[str, Any]) -> str:
 
 
 def _histograms(pairs: Sequence[Pair], threshold: float, fpr: float) -> Figure:
-    figure, panels = _panels(len(pairs), 1.75, share_x=True, share_y=False)
+    figure, panels = panels_of(len(pairs), 1.75, share_x=True, share_y=False)
     everything = np.concatenate([scores for pair in pairs for scores in (pair.id_scores[OWN], pair.ood_scores[OWN])])
     edges = list(np.histogram_bin_edges(np.append(everything, threshold), bins=30))
 
     for axes, pair in zip(panels, pairs, strict=True):
         inside, outside = pair.id_scores[OWN], pair.ood_scores[OWN]
-        axes.hist(inside, edges, weights=_percent(inside), color=_DARK, alpha=0.6, label="in-domain")
+        axes.hist(inside, edges, weights=_percent(inside), color=DARK, alpha=0.6, label="in-domain")
         axes.hist(
             outside,
             edges,
             weights=_percent(outside),
             histtype="stepfilled",
-            facecolor=(*_rgb(_LIGHT), 0.5),
+            facecolor=(*_rgb(LIGHT), 0.5),
             edgecolor="black",
             linewidth=0.6,
             hatch="//////",
             label="OOD",
         )
         axes.axvline(threshold, color="black", linestyle="--", linewidth=0.9, label=f"threshold for {100 * fpr:g} %")
-        _set_title(axes, pair)
+        set_title(axes, pair)
 
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, handlelength=1.6, columnspacing=1.2)
     x = "OOD score (in-domain standard deviations; higher = more out-of-distribution)"
-    _label_axes(figure, x, "share of the set (%)")
+    label_axes(figure, x, "share of the set (%)")
     return figure
 
 
@@ -277,18 +207,14 @@ def _rgb(colour: str) -> tuple[float, float, float]:
 # ---- layers ----
 
 
-def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """What each layer says: medians, and the middle 90 % of the images; None if no layer has a score."""
-    layers = [name for name in heads[0] if name.startswith(_LAYER)]
-    if not layers:
-        return None
-
-    figure, panels = _panels(len(pairs), 0.55 + 0.24 * len(layers))
+def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
+    """What each layer says: medians, and the middle 90 % of the images."""
+    figure, panels = panels_of(len(pairs), 0.55 + 0.24 * len(layers))
     rows = np.arange(len(layers))
     for axes, pair, metrics in zip(panels, pairs, heads, strict=True):
         for scores, offset, colour, marker, label in (
-            (pair.id_scores, -0.16, _DARK, "o", "in-domain"),
-            (pair.ood_scores, 0.16, _LIGHT, "s", "OOD"),
+            (pair.id_scores, -0.16, DARK, "o", "in-domain"),
+            (pair.ood_scores, 0.16, LIGHT, "s", "OOD"),
         ):
             low, middle, high = np.array([np.percentile(scores[name], (5, 50, 95)) for name in layers]).T
             axes.hlines(rows + offset, low, high, color=colour, linewidth=1.6)
@@ -299,13 +225,13 @@ def _layers(pairs: Sequence[Pair], heads: Sequence[Mapping[str, Any]]) -> Figure
         for row, name in enumerate(layers):
             axes.text(1.17, row, _auroc(metrics[name]), transform=place, ha="right", va="center", fontsize=7)
         axes.text(1.17, -0.75, "AUROC (%)", transform=place, ha="right", va="center", fontsize=7)
-        axes.axvline(0, color=_GREY, linewidth=0.6, linestyle=":", zorder=0)
+        axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":", zorder=0)
         axes.set(yticks=rows, ylim=(len(layers) - 0.5, -1.1))
-        axes.set_yticklabels([_short(for_terminal(name.removeprefix(_LAYER)), 20) for name in layers])
-        _set_title(axes, pair)
+        axes.set_yticklabels([short(for_terminal(name.removeprefix(LAYER)), 20) for name in layers])
+        set_title(axes, pair)
 
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, handletextpad=0.2, columnspacing=1.2)
     x = "score of the layer (in-domain standard deviations; higher = more OOD): median and middle 90 %"
-    _label_axes(figure, x, "layer, from the first to the last")
+    label_axes(figure, x, "layer, from the first to the last")
     return figure

@@ -250,13 +250,22 @@ class Local(nn.Module):
         z = (errors - _resized(self.mean[None], size)) / _resized(self.deviation[None], size)
         return z.amax(1)
 
-    def heat(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (B, C, h, w) of each layer, the finest first -> how strange each place is (B, h, w), higher = more."""
-        return self.standardised(self.errors(maps))
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps of features -> the score of each image, and of each of its places.
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (B, C, h, w) of each layer, the finest first -> score of each image (B,), higher = more OOD."""
-        return worst(self.heat(maps))
+        Parameters
+        ----------
+        maps : sequence of Tensors of shape (B, C, h, w)
+            Of each layer, the finest first.
+
+        Returns
+        -------
+        score : Tensor of shape (B,)
+        heat : Tensor of shape (B, h, w)
+            In standard deviations of normal images at the same place. Both higher = more OOD.
+        """
+        heat = self.standardised(self.errors(maps))
+        return worst(heat), heat
 
 
 def worst(heat: Tensor, share: float = TOP) -> Tensor:

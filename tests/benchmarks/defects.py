@@ -157,10 +157,10 @@ def look(detector: Detector, stages: FeatureExtractor, baselines: Baselines, ref
     scores: dict[str, np.ndarray] = defaultdict(lambda: np.empty(len(refs)))
     heat: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for numbers, pixels in stacks(detector, refs):
-        heads = detector.all_heads(detector.extractor_(pixels))
-        places = detector.heat(pixels)
-        assert places is not None
-        found = {name: (heads[name], places[0].numpy()) for name in ("featdiff", "global", "local")}
+        rows, heat_of_stack = detector.extractor_.with_heat(pixels)
+        assert heat_of_stack is not None
+        heads = detector.all_heads(rows)
+        found = {name: (heads[name], heat_of_stack.cpu().numpy()) for name in ("featdiff", "global", "local")}
         maps = stages.maps_of(pixels)
         found |= {name: method.judge(maps) for name, method in baselines.items()}
         for name, (values, hot) in found.items():

@@ -149,7 +149,9 @@ def test_plots_are_beside_the_table(evaluate: Cli, sets: dict[str, Path], tmp_pa
     result = evaluate(*command)
     assert result.exit_code == 0, result.output
     names = [
-        f"{name}-{protocol}" for name in ("roc", "histograms", "layers") for protocol in ("matched", "as-published")
+        f"{name}-{protocol}"
+        for name in ("roc", "histograms", "contributions")
+        for protocol in ("matched", "as-published")
     ]
     files = [f"{name}.{format}" for name in names for format in ("svg", "png")]
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == sorted(files)

@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from small_detectors import MODULE, stack, tiny_net
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from featdiff import Detector
 from featdiff.detectors import bank_images
 from featdiff.detectors.reasons import layer_labels, sentences
 from featdiff.exceptions import ModelError, UsageError
+from featdiff.features.extractor import FeatureExtractor
 from featdiff.scores.nearest import NearestNeighbors
 from featdiff.verdicts.explanation import Contribution, Explanation, Neighbor
 from featdiff.verdicts.results import Row
@@ -375,12 +377,25 @@ def test_sentences_say_where() -> None:
 # ---- the heat map of an explanation ----
 
 
-class SeesRed(Detector):
-    """A detector whose local score is how red a place is, so that a test knows where its maps are hot."""
+class RedExtractor(FeatureExtractor):
+    """An extractor for which a place is as strange as it is red."""
 
-    def heat(self, pixels: torch.Tensor, fpr: float | None = None) -> tuple[torch.Tensor, float, float]:
+    def with_heat(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        rows, _ = super().with_heat(pixels)
         red = pixels[:, 0] - pixels[:, 1:].mean(1)
-        return torch.nn.functional.avg_pool2d(red, 8), 0.5, 4.0
+        return rows, torch.nn.functional.avg_pool2d(red, 8)
+
+
+class SeesRed(Detector):
+    """A detector with maps of how red a place is, so that a test knows where they are hot."""
+
+    def fit(self, images: object, *further: Any) -> SeesRed:
+        super().fit(images, *further)
+        self.extractor_.__class__ = RedExtractor
+        return self
+
+    def heat_scale(self, fpr: float) -> tuple[float, float]:
+        return 0.5, 4.0
 
 
 @pytest.fixture(scope="module")
@@ -423,8 +438,8 @@ def test_a_red_square_is_hot_where_it_is(
     np.testing.assert_array_equal(alone.heat, found.heat)
 
 
-def test_a_detector_may_have_no_map(fitted: Detector, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Detector, "heat", lambda self, pixels, fpr: None)
+def test_a_detector_may_have_no_map(fitted: Detector, photos: Path) -> None:
+    assert fitted.local_ is None
     found = fitted.explain(files_of(photos, 1)[0])
     assert (found.heat, found.heat_threshold, found.heat_top) == (None, None, None)
     assert found.to_json()["heat"] is None

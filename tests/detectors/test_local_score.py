@@ -18,8 +18,10 @@ from tiny_backbones import one_line
 from featdiff import Detector, Guard
 from featdiff.data.splits import make_plan
 from featdiff.detectors.local_fit import LocalFit
+from featdiff.evaluation.protocols import ScoredPair, evaluate_detector
 from featdiff.exceptions import FeatdiffError, ModelError, UsageError
 from featdiff.features.backbones import load_backbone
+from featdiff.features.geometry import onto_picture, seen_box
 from featdiff.files import model_folder
 from featdiff.verdicts.calibration import Calibration
 
@@ -86,11 +88,41 @@ def test_heat_is_highest_at_the_defect(detector: Detector) -> None:
 
 
 def test_a_stricter_rate_has_a_higher_threshold_of_heat(detector: Detector) -> None:
-    pixels = detector.extractor_.probe()
-    given = [detector.heat(pixels, fpr) for fpr in (0.3, 0.1)]
-    assert given[0] is not None and given[1] is not None
-    assert given[0][1] < given[1][1] <= given[1][2]
-    assert given[0][2] == given[1][2]
+    mild, strict = detector.heat_scale(0.3), detector.heat_scale(0.1)
+    assert mild is not None and strict is not None
+    assert mild[0] < strict[0] <= strict[1]
+    assert mild[1] == strict[1]
+
+
+def test_score_and_heat_of_an_explanation_come_from_one_pass(detector: Detector) -> None:
+    image = plates(1, seed=4, defect=True)[0]
+    expected = detector.score([image])
+    assert detector.local_ is not None
+    maps = detector.extractor_.maps_of(detector.extractor_.transform(image)[None])
+    (heat,) = detector.local_.joint.local(maps)[1].numpy()
+
+    passes: list[int] = []
+    network = detector.extractor_.model
+    stem = network.get_submodule("conv_stem")
+    handle = stem.register_forward_hook(lambda module, pixels, output: passes.append(len(output)))
+    found = detector.explain(image)
+    handle.remove()
+
+    assert passes == [1]
+    assert (found.ood_score, found.p_value) == (expected.ood_score[0], expected.p_value[0])
+    assert found.p_values == {name: values[0] for name, values in expected.p_values.items()}
+    box = seen_box(detector.extractor_.backbone.data_config, SIDE, SIDE)
+    assert found.heat is not None and np.array_equal(found.heat, onto_picture(heat, box, SIDE, SIDE))
+
+
+def test_contributions_of_an_evaluation_add_up_to_the_global_score(detector: Detector) -> None:
+    scored: list[ScoredPair] = []
+    sets = {"scratched": plates(8, seed=2, defect=True)}
+    evaluate_detector(detector, plates(10, seed=1), sets, ["as-published"], scored=scored)
+    (pair,) = scored
+    for parts, scores in ((pair.id_contributions, pair.id_scores), (pair.ood_contributions, pair.ood_scores)):
+        np.testing.assert_allclose(sum(parts.values()), scores["global"], atol=1e-4)
+        assert not np.allclose(scores["global"], scores["featdiff"], atol=1e-2)
 
 
 def test_saved_and_loaded_it_gives_the_same_scores(detector: Detector, saved: Path) -> None:

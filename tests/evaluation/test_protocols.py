@@ -255,6 +255,17 @@ def test_scores_behind_the_metrics_are_kept(tiny_detector: Detector, tiles: Path
     assert np.array_equal(as_published.ood_flags, tiny_detector.score(sharp).is_ood)
 
 
+def test_what_scores_are_made_of_is_kept(tiny_detector: Detector, tiles: Path, sharp: Path) -> None:
+    scored: list[ScoredPair] = []
+    evaluate_detector(tiny_detector, tiles, {"sharp": sharp}, scored=scored)
+    for pair in scored:
+        for parts, scores in ((pair.id_contributions, pair.id_scores), (pair.ood_contributions, pair.ood_scores)):
+            assert list(parts) == ["layer_layer1", "layer_layer2", "layer_layer4", "knn_layer4"]
+            np.testing.assert_allclose(sum(parts.values()), scores["featdiff"], atol=1e-4)
+        assert pair.labels["layer_layer4"] == "overall content"
+        assert set(pair.labels) >= set(pair.id_contributions)
+
+
 def test_progress_reaches_the_number_of_images(tiny_detector: Detector, tiles: Path, sharp: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     evaluate_detector(tiny_detector, tiles, {"sharp": sharp}, ["matched"], lambda *step: calls.append(step))
@@ -272,7 +283,9 @@ def test_head_of_the_detector_is_the_entry_featdiff(
 ) -> None:
     """With another head there are no neighbours, and every number of the others stays the same."""
     detector = Detector(**tiny_arguments, head="mfsim").fit(sample_folders["train"])
-    found = heads(evaluate_detector(detector, tiles, {"sharp": sharp}, ["matched"]), "sharp", "matched")
+    scored: list[ScoredPair] = []
+    found = heads(evaluate_detector(detector, tiles, {"sharp": sharp}, ["matched"], scored=scored), "sharp", "matched")
+    assert scored[0].id_contributions == scored[0].ood_contributions == {}
     before = heads(result, "sharp", "matched")
     assert set(found) == HEADS - {"mfsim", "knn_layer4"}
     assert found["featdiff"] == before["mfsim"]

@@ -74,17 +74,21 @@ def test_rows_end_with_what_is_made_of_maps() -> None:
     extractor.keep_maps()
     assert extractor.key() == key
 
-    extractor.attach(lambda maps: maps[0].amax((1, 2, 3)), "abc")
-    rows = extractor(images("test_resnet"))
+    extractor.attach(lambda maps: (maps[0].amax((1, 2, 3)), maps[0].amax(1)), "abc")
+    rows, heat = extractor.with_heat(images("test_resnet"))
+    assert torch.equal(extractor(images("test_resnet")), rows)
     assert extractor.width == width + 1 == rows.shape[1]
     assert torch.equal(rows[:, :-1], plain)
-    assert torch.equal(rows[:, -1], extractor.maps_of(images("test_resnet"))[0].amax((1, 2, 3)))
+    finest = extractor.maps_of(images("test_resnet"))[0]
+    assert torch.equal(rows[:, -1], finest.amax((1, 2, 3)))
+    assert heat is not None and torch.equal(heat, finest.amax(1))
     assert extractor.layout.local is not None and extractor.layout.local.layer == LOCAL
     assert extractor.key() != key
 
     without = extractor.detached()
     assert (without.width, without.key()) == (width, key)
     assert torch.equal(without(images("test_resnet")), plain)
+    assert without.with_heat(images("test_resnet"))[1] is None
     assert extractor.width == width + 1
 
 

@@ -58,15 +58,16 @@ def test_the_worst_places_make_the_score() -> None:
 
 def test_a_defect_is_the_hottest_place_and_raises_the_score(local: Local) -> None:
     maps = normal_maps(20, seed=2)
-    ordinary = local(maps)
-    heat = local.heat(with_defect(maps, row=5, column=1))
+    ordinary, _ = local(maps)
+    score, heat = local(with_defect(maps, row=5, column=1))
     assert heat.shape == (20, 8, 6)
+    assert torch.equal(score, worst(heat))
 
     places = heat.flatten(1).argmax(1)
     distance = torch.maximum((places // 6 - 5).abs(), (places % 6 - 1).abs())
     assert (distance <= 1).sum() >= 15  # by chance it would be 3 of 20
-    assert (worst(heat) > ordinary).sum() >= 18
-    assert (worst(heat)[:, None] > ordinary).float().mean() >= 0.85  # of all pairs
+    assert (score > ordinary).sum() >= 18
+    assert (score[:, None] > ordinary).float().mean() >= 0.85  # of all pairs
 
 
 def test_heat_of_normal_pictures_is_about_0_with_deviation_1(local: Local) -> None:
@@ -77,7 +78,7 @@ def test_heat_of_normal_pictures_is_about_0_with_deviation_1(local: Local) -> No
     z = (views - mean) / deviation
     assert z.mean().abs() < 0.2
     assert 0.7 < z.std() < 1.3
-    assert torch.equal(local.heat(normal_maps(200, seed=3)), z.amax(1))
+    assert torch.equal(local(normal_maps(200, seed=3))[1], z.amax(1))
 
 
 def test_contrast_does_not_see_gain_and_offset(local: Local) -> None:
@@ -93,9 +94,10 @@ def test_contrast_does_not_see_gain_and_offset(local: Local) -> None:
 
 def test_a_score_does_not_depend_on_the_batch_and_takes_other_sizes(local: Local) -> None:
     maps = normal_maps(6, seed=5)
-    alone = torch.cat([local([values[i : i + 1] for values in maps]) for i in range(6)])
-    assert torch.allclose(alone, local(maps), atol=1e-4)
-    assert local.heat(normal_maps(2, seed=5, size=(12, 10))).shape == (2, 12, 10)
+    alone = torch.cat([local([values[i : i + 1] for values in maps])[0] for i in range(6)])
+    assert torch.allclose(alone, local(maps)[0], atol=1e-4)
+    score, heat = local(normal_maps(2, seed=5, size=(12, 10)))
+    assert (score.shape, heat.shape) == ((2,), (2, 12, 10))
 
 
 def test_places_of_an_image_follow_from_its_seed_alone(local: Local) -> None:
