@@ -59,7 +59,7 @@ def draw_contributions(pairs: Sequence[Pair]) -> Figure:
     x = f"mean contribution to the {which} (in-domain standard deviations)"
     x += f"; the bars of a set add up to its mean {which}"
     if _GLOBAL in pairs[0].id_scores:
-        x += "; the verdict takes the larger of the global and the local score"
+        x += "; the verdict joins the global and the local score"
     label_axes(figure, x, "")
     return figure
 

@@ -112,7 +112,7 @@ def test_bars_of_a_set_add_up_to_its_mean_score(local: bool) -> None:
     which = "global score" if local else "score"
     assert f"mean contribution to the {which} (in-domain standard deviations)" in words
     assert f"the bars of a set add up to its mean {which}" in words
-    assert ("the verdict takes the larger of the global and the local score" in words) == local
+    assert ("the verdict joins the global and the local score" in words) == local
 
 
 def test_what_rounds_to_nothing_has_no_sign() -> None:
