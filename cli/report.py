@@ -109,7 +109,7 @@ def _limits(options: dict[str, Any]) -> dict[str, Any]:
 
 def _pictures(refs: Sequence[ImageRef], limits: dict[str, Any]) -> Callable[[list[int]], Iterable[Image.Image | None]]:
     from featdiff.data.thumbnails import iter_thumbnails
-    from featdiff.report.html import PICTURE_SIDE
+    from featdiff.report.cards import PICTURE_SIDE
 
     return lambda positions: iter_thumbnails([refs[at] for at in positions], PICTURE_SIDE, **limits)
 
@@ -136,8 +136,8 @@ def write_evaluation(
 ) -> None:
     """Write the page on an evaluation, and say where it is."""
     from featdiff.data.thumbnails import iter_thumbnails
+    from featdiff.report.cards import PICTURE_SIDE
     from featdiff.report.evaluations import Evaluated
-    from featdiff.report.html import PICTURE_SIDE
     from featdiff.report.html_evaluation import save_evaluation
 
     evaluated = []

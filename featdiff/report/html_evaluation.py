@@ -11,6 +11,7 @@ import numpy as np
 
 from ..files.atomic import write_output
 from ..files.text import for_terminal
+from .cards import PICTURE_SIDE, Names
 from .charts import HEIGHT, WIDTH, Histogram, histogram, roc_path
 from .evaluations import (
     COLUMNS,
@@ -25,7 +26,6 @@ from .evaluations import (
     sections,
     verdicts,
 )
-from .html import PICTURE_SIDE, Names
 from .page import json_in_html, picture_uri, render
 
 if TYPE_CHECKING:

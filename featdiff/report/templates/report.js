@@ -202,7 +202,7 @@
   function numeric(row, value, digits) {
     const cell = row.insertCell();
     cell.className = "n";
-    cell.textContent = value === null || value === undefined ? "" : value.toFixed(digits);
+    if (value !== null && value !== undefined) cell.textContent = value.toFixed(digits).replace(/^-(0\.0+)$/, "$1");
   }
 
   function drawPages() {
