@@ -127,11 +127,13 @@ def write_report(
 
 def write_evaluation(
     file: Path,
+    models: Sequence[str],
     detectors: Sequence[Detector | PixelDetector],
     results: Sequence[dict[str, Any]],
     pairs: Sequence[list[ScoredPair]],
     unreadable: dict[str, str],
     options: dict[str, Any],
+    seconds: float,
     quiet: bool,
 ) -> None:
     """Write the page on an evaluation, and say where it is."""
@@ -145,7 +147,11 @@ def write_evaluation(
         evaluated.append(Evaluated(result, scored, detector.calibration_, detector.fpr))
     facts = {
         "In-domain": str(results[0]["id"]),
+        "Model": ", ".join(models),
         "Backbone": ", ".join(dict.fromkeys(str(result["model"]) for result in results)),
+        "False-alarm rate": ", ".join(dict.fromkeys(f"{100 * detector.fpr:g} %" for detector in detectors)),
+        "Unreadable": f"{len(unreadable):,}",
+        "Duration": f"{seconds:,.1f} s",
     }
     save_evaluation(
         file,

@@ -152,7 +152,7 @@ def _set(item: Evaluated, i: int, protocol: str, found: str, comparison: str, pi
     return SetSection(
         ood=measured["ood"],
         protocol=protocol,
-        found=found,
+        found=found.removeprefix(f"{measured['ood']}, {protocol}: "),  # they are the title
         comparison=comparison,
         curves=list(_curves(pair, measured["heads"])),
         chart=chart,
