@@ -168,4 +168,5 @@ def _now() -> dict[str, str]:
 
 
 def _say_where(file: Path, quiet: bool) -> None:
-    say(f"report: {file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)
+    size = file.stat().st_size
+    say(f"report: {file} ({size / 1e6:.1f} MB)" if size >= 1e5 else f"report: {file} ({size / 1e3:.0f} kB)", quiet)

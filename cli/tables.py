@@ -35,12 +35,12 @@ def print_evaluation(
 
     ``flagged`` has, for each pair of the result, how many in-domain and how many OOD images are flagged at ``fpr``.
     """
-    from featdiff.report.evaluations import EXPLANATION, sections, verdicts
+    from featdiff.report.evaluations import EXPLANATION, counted, sections, verdicts
 
     width = output_width(_WIDTH)
     folder = f"{result['folder']}: " if "folder" in result else ""
     first = result["pairs"][0]
-    print_text(f"{folder}backbone {result['model']}; in-domain: {result['id']} ({first['n_id']:,} images)", width)
+    print_text(f"{folder}backbone {result['model']}; in-domain: {result['id']} ({counted(first['n_id'])})", width)
     if result.get("accuracy") is not None:
         print_text(f"accuracy of the classifier: {100 * result['accuracy']:.1f} %", width)
 

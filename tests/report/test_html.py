@@ -186,7 +186,7 @@ def test_explanations_are_shown_where_there_are_some(tmp_path: Path) -> None:
     text = " ".join(page.words)
     explained = sum(at % 2 == 0 for at in first)
     assert text.count("Fine texture is unusual.") == explained
-    assert text.count("normal_<i>.png") == explained
+    assert "".join(page.words).count("normal_<i>.png") == explained
     assert "/train/" in page.words  # named once, not with each of these
     gone = sum(at % 10 == 9 for at in positions[:30])
     assert len(page.all("article")) == 30 - gone
@@ -227,6 +227,8 @@ def explanation_of(scores: Any, at: int, readable: bool) -> Explanation:
 def test_few_images(tmp_path: Path, count: int) -> None:
     text = " ".join(" ".join(read(write_page(tmp_path / "a.html", made_up(count))).words).split())
     assert f"of {count} image" in text
+    assert ("image is unlike the normal ones" in text) == (count == 1)
+    assert ("If all 2 were normal, about one or none would be flagged" in text) == (count == 2)
 
 
 def test_only_unreadable_images(tmp_path: Path) -> None:
