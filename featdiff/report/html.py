@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,16 @@ IMAGES = 100
 # 10,000 rows stay below 3 MB.
 _PICTURE_BYTES = 1_000_000
 _LEAST_PICTURE_BYTES = 200_000
-_PAGE_BYTES = 2_800_000
+_PAGE_BYTES = 2_900_000
+# A card without its pictures takes up so much, about, and this for each column beyond those that all rows have.
+_CARD_BYTES = 800
+_COLUMN_BYTES = 220
 # Rates beyond this are of no use to anybody; the page has no counts for them.
 _LARGEST_RATE = 0.5
 _KNOWN = set(COLUMNS)
+
+#: Verdict, p-value, score and path, as the table that needs no script shows them.
+PlainRow = tuple[str, str, str, str]
 
 
 def save_report(
@@ -99,8 +105,9 @@ def save_report(
     levels = rows.levels
     largest = max(_LARGEST_RATE, fpr)
 
+    columns = _columns(strangest, levels, names)
     data = {
-        "rows": _columns(strangest, levels, names),
+        "rows": columns,
         "levels": _counts(levels, largest, float(np.nanmax(strangest.p_value, initial=0))),
         "calibration": _calibration(calibration),
         "rate": fpr,
@@ -112,9 +119,14 @@ def save_report(
         "axis": [chart.low, chart.high, WIDTH],
     }
     script_data = json_in_html(data)
-    table = [_plain(row, names) for row in strangest]
-    room = _room(len(script_data), table) if images is None else None
     count = IMAGES if images is None else images
+    free = (
+        _PAGE_BYTES
+        - len(script_data)
+        - min(count, len(strangest)) * (_CARD_BYTES + len(columns["more"]) * _COLUMN_BYTES)
+    )
+    table = _fitting([_plain(row, names) for row in strangest], free - _LEAST_PICTURE_BYTES)
+    room = _room(free, table) if images is None else None
     page = render(
         "scores.html",
         script_data,
@@ -128,6 +140,7 @@ def save_report(
         gallery=gallery_of(strangest, positions, names, count, room, pictures, explain),
         heat_stops=stops(),
         table=table,
+        listed=len(strangest),
         unreadable=[(names.short(row.path), row.reason) for row in rows.unreadable_rows],
         chart=chart,
         threshold=chart.x(_threshold(calibration, levels, fpr)),
@@ -214,13 +227,23 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
 # ---- what the template reads ----
 
 
-def _room(script_data: int, table: list[tuple[str, str, str, str]]) -> int:
-    """Bytes that pictures may take up in a page with so much else."""
-    rows = sum(len(cell) + 5 for cells in table for cell in cells)
-    return min(_PICTURE_BYTES, max(_LEAST_PICTURE_BYTES, _PAGE_BYTES - script_data - rows))
+def _room(free: int, table: Sequence[PlainRow]) -> int:
+    """Bytes that pictures may take up, of those that the table may share with them."""
+    return min(_PICTURE_BYTES, max(_LEAST_PICTURE_BYTES, free - sum(map(_size, table))))
 
 
-def _plain(row: Row, names: Names) -> tuple[str, str, str, str]:
+def _fitting(table: Sequence[PlainRow], room: int) -> Sequence[PlainRow]:
+    """The first rows of the table that needs no script, as many as fit into so many bytes, and one at least."""
+    taken = np.cumsum([_size(row) for row in table])
+    return table[: max(1, int(np.searchsorted(taken, room, side="right")))]
+
+
+def _size(row: PlainRow) -> int:
+    """Bytes of a row of that table, about."""
+    return sum(len(cell.encode("utf-8", "replace")) + 5 for cell in row)
+
+
+def _plain(row: Row, names: Names) -> PlainRow:
     """A row of the table that needs no script."""
     verdict = "error" if row.status == ERROR else "OOD" if row.is_ood else ""
     return verdict, f"{row.p_value:.4f}", f"{row.ood_score:z.2f}", names.short(row.path)

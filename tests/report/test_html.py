@@ -150,6 +150,18 @@ def test_ten_thousand_rows_stay_below_three_megabytes(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.html").all("article")) >= 10
 
 
+def test_long_names_and_many_layers_leave_the_page_small(tmp_path: Path) -> None:
+    scores = made_up(10_000)
+    scores.path = [path.replace(".jpg", "-" + "x" * 60 + ".jpg") for path in scores.path]
+    scores.layers = {f"blocks.{i}": np.random.default_rng(i).normal(size=10_000) for i in range(12)}
+    page = read(write_page(tmp_path / "a.html", scores))
+    assert (tmp_path / "a.html").stat().st_size < 3e6
+    assert len(page.data["rows"]["name"]) == 9_800  # all of them, with JavaScript
+    rows = len(page.all("tr")) - 1 - 201  # without the heads, and without unreadable ones
+    assert 4_000 < rows < 9_800
+    assert f"These are the {rows:,} strangest. With JavaScript, all 9,800 are listed." in "".join(page.words)
+
+
 def test_as_many_pictures_as_asked_for(tmp_path: Path) -> None:
     for images, expected in ((0, 0), (7, 7), (150, 150)):
         rows = ReportRows()
