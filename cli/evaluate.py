@@ -12,7 +12,7 @@ import click
 
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, groups_option, load_model, runtime_options, weights_option
-from .progress import Bars, list_unreadable
+from .progress import Bars, list_unreadable, saying
 from .report import check_report, report_option, write_evaluation
 from .speech import say
 from .tables import print_evaluation
@@ -173,7 +173,8 @@ def _draw(
         beginning = f"{i + 1}-{name}-" if len(models) > 1 else ""
         drawn[beginning] = Evaluated(result, scored, detector.calibration_, detector.fpr)
 
-    files = save_evaluations(folder, drawn)
+    with saying("drawing", quiet):
+        files = save_evaluations(folder, drawn)
     say(f"written: {len(files)} pictures in {folder}", quiet)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .progress import saying
 from .speech import say
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from featdiff.report.rows import ReportRows
     from featdiff.verdicts.calibration import Calibration
     from featdiff.verdicts.explanation import Explanation
+
+_WRITING = "writing the report"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -121,7 +124,8 @@ def write_report(
     from featdiff.report.html import save_report
 
     facts = source.facts | {"Duration": f"{seconds:,.1f} s"} | _now()
-    save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
+    with saying(_WRITING, quiet):
+        save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
     _say_where(file, quiet)
 
 
@@ -153,13 +157,14 @@ def write_evaluation(
         "Unreadable": f"{len(unreadable):,}",
         "Duration": f"{seconds:,.1f} s",
     }
-    save_evaluation(
-        file,
-        evaluated,
-        facts | _now(),
-        unreadable,
-        lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
-    )
+    with saying(_WRITING, quiet):
+        save_evaluation(
+            file,
+            evaluated,
+            facts | _now(),
+            unreadable,
+            lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
+        )
     _say_where(file, quiet)
 
 
