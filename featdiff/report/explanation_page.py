@@ -65,8 +65,7 @@ class Page:
         self.heat = overlay(explanation)
         self.bars = _bars_of(explanation)[:_MOST_BARS]
         self.nearest = explanation.nearest[:_MOST_NEAREST]
-        width = _PAGE - 2 * _MARGIN - (0.0 if self.heat else _PANEL + 0.45)
-        self.text_width = 4.1 if self.heat else width
+        self.text_width = 4.1 if self.heat else _PAGE - 2 * _MARGIN - _PANEL - 0.45
         self.reasons = _wrapped(explanation.reasons, int(self.text_width / 0.082))
 
     def draw(self) -> Figure:
@@ -127,8 +126,7 @@ class Page:
         self._text(_PAGE - _MARGIN, 0.48, "   ".join(facts), size=8.5 if parts else 9.5, color=_MUTED, ha="right")
         self._text(_MARGIN, 0.78, _shortened(found.path, 105), size=9.5, color=_MUTED)
 
-        line = self._axes(_MARGIN, 0.9, _PAGE - 2 * _MARGIN, 0.01)
-        line.set_facecolor(_LINE)
+        self._axes(_MARGIN, 0.9, _PAGE - 2 * _MARGIN, 0.01).set_facecolor(_LINE)
 
     def _pictures(self, top: float, height: float) -> None:
         right = _MARGIN + _PANEL + 0.35
@@ -277,8 +275,7 @@ def _wrapped(sentences: tuple[str, ...], width: int) -> list[str]:
 
 def _signed(value: float) -> str:
     """A number with its sign and two digits; what rounds to 0 has none."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text
+    return "0.00" if f"{value:z.2f}" == "0.00" else f"{value:+.2f}"
 
 
 def _shortened(path: str, length: int) -> str:

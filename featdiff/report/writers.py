@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol
 
 from ..exceptions import UsageError
-from ..files.text import for_json, for_spreadsheet, for_terminal, from_spreadsheet
+from ..files.text import columns_on_screen, for_json, for_spreadsheet, for_terminal, from_spreadsheet
 from ..verdicts.results import COLUMNS, OK, Scores
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
@@ -255,11 +255,9 @@ class TableWriter(_RowWriter):
 
     def _line(self, line: str, note: str) -> None:
         """A row and what there is to say about it, below it where the terminal is too narrow."""
-        from rich.cells import cell_len
-
         line = for_terminal(line)
         note = for_terminal(note)
-        if note and (self._width is None or cell_len(line) + 2 + cell_len(note) <= self._width):
+        if note and (self._width is None or columns_on_screen(f"{line}  {note}") <= self._width):
             line += f"  {note}"
         elif note:
             line += f"\n{' ' * _PATH_AT}{note}"
