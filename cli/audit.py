@@ -102,7 +102,7 @@ def _report(
     rows = ReportRows()
     rows.add(scores)
     facts = {
-        f"Score above {STANDS_APART:g}": f"{int((scores.ood_score > STANDS_APART).sum()):,}",
+        "Stand apart": f"{int((scores.ood_score > STANDS_APART).sum()):,}, with a score above {STANDS_APART:g}",
         "Backbone": options["backbone"] or DEFAULT_BACKBONE,
     }
     source = source_of_audit(refs, facts, options)
@@ -120,7 +120,10 @@ def _summary(scores: Scores, bars: Bars, fpr: float, quiet: bool) -> int:
     seconds = sum(bars.seconds.values())
     bad = f", {len(unreadable):,} unreadable" if unreadable else ""
     say(f"{len(scores):,} images{bad}; {seconds:.0f} s ({bars.rate('features'):,.0f} images/s)", quiet)
-    say(f"{int(scores.is_ood.sum()):,} marked as OOD: the oddest {fpr:.3g} of them, so there are always some", quiet)
+    say(
+        f"{int(scores.is_ood.sum()):,} marked as OOD: the oddest {100 * fpr:.3g} % of them, so there are always some",
+        quiet,
+    )
     say(f"{apart:,} stand apart, with an ood_score above {STANDS_APART:g}", quiet)
 
     groups = _near_copies(scores)

@@ -60,7 +60,7 @@ def _audit(mixed: Path, arguments: dict[str, Any], quiet: bool) -> None:
     """The oddest images of a folder, as ``featdiff audit`` prints them."""
     from featdiff.detectors.audit import STANDS_APART, audit
 
-    say(f"1. Which images are odd? {mixed} holds 120 digits, and 8 tiles of photographs among them.", quiet)
+    say(f"1. Which images are odd? {mixed} has 120 digits and 8 photo tiles.", quiet)
     say(f"$ featdiff audit {mixed} --top {_TOP}", quiet)
     with Bars(quiet) as bars:
         scores = audit(mixed, progress=bars, **arguments)
@@ -81,7 +81,7 @@ def _train_and_score(
 
     from .evaluate import print_result
 
-    say("2. Is a new image like those before? A model learns tiles, and scores other tiles and digits.", quiet)
+    say("2. Is a new image like those before? A model learns tiles and meets digits.", quiet)
     detector = Detector(calibration=_CALIBRATION, **arguments)
     with Bars(quiet) as bars:
         detector.fit(folders["train"], bars)

@@ -12,7 +12,7 @@ import click
 
 from .main import EXIT_UNREADABLE
 from .options import MODEL_FOLDER, groups_option, load_model, runtime_options, weights_option
-from .progress import Bars, list_unreadable
+from .progress import Bars, list_unreadable, saying
 from .report import check_report, report_option, write_evaluation
 from .speech import say
 from .tables import print_evaluation
@@ -117,6 +117,7 @@ def command(
     unreadable: dict[str, str] = {}
     results: list[dict[str, Any]] = []
     pairs: list[list[ScoredPair]] = []
+    seconds = 0.0
     for detector, guard, classes in loaded:
         scored: list[ScoredPair] = []
         pairs.append(scored)
@@ -128,6 +129,7 @@ def command(
             if guard is not None:
                 result["accuracy"] = _accuracy(guard.detector, list(in_domain), classes, bars, quiet)
         results.append(result)
+        seconds += sum(bars.seconds.values())
 
     if len(models) > 1:
         results = [{"folder": model} | result for model, result in zip(models, results, strict=True)]
@@ -140,7 +142,7 @@ def command(
         _draw(plots, models, [detector for detector, *_ in loaded], results, pairs, quiet)
     if report:
         detectors = [detector for detector, *_ in loaded]
-        write_evaluation(report, detectors, results, pairs, unreadable, options, quiet)
+        write_evaluation(report, models, detectors, results, pairs, unreadable, options, seconds, quiet)
     list_unreadable(list(unreadable.items()), quiet)
     return EXIT_UNREADABLE if unreadable else 0
 
@@ -171,7 +173,8 @@ def _draw(
         beginning = f"{i + 1}-{name}-" if len(models) > 1 else ""
         drawn[beginning] = Evaluated(result, scored, detector.calibration_, detector.fpr)
 
-    files = save_evaluations(folder, drawn)
+    with saying("drawing", quiet):
+        files = save_evaluations(folder, drawn)
     say(f"written: {len(files)} pictures in {folder}", quiet)
 
 

@@ -116,6 +116,7 @@ class Commands(click.Group):
 
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such images get a row of their own
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line that helps
+        os.environ["MPLBACKEND"] = "agg"  # pictures are files: no display is needed, whatever the environment names
         prepare_threads()  # before torch is imported
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .tables import output_width
+
 if TYPE_CHECKING:
     from featdiff import Scores
 
@@ -48,7 +50,8 @@ def write_rows(output: Path | None, format_: str, scores: Scores, raw_csv: bool 
     from featdiff.report.writers import open_writer
 
     data = io.BytesIO()
-    writer = open_writer(format_, data, raw_csv=raw_csv)
+    width = output_width(0) if output is None else 0
+    writer = open_writer(format_, data, raw_csv=raw_csv, width=width or None)
     writer.write(scores)
     writer.close()
     if output is None:

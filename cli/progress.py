@@ -109,14 +109,31 @@ def starting(quiet: bool = False) -> Iterator[None]:
     """A word on the seconds in which libraries and the model are loaded, until the first :class:`Bars` begin."""
     global _starting
 
-    console = Console(stderr=True)
     if not quiet and is_first_process():
-        _starting = Spinner(_LIBRARIES, console) if _is_terminal(console) else Lines(lambda: _LIBRARIES)
+        _starting = _word(_LIBRARIES)
         _starting.start()
     try:
         yield
     finally:
         _started()
+
+
+@contextmanager
+def saying(text: str, quiet: bool = False) -> Iterator[None]:
+    """A word on seconds in which there is nothing to count; in logs only if they are many."""
+    shown = None if quiet else _word(text)
+    if shown is not None:
+        shown.start()
+    try:
+        yield
+    finally:
+        if shown is not None:
+            shown.stop()
+
+
+def _word(text: str) -> Spinner | Lines:
+    console = Console(stderr=True)
+    return Spinner(text, console) if _is_terminal(console) else Lines(lambda: text)
 
 
 def _started() -> None:

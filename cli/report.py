@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .progress import saying
 from .speech import say
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from featdiff.report.rows import ReportRows
     from featdiff.verdicts.calibration import Calibration
     from featdiff.verdicts.explanation import Explanation
+
+_WRITING = "writing the report"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -109,7 +112,7 @@ def _limits(options: dict[str, Any]) -> dict[str, Any]:
 
 def _pictures(refs: Sequence[ImageRef], limits: dict[str, Any]) -> Callable[[list[int]], Iterable[Image.Image | None]]:
     from featdiff.data.thumbnails import iter_thumbnails
-    from featdiff.report.html import PICTURE_SIDE
+    from featdiff.report.cards import PICTURE_SIDE
 
     return lambda positions: iter_thumbnails([refs[at] for at in positions], PICTURE_SIDE, **limits)
 
@@ -121,23 +124,26 @@ def write_report(
     from featdiff.report.html import save_report
 
     facts = source.facts | {"Duration": f"{seconds:,.1f} s"} | _now()
-    save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
+    with saying(_WRITING, quiet):
+        save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
     _say_where(file, quiet)
 
 
 def write_evaluation(
     file: Path,
+    models: Sequence[str],
     detectors: Sequence[Detector | PixelDetector],
     results: Sequence[dict[str, Any]],
     pairs: Sequence[list[ScoredPair]],
     unreadable: dict[str, str],
     options: dict[str, Any],
+    seconds: float,
     quiet: bool,
 ) -> None:
     """Write the page on an evaluation, and say where it is."""
     from featdiff.data.thumbnails import iter_thumbnails
+    from featdiff.report.cards import PICTURE_SIDE
     from featdiff.report.evaluations import Evaluated
-    from featdiff.report.html import PICTURE_SIDE
     from featdiff.report.html_evaluation import save_evaluation
 
     evaluated = []
@@ -145,15 +151,20 @@ def write_evaluation(
         evaluated.append(Evaluated(result, scored, detector.calibration_, detector.fpr))
     facts = {
         "In-domain": str(results[0]["id"]),
+        "Model": ", ".join(models),
         "Backbone": ", ".join(dict.fromkeys(str(result["model"]) for result in results)),
+        "False-alarm rate": ", ".join(dict.fromkeys(f"{100 * detector.fpr:g} %" for detector in detectors)),
+        "Unreadable": f"{len(unreadable):,}",
+        "Duration": f"{seconds:,.1f} s",
     }
-    save_evaluation(
-        file,
-        evaluated,
-        facts | _now(),
-        unreadable,
-        lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
-    )
+    with saying(_WRITING, quiet):
+        save_evaluation(
+            file,
+            evaluated,
+            facts | _now(),
+            unreadable,
+            lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
+        )
     _say_where(file, quiet)
 
 
@@ -162,4 +173,5 @@ def _now() -> dict[str, str]:
 
 
 def _say_where(file: Path, quiet: bool) -> None:
-    say(f"report: {file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)
+    size = file.stat().st_size
+    say(f"report: {file} ({size / 1e6:.1f} MB)" if size >= 1e5 else f"report: {file} ({size / 1e3:.0f} kB)", quiet)

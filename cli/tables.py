@@ -35,21 +35,20 @@ def print_evaluation(
 
     ``flagged`` has, for each pair of the result, how many in-domain and how many OOD images are flagged at ``fpr``.
     """
-    from featdiff.report.evaluations import EXPLANATION, sections, verdicts
+    from featdiff.report.evaluations import EXPLANATION, counted, sections, verdicts
 
     width = output_width(_WIDTH)
-    folder = f"{result['folder']}: " if "folder" in result else ""
     first = result["pairs"][0]
-    print_text(f"{folder}backbone {result['model']}; in-domain: {result['id']} ({first['n_id']:,} images)", width)
-    if result.get("accuracy") is not None:
-        print_text(f"accuracy of the classifier: {100 * result['accuracy']:.1f} %", width)
-
-    show("")
+    if "folder" in result:
+        print_text(f"{result['folder']}:", width)
     for found, comparison in verdicts(result, flagged, calibration, fpr):
         print_text(found, width, rest=" " * _GAP)
         print_text(comparison, width, first=" " * _GAP, rest=" " * _GAP)
 
     show("")
+    print_text(f"backbone {result['model']}; in-domain: {result['id']} ({counted(first['n_id'])})", width)
+    if result.get("accuracy") is not None:
+        print_text(f"accuracy of the classifier: {100 * result['accuracy']:.1f} %", width)
     for line in table_lines(sections(result, all_heads), width):
         show(line)
 

@@ -41,7 +41,7 @@ def test_demo_separates_digits_and_keeps_tiles(newcomer: Path) -> None:
 def test_demo_audits_first(newcomer: Path) -> None:
     """What a stranger reads: a question, the command that answers it, and the odd ones on top."""
     lines = (newcomer / "demo.txt").read_text().splitlines()
-    assert lines[0].startswith("1. Which images are odd? featdiff-demo/mixed holds 120 digits, and 8 tiles")
+    assert lines[0].startswith("1. Which images are odd? featdiff-demo/mixed has 120 digits and 8 photo tiles")
     assert lines[1] == "$ featdiff audit featdiff-demo/mixed --top 10"
     assert lines[2] == "8 of 128 images stand apart (score above 3). The 10 oddest:"
     assert lines[3].split() == ["verdict", "p-value", "score", "path"]
@@ -96,7 +96,7 @@ def test_the_audit_on_the_front_page_is_what_featdiff_says(newcomer: Path) -> No
 def test_the_verdict_on_the_page_is_what_featdiff_says(newcomer: Path) -> None:
     """Words to the letter; numbers but for another machine's rounding, and but for which of several equal baselines."""
     (block,) = blocks_at(EVALUATED, language="text")
-    printed = typed("featdiff eval --id test/ --ood digits=digits/", newcomer).stdout.split("\n\n")[1]
+    printed = typed("featdiff eval --id test/ --ood digits=digits/", newcomer).stdout.split("\n\n")[0]
     numbers = r"\d+(?:\.\d+)?"
     texts = [re.sub(r"\(Mahalanobis.*?:", "(", " ".join(text.split())) for text in (block.text, printed)]
     assert re.sub(numbers, "#", texts[0]) == re.sub(numbers, "#", texts[1])

@@ -238,7 +238,7 @@ def _labels(n: int, groups: np.ndarray | None) -> np.ndarray:
 def too_few(count: int, single: bool) -> str:
     """Why so few groups (images, if each is a group of its own) cannot be divided."""
     what = "different images" if single else "groups of images"
-    return f"{count} {what} are too few: one each is needed to train, validate and calibrate"
+    return f"too few {what}, {count}: one each is needed to train, validate and calibrate, and about 20 to be of use"
 
 
 def split_by_content(digests: Sequence[bytes], calibration: float, validation: float) -> Split:

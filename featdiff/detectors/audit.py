@@ -84,8 +84,8 @@ def audit(
     different = list(dict.fromkeys(extraction.digests))
     if len(different) < FEWEST:
         raise UsageError(
-            f"an audit compares images with each other and needs at least {FEWEST} different ones, and there are "
-            f"{len(different)} that can be read"
+            f"an audit compares images with each other and needs at least {FEWEST} different ones that can be read, "
+            f"not {len(different)}"
         )
     count = len(extraction.paths)
     check_supported(fpr, count - 1, "other images")

@@ -69,7 +69,7 @@ def first_of_each(digests: Sequence[bytes]) -> np.ndarray:
 
     n = len(first_index)
     if n < 3:
-        raise UsageError(f"{n} different rows are too few: one each is needed to train, validate and calibrate")
+        raise UsageError(f"too few different rows, {n}: one each is needed to train, validate and calibrate")
     return np.fromiter(first_index.values(), dtype=np.int64)
 
 

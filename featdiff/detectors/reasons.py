@@ -19,6 +19,8 @@ UNUSUAL = 2.0
 _VERY = 5.0
 # A p-value from which on something counts as ordinary.
 _ORDINARY = 0.2
+# Where more of a picture is strange, no place is named.
+_EVERYWHERE = 0.9
 # How many things are named.
 _MOST = 3
 # Early layers of a network see textures, middle ones parts of things, the last ones what is shown.
@@ -171,9 +173,14 @@ def _about_places(heat: np.ndarray, threshold: float) -> list[str]:
     strange = heat > threshold  # False where it is NaN
     if strange.any():
         row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
-        share = _percent(float(strange.sum() / seen.sum()))
+        share = float(strange.sum() / seen.sum())
         place = _place(float(row) / heat.shape[0], float(column) / heat.shape[1])
-        found.append(f"Places that cover {share} of the picture are stranger than normal, most of all {place}.")
+        if share > _EVERYWHERE:
+            found.append("The picture is stranger than normal nearly everywhere.")
+        else:
+            found.append(
+                f"Places that cover {_percent(share)} of the picture are stranger than normal, most of all {place}."
+            )
     else:
         found.append("No place in the picture is strange by itself.")
     if not seen.all():

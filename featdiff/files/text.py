@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 # Control characters (ESC, TAB and line breaks among them), U+2028 and U+2029, marks that turn the direction of text,
 # and lone surrogates. All are below U+10000.
@@ -27,6 +28,26 @@ def for_terminal(text: str) -> str:
     'red \\\\x1b[31m.png'
     """
     return _UNSAFE.sub(_escape, text)
+
+
+def columns_on_screen(text: str) -> int:
+    """How many columns of a terminal a line takes: letters of East Asia take two, combining marks none.
+
+    Parameters
+    ----------
+    text : str
+        As :func:`for_terminal` gives it.
+
+    Examples
+    --------
+    >>> columns_on_screen("cat.png"), columns_on_screen("\u732b.png")
+    (7, 6)
+    """
+    columns = 0
+    for letter in text:
+        if not unicodedata.combining(letter):
+            columns += 2 if unicodedata.east_asian_width(letter) in ("W", "F") else 1
+    return columns
 
 
 def for_json(text: str) -> str:

@@ -28,8 +28,6 @@ class Histogram:
         Paths for SVG, in a plot of ``WIDTH`` x ``HEIGHT``; empty without scores.
     ticks : list of (float, str)
         Position and label along the axis.
-    highest : float
-        The share of a set at the top of the plot, in percent.
     beyond : int
         How many of these scores lie above ``high``.
     """
@@ -39,7 +37,6 @@ class Histogram:
     normal: str
     these: str
     ticks: list[tuple[float, str]]
-    highest: float
     beyond: int
 
     def x(self, score: float) -> float:
@@ -49,7 +46,7 @@ class Histogram:
 
 
 def histogram(these: np.ndarray, normal: np.ndarray | None = None) -> Histogram:
-    """Histograms of scores, each as shares of its set.
+    """Histograms of scores, each as high as the plot: of a few images the bars would else dwarf those of many.
 
     Parameters
     ----------
@@ -60,18 +57,16 @@ def histogram(these: np.ndarray, normal: np.ndarray | None = None) -> Histogram:
     """
     low, high = _ends(these, normal)
     edges = np.linspace(low, high, _BINS + 1)
-    shares = []
+    outlines = []
     for scores in (normal, these):
         if scores is None or not len(scores):
-            shares.append(np.zeros(_BINS))
+            outlines.append("")
             continue
         counts, _ = np.histogram(np.clip(scores, low, high), edges)
-        shares.append(100 * counts / len(scores))
+        outlines.append(_outline(counts / counts.max()))
 
-    highest = max(float(np.max(shares)), 1e-9)
-    outlines = [_outline(share / highest) if share.any() else "" for share in shares]
     beyond = int((these > high).sum())
-    return Histogram(low, high, outlines[0], outlines[1], _ticks(low, high), highest, beyond)
+    return Histogram(low, high, outlines[0], outlines[1], _ticks(low, high), beyond)
 
 
 def _ends(these: np.ndarray, normal: np.ndarray | None) -> tuple[float, float]:
@@ -95,7 +90,7 @@ def _ends(these: np.ndarray, normal: np.ndarray | None) -> tuple[float, float]:
 
 
 def _outline(shares: np.ndarray) -> str:
-    """Steps of bars as the path of an area; shares in 0..1 of the height."""
+    """Steps of bars as the path of an area; shares in [0, 1] of the height."""
     step = WIDTH / len(shares)
     parts = [f"M0 {HEIGHT:g}"]
     for i, share in enumerate(shares):

@@ -253,9 +253,14 @@ def sections(result: Mapping[str, Any], all_heads: bool = False) -> list[Section
         pair = result["pairs"][i]
         heads = pair["heads"]
         names = list(heads) if all_heads else _shown(heads)
-        title = f"{pair['ood']} ({pair['n_ood']:,} images), {protocol}"
+        title = f"{pair['ood']} ({counted(pair['n_ood'])}), {protocol}"
         table.append(Section(title, [[name, *_cells(heads[name])] for name in names]))
     return table
+
+
+def counted(images: int) -> str:
+    """A number of images in words."""
+    return f"{images:,} image{'' if images == 1 else 's'}"
 
 
 def _shown(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -26,11 +26,12 @@ _FLAGGED = "#b42318"
 _NORMAL = "#1f6f43"
 _MORE = "#d2602f"
 _LESS = "#8ea6c1"
-# Inches: the page, its margin, a picture, a bar of the contributions, a small picture.
+# Inches: the page, its margin, a picture, a bar of the contributions, the number beside it, a small picture.
 _PAGE = 10.0
 _MARGIN = 0.5
 _PANEL = 4.0
 _BAR = 0.36
+_NUMBER = 0.52
 _SMALL = 1.25
 _DPI = 130
 # Pictures that are thinner are drawn wider than they are.
@@ -43,7 +44,7 @@ _BULLET = "• "
 
 def draw(explanation: Explanation) -> bytes:
     """The whole explanation as a PNG file."""
-    page = _Page(explanation)
+    page = Page(explanation)
     stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a path in another script
@@ -51,7 +52,7 @@ def draw(explanation: Explanation) -> bytes:
     return stream.getvalue()
 
 
-class _Page:
+class Page:
     """Draws an explanation from top to bottom; all sizes are inches.
 
     Parameters
@@ -64,8 +65,7 @@ class _Page:
         self.heat = overlay(explanation)
         self.bars = _bars_of(explanation)[:_MOST_BARS]
         self.nearest = explanation.nearest[:_MOST_NEAREST]
-        width = _PAGE - 2 * _MARGIN - (0.0 if self.heat else _PANEL + 0.45)
-        self.text_width = 4.1 if self.heat else width
+        self.text_width = 4.1 if self.heat else _PAGE - 2 * _MARGIN - _PANEL - 0.45
         self.reasons = _wrapped(explanation.reasons, int(self.text_width / 0.082))
 
     def draw(self) -> Figure:
@@ -126,8 +126,7 @@ class _Page:
         self._text(_PAGE - _MARGIN, 0.48, "   ".join(facts), size=8.5 if parts else 9.5, color=_MUTED, ha="right")
         self._text(_MARGIN, 0.78, _shortened(found.path, 105), size=9.5, color=_MUTED)
 
-        line = self._axes(_MARGIN, 0.9, _PAGE - 2 * _MARGIN, 0.01)
-        line.set_facecolor(_LINE)
+        self._axes(_MARGIN, 0.9, _PAGE - 2 * _MARGIN, 0.01).set_facecolor(_LINE)
 
     def _pictures(self, top: float, height: float) -> None:
         right = _MARGIN + _PANEL + 0.35
@@ -182,7 +181,7 @@ class _Page:
         title = f"What the {which} is made of" if found.heads else "Layers"
         self._text(left, top + 0.15, title, size=11, weight="bold")
         width = _PAGE - _MARGIN - left
-        named = 2.35
+        named = 2.55
         axes = self._axes(left + named, top + 0.4, width - named, _BAR * len(self.bars))
         values = [amount for _, _, amount in self.bars]
         axes.barh(range(len(values)), values, height=0.62, color=[_MORE if value > 0 else _LESS for value in values])
@@ -192,7 +191,9 @@ class _Page:
         least = min(*values, 0.0)
         most = max(*values, 0.0, min(max(self.explanation.threshold, 1.0), 4.0))
         span = most - least
-        axes.set_xlim(least - 0.22 * span, most + 0.22 * span)
+        before = _NUMBER if least < 0 else 0.1
+        inch = span / (width - named - before - _NUMBER)
+        axes.set_xlim(least - before * inch, most + _NUMBER * inch)
         axes.set_ylim(len(values) - 0.5, -0.5)
         for row, value in enumerate(values):
             side = "left" if value >= 0 else "right"
@@ -274,8 +275,7 @@ def _wrapped(sentences: tuple[str, ...], width: int) -> list[str]:
 
 def _signed(value: float) -> str:
     """A number with its sign and two digits; what rounds to 0 has none."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text
+    return "0.00" if f"{value:z.2f}" == "0.00" else f"{value:+.2f}"
 
 
 def _shortened(path: str, length: int) -> str:

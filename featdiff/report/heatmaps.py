@@ -54,6 +54,14 @@ def scale_ends(explanation: Explanation) -> tuple[float, float]:
     return threshold - above, threshold + above
 
 
+def stops() -> list[tuple[float, str]]:
+    """The colours of the scale for people: where each stands, in percent of the scale, and ``#rrggbb``."""
+    found = []
+    for place, (*channels, _) in zip(_STOPS, _COLOURS, strict=True):
+        found.append((100 * place, "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)))
+    return found
+
+
 def colours_of(places: np.ndarray) -> np.ndarray:
     """Places on the scale (...) -> red, green, blue, cover (..., 4), float32 in [0, 1]."""
     known = np.nan_to_num(places)

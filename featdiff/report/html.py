@@ -3,75 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..files.atomic import write_output
 from ..files.text import for_terminal
 from ..verdicts.calibration import ROUNDING, Calibration
-from ..verdicts.explanation import Explanation
 from ..verdicts.results import COLUMNS, ERROR, OK, Row, Scores
+from .cards import Explanations, Names, Pictures, gallery_of, label
 from .charts import HEIGHT, WIDTH, histogram
-from .heatmaps import overlay
-from .page import json_in_html, picture_uri, render
+from .heatmaps import stops
+from .page import json_in_html, render
 from .rows import Levels, ReportRows
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 #: Images with a picture, unless another number is asked for.
 IMAGES = 100
-#: Of these, the strangest that are explained: an explanation costs as much as a score, so few of a few ...
-EXPLAINED = 24
-_LEAST_EXPLAINED = 8
-# ... and at most this share of the images.
-_SHARE_EXPLAINED = 0.1
 # What their pictures may take up, unless a number is asked for, and what of the page they leave for rows, in bytes:
 # 10,000 rows stay below 3 MB.
 _PICTURE_BYTES = 1_000_000
 _LEAST_PICTURE_BYTES = 200_000
-_PAGE_BYTES = 2_800_000
-#: Longest side of a picture, in pixels.
-PICTURE_SIDE = 224
-_NEAREST_SIDE = 96
-_NEAREST = 3
+_PAGE_BYTES = 2_900_000
+# A card without its pictures takes up so much, about, and this for each column beyond those that all rows have.
+_CARD_BYTES = 800
+_COLUMN_BYTES = 220
 # Rates beyond this are of no use to anybody; the page has no counts for them.
 _LARGEST_RATE = 0.5
-# Where the bar of a layer ends at the least, in standard deviations of normal images.
-_BAR_END = 8.0
 _KNOWN = set(COLUMNS)
 
-#: Positions of images in the run, ascending -> their pictures in this order, None for one that cannot be read any more.
-Pictures = Callable[[list[int]], "Iterable[Image.Image | None]"]
-#: The same -> why they were judged so.
-Explanations = Callable[[list[int]], Iterable[Explanation]]
-
-
-@dataclass(frozen=True)
-class Names:
-    """Paths without the folder that they share.
-
-    Parameters
-    ----------
-    root : str
-        That folder with a slash at its end, or empty.
-    """
-
-    root: str
-
-    @classmethod
-    def of(cls, paths: list[str]) -> Names:
-        folders = [path.rpartition("/")[0] + "/" for path in paths if "/" in path]
-        if not folders or len(folders) < len(paths):
-            return cls("")
-        return cls(os.path.commonprefix(folders).rpartition("/")[0] + "/")
-
-    def short(self, path: str) -> str:
-        """A path as it is shown."""
-        return for_terminal(path.removeprefix(self.root))
+#: Verdict, p-value, score and path, as the table that needs no script shows them.
+PlainRow = tuple[str, str, str, str]
 
 
 def save_report(
@@ -143,8 +105,9 @@ def save_report(
     levels = rows.levels
     largest = max(_LARGEST_RATE, fpr)
 
+    columns = _columns(strangest, levels, names)
     data = {
-        "rows": _columns(strangest, levels, names),
+        "rows": columns,
         "levels": _counts(levels, largest, float(np.nanmax(strangest.p_value, initial=0))),
         "calibration": _calibration(calibration),
         "rate": fpr,
@@ -156,8 +119,14 @@ def save_report(
         "axis": [chart.low, chart.high, WIDTH],
     }
     script_data = json_in_html(data)
-    table = [_plain(row, names) for row in strangest]
-    room = _room(len(script_data), table) if images is None else None
+    count = IMAGES if images is None else images
+    free = (
+        _PAGE_BYTES
+        - len(script_data)
+        - min(count, len(strangest)) * (_CARD_BYTES + len(columns["more"]) * _COLUMN_BYTES)
+    )
+    table = _fitting([_plain(row, names) for row in strangest], free - _LEAST_PICTURE_BYTES)
+    room = _room(free, table) if images is None else None
     page = render(
         "scores.html",
         script_data,
@@ -168,8 +137,10 @@ def save_report(
         calibrated=0 if calibration is None else len(calibration),
         facts=facts or {},
         root=for_terminal(names.root),
-        cards=_cards(strangest, positions, names, IMAGES if images is None else images, room, pictures, explain),
+        gallery=gallery_of(strangest, positions, names, count, room, pictures, explain),
+        heat_stops=stops(),
         table=table,
+        listed=len(strangest),
         unreadable=[(names.short(row.path), row.reason) for row in rows.unreadable_rows],
         chart=chart,
         threshold=chart.x(_threshold(calibration, levels, fpr)),
@@ -224,13 +195,8 @@ def _further(rows: Scores, names: Names) -> list[dict[str, Any]]:
         text = any(isinstance(value, str) for value in values)
         shown = [names.short(value) if text else _number(value) for value in values]
         if any(value not in ("", None) for value in shown):
-            further.append({"label": _label(name), "text": text, "values": shown})
+            further.append({"label": label(name), "text": text, "values": shown})
     return further
-
-
-def _label(column: str) -> str:
-    """The name of a column for people."""
-    return for_terminal(column.removeprefix("layer_").replace("_", " ").replace("p value", "p"))
 
 
 def _number(value: float | None) -> float | None:
@@ -261,121 +227,23 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
 # ---- what the template reads ----
 
 
-@dataclass(frozen=True)
-class Card:
-    """An image with its picture, as the page shows it."""
-
-    index: int
-    name: str
-    row: Row
-    picture: str
-    heat: str
-    reasons: list[str]
-    layers: list[tuple[str, float, float]]
-    nearest: list[tuple[str, str]]
-    further: list[tuple[str, str]]
-
-    @property
-    def size(self) -> int:
-        """Bytes of its pictures in the page."""
-        return len(self.picture) + len(self.heat) + sum(len(uri) for _, uri in self.nearest)
+def _room(free: int, table: Sequence[PlainRow]) -> int:
+    """Bytes that pictures may take up, of those that the table may share with them."""
+    return min(_PICTURE_BYTES, max(_LEAST_PICTURE_BYTES, free - sum(map(_size, table))))
 
 
-def _room(script_data: int, table: list[tuple[str, str, str, str]]) -> int:
-    """Bytes that pictures may take up in a page with so much else."""
-    rows = sum(len(cell) + 5 for cells in table for cell in cells)
-    return min(_PICTURE_BYTES, max(_LEAST_PICTURE_BYTES, _PAGE_BYTES - script_data - rows))
+def _fitting(table: Sequence[PlainRow], room: int) -> Sequence[PlainRow]:
+    """The first rows of the table that needs no script, as many as fit into so many bytes, and one at least."""
+    taken = np.cumsum([_size(row) for row in table])
+    return table[: max(1, int(np.searchsorted(taken, room, side="right")))]
 
 
-def _cards(
-    rows: Scores,
-    positions: np.ndarray,
-    names: Names,
-    count: int,
-    room: int | None,
-    pictures: Pictures | None,
-    explain: Explanations | None,
-) -> list[Card]:
-    """The strangest images that can still be read, as many as there is room for."""
-    chosen = positions[:count].tolist()
-    most = min(EXPLAINED, max(_LEAST_EXPLAINED, int(_SHARE_EXPLAINED * len(rows))))
-    explained = _explained(sorted(chosen[:most]), explain)
-    shown = _pictures(chosen, explained, pictures)
-
-    cards: list[Card] = []
-    taken = 0
-    for i, position in enumerate(chosen):
-        if position not in shown:
-            continue
-        card = _card(i, rows[i], names, shown[position], explained.get(position))
-        taken += card.size
-        if room is not None and taken > room:
-            break
-        cards.append(card)
-    return cards
+def _size(row: PlainRow) -> int:
+    """Bytes of a row of that table, about."""
+    return sum(len(cell.encode("utf-8", "replace")) + 5 for cell in row)
 
 
-def _explained(chosen: list[int], explain: Explanations | None) -> dict[int, Explanation]:
-    """Explanations by position, of those that can still be read."""
-    if explain is None or not chosen:
-        return {}
-    found = zip(chosen, explain(chosen), strict=True)
-    return {position: explanation for position, explanation in found if explanation.picture is not None}
-
-
-def _pictures(chosen: list[int], explained: Mapping[int, Explanation], pictures: Pictures | None) -> dict[int, str]:
-    """Small pictures by position, as addresses; those of an explanation are not decoded again."""
-    shown = {}
-    for position, explanation in explained.items():
-        if explanation.picture is not None:
-            shown[position] = picture_uri(explanation.picture, PICTURE_SIDE)
-
-    others = sorted(set(chosen) - set(shown))
-    if pictures is not None and others:
-        for position, picture in zip(others, pictures(others), strict=True):
-            if picture is not None:
-                shown[position] = picture_uri(picture, PICTURE_SIDE)
-    return shown
-
-
-def _card(index: int, row: Row, names: Names, picture: str, explanation: Explanation | None) -> Card:
-    end = max(_BAR_END, *(score for score in row.layers.values() if np.isfinite(score)), 0.0)
-    layers = [(_label(name), score, _bar(score, end)) for name, score in row.layers.items()]
-    further = [(_label(name), names.short(text)) for name, text in row.extra.items() if text]
-    if explanation is not None:
-        further += [(f"p {name}", f"{value:.4f}") for name, value in explanation.p_values.items()]
-
-    heat = None if explanation is None else overlay(explanation)
-    return Card(
-        index=index,
-        name=names.short(row.path),
-        row=row,
-        picture=picture,
-        heat="" if heat is None else picture_uri(heat, PICTURE_SIDE),
-        reasons=list(explanation.reasons) if explanation else [],
-        layers=layers,
-        nearest=_nearest(explanation, names),
-        further=further,
-    )
-
-
-def _nearest(explanation: Explanation | None, names: Names) -> list[tuple[str, str]]:
-    """Path and picture, or an empty text, of the nearest normal images."""
-    if explanation is None:
-        return []
-    found = []
-    for neighbor in explanation.nearest[:_NEAREST]:
-        uri = picture_uri(neighbor.thumbnail, _NEAREST_SIDE) if neighbor.thumbnail else ""
-        found.append((names.short(neighbor.path), uri))
-    return found
-
-
-def _bar(score: float, end: float) -> float:
-    """The length of a layer's bar in percent."""
-    return round(100 * float(np.clip(np.nan_to_num(score) / end, 0, 1)), 1)
-
-
-def _plain(row: Row, names: Names) -> tuple[str, str, str, str]:
+def _plain(row: Row, names: Names) -> PlainRow:
     """A row of the table that needs no script."""
     verdict = "error" if row.status == ERROR else "OOD" if row.is_ood else ""
-    return verdict, f"{row.p_value:.4f}", f"{row.ood_score:.2f}", names.short(row.path)
+    return verdict, f"{row.p_value:.4f}", f"{row.ood_score:z.2f}", names.short(row.path)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..files.atomic import write_output
 from ..files.text import for_terminal
+from .cards import PICTURE_SIDE, Names
 from .charts import HEIGHT, WIDTH, Histogram, histogram, roc_path
 from .evaluations import (
     COLUMNS,
@@ -25,7 +26,6 @@ from .evaluations import (
     sections,
     verdicts,
 )
-from .html import PICTURE_SIDE, Names
 from .page import json_in_html, picture_uri, render
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _set(item: Evaluated, i: int, protocol: str, found: str, comparison: str, pi
     return SetSection(
         ood=measured["ood"],
         protocol=protocol,
-        found=found,
+        found=found.removeprefix(f"{measured['ood']}, {protocol}: "),  # they are the title
         comparison=comparison,
         curves=list(_curves(pair, measured["heads"])),
         chart=chart,

@@ -188,7 +188,7 @@ def _histograms(pairs: Sequence[Pair], threshold: float, fpr: float) -> Figure:
 
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, handlelength=1.6, columnspacing=1.2)
-    x = "OOD score (in-domain standard deviations; higher = more out-of-distribution)"
+    x = "OOD score (in-domain standard deviations; higher = more OOD)"
     label_axes(figure, x, "share of the set (%)")
     return figure
 

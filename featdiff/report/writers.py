@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol
 
 from ..exceptions import UsageError
-from ..files.text import for_json, for_spreadsheet, for_terminal, from_spreadsheet
+from ..files.text import columns_on_screen, for_json, for_spreadsheet, for_terminal, from_spreadsheet
 from ..verdicts.results import COLUMNS, OK, Scores
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
+# Column in which paths begin in a table.
+_PATH_AT = 31
 # Rows of a group of a Parquet file, which are held in memory.
 _GROUP = 10_000
 
@@ -33,7 +35,9 @@ class Writer(Protocol):
         """Finish the file; also after an interrupted run."""
 
 
-def open_writer(format: str, stream: IO[bytes], *, raw_csv: bool = False, header: bool = True) -> Writer:
+def open_writer(
+    format: str, stream: IO[bytes], *, raw_csv: bool = False, header: bool = True, width: int | None = None
+) -> Writer:
     """A writer of a format onto a binary stream.
 
     Parameters
@@ -46,6 +50,9 @@ def open_writer(format: str, stream: IO[bytes], *, raw_csv: bool = False, header
         control characters, are changed by :func:`featdiff.files.text.for_spreadsheet`.
     header : bool, default True
         Begin with the line of column names; False where rows are appended. Formats without such a line ignore it.
+    width : int, optional
+        Columns of a terminal: in a table, notes on an image that do not fit stand on a line of their own. Default: all
+        on one line.
 
     Returns
     -------
@@ -73,7 +80,7 @@ def open_writer(format: str, stream: IO[bytes], *, raw_csv: bool = False, header
     if format == "csv":
         return CsvWriter(stream, raw_csv, header)
     if format == "table":
-        return TableWriter(stream, header)
+        return TableWriter(stream, header, width)
     if format == "jsonl":
         return JsonlWriter(stream)
     if format == "parquet":
@@ -224,9 +231,10 @@ class ParquetWriter(_RowWriter):
 class TableWriter(_RowWriter):
     """Lines for people: verdict, p-value, score, path; the reason for unreadable images."""
 
-    def __init__(self, stream: IO[bytes], header: bool = True) -> None:
+    def __init__(self, stream: IO[bytes], header: bool = True, width: int | None = None) -> None:
         self._stream = stream
         self._header = header
+        self._width = width
 
     def write_rows(
         self, rows: Iterable[Mapping[str, object]], columns: Sequence[str], texts: Sequence[str] = ()
@@ -242,11 +250,18 @@ class TableWriter(_RowWriter):
             else:
                 line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
             further = [f"{name.replace('_', ' ')} {row[name]}" for name in texts if row[name]]
-            if further:
-                line += f"  ({', '.join(further)})"
-
-            self._stream.write(for_terminal(line).encode() + b"\n")
+            self._line(line, f"({', '.join(further)})" if further else "")
         self._stream.flush()
+
+    def _line(self, line: str, note: str) -> None:
+        """A row and what there is to say about it, below it where the terminal is too narrow."""
+        line = for_terminal(line)
+        note = for_terminal(note)
+        if note and (self._width is None or columns_on_screen(f"{line}  {note}") <= self._width):
+            line += f"  {note}"
+        elif note:
+            line += f"\n{' ' * _PATH_AT}{note}"
+        self._stream.write(line.encode() + b"\n")
 
     def close(self) -> None:
         self._stream.flush()

@@ -19,8 +19,9 @@ import numpy as np
 from featdiff import Detector, Scores
 from featdiff.data.references import list_images
 from featdiff.data.thumbnails import iter_thumbnails
+from featdiff.report.cards import PICTURE_SIDE
 from featdiff.report.explanations import save_explanation
-from featdiff.report.html import PICTURE_SIDE, save_report
+from featdiff.report.html import save_report
 from featdiff.report.rows import ReportRows
 from featdiff.verdicts.calibration import Calibration
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +53,24 @@ def test_an_image_becomes_a_picture_and_facts(
     assert [line.strip() for line in lines[1:-1]] == facts["reasons"]
     assert lines[-1] == f"  -> {tmp_path / 'why' / stem}.png"
     assert "1 image explained in" in result.stderr
+
+
+def test_a_display_that_is_not_there_does_not_matter(
+    tiny_model: Path, seeded_backbone: Path, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    image = sorted(sample_folders["digits"].iterdir())[0]
+    command = [sys.executable, "-m", "featdiff_cli", "explain", image, "-m", tiny_model, "--weights", seeded_backbone]
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    for backend in ("tkagg", "a_backend_that_was_removed"):
+        done = subprocess.run(
+            [*command, "-o", tmp_path / backend],
+            env=environment | {"MPLBACKEND": backend},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(names(tmp_path / backend)) == 2
 
 
 def test_names_do_not_collide_and_no_image_is_replaced(

@@ -211,7 +211,9 @@ def test_tables_of_results_cannot_steer_the_terminal(capsys: pytest.CaptureFixtu
     print_evaluation(evaluated, [(0, 9)], Calibration([1.0, 2.0]), 0.5, all_heads=True)
     shown = capsys.readouterr().out
     assert harmless(shown)
-    assert f"{SHOWN}: backbone {SHOWN}; in-domain: {SHOWN}" in " ".join(shown.split())
+    words = " ".join(shown.split())
+    assert words.startswith(f"{SHOWN}: {SHOWN}, matched: featdiff finds")
+    assert f"backbone {SHOWN}; in-domain: {SHOWN}" in words
     assert f"\n  {SHOWN} " in shown
 
     costs = {"images_per_second": 1.0, "training_seconds": 1.0, "megabytes": 1.0}

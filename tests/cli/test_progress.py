@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -184,6 +185,28 @@ def test_a_command_in_a_log_says_how_far_it_is(
     assert re.search(r"^(scoring: \d+ of \d+|loading )", result.stderr, re.MULTILINE)
     quiet = featdiff_cli(*command, "-q")
     assert (quiet.exit_code, quiet.stderr) == (result.exit_code, "")
+
+
+def test_a_long_report_gets_a_word(
+    quick_lines: None,
+    featdiff_cli: Cli,
+    tiny_model: Path,
+    few_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from featdiff.report import html
+
+    save_report = html.save_report
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.8)
+        save_report(*arguments)
+
+    monkeypatch.setattr(html, "save_report", slowly)
+    command = ("score", few_images, "-m", tiny_model, "-o", tmp_path / "a.csv", "--report", tmp_path / "a.html")
+    assert "writing the report" in featdiff_cli(*command).stderr.splitlines()
+    assert featdiff_cli(*command, "-q").stderr == ""
 
 
 # ---- on a terminal ----

@@ -244,6 +244,10 @@ def test_eval_writes_a_page(
     (pair,) = json.loads(result.stdout)["pairs"]
     words = words_of(page)
     assert "digits<b>" in words
+    assert "digits<b>, matched:" not in words  # the title says it
+    for fact in (f"Model {tiny_model}", "False-alarm rate 5 %", "Unreadable 1"):
+        assert fact in words
+    assert re.search(r"Duration \d+\.\d s", words)
     assert "broken.png empty file (0 bytes)" in words
     for head, metrics in pair["heads"].items():
         low, high = (f"{100 * value:.1f}" for value in metrics["auroc_ci"])
@@ -252,7 +256,7 @@ def test_eval_writes_a_page(
     scores = tiny_detector.score([sets["id"], sets["digits"]])
     in_domain = [row for row in scores.sorted() if row.status == "ok" and "/id/" in row.path]
     digits = [row for row in scores.sorted()[::-1] if "/digits/" in row.path]
-    names = re.findall(r'class="name"><bdi>(.*?)</bdi>', page.read_text())
+    names = re.findall(r'class="name"><bdi>(.*?)</bdi>', page.read_text().replace("<wbr>", ""))
     assert names[:6] == [Path(row.path).name for row in sorted(in_domain, key=lambda row: -row.ood_score)[:6]]
     assert names[6:] == [Path(row.path).name for row in sorted(digits, key=lambda row: row.ood_score)[:6]]
     assert pictures_in(page) == 12

@@ -181,12 +181,12 @@ def test_plans_follow_from_the_seed() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_than_three_groups_are_refused(count: int, calibration: float | str) -> None:
     groups = np.arange(30) % count
-    with pytest.raises(UsageError, match=f"^{count} groups of images are too few: one each is needed to train"):
+    with pytest.raises(UsageError, match=f"^too few groups of images, {count}: one each is needed to train.*about 20"):
         make_plan(30, calibration, groups=groups)
 
 
 @pytest.mark.parametrize("calibration", ["auto", 0.2])
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_fewer_than_three_images_are_refused(n: int, calibration: float | str) -> None:
-    with pytest.raises(UsageError, match=f"^{n} different images are too few: one each is needed to train"):
+    with pytest.raises(UsageError, match=f"^too few different images, {n}: one each is needed to train.*about 20"):
         make_plan(n, calibration)

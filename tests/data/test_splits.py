@@ -35,7 +35,7 @@ def test_split_is_capped() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_too_few_rows_are_refused(n: int) -> None:
-    with pytest.raises(UsageError, match=f"{n} different images are too few"):
+    with pytest.raises(UsageError, match=f"too few different images, {n}:"):
         split(n, 0.2, 0.05, seed=0)
 
 

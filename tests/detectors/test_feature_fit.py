@@ -190,7 +190,7 @@ def test_nothing_readable_names_the_first(small: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_images_are_refused(small: dict[str, Any], files: list[str], count: int) -> None:
-    with pytest.raises(UsageError, match=f"{count} different images are too few"):
+    with pytest.raises(UsageError, match=f"too few different images, {count}:"):
         Detector(**small).fit(files[:count])
 
 

@@ -9,8 +9,9 @@ import random
 import unicodedata
 
 import pytest
+from rich.cells import cell_len
 
-from featdiff.files.text import for_json, for_spreadsheet, for_terminal, from_spreadsheet
+from featdiff.files.text import columns_on_screen, for_json, for_spreadsheet, for_terminal, from_spreadsheet
 
 #: Signs that mean something to a terminal, a spreadsheet, a CSV reader, or the escapes of this module.
 HARD = "=+-@'\"\\xu0159bdnrt,; \t\r\n\x00\x1b\x7f\x9b\u200e\u202e\u2028\u2066\ud800\udc80\uff1dé日😀"
@@ -78,6 +79,11 @@ def test_a_csv_reader_finds_the_cell() -> None:
     csv.writer(stream).writerows([cell, "end"] for cell in cells)
     stream.seek(0)
     assert [row[0] for row in csv.reader(stream)] == cells
+
+
+@pytest.mark.parametrize("text", ["", "plain.png", "日本.png", "ｗｉｄｅ", "Zu\u0308rich", "😀", "é\u0301"])
+def test_columns_are_those_that_rich_counts(text: str) -> None:
+    assert columns_on_screen(text) == cell_len(text)
 
 
 def test_json_keeps_its_meaning() -> None:

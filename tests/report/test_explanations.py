@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from featdiff.exceptions import FeatdiffError
-from featdiff.report.explanation_page import draw
+from featdiff.report.explanation_page import Page, draw
 from featdiff.report.explanations import save_explanation
 from featdiff.report.heatmaps import overlay, scale_ends
 from featdiff.verdicts.explanation import Contribution, Explanation, Neighbor
@@ -137,6 +139,40 @@ def test_the_page_shows_verdict_map_and_original() -> None:
     assert flagged > 500
     assert reds() > flagged + 1000
     assert reds(heat=None, is_ood=False) == 0
+
+
+LABELS = ("distance from normal images in content", "fine texture and colour", "shapes and parts")
+BELOW = tuple(
+    Contribution(f"layer_{i}", label, -0.1, amount) for i, label in enumerate(LABELS) for amount in (0, -0.03)
+)
+FLAT = Image.new("RGB", (300, 40))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"heads": BELOW},
+        {"heads": BELOW, "heat": None},
+        {"heads": BELOW[:1], "p_values": {"global": 0.0123, "local": 0.000123}, "p_value": 0.000123},
+        {"heads": (Contribution("a", LABELS[0], -40, -40), Contribution("b", LABELS[1], 90, 90))},
+        {"picture": FLAT, "heat": np.full((40, 300), np.nan, dtype=np.float32), "size": (3000, 400)},
+        CASES["many parts"],
+        CASES["long names"],
+    ],
+)
+def test_nothing_is_written_over_something_else(changes: dict[str, Any]) -> None:
+    figure = Page(explanation(**changes)).draw()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    assert len(boxes) > 15
+    for (text, box), (other, beside) in itertools.combinations(boxes, 2):
+        across = min(box.x1, beside.x1) - max(box.x0, beside.x0)
+        down = min(box.y1, beside.y1) - max(box.y0, beside.y0)
+        assert across <= 0 or down <= 2, f"{text!r} and {other!r}"
+    for text, box in boxes:
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.width, text
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.height, text
 
 
 def test_both_files_are_written(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 from report_pages import CALIBRATION, FPR, HOSTILE, made_up, pictures, write_page
 
 from featdiff.exceptions import FeatdiffError
-from featdiff.report.html import Names, save_report
+from featdiff.report.cards import Names
+from featdiff.report.html import save_report
 from featdiff.report.rows import ReportRows
 from featdiff.verdicts.explanation import Explanation, Neighbor
 
@@ -149,6 +150,18 @@ def test_ten_thousand_rows_stay_below_three_megabytes(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.html").all("article")) >= 10
 
 
+def test_long_names_and_many_layers_leave_the_page_small(tmp_path: Path) -> None:
+    scores = made_up(10_000)
+    scores.path = [path.replace(".jpg", "-" + "x" * 60 + ".jpg") for path in scores.path]
+    scores.layers = {f"blocks.{i}": np.random.default_rng(i).normal(size=10_000) for i in range(12)}
+    page = read(write_page(tmp_path / "a.html", scores))
+    assert (tmp_path / "a.html").stat().st_size < 3e6
+    assert len(page.data["rows"]["name"]) == 9_800  # all of them, with JavaScript
+    rows = len(page.all("tr")) - 1 - 201  # without the heads, and without unreadable ones
+    assert 4_000 < rows < 9_800
+    assert f"These are the {rows:,} strangest. With JavaScript, all 9,800 are listed." in "".join(page.words)
+
+
 def test_as_many_pictures_as_asked_for(tmp_path: Path) -> None:
     for images, expected in ((0, 0), (7, 7), (150, 150)):
         rows = ReportRows()
@@ -167,6 +180,8 @@ def test_as_many_pictures_as_asked_for(tmp_path: Path) -> None:
 def test_explanations_are_shown_where_there_are_some(tmp_path: Path) -> None:
     asked: list[list[int]] = []
     scores = made_up(300)
+    scores.p_values = {"local": scores.p_value}
+    scores.layers["stage1"][:] = -0.001
 
     def explain(positions: list[int]) -> list[Explanation]:
         asked.append(positions)
@@ -183,11 +198,20 @@ def test_explanations_are_shown_where_there_are_some(tmp_path: Path) -> None:
     text = " ".join(page.words)
     explained = sum(at % 2 == 0 for at in first)
     assert text.count("Fine texture is unusual.") == explained
-    assert text.count("where it is strange") == explained
-    assert text.count("normal_<i>.png") == explained
-    assert text.count("p local") == explained
+    assert "".join(page.words).count("normal_<i>.png") == explained
+    assert "/train/" in page.words  # named once, not with each of these
     gone = sum(at % 10 == 9 for at in positions[:30])
     assert len(page.all("article")) == 30 - gone
+    assert text.count("p local") == 30 - gone  # known of every image, explained or not
+    assert not re.search(r"-0\.0+\b", text)
+
+    # each heat map stands above its scale, whose middle is the threshold
+    assert " ".join(text.split()).count("normal threshold strange") == explained
+    assert [bar.get("fill") for bar in page.all("rect")].count("url(#heat-scale)") == explained
+    assert [colours["id"] for colours in page.all("lineargradient")] == ["heat-scale"]
+    colours = {stop["offset"]: stop["stop-color"] for stop in page.all("stop")}
+    assert list(colours) == ["0%", "49.9%", "50%", "70%", "85%", "100%"]
+    assert (colours["49.9%"], colours["50%"]) == ("#8fadcc", "#ffdb66")
 
 
 def explanation_of(scores: Any, at: int, readable: bool) -> Explanation:
@@ -201,14 +225,13 @@ def explanation_of(scores: Any, at: int, readable: bool) -> Explanation:
         is_ood=True,
         fpr=FPR,
         threshold=1.0,
-        p_values={"local": 0.02},
         reasons=("Fine texture is unusual.",),
         size=(20, 10),
         picture=picture,
         heat=np.ones((10, 20)) if readable else None,
         heat_threshold=0.5,
         heat_top=1.0,
-        nearest=(Neighbor("normal_<i>.png", 0.1, Image.new("RGB", (8, 8))),),
+        nearest=(Neighbor("/train/normal_<i>.png", 0.1, Image.new("RGB", (8, 8))),),
     )
 
 
@@ -216,6 +239,8 @@ def explanation_of(scores: Any, at: int, readable: bool) -> Explanation:
 def test_few_images(tmp_path: Path, count: int) -> None:
     text = " ".join(" ".join(read(write_page(tmp_path / "a.html", made_up(count))).words).split())
     assert f"of {count} image" in text
+    assert ("image is unlike the normal ones" in text) == (count == 1)
+    assert ("If all 2 were normal, about one or none would be flagged" in text) == (count == 2)
 
 
 def test_only_unreadable_images(tmp_path: Path) -> None:
@@ -235,6 +260,19 @@ def test_audits_compare_with_themselves(tmp_path: Path) -> None:
     assert page.data["calibration"] is None
     assert page.data["smallest"] == 1 / 98
     assert "are marked as odd" in " ".join(" ".join(page.words).split())
+
+
+def test_an_audit_shows_what_is_nearest(tmp_path: Path) -> None:
+    scores = made_up(100)[2:]
+    scores.extra = {"nearest": [scores.path[0]] * len(scores)}  # picture 2 is the nearest to all
+    rows = ReportRows()
+    rows.add(scores)
+    save_report(tmp_path / "a.html", rows, FPR, images=20, pictures=pictures)
+    page = read(tmp_path / "a.html")
+    assert " ".join(page.words).count("Nearest other image") == 9  # a tenth of 98
+    shown = [picture["src"] for picture in page.all("img")]
+    assert max(map(shown.count, shown)) >= 9
+    assert "Normal images" not in page.words
 
 
 def test_a_full_disk_leaves_the_older_page(tmp_path: Path, mounted: Any) -> None:

@@ -82,7 +82,7 @@ def test_text_is_text_and_says_what_is_drawn() -> None:
     assert "OOD images flagged (%), higher = better" in words["roc"]
     assert "in-domain images flagged (%); the dot: at the threshold for 5 %" in " ".join(words["roc"])
     assert {"in-domain", "OOD", "threshold for 5 %", "share of the set (%)"} <= set(words["histograms"])
-    assert "in-domain standard deviations; higher = more out-of-distribution" in " ".join(words["histograms"])
+    assert "in-domain standard deviations; higher = more OOD)" in " ".join(words["histograms"])
     assert {"fine texture and colour", "a", "b", "distance from normal", "images", "knn_b"} <= set(
         words["contributions"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +261,19 @@ def test_a_long_parquet_run_is_written_in_groups() -> None:
     assert file.metadata.num_rows == 24_000
     assert [file.metadata.row_group(i).num_rows for i in range(3)] == [10_000, 10_000, 4_000]
     assert file.read().column("path").to_pylist() == [path for part in parts for path in part.path]
+
+
+@pytest.mark.parametrize(("width", "lines"), [(None, 1), (120, 1), (59, 1), (58, 2)])
+def test_on_a_narrow_terminal_notes_stand_below(width: int | None, lines: int) -> None:
+    scores = replace(make(["日.png"]), extra={"nearest": ["b"], "group": ["7"]})
+    stream = io.BytesIO()
+    writer = open_writer("table", stream, width=width)
+    writer.write(scores)
+    writer.close()
+    header, *rest = stream.getvalue().decode().splitlines()
+    assert len(rest) == lines
+    assert "|".join(line[31:] for line in rest).replace("  (", "|(") == "日.png|(nearest b, group 7)"
+    assert header.index("path") == 31
 
 
 def test_unknown_format_is_refused_with_the_known_ones() -> None:

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  if (!data) return;
+  if (!data || !data.rows.name.length) return;
 
   const PER_PAGE = 50;
   const STEPS = 1000;
@@ -73,7 +73,7 @@
     const flagged = flaggedCount();
     show("flagged", thousands(flagged));
     show("share", `${((100 * flagged) / Math.max(1, data.valid)).toFixed(1)}\u00a0%`);
-    show("expected", thousands(rate * data.valid));
+    show("expected", rate * data.valid < 1 ? "one or none" : thousands(rate * data.valid));
     show("percent", percent(rate));
 
     const [low, high, width] = data.axis;
@@ -202,7 +202,7 @@
   function numeric(row, value, digits) {
     const cell = row.insertCell();
     cell.className = "n";
-    cell.textContent = value === null || value === undefined ? "" : value.toFixed(digits);
+    if (value !== null && value !== undefined) cell.textContent = value.toFixed(digits).replace(/^-(0\.0+)$/, "$1");
   }
 
   function drawPages() {
