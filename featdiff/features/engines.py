@@ -74,8 +74,10 @@ class Engine:
     Parameters
     ----------
     name : {"openvino", "onnxruntime", "compile"}
+    network : nn.Module
+        The backbone, which owns the weights.
     read : callable
-        The pass in PyTorch, in eval mode.
+        Its pass in PyTorch, in eval mode.
     example : Tensor of shape (B, C, H, W)
         Images to trace it with, two at least.
 
@@ -92,15 +94,16 @@ class Engine:
         The pass cannot be traced or converted.
     """
 
-    def __init__(self, name: str, read: Read, example: Tensor) -> None:
+    def __init__(self, name: str, network: nn.Module, read: Read, example: Tensor) -> None:
         need(name)
         self.name = name
         self.label = f"{name} {version(name if name != COMPILE else 'torch')}"
+        self._network = network
         self._read = read
         self._agrees: dict[tuple[int, ...], bool] = {}
         self._lock = threading.Lock()
 
-        traced = _Pass(read)
+        traced = _Pass(network, read)
         example = example if len(example) > 1 else example.repeat(2, 1, 1, 1)  # tracers take 1 for a constant
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -136,7 +139,7 @@ class Engine:
     def rebuilt(self, example: Tensor) -> Choice:
         """The same engine for what the pass gives now, or PyTorch if that fails."""
         try:
-            return Choice(Engine(self.name, self._read, example), self.label)
+            return Choice(Engine(self.name, self._network, self._read, example), self.label)
         except FeatdiffError as error:
             return Choice(None, f"torch, for {error}")
 
@@ -148,8 +151,9 @@ class Engine:
 class _Pass(nn.Module):
     """A pass as tracers want it: a tuple of outputs, in the order of ``keys``."""
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, network: nn.Module, read: Read) -> None:
         super().__init__()
+        self.network = network  # tracers want to find its weights
         self.read = read
         self.keys: list[Key] = []
 
@@ -159,15 +163,15 @@ class _Pass(nn.Module):
         return tuple(values.float() for values in features.values())
 
 
-def choose(wanted: str, read: Read, pixels: Tensor) -> Choice:
+def choose(wanted: str, network: nn.Module, read: Read, pixels: Tensor) -> Choice:
     """The engine for a backbone: the fastest that is installed and agrees with PyTorch.
 
     Parameters
     ----------
     wanted : str
         One of :data:`ENGINES`.
-    read : callable
-        The pass in PyTorch, in eval mode.
+    network, read
+        The backbone, and its pass in PyTorch; see :class:`Engine`.
     pixels : Tensor of shape (B, C, H, W)
         Some real images, on the CPU.
 
@@ -191,7 +195,7 @@ def choose(wanted: str, read: Read, pixels: Tensor) -> Choice:
     reasons = []
     for name in names:
         try:
-            built[name] = Engine(name, read, pixels)
+            built[name] = Engine(name, network, read, pixels)
         except UsageError:
             raise
         except FeatdiffError as error:

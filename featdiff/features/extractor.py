@@ -202,7 +202,7 @@ class FeatureExtractor:
         self._engine = None
         if wanted != TORCH and not self._fits_engines:
             return f"torch, for engines run float32 on the CPU, and this is {self.precision} on {self.device}"
-        choice = choose(wanted, self._in_torch, pixels)
+        choice = choose(wanted, self.model, self._in_torch, pixels)
         return self._take(choice)
 
     def _take(self, choice: Choice) -> str:

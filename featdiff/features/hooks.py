@@ -144,7 +144,7 @@ class Hooks:
         with torch.no_grad():
             activation = first_tensor(args if hook.input else output)
             if hook.channels_last and activation.dim() == 4:
-                activation = activation.movedim(-1, 1)
+                activation = activation.permute(0, 3, 1, 2)
             else:
                 activation = channels_first(activation, module, self.model)
             if hook.skip:
@@ -190,7 +190,7 @@ def channels_first(output: Tensor, module: nn.Module, model: nn.Module) -> Tenso
     formats = (getattr(module, "output_fmt", None), getattr(model, "output_fmt", None))
     channels_last = type(module) in (nn.Linear, nn.LayerNorm) or "NHWC" in formats
     is_map = isinstance(output, Tensor) and output.dim() == 4
-    return output.movedim(-1, 1) if channels_last and is_map else output
+    return output.permute(0, 3, 1, 2) if channels_last and is_map else output
 
 
 def as_map(features: Tensor, layer: str = "") -> Tensor:

@@ -71,7 +71,8 @@ class Reader:
         except (UsageError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # networks fail in many ways on a size they were not made for
-            shape = f"{pixels.shape[2]} x {pixels.shape[3]} pixels (batch {tuple(pixels.shape)})"
+            batch = tuple(map(int, pixels.shape))
+            shape = f"{batch[2]} x {batch[3]} pixels (batch {batch})"
             raise UsageError(f"{self.tag} cannot take images of {shape}: {first_line(error)}") from None
 
 

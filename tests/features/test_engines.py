@@ -1,0 +1,178 @@
+"""Engines: the same features as PyTorch's, whatever the batch, size and thread, or PyTorch itself."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import SWIN, backbone, images, one_line
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featdiff.exceptions import UsageError
+from featdiff.features import engines
+from featdiff.features.engines import AUTO, ONNXRUNTIME, OPENVINO, TORCH
+from featdiff.features.extractor import FeatureExtractor
+
+BOTH = (OPENVINO, ONNXRUNTIME)
+LIMIT = 1e-4
+
+
+class Own(nn.Module):
+    """Somebody's network, with a habit that a tracer does not see through."""
+
+    def __init__(self, habit: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.body = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3))
+        self.habit = habit
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        values = self.stem(pixels)
+        if self.habit == "half the size":  # whole numbers, which a trace takes for constants
+            values = F.interpolate(values, (int(values.shape[2]) // 2, int(values.shape[3]) // 2))
+        if self.habit == "refuses" and torch.jit.is_tracing():
+            raise RuntimeError("not for tracers\nat all")
+        if self.habit == "cheats" and torch.jit.is_tracing():
+            values = 2 * values
+        return self.body(values)
+
+
+def own(habit: str = "") -> FeatureExtractor:
+    return FeatureExtractor(Own(habit).eval(), layers=["stem", "body"], input_size=(3, 32, 32))
+
+
+def noise(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def same(given: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(given, expected, rtol=LIMIT, atol=LIMIT * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("engine", BOTH)
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", SWIN])
+def test_features_are_those_of_torch(name: str, engine: str) -> None:
+    extractor = FeatureExtractor(backbone(name))
+    expected = extractor(images(name))
+    before = extractor.key()
+    note = extractor.choose_engine(engine, images(name))
+    assert extractor.engine.startswith(f"{engine} 2" if engine == OPENVINO else f"{engine} 1"), note
+    assert note.startswith(extractor.engine) and note.endswith(" x as fast as torch")
+    same(extractor(images(name)), expected)
+    assert extractor.key() != before  # what it computes is kept apart from what torch computes
+
+
+@pytest.mark.parametrize("engine", BOTH)
+def test_features_do_not_depend_on_batch_order_and_thread(engine: str) -> None:
+    extractor = FeatureExtractor(backbone("test_efficientnet"))
+    extractor.choose_engine(engine, images("test_efficientnet"))
+    pixels = noise(9, 160, 128)
+    whole = extractor(pixels)
+    torch.testing.assert_close(torch.cat([extractor(pixels[i : i + 1]) for i in range(9)]), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(extractor(pixels.flip(0)).flip(0), whole, rtol=0, atol=1e-6)
+    with ThreadPoolExecutor(4) as pool:
+        for rows in pool.map(extractor, [pixels] * 8):
+            assert torch.equal(rows, whole)
+
+
+@pytest.mark.parametrize("engine", BOTH)
+def test_a_size_that_the_trace_gets_wrong_runs_in_torch(engine: str) -> None:
+    extractor = own("half the size")
+    plain = own("half the size")
+    extractor.choose_engine(engine, noise(2))
+    assert extractor.engine != TORCH
+    same(extractor(noise(4)), plain(noise(4)))
+    assert torch.equal(extractor(noise(4, 64, 48)), plain(noise(4, 64, 48)))
+    same(extractor(noise(4, seed=1)), plain(noise(4, seed=1)))
+
+
+def test_an_image_that_is_not_finite_says_nothing_about_its_size() -> None:
+    extractor = own()
+    extractor.choose_engine(OPENVINO, noise(2))
+    assert extractor._engine is not None
+    pixels = noise(3, 40, 40)
+    pixels[0, 0, 0, 0] = float("nan")
+    assert not extractor._engine.agrees(pixels)
+    assert extractor(pixels).isfinite().all(1).tolist() == [False, True, True]
+    assert extractor._engine.agrees(noise(3, 40, 40))
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"),
+    [
+        (
+            "refuses",
+            "openvino cannot run this backbone: Own cannot take images of 32 x 32 pixels (batch (2, 3, 32, 32)): not for tracers",
+        ),
+        ("cheats", "openvino gives other features than PyTorch for this backbone"),
+    ],
+)
+def test_what_cannot_be_traced_runs_in_torch(habit: str, reason: str) -> None:
+    extractor = own(habit)
+    assert extractor.choose_engine(OPENVINO, noise(2)) == f"torch, for {reason}"
+    assert extractor.engine == TORCH
+    assert torch.equal(extractor(noise(3)), own(habit)(noise(3)))
+
+
+def test_weights_that_change_end_the_engine() -> None:
+    extractor = own()
+    extractor.choose_engine(OPENVINO, noise(2))
+    before = extractor(noise(3))
+    with torch.no_grad():
+        extractor.model.stem.weight.mul_(2)
+    after = extractor(noise(3))
+    assert extractor.engine == TORCH
+    assert (after - before).abs().max() > 0.1
+    assert torch.equal(after, extractor.in_torch()(noise(3)))
+
+
+def test_other_precision_and_copies_run_in_torch() -> None:
+    extractor = own()
+    assert extractor.choose_engine(OPENVINO, noise(2)).startswith("openvino")
+    with torch.autocast("cpu", torch.bfloat16):
+        given, expected = extractor(noise(3)), own()(noise(3))
+    assert torch.equal(given, expected)
+    for other in (copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor)), extractor.in_torch()):
+        assert other.engine == TORCH
+        assert torch.equal(other(noise(3)), own()(noise(3)))
+    assert extractor.engine != TORCH
+
+    half = FeatureExtractor(Own().eval().bfloat16(), layers=["stem"], input_size=(3, 32, 32))
+    assert half.choose_engine(OPENVINO, noise(2)).startswith("torch, for engines run float32 on the CPU")
+
+
+def test_maps_come_from_the_engine_as_well() -> None:
+    extractor = FeatureExtractor(backbone("test_efficientnet"))
+    extractor.choose_engine(OPENVINO, images("test_efficientnet"))
+    assert list(extractor.keep_maps()) and extractor.engine.startswith("openvino")
+    pixels = images("test_efficientnet")
+    for given, expected in zip(extractor.maps_of(pixels), extractor.in_torch().maps_of(pixels), strict=True):
+        same(given, expected)
+
+
+def test_one_that_is_not_installed_is_refused_and_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing: dict[str, Any] = {name: ("no_such_package_at_all",) for name in BOTH}
+    monkeypatch.setattr(engines, "_PACKAGES", missing)
+    extractor = own()
+    assert extractor.choose_engine(AUTO, noise(2)).startswith("torch, for no other engine is installed (pip install ")
+    for engine, extra in ((OPENVINO, "openvino"), (ONNXRUNTIME, "onnx")):
+        with pytest.raises(UsageError) as error:
+            extractor.choose_engine(engine, noise(2))
+        assert f"pip install 'featdiff[{extra}]'" in one_line(error) and error.value.argument == "engine"
+
+
+def test_auto_takes_what_is_faster_or_says_why_not() -> None:
+    extractor = FeatureExtractor(backbone("test_efficientnet"))
+    note = extractor.choose_engine(AUTO, noise(4, 160, 160))
+    if extractor.engine == TORCH:
+        assert note.startswith("torch, for ") and note.endswith("x as fast as torch")
+    else:
+        assert extractor.engine.split()[0] in BOTH and float(note.split(", ")[1].split()[0]) >= 1.1
+    assert extractor.choose_engine(TORCH, noise(2)) == "torch, as asked"
+    assert extractor.engine == TORCH
