@@ -19,8 +19,10 @@ UNUSUAL = 2.0
 _VERY = 5.0
 # A p-value from which on something counts as ordinary.
 _ORDINARY = 0.2
-# Where more of a picture is strange, no place is named.
+# The share of a picture that counts as nearly all of it.
 _EVERYWHERE = 0.9
+# The hottest place is named if it stands out by so many standard deviations.
+_STANDS_OUT = 1.0
 # How many things are named.
 _MOST = 3
 # Early layers of a network see textures, middle ones parts of things, the last ones what is shown.
@@ -174,13 +176,12 @@ def _about_places(heat: np.ndarray, threshold: float) -> list[str]:
     if strange.any():
         row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
         share = float(strange.sum() / seen.sum())
-        place = _place(float(row) / heat.shape[0], float(column) / heat.shape[1])
+        text = f"Places that cover {_percent(share)} of the picture are stranger than normal"
         if share > _EVERYWHERE:
-            found.append("The picture is stranger than normal nearly everywhere.")
-        else:
-            found.append(
-                f"Places that cover {_percent(share)} of the picture are stranger than normal, most of all {place}."
-            )
+            text = "The picture is stranger than normal nearly everywhere"
+        if np.nanmax(heat) - np.nanmedian(heat) >= _STANDS_OUT:
+            text += f", most of all {_place(float(row) / heat.shape[0], float(column) / heat.shape[1])}"
+        found.append(f"{text}.")
     else:
         found.append("No place in the picture is strange by itself.")
     if not seen.all():

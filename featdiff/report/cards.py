@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from ..files.text import for_terminal
 from ..verdicts.explanation import Explanation
 from ..verdicts.results import Row, Scores
 from .heatmaps import overlay
 from .page import picture_uri
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 #: The strangest images that are explained: an explanation costs as much as a score, so few of a few ...
 EXPLAINED = 24
@@ -33,7 +30,7 @@ _BAR_END = 8.0
 _NEAREST_COLUMN = "nearest"
 
 #: Positions of images in the run, ascending -> their pictures in this order, None for one that cannot be read any more.
-Pictures = Callable[[list[int]], "Iterable[Image.Image | None]"]
+Pictures = Callable[[list[int]], Iterable[Image.Image | None]]
 #: The same -> why they were judged so.
 Explanations = Callable[[list[int]], Iterable[Explanation]]
 

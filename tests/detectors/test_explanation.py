@@ -372,7 +372,9 @@ def test_sentences_say_where() -> None:
     assert "Places that cover 1.3 % of the picture are stranger than normal, most of all in the upper right." in found
     assert "The network did not see 25 % of the picture." in found
     assert "No place in the picture is strange by itself." in sentences(ROW, [], [], False, heat, 3.0)
-    everywhere = sentences(ROW, [], [], False, heat, -1.0)
+    most = "The picture is stranger than normal nearly everywhere, most of all in the upper right."
+    assert most in sentences(ROW, [], [], False, heat, -1.0)
+    everywhere = sentences(ROW, [], [], False, np.full_like(heat, 2.0), 1.0)
     assert "The picture is stranger than normal nearly everywhere." in everywhere
     assert not any("most of all" in sentence for sentence in everywhere)
 
