@@ -31,7 +31,6 @@ from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
 from ..scores.registry import Context, Options, Score, make_scores
 from ..verdicts.calibration import Calibration
-from ..verdicts.results import Scores
 from .bank_images import BankImages
 from .checks import make_recipe
 from .config import FeatureSettings
@@ -400,23 +399,6 @@ class Detector(FeatureScoring):
         return other
 
     # ---- score ----
-
-    def iter_scores(
-        self,
-        images: object,
-        fpr: float | None = None,
-        progress: Progress | bool | None = None,
-        exclude_known: bool = False,
-    ) -> Iterator[Scores]:
-        """Score images part by part, in their order; see :meth:`BaseDetector.iter_scores`."""
-        self.check_fitted()
-        if not is_loader(images):
-            images = list_images(images)
-        before = self.extractor_.engine
-        self._choose_engine(images)
-        if self.extractor_.engine != before:
-            self._confirm_engine(images)
-        return super().iter_scores(images, fpr, progress, exclude_known)
 
     def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
         """Which row of the bank holds each content (B,), -1: none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..features.store import FeatureStore
 from ..runtime.progress import Progress
 from ..scores.fused import Heads
 from ..scores.joint import GLOBAL, NAMES
+from ..verdicts.results import Scores
 from .base import BaseDetector
 from .config import FeatureSettings
 from .local_fit import LocalFit
@@ -79,15 +81,17 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
             self.engine_note_ = extractor.choose_engine(wanted, self._some(images))
 
     def _confirm_engine(self, images: object) -> None:
-        """Go back to PyTorch, should the engine change a score by more than rounding, or any verdict."""
+        """Go back to PyTorch, should the engine change a score by more than rounding.
+
+        Then no verdict changes either, but for a score that lies on the threshold itself.
+        """
         extractor = self.extractor_
         if extractor.engine == TORCH:
             return
         pixels = self._some(images)
         given, _ = self.layer_scores(extractor(pixels))
         expected, _ = self.layer_scores(extractor.in_torch()(pixels))
-        threshold = self.calibration_.threshold(self.fpr)
-        if np.abs(given - expected).max() > _MOST_CHANGE or not np.array_equal(given > threshold, expected > threshold):
+        if not np.abs(given - expected).max() <= _MOST_CHANGE:
             self.engine_note_ = f"torch, for {extractor.engine} changes scores"
             extractor.choose_engine(TORCH, pixels)
 
@@ -151,6 +155,23 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         return other
 
     # ---- score ----
+
+    def iter_scores(
+        self,
+        images: object,
+        fpr: float | None = None,
+        progress: Progress | bool | None = None,
+        exclude_known: bool = False,
+    ) -> Iterator[Scores]:
+        """Score images part by part, in their order; see :meth:`featdiff.detectors.base.BaseDetector.iter_scores`."""
+        self.check_fitted()
+        if not is_loader(images):
+            images = list_images(images)
+        before = self.extractor_.engine
+        self._choose_engine(images)
+        if self.extractor_.engine != before:
+            self._confirm_engine(images)
+        return super().iter_scores(images, fpr, progress, exclude_known)
 
     def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of features -> scores.

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/engines.py --data FOLDER
 
-FOLDER holds flowers.zip as configs/README.md describes it. Processor time on one thread, in turns, medians. Then scoring
-from files, decoding included: wall time on all cores, in turns, with a detector's engine and with PyTorch, beside a bare
-eager pass over the same files.
+FOLDER holds flowers.zip as configs/README.md describes it. First the pass alone: processor time on one thread, in
+turns, medians. Then scoring of files, decoding included: wall time on all cores, in turns, by a detector's engine and
+by PyTorch, beside a bare eager pass over the same files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from featdiff.runtime.allocator import keep_freed_memory
 BATCHES = (1, 32)
 ROUNDS = 9
 FILES = 2000
-WHOLE_ROUNDS = 3
+WHOLE_ROUNDS = 2
 
 
 def medians(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:

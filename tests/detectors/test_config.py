@@ -52,7 +52,7 @@ def test_constructor_takes_the_settings_with_their_defaults(kind: type[Settings]
 @BOTH
 def test_runtime_is_a_part_of_the_settings(kind: type[Settings]) -> None:
     names = {item.name for item in dataclasses.fields(Runtime)}
-    assert names == set(RUNTIME) == {"device", "image_batch", "workers", "max_pixels", "max_bytes", "cache"}
+    assert names == set(RUNTIME) == {"device", "engine", "image_batch", "workers", "max_pixels", "max_bytes", "cache"}
     assert names < set(kind.names())
     assert isinstance(kind(), Runtime)
 

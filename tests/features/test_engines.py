@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -106,16 +107,13 @@ def test_an_image_that_is_not_finite_says_nothing_about_its_size() -> None:
 @pytest.mark.parametrize(
     ("habit", "reason"),
     [
-        (
-            "refuses",
-            "openvino cannot run this backbone: Own cannot take images of 32 x 32 pixels (batch (2, 3, 32, 32)): not for tracers",
-        ),
+        ("refuses", r"openvino cannot run this backbone: Own .*: not for tracers"),
         ("cheats", "openvino gives other features than PyTorch for this backbone"),
     ],
 )
 def test_what_cannot_be_traced_runs_in_torch(habit: str, reason: str) -> None:
     extractor = own(habit)
-    assert extractor.choose_engine(OPENVINO, noise(2)) == f"torch, for {reason}"
+    assert re.fullmatch(f"torch, for {reason}", extractor.choose_engine(OPENVINO, noise(2)))
     assert extractor.engine == TORCH
     assert torch.equal(extractor(noise(3)), own(habit)(noise(3)))
 
