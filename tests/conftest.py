@@ -24,7 +24,7 @@ from PIL import Image
 
 from featdiff import Detector
 from featdiff.data import samples
-from featdiff.detectors import feature_scoring, local_part
+from featdiff.detectors import local_part
 from featdiff.detectors.local_part import ALIKE
 from featdiff.scores import local
 
@@ -58,14 +58,6 @@ def _no_local_score_unless_asked() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "RECIPE", replace(local.RECIPE, min_steps=100, max_steps=100))
         patch.setattr(local_part, "ALIKE", 0.0)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_engine_unless_asked() -> Iterator[None]:
-    """Building one takes seconds; test_engines.py asks for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_scoring, "WORTH_AN_ENGINE", 10**9)
         yield
 
 

@@ -27,7 +27,7 @@ from .local_fit import LocalFit
 from .local_part import LocalPart, decide
 
 #: Images from which on ``engine="auto"`` builds an engine, which takes some seconds.
-WORTH_AN_ENGINE = 256
+WORTH_AN_ENGINE = 1000
 # Images on which an engine is compared with PyTorch, and the largest change of a score, in standard deviations.
 _COMPARED = 32
 _MOST_CHANGE = 1e-4

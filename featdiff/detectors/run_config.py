@@ -27,8 +27,8 @@ class Runtime:
     image_batch : int, default 32
         Images per backbone pass.
     engine : {"auto", "torch", "openvino", "onnxruntime", "compile"}, default "auto"
-        What runs the backbone on a CPU (:mod:`featdiff.features.engines`). ``auto``: for 256 images and more, an engine
-        that is installed, agrees with PyTorch and is faster; else PyTorch.
+        What runs the backbone on a CPU (:mod:`featdiff.features.engines`). ``auto``: for 1,000 images and more, an
+        engine that is installed, agrees with PyTorch and is faster; else PyTorch.
     workers : int, optional
         Decoding threads; default: one per CPU that this process may use, at most 16.
     max_pixels : int, default 89478485

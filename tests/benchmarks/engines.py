@@ -28,7 +28,7 @@ from featdiff.runtime.allocator import keep_freed_memory
 
 BATCHES = (1, 32)
 ROUNDS = 9
-FILES = 2000
+FILES = 1000
 WHOLE_ROUNDS = 2
 
 
@@ -83,7 +83,7 @@ def whole(data: Path, threads: int) -> None:
     """Scoring of files."""
     torch.set_num_threads(threads)
     train = list_images(data / "flowers.zip" / "train")
-    refs = (list_images(data / "flowers.zip" / "test") * FILES)[:FILES]
+    refs = [*list_images(data / "flowers.zip" / "test"), *train][:FILES]
     plain = Detector(engine=TORCH).fit(train)
     detector = Detector().fit(train)
     runs = {
