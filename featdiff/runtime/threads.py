@@ -47,7 +47,8 @@ def training_threads(network: nn.Module, batch_size: int, sample: Tensor) -> Ite
     >>> torch.get_num_threads() == before
     True
     """
-    before = torch.get_num_threads()
+    with _changing:  # another training may be setting the number with which a new thread begins
+        before = torch.get_num_threads()
     threads = before
     if all(parameter.device.type == "cpu" for parameter in network.parameters()):
         threads = min(before, choose_threads(operation_work(network, batch_size, sample)))
