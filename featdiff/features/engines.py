@@ -1,7 +1,7 @@
 """Runs a backbone's forward pass in another engine than eager PyTorch, where that agrees with PyTorch and is faster.
 
-A pass is traced once. The engine folds batch norms, fuses operations and plans its memory. A trace may hold numbers that
-belong to one size of images only, so each new size is compared with PyTorch first; what disagrees runs in PyTorch.
+A pass is traced once. The engine folds batch norms, fuses operations and plans its memory. A trace may hold numbers
+that belong to one size of images only, so each new size is compared with PyTorch first; what disagrees runs in PyTorch.
 """
 
 from __future__ import annotations
