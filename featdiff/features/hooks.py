@@ -206,7 +206,7 @@ def as_map(features: Tensor, layer: str = "") -> Tensor:
     if isinstance(features, Tensor) and features.dim() == 3:
         side = math.isqrt(features.shape[1])
         if side * side == features.shape[1] and side > 1:
-            return features.unflatten(1, (side, side)).movedim(-1, 1)
+            return features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
     raise UsageError(f"layer {layer!r} gives {what}, and no map of places (B, C, H, W)")
 

@@ -145,11 +145,13 @@ def test_other_precision_and_copies_run_in_torch() -> None:
     assert half.choose_engine(OPENVINO, noise(2)).startswith("torch, for engines run float32 on the CPU")
 
 
-def test_maps_come_from_the_engine_as_well() -> None:
-    extractor = FeatureExtractor(backbone("test_efficientnet"))
-    extractor.choose_engine(OPENVINO, images("test_efficientnet"))
-    assert list(extractor.keep_maps()) and extractor.engine.startswith("openvino")
-    pixels = images("test_efficientnet")
+@pytest.mark.parametrize("engine", BOTH)
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", SWIN])
+def test_maps_come_from_the_engine_as_well(name: str, engine: str) -> None:
+    pixels = images(name)
+    extractor = FeatureExtractor(backbone(name))
+    extractor.choose_engine(engine, pixels)
+    assert list(extractor.keep_maps()) and extractor.engine.startswith(engine)
     for given, expected in zip(extractor.maps_of(pixels), extractor.in_torch().maps_of(pixels), strict=True):
         same(given, expected)
 
