@@ -179,8 +179,10 @@ class BaseDetector(Generic[S]):
 
     def feature_store(self, variant: str = "") -> FeatureStore:
         """Where rows of ``extractor_`` are kept; ``variant`` names another preparation of the images."""
+        return self._store_of(self.extractor_.key(variant))
+
+    def _store_of(self, key: str) -> FeatureStore:
         folder, dtype = self._stored_in
-        key = self.extractor_.key(variant)
         return FeatureStore(self.settings.cache_folder / folder / key, self.extractor_.width, dtype)
 
     def batches(
@@ -222,7 +224,12 @@ class BaseDetector(Generic[S]):
         refs = list_images(images)
         return prepare(refs), len(refs)
 
+    def _ready(self, images: object) -> object:
+        """The images, after what a mode does before it reads them; here nothing."""
+        return images
+
     def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
+        images = self._ready(images)
         store = self.feature_store()
         batches, total = self.batches(images, store)
         extraction = extract(batches, self.extractor_, store, total, progress)
@@ -280,11 +287,10 @@ class BaseDetector(Generic[S]):
             check_supported(self.fpr, len(split.calibration))
             plan = Plan(split, (), len(split.calibration))
         else:
-            grouping = self._group(extraction, features, groups)
-            self.grouping_ = grouping
+            self.grouping_ = self._group(extraction, features, groups)
             settings = self.settings
             plan = make_checked_plan(
-                len(unique), settings.calibration, settings.validation, settings.seed, grouping.numbers, self.fpr
+                len(unique), settings.calibration, settings.validation, settings.seed, self.grouping_.numbers, self.fpr
             )
         self.calibration_digests_ = [unique[i] for i in plan.final.calibration]
         return unique, features, plan
@@ -366,10 +372,9 @@ class BaseDetector(Generic[S]):
         self.check_fitted()
         rate = self.fpr if fpr is None else fpr
         self.calibration_.check(rate)
-        at_once = self.batches_at_once * self.settings.image_batch
-        if is_loader(images):
-            at_once = 1  # it may be a live stream
-        return self._stream(*self.batches(images), at_once, rate, progress, exclude_known)
+        # a loader may be a live stream
+        at_once = 1 if is_loader(images) else self.batches_at_once * self.settings.image_batch
+        return self._stream(*self.batches(self._ready(images)), at_once, rate, progress, exclude_known)
 
     def _stream(
         self,

@@ -20,6 +20,7 @@ from ..data.references import list_images
 from ..data.splits import Split
 from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
+from ..features.engines import TORCH
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.networks import device_of, identity
@@ -247,7 +248,8 @@ class Detector(FeatureScoring):
         self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
         self.calibration_ = Calibration(scores, plan.groups)
-        self._confirm_engine(images)
+        if self.extractor_.engine != TORCH:
+            self._confirm_engine(self._some(images))
         return self
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
@@ -279,7 +281,9 @@ class Detector(FeatureScoring):
         images, size = self._input_size(images)
         self.extractor_ = self._make_extractor(size)
         self.precision_ = self.extractor_.precision
-        return self._extract(images, progress)
+        extraction, store = self._extract(images, progress)
+        self.engine_ = self.extractor_.engine
+        return extraction, store
 
     def _input_size(self, images: object) -> tuple[object, Sequence[int] | None]:
         """The images, and the size that a module of the user's own is fitted for: that of a loader's first batch."""
@@ -391,6 +395,7 @@ class Detector(FeatureScoring):
             "bank_images_",
             "n_images_",
             "precision_",
+            "engine_",
             "validation_loss_",
             "training_seconds_",
         )
@@ -441,7 +446,7 @@ class Detector(FeatureScoring):
             "source": backbone.source,
             "fingerprint": backbone.fingerprint,
             "precision": self.precision_,
-            "engine": self.extractor_.engine,
+            "engine": self.engine_,
         }
         config["layers"] = widths_of(self.extractor_)
         config["local"] = self.extractor_.maps if self.local_ else None
@@ -525,6 +530,7 @@ class Detector(FeatureScoring):
             detector.local_.attach(detector.extractor_)
         take_facts(detector, config)
         detector.precision_ = config["backbone"]["precision"]
+        detector.engine_ = config["backbone"]["engine"]
         return detector
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -20,7 +19,6 @@ from ..features.store import FeatureStore
 from ..runtime.progress import Progress
 from ..scores.fused import Heads
 from ..scores.joint import GLOBAL, NAMES
-from ..verdicts.results import Scores
 from .base import BaseDetector
 from .config import FeatureSettings
 from .local_fit import LocalFit
@@ -48,6 +46,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         Whether there is a local score, and why; known where the detector was fitted.
     engine_note_ : str
         What runs the backbone, and why; empty before anything ran.
+    engine_ : str
+        What ran it when it was fitted: ``torch``, or another engine and its version.
     """
 
     extractor_: FeatureExtractor
@@ -55,6 +55,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     local_: LocalPart | None = None
     local_note_: str = ""
     engine_note_: str = ""
+    engine_: str
 
     @property
     def layers(self) -> list[str]:
@@ -68,27 +69,30 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
 
     # ---- engine ----
 
-    def _choose_engine(self, images: object) -> None:
-        """Let the engine that the settings name run the backbone, compared with PyTorch on some of these images."""
+    def _ready(self, images: object) -> object:
+        """References to the images, after the engine was chosen that runs the backbone for them."""
+        if not is_loader(images):
+            images = list_images(images)
         wanted = self.settings.engine
-        extractor = self.extractor_
         if wanted == AUTO:
-            own = extractor.backbone.source == "module"  # its code may do what no trace shows
+            own = self.extractor_.backbone.source == "module"  # its code may do what no trace shows
             few = not isinstance(images, list) or len(images) < WORTH_AN_ENGINE
             if own or few:
-                return
-        if not self.engine_note_:
-            self.engine_note_ = extractor.choose_engine(wanted, self._some(images))
+                return images
 
-    def _confirm_engine(self, images: object) -> None:
-        """Go back to PyTorch, should the engine change a score by more than rounding.
+        if not self.engine_note_:
+            pixels = self._some(images)
+            self.engine_note_ = self.extractor_.choose_engine(wanted, pixels)
+            if self.is_fitted:
+                self._confirm_engine(pixels)
+        return images
+
+    def _confirm_engine(self, pixels: Tensor) -> None:
+        """Go back to PyTorch, should the engine change a score of these images by more than rounding.
 
         Then no verdict changes either, but for a score that lies on the threshold itself.
         """
         extractor = self.extractor_
-        if extractor.engine == TORCH:
-            return
-        pixels = self._some(images)
         given, _ = self.layer_scores(extractor(pixels))
         expected, _ = self.layer_scores(extractor.in_torch()(pixels))
         if not np.abs(given - expected).max() <= _MOST_CHANGE:
@@ -104,11 +108,9 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
                     return max((stack.pixels for stack in batch.stacks), key=len)
         return self.extractor_.probe()
 
-    def _extract(self, images: object, progress: Progress | None) -> tuple[Extraction, FeatureStore]:
-        if not is_loader(images):
-            images = list_images(images)
-        self._choose_engine(images)
-        return super()._extract(images, progress)
+    def training_store(self) -> FeatureStore:
+        """Where :meth:`fit` left the features of the training images, whatever engine runs the backbone now."""
+        return self._store_of(self.extractor_.key(engine=self.engine_))
 
     # ---- fit ----
 
@@ -155,23 +157,6 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         return other
 
     # ---- score ----
-
-    def iter_scores(
-        self,
-        images: object,
-        fpr: float | None = None,
-        progress: Progress | bool | None = None,
-        exclude_known: bool = False,
-    ) -> Iterator[Scores]:
-        """Score images part by part, in their order; see :meth:`featdiff.detectors.base.BaseDetector.iter_scores`."""
-        self.check_fitted()
-        if not is_loader(images):
-            images = list_images(images)
-        before = self.extractor_.engine
-        self._choose_engine(images)
-        if self.extractor_.engine != before:
-            self._confirm_engine(images)
-        return super().iter_scores(images, fpr, progress, exclude_known)
 
     def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of features -> scores.

@@ -65,7 +65,7 @@ def fit_baselines(detector: BaseDetector[Any]) -> Baselines:
         raise UsageError("baselines look at features, and this model at pixels: train one of mode feature")
 
     detector = detector.without_local()  # baselines look at pooled features, as training left them
-    store = detector.feature_store()
+    store = detector.training_store()
     digests = [digest.tobytes() for digest in detector.bank_digests_]
     if missing := sum(digest not in store for digest in digests):
         raise UsageError(

@@ -134,13 +134,17 @@ class FeatureExtractor:
             mixed = torch.get_autocast_dtype(device)
         return str(mixed or self.dtype).removeprefix("torch.") + (AUTOCAST if mixed else "")
 
-    def key(self, note: str = "") -> str:
-        """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``."""
+    def key(self, note: str = "", engine: str = "") -> str:
+        """A short hash of everything that decides the numbers: weights, layers, preprocessing, precision, ``note``.
+
+        ``engine`` stands in for what runs the forward pass now.
+        """
         # the printed module tells settings that leave the weights alone (padding, activation)
         network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
         further = ["logits"] * self._logits + [self.precision] * self.precision.endswith(AUTOCAST)
         further += [self._local_key] * bool(self._local_key)
-        further += [self.engine] * (self.engine != TORCH)
+        engine = engine or self.engine
+        further += [engine] * (engine != TORCH)
         facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *further]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
@@ -220,10 +224,8 @@ class FeatureExtractor:
         return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     def in_torch(self) -> FeatureExtractor:
-        """The same extractor, whose passes are PyTorch's."""
-        other = copy.copy(self)
-        other._engine = None
-        return other
+        """The same extractor, whose passes are PyTorch's, as those of all copies are."""
+        return copy.copy(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_engine": None}  # engines can be neither copied nor pickled
@@ -289,6 +291,7 @@ class FeatureExtractor:
         other = copy.copy(self)
         other._local = None
         other._local_key = ""
+        other._engine = self._engine  # which copies leave out
         other.layout = self.layout.without(Kind.LOCAL)
         return other
 

@@ -307,7 +307,7 @@ def self_check(detector: BaseDetector[Any], n: int = 500, seed: int = 0) -> floa
         raise UsageError(f"a self-check needs at least 3 held-out images, and there are {len(digests)}")
 
     held_out = _random_choice(np.arange(len(digests)), _MAX_MEASURED, seed)
-    features = fitted.feature_store().table(digests)[held_out].to(fitted.device)
+    features = fitted.training_store().table(digests)[held_out].to(fitted.device)
     points = torch.from_numpy(_random_choice(np.arange(len(features)), n, seed)).to(features.device)
     space = Space(fitted.extractor_.layout, features)
 

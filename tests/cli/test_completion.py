@@ -43,6 +43,14 @@ def parameters() -> Iterator[tuple[str, click.Parameter]]:
                 yield name, parameter
 
 
+def test_engines_are_those_of_the_library() -> None:
+    from featdiff.features.engines import ENGINES
+
+    offered = [p.type.choices for command in MAIN.commands.values() for p in command.params if p.name == "engine"]
+    assert len(offered) > 5
+    assert set(map(tuple, offered)) == {ENGINES}
+
+
 @pytest.mark.parametrize(("command", "parameter"), [pytest.param(*p, id=f"{p[0]}-{p[1].name}") for p in parameters()])
 def test_every_parameter_that_is_a_path_completes_one(command: str, parameter: click.Parameter) -> None:
     option = [max(parameter.opts, key=len)] if isinstance(parameter, click.Option) else []

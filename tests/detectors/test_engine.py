@@ -14,9 +14,11 @@ from torch import nn
 
 from featdiff import Detector, PixelDetector
 from featdiff.detectors import feature_scoring
+from featdiff.evaluation.baselines import fit_baselines
 from featdiff.exceptions import UsageError
 from featdiff.export.export import Rows
 from featdiff.files import model_folder
+from featdiff.outliers.synthesis import self_check
 
 LIMIT = 1e-4
 
@@ -62,6 +64,29 @@ def test_a_model_names_its_engine_and_another_may_load_it(
     given, expected = by_onnx.score(sample_folders["digits"]), by_torch.score(sample_folders["digits"])
     assert by_onnx.engine_note_.startswith("onnxruntime 1")
     assert np.abs(given.ood_score - expected.ood_score).max() < LIMIT
+
+
+def test_training_features_are_found_whatever_engine_runs_now(
+    by_openvino: Detector, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    by_openvino.save_pretrained(tmp_path / "model")
+    for engine in ("torch", "onnxruntime"):
+        loaded = Detector.from_pretrained(tmp_path / "model", engine=engine)
+        assert set(fit_baselines(loaded).scores) == set(fit_baselines(by_openvino).scores)
+        loaded.score(sorted(sample_folders["test"].iterdir())[:3])
+        assert loaded.extractor_.engine.startswith(engine)
+        fit_baselines(loaded)
+    assert self_check(by_openvino) >= 0
+
+
+def test_a_request_that_is_refused_builds_no_engine(
+    by_torch: Detector, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    by_torch.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model", engine="openvino")
+    with pytest.raises(UsageError, match="fpr 1e-06 needs"):
+        loaded.score(sample_folders["test"], fpr=1e-6)
+    assert loaded.engine_note_ == ""
 
 
 def test_scores_do_not_depend_on_the_batch(by_openvino: Detector, sample_folders: dict[str, Path]) -> None:
@@ -120,6 +145,9 @@ def test_the_local_score_takes_its_maps_from_the_engine() -> None:
     options: dict[str, Any] = {"size": SIDE, "recipe": {"epochs": 1, "min_steps": 20}, "calibration": 0.4, "fpr": 0.1}
     detector = Detector(**options, engine="openvino").fit(plates(50, seed=0))
     assert detector.local_ is not None and detector.extractor_.engine.startswith("openvino")
+    assert self_check(detector) >= 0  # it looks up the features of fit by the global score alone
+    assert detector.without_local().extractor_.engine == detector.extractor_.engine
+
     images = [*plates(5, seed=1), *plates(5, seed=2, defect=True)]
     given = detector.score(images)
     heat = detector.explain(images[-1]).heat
