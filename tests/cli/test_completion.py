@@ -46,7 +46,9 @@ def parameters() -> Iterator[tuple[str, click.Parameter]]:
 def test_engines_are_those_of_the_library() -> None:
     from featdiff.features.engines import ENGINES
 
-    offered = [p.type.choices for command in MAIN.commands.values() for p in command.params if p.name == "engine"]
+    context = click.Context(MAIN)
+    commands = [MAIN.get_command(context, name) for name in MAIN.list_commands(context)]
+    offered = [p.type.choices for command in commands if command for p in command.params if p.name == "engine"]
     assert len(offered) > 5
     assert set(map(tuple, offered)) == {ENGINES}
 
