@@ -35,7 +35,8 @@ def print_evaluation(
 
     ``flagged`` has, for each pair of the result, how many in-domain and how many OOD images are flagged at ``fpr``.
     """
-    from featdiff.report.evaluations import EXPLANATION, counted, sections, verdicts
+    from featdiff.report.evaluations import EXPLANATION, sections, verdicts
+    from featdiff.verdicts.results import counted
 
     width = output_width(_WIDTH)
     first = result["pairs"][0]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..verdicts.calibration import Calibration
+from ..verdicts.results import counted
 
 #: Name of the detector's own score among the heads of a result.
 OWN = "featdiff"
@@ -256,11 +257,6 @@ def sections(result: Mapping[str, Any], all_heads: bool = False) -> list[Section
         title = f"{pair['ood']} ({counted(pair['n_ood'])}), {protocol}"
         table.append(Section(title, [[name, *_cells(heads[name])] for name in names]))
     return table
-
-
-def counted(images: int) -> str:
-    """A number of images in words."""
-    return f"{images:,} image{'' if images == 1 else 's'}"
 
 
 def _shown(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -130,13 +130,12 @@ class Scores:
     p_values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        images = f"{len(self):,} image{'' if len(self) == 1 else 's'}"
         rate = "" if self.fpr is None else f" at fpr {self.fpr:g}"
         others = ""
         for status, word in ((UNREADABLE, "unreadable"), (ERROR, "failed")):
             count = self.status.count(status)
             others += f", {count:,} {word}" if count else ""
-        return f"Scores({images}: {self.flagged:,} OOD{rate}{others})"
+        return f"Scores({counted(len(self))}: {self.flagged:,} OOD{rate}{others})"
 
     @property
     def flagged(self) -> int:
@@ -337,6 +336,11 @@ class Scores:
             known=None if several[0].known is None else numbers("known"),
             p_values={name: np.concatenate([part.p_values[name] for part in several]) for name in several[0].p_values},
         )
+
+
+def counted(images: int) -> str:
+    """A number of images in words."""
+    return f"{images:,} image{'' if images == 1 else 's'}"
 
 
 def columns_of(layers: Iterable[str], extra: Iterable[str] = (), p_values: Iterable[str] = ()) -> list[str]:
