@@ -19,6 +19,7 @@ from ..data.splits import CALIBRATION
 from ..diffusion.training import Recipe
 from ..exceptions import UsageError, did_you_mean
 from ..features.engines import AUTO, TORCH
+from ..features.extractor import PRECISIONS
 from ..features.layers import Layers
 from ..features.views import check_view
 from ..features.weights import DEFAULT_BACKBONE
@@ -55,7 +56,7 @@ from .checks import (
 from .run_config import RUNTIME, Runtime
 
 #: Precisions that ``accelerate`` offers for training.
-PRECISIONS = ("no", "bf16")
+MIXED = ("no", "bf16")
 #: Ten minutes on two CPU cores at 32 px.
 SMALL_RECIPE = Recipe(
     epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, patience=1000, min_steps=2000, ema_decay=0.999
@@ -139,6 +140,7 @@ class FeatureSettings(Settings):
     size: int | None = None
     input_size: Sequence[int] | None = None
     layers: Layers = "auto"
+    precision: str = "auto"
     joint: bool = False
     hidden_ratio: float = 2.0
     hidden_max: int = 320
@@ -176,6 +178,7 @@ class FeatureSettings(Settings):
         check_choice("backend", self.backend, BACKENDS)
         check_kept(self.keep_paths, self.keep_thumbnails)
         check_local(self.local)
+        self._check_precision()
         self._check_heads()
         check_input_size(self.input_size)
         check_view(self.view, self.size, isinstance(self.backbone, nn.Module))
@@ -194,6 +197,14 @@ class FeatureSettings(Settings):
     def needs_logits(self) -> bool:
         """Whether one of the scores looks at a classifier's logits."""
         return need_logits(self.registered_heads)
+
+    def _check_precision(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        if self.precision != "auto" and isinstance(self.backbone, nn.Module):
+            raise UsageError(
+                "a module runs in the precision that it has: drop precision, or put its passes under torch.autocast",
+                argument="precision",
+            )
 
     def _check_heads(self) -> None:
         if self.head not in (FUSED, *DIFFUSION):
@@ -259,7 +270,7 @@ class PixelSettings(Settings):
             check_text("pretrained", self.pretrained)
         check_path("weights", self.weights)
         check_bool("flip", self.flip)
-        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        check_choice("mixed_precision", self.mixed_precision, MIXED)
         self._check_network()
         self._check_distances()
 

@@ -85,6 +85,10 @@ class Detector(FeatureScoring):
     layers : "auto", or names or indices of layers
         See :func:`featdiff.features.layers.resolve_layers`. For a module that is no timm model, ``auto`` finds the
         stages by a pass (:mod:`featdiff.features.stages`).
+    precision : {"auto", "fp32", "bf16"}
+        What the backbone computes in, when it is fitted and ever after: float32, or bfloat16 autocast, which is for
+        processors that have it: it is faster there and slow elsewhere, and changes scores a little. ``auto`` is
+        float32, on a GPU float16 autocast. A module runs as it is.
     joint : bool
         One denoiser on the concatenation of all layers, as in the paper, in place of one per layer.
     hidden_ratio, hidden_max, blocks
@@ -316,7 +320,7 @@ class Detector(FeatureScoring):
         if isinstance(settings.backbone, nn.Module):
             logits = settings.needs_logits
             return FeatureExtractor(
-                settings.backbone, settings.layers, self.device, True, transform, input_size, logits
+                settings.backbone, settings.layers, self.device, "auto", transform, input_size, logits
             )
         backbone = load_backbone(
             settings.backbone,
@@ -327,7 +331,7 @@ class Detector(FeatureScoring):
             settings.view,
             settings.size,
         )
-        return FeatureExtractor(backbone, settings.layers, self.device)
+        return FeatureExtractor(backbone, settings.layers, self.device, settings.precision)
 
     def _classifier(self) -> nn.Linear | nn.Conv2d | None:
         """The layer that gives the logits, where scores need these and there is one."""
@@ -376,6 +380,7 @@ class Detector(FeatureScoring):
             view="whole",
             size=None,
             layers=self.extractor_.layers,
+            precision="auto",
             device=str(device_of(classifier)),
             transform=self.settings.transform if backbone.source == "module" else self.extractor_.transform,
             input_size=backbone.data_config["input_size"],

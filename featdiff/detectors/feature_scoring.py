@@ -29,6 +29,7 @@ WORTH_AN_ENGINE = 1000
 # Images on which an engine is compared with PyTorch, and the largest change of a score, in standard deviations.
 _COMPARED = 32
 _MOST_CHANGE = 1e-4
+_MOST_CHANGE_OF_BFLOAT16 = 0.1
 
 
 class FeatureScoring(BaseDetector[FeatureSettings]):
@@ -82,7 +83,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
 
         if not self.engine_note_:
             pixels = self._some(images)
-            self.engine_note_ = self.extractor_.choose_engine(wanted, pixels)
+            folder = self.settings.cache_folder / "engines"
+            self.engine_note_ = self.extractor_.choose_engine(wanted, pixels, folder)
             if self.is_fitted:
                 self._confirm_engine(pixels)
         return images
@@ -95,7 +97,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         extractor = self.extractor_
         given, _ = self.layer_scores(extractor(pixels))
         expected, _ = self.layer_scores(extractor.in_torch()(pixels))
-        if not np.abs(given - expected).max() <= _MOST_CHANGE:
+        most = _MOST_CHANGE if extractor.precision == "float32" else _MOST_CHANGE_OF_BFLOAT16
+        if not np.abs(given - expected).max() <= most:
             self.engine_note_ = f"torch, for {extractor.engine} changes scores"
             extractor.choose_engine(TORCH, pixels)
 

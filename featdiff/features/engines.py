@@ -1,34 +1,31 @@
 """Runs a backbone's forward pass in another engine than eager PyTorch, where that agrees with PyTorch and is faster.
 
-A pass is traced once. The engine folds batch norms, fuses operations and plans its memory. A trace may hold numbers
-that belong to one size of images only, so each new size is compared with PyTorch first; what disagrees runs in PyTorch.
+A pass is traced once (:mod:`featdiff.features.conversions`). The engine folds batch norms, fuses operations and plans
+its memory. A trace may hold numbers that belong to one size of images only, so each new size is compared with PyTorch
+first; what disagrees runs in PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import threading
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError, first_line
+from .conversions import COMPILE, ONNXRUNTIME, OPENVINO, has_bfloat16, running
 from .layout import Key
 
 #: Chooses among those that are installed.
 AUTO = "auto"
 #: PyTorch as it is.
 TORCH = "torch"
-OPENVINO = "openvino"
-ONNXRUNTIME = "onnxruntime"
-COMPILE = "compile"
 #: What ``engine`` may be.
 ENGINES = (AUTO, TORCH, OPENVINO, ONNXRUNTIME, COMPILE)
 # Packages that each needs, and the extra that installs them.
@@ -38,6 +35,7 @@ _EXTRAS = {OPENVINO: "openvino", ONNXRUNTIME: "onnx"}
 _TRIED = (OPENVINO, ONNXRUNTIME)
 # Two passes agree if no number differs by more than this share of the largest of its layer.
 _TOLERANCE = 1e-4
+_TOLERANCE_OF_BFLOAT16 = 5e-2
 # An engine must be that much faster to be worth a difference in the last digits.
 _FASTER = 1.1
 # How often a pass of how many images is timed.
@@ -46,8 +44,31 @@ _TIMED = 8
 
 #: Preprocessed images (B, C, H, W) -> vectors and maps by layer and kind.
 Read = Callable[[Tensor], dict[Key, Tensor]]
-# The same with arrays, in a fixed order.
-_Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A backbone's forward pass in PyTorch.
+
+    Attributes
+    ----------
+    network : nn.Module
+        Owns the weights.
+    read : callable
+        The pass as it runs.
+    traced : callable
+        The pass as tracers follow it: the same in float32.
+    bfloat16 : bool
+        Whether ``read`` computes in bfloat16, so that another engine should, too.
+    folder : Path, optional
+        Where the files of engines are kept for this very pass.
+    """
+
+    network: nn.Module
+    read: Read
+    traced: Read
+    bfloat16: bool
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -67,19 +88,17 @@ class Choice:
 
 
 class Engine:
-    """A traced pass in another engine; it gives what ``read`` gives.
+    """A traced pass in another engine; it gives what PyTorch gives.
 
     It holds a copy of the weights, and is for images on the CPU. Several threads may use it at once.
 
     Parameters
     ----------
     name : {"openvino", "onnxruntime", "compile"}
-    network : nn.Module
-        The backbone, which owns the weights.
-    read : callable
-        Its pass in PyTorch, in eval mode.
+    forward : Pass
+        What it runs.
     example : Tensor of shape (B, C, H, W)
-        Images to trace it with, two at least.
+        Images to trace it with.
 
     Attributes
     ----------
@@ -91,26 +110,23 @@ class Engine:
     UsageError
         It is not installed.
     FeatdiffError
-        The pass cannot be traced or converted.
+        The pass cannot be traced or converted, or gives other features.
     """
 
-    def __init__(self, name: str, network: nn.Module, read: Read, example: Tensor) -> None:
+    def __init__(self, name: str, forward: Pass, example: Tensor) -> None:
         need(name)
+        if forward.bfloat16 and not has_bfloat16(name):
+            raise FeatdiffError(f"{name} has no bfloat16 on this processor")
         self.name = name
         self.label = f"{name} {version(name if name != COMPILE else 'torch')}"
-        self._network = network
-        self._read = read
+        self._forward = forward
         self._agrees: dict[tuple[int, ...], bool] = {}
         self._lock = threading.Lock()
 
-        traced = _Pass(network, read)
-        example = example if len(example) > 1 else example.repeat(2, 1, 1, 1)  # tracers take 1 for a constant
+        self.keys = list(forward.read(example[:1]))
+        folder = forward.folder / self.label.replace(" ", "-") if forward.folder else None
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tracers warn of sizes, which are compared below
-                traced(example)
-                self.keys = list(traced.keys)
-                self._run = _BUILDERS[name](traced, example)
+            self._run = running(name, _Traced(forward), example, forward.bfloat16, folder)
             agrees = self.agrees(example)
         except Exception as error:  # converters fail in many ways
             raise FeatdiffError(f"{name} cannot run this backbone: {first_line(error)}") from None
@@ -119,7 +135,7 @@ class Engine:
 
     def read(self, pixels: Tensor) -> dict[Key, Tensor]:
         """Preprocessed images (B, C, H, W) on the CPU -> vectors and maps by layer and kind, float32."""
-        return self._outputs(pixels) if self.agrees(pixels) else self._read(pixels)
+        return self._outputs(pixels) if self.agrees(pixels) else self._forward.read(pixels)
 
     def agrees(self, pixels: Tensor) -> bool:
         """Whether it gives what PyTorch gives for images of this size, found with the first of them."""
@@ -129,49 +145,41 @@ class Engine:
                 return self._agrees[size]
             if not torch.isfinite(pixels[:1]).all():  # says nothing about others of its size
                 return False
-            expected = self._read(pixels[:1])
+            expected = self._forward.read(pixels[:1])
+            tolerance = _TOLERANCE_OF_BFLOAT16 if self._forward.bfloat16 else _TOLERANCE
             try:
-                self._agrees[size] = _alike(expected, self._outputs(pixels[:1]))
+                self._agrees[size] = _alike(expected, self._outputs(pixels[:1]), tolerance)
             except Exception:  # a trace may not take this size at all
                 self._agrees[size] = False
             return self._agrees[size]
-
-    def rebuilt(self, example: Tensor) -> Choice:
-        """The same engine for what the pass gives now, or PyTorch if that fails."""
-        try:
-            return Choice(Engine(self.name, self._network, self._read, example), self.label)
-        except FeatdiffError as error:
-            return Choice(None, f"torch, for {error}")
 
     def _outputs(self, pixels: Tensor) -> dict[Key, Tensor]:
         arrays = self._run(pixels.contiguous().numpy())
         return {key: torch.from_numpy(values) for key, values in zip(self.keys, arrays, strict=True)}
 
 
-class _Pass(nn.Module):
-    """A pass as tracers want it: a tuple of outputs, in the order of ``keys``."""
+class _Traced(nn.Module):
+    """A pass as tracers want it: a module that gives a tuple."""
 
-    def __init__(self, network: nn.Module, read: Read) -> None:
+    def __init__(self, forward: Pass) -> None:
         super().__init__()
-        self.network = network  # tracers want to find its weights
-        self.read = read
-        self.keys: list[Key] = []
+        self.network = forward.network  # tracers want to find its weights
+        self.read = forward.traced
+        self.training = False  # exporters put all of it back into the mode that they find here
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        features = self.read(pixels)
-        self.keys = list(features)
-        return tuple(values.float() for values in features.values())
+        return tuple(values.float() for values in self.read(pixels).values())
 
 
-def choose(wanted: str, network: nn.Module, read: Read, pixels: Tensor) -> Choice:
+def choose(wanted: str, forward: Pass, pixels: Tensor) -> Choice:
     """The engine for a backbone: the first that is installed and agrees with PyTorch, if it is faster.
 
     Parameters
     ----------
     wanted : str
         One of :data:`ENGINES`.
-    network, read
-        The backbone, and its pass in PyTorch; see :class:`Engine`.
+    forward : Pass
+        The backbone's pass in PyTorch.
     pixels : Tensor of shape (B, C, H, W)
         Some real images, on the CPU.
 
@@ -193,19 +201,33 @@ def choose(wanted: str, network: nn.Module, read: Read, pixels: Tensor) -> Choic
 
     reasons = []
     for name in names:
-        try:
-            engine = Engine(name, network, read, pixels)
-        except UsageError:
-            raise
-        except FeatdiffError as error:
-            reasons.append(str(error))
+        engine, reason = _tried(name, forward, pixels)
+        if engine is None:
+            reasons.append(reason)
             continue
-        gain = _gain(read, engine.read, pixels[:_TIMED])
+
+        gain = _gain(forward.read, engine.read, pixels[:_TIMED])
         times = f"{gain:.1f} x as fast as torch"
         if wanted == AUTO and gain < _FASTER:
             return Choice(None, f"torch, for {name} is {times}")
         return Choice(engine, f"{engine.label}, {times}")
     return Choice(None, f"torch, for {'; '.join(reasons)}")
+
+
+def again(name: str, forward: Pass, pixels: Tensor) -> Choice:
+    """The same engine for what a pass gives now, or PyTorch if that fails; as :func:`choose`, but not timed."""
+    engine, reason = _tried(name, forward, pixels)
+    return Choice(engine, engine.label if engine else f"torch, for {reason}")
+
+
+def _tried(name: str, forward: Pass, pixels: Tensor) -> tuple[Engine | None, str]:
+    """An engine, or why there is none."""
+    try:
+        return Engine(name, forward, pixels), ""
+    except UsageError:
+        raise
+    except FeatdiffError as error:
+        return None, str(error)
 
 
 def installed(name: str) -> bool:
@@ -220,74 +242,17 @@ def need(name: str) -> None:
         raise UsageError(f"the engine {name} is not installed: {remedy}, or drop engine", argument="engine")
 
 
-# ---- builders ----
-
-
-def _openvino(traced: nn.Module, example: Tensor) -> _Run:
-    import openvino
-
-    script = torch.jit.trace(traced, example, check_trace=False)
-    model = openvino.convert_model(script, example_input=example, input=[-1, example.shape[1], -1, -1])
-    # whole numbers of precision: some processors would round to bfloat16 by default
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    options["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-    compiled = openvino.Core().compile_model(model, "CPU", options)
-    requests = threading.local()
-
-    def run(pixels: np.ndarray) -> Sequence[np.ndarray]:
-        if not hasattr(requests, "own"):
-            requests.own = compiled.create_infer_request()
-        outputs = requests.own.infer({0: pixels})
-        return [outputs[i] for i in range(len(compiled.outputs))]
-
-    return run
-
-
-def _onnxruntime(traced: nn.Module, example: Tensor) -> _Run:
-    import onnxruntime
-
-    file = io.BytesIO()
-    free = {"pixels": {0: "images", 2: "height", 3: "width"}}
-    # the other exporter takes a minute for a network, and needs sizes that it can prove
-    torch.onnx.export(traced, (example,), file, dynamo=False, input_names=["pixels"], dynamic_axes=free)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-
-    def run(pixels: np.ndarray) -> Sequence[np.ndarray]:
-        return session.run(None, {"pixels": pixels})
-
-    return run
-
-
-def _compile(traced: nn.Module, example: Tensor) -> _Run:
-    compiled = torch.compile(traced, dynamic=True)
-
-    def run(pixels: np.ndarray) -> Sequence[np.ndarray]:
-        return [values.numpy() for values in compiled(torch.from_numpy(pixels))]
-
-    return run
-
-
-_BUILDERS: Mapping[str, Callable[[nn.Module, Tensor], _Run]] = {
-    OPENVINO: _openvino,
-    ONNXRUNTIME: _onnxruntime,
-    COMPILE: _compile,
-}
-
-
 # ---- compare ----
 
 
-def _alike(expected: Mapping[Key, Tensor], given: Mapping[Key, Tensor]) -> bool:
+def _alike(expected: Mapping[Key, Tensor], given: Mapping[Key, Tensor], tolerance: float) -> bool:
     """Whether two passes gave the same, up to rounding."""
     for key, values in expected.items():
         values = values.float()
         if values.shape != given[key].shape or not torch.isfinite(given[key]).all():
             return False
         largest = values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
-        if (given[key] - values).abs().max() > _TOLERANCE * largest:
+        if (given[key] - values).abs().max() > tolerance * largest:
             return False
     return True
 

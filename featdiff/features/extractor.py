@@ -6,7 +6,9 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from ..data.decoding import Transform
 from ..exceptions import UsageError
 from .backbones import Backbone
-from .engines import TORCH, Choice, Engine, choose
+from .engines import TORCH, Choice, Engine, Pass, again, choose
 from .layers import Layers
 from .layout import LOCAL, FeatureLayout, Key, Kind
 from .networks import identity
@@ -25,6 +27,8 @@ from .patches import choose_maps, map_hooks
 from .readers import ModuleReader, checked, make_reader
 from .stages import maps_with_channels_last, watch
 
+#: What ``precision`` may be.
+PRECISIONS = ("auto", "fp32", "bf16")
 #: How the name of a mixed precision ends.
 AUTOCAST = " autocast"
 #: Maps (B, C, h, w), the finest first -> a score of each image (B,), and of each of its places (B, h, w).
@@ -46,8 +50,9 @@ class FeatureExtractor:
         ``auto`` takes the stages of a timm model, and finds those of other modules by a pass
         (:mod:`featdiff.features.stages`).
     device : str or torch.device, default "cpu"
-    mixed_precision : bool, default True
-        Run a backbone by name under float16 autocast (GPU only). A module of your own runs as it is.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        What a backbone by name computes in: float32, or bfloat16 autocast. ``auto`` is float32, on a GPU float16
+        autocast. A module of your own runs as it is.
     transform : callable, optional
         RGB picture -> (3, H, W) tensor; needed for a bare module if it is to read files.
     input_size : (C, H, W), optional
@@ -81,7 +86,7 @@ class FeatureExtractor:
         backbone: Backbone | nn.Module,
         layers: Layers = "auto",
         device: str | torch.device = "cpu",
-        mixed_precision: bool = True,
+        precision: str = "auto",
         transform: Transform | None = None,
         input_size: Sequence[int] | None = None,
         logits: bool = False,
@@ -89,7 +94,7 @@ class FeatureExtractor:
         self.backbone = backbone if isinstance(backbone, Backbone) else _wrap(backbone, transform, input_size)
         own = self.backbone.source == "module"
         self._given_device = torch.device(device)
-        self.mixed_precision = mixed_precision and self._given_device.type == "cuda" and not own
+        self._autocast = None if own else _autocast(precision, self._given_device)
         self.model = self.backbone.model.to(self._given_device)
 
         probe = self.probe()
@@ -100,6 +105,7 @@ class FeatureExtractor:
         self._local: OfMaps | None = None
         self._local_key = ""
         self._engine: Engine | None = None
+        self._kept_in: Path | None = None
         self._engine_weights: list[tuple[int, int]] = []
 
         features = checked(self._read(probe), self._reader.keys, 1)
@@ -129,7 +135,7 @@ class FeatureExtractor:
     def precision(self) -> str:
         """What numbers the network works in at the moment, like ``float32`` or ``bfloat16 autocast``."""
         device = self.device.type
-        mixed = torch.float16 if self.mixed_precision else None
+        mixed = self._autocast
         if torch.is_autocast_enabled(device):
             mixed = torch.get_autocast_dtype(device)
         return str(mixed or self.dtype).removeprefix("torch.") + (AUTOCAST if mixed else "")
@@ -140,7 +146,7 @@ class FeatureExtractor:
         ``engine`` stands in for what runs the forward pass now.
         """
         # the printed module tells settings that leave the weights alone (padding, activation)
-        network = [self.backbone.fingerprint, repr(self.model), self.layers, self.mixed_precision]
+        network = [self.backbone.fingerprint, repr(self.model), self.layers, self._autocast == torch.float16]
         further = ["logits"] * self._logits + [self.precision] * self.precision.endswith(AUTOCAST)
         further += [self._local_key] * bool(self._local_key)
         engine = engine or self.engine
@@ -183,7 +189,7 @@ class FeatureExtractor:
         """What runs the forward pass: ``torch``, or another engine and its version."""
         return self._engine.label if self._engine else TORCH
 
-    def choose_engine(self, wanted: str, pixels: Tensor) -> str:
+    def choose_engine(self, wanted: str, pixels: Tensor, folder: Path | None = None) -> str:
         """Run the forward pass in another engine from now on, if that agrees with PyTorch and is faster.
 
         Parameters
@@ -192,6 +198,9 @@ class FeatureExtractor:
             One of :data:`featdiff.features.engines.ENGINES`.
         pixels : Tensor of shape (B, C, H, W)
             Some real images, preprocessed.
+        folder : Path, optional
+            Where converted networks are kept, so that the next start is a fast one. One of your own is never kept:
+            nothing tells when its code changes.
 
         Returns
         -------
@@ -204,19 +213,29 @@ class FeatureExtractor:
             The wanted engine is not installed.
         """
         self._engine = None
+        self._kept_in = folder
         if wanted != TORCH and not self._fits_engines:
             return f"torch, for engines run float32 on the CPU, and this is {self.precision} on {self.device}"
-        choice = choose(wanted, self.model, self._in_torch, pixels)
-        return self._take(choice)
+        return self._take(choose(wanted, self._pass(), pixels))
 
     def _take(self, choice: Choice) -> str:
         self._engine = choice.engine
         self._engine_weights = self._weights()
         return choice.note
 
+    def _pass(self) -> Pass:
+        """The forward pass as engines are to run it."""
+        folder = None
+        if self._kept_in is not None and self.backbone.source != "module":
+            code = [version("torch"), version("timm"), self.backbone.fingerprint, repr(self.model)]
+            facts = json.dumps([*code, self.layers, self._logits, list(self.maps)])
+            folder = self._kept_in / hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return Pass(self.model, self._in_torch, self._plain, self._autocast is not None, folder)
+
     @property
     def _fits_engines(self) -> bool:
-        return self.device.type == "cpu" and self.precision == "float32"
+        on_cpu = self.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return on_cpu and self.dtype == torch.float32 and self._autocast != torch.float16
 
     def _weights(self) -> list[tuple[int, int]]:
         """Changes when a weight does: an engine holds copies of them."""
@@ -261,9 +280,9 @@ class FeatureExtractor:
 
         last = set() if reader.stage_names else maps_with_channels_last(outputs)
         reader.keep_maps(map_hooks(names, self.model, outputs, last))
-        if self._engine is not None:  # it was built for a pass without maps
-            self._take(self._engine.rebuilt(probe))
         self.maps = dict.fromkeys(names, 0)
+        if self._engine is not None:  # it was built for a pass without maps
+            self._take(again(self._engine.name, self._pass(), probe))
         self.maps = {name: values.shape[1] for name, values in zip(names, self.maps_of(probe), strict=True)}
         return self.maps
 
@@ -357,9 +376,16 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def _in_torch(self, pixels: Tensor) -> dict[Key, Tensor]:
+        if self._autocast is None:
+            return self._plain(pixels)
+        with torch.autocast(self.device.type, self._autocast):
+            return self._plain(pixels)
+
+    @torch.inference_mode()
+    def _plain(self, pixels: Tensor) -> dict[Key, Tensor]:
+        """The pass in the precision of the weights, or in what the caller chose."""
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
-        autocast = torch.autocast(self.device.type, torch.float16) if self.mixed_precision else nullcontext()
-        with autocast, self._reader.evaluated(pixels):
+        with self._reader.evaluated(pixels):
             return self._reader.read(pixels)
 
     def _rows(self, features: Mapping[Key, Tensor], count: int) -> tuple[Tensor, Tensor | None]:
@@ -370,6 +396,13 @@ class FeatureExtractor:
             score, heat = self._local(self._maps_in(features))
             parts.append(score[:, None])
         return torch.cat(parts, dim=1), heat
+
+
+def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """What a backbone by name computes in, where that is not what its weights are."""
+    if precision == "bf16":
+        return torch.bfloat16
+    return torch.float16 if precision == "auto" and device.type == "cuda" else None
 
 
 def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:

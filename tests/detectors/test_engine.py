@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,31 @@ def test_the_pixel_mode_has_no_engines() -> None:
     with pytest.raises(UsageError, match="the pixel mode runs in PyTorch alone"):
         PixelDetector(engine="openvino")
     PixelDetector(engine="torch")
+
+
+def test_bfloat16_fits_calibrates_and_scores(
+    arguments: dict[str, Any], by_torch: Detector, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    files = sorted(sample_folders["train"].iterdir())
+    detector = Detector(**arguments, precision="bf16").fit(files)
+    assert detector.precision_ == "bfloat16 autocast"
+    detector.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model")
+    assert loaded.settings.precision == "bf16" and loaded.extractor_.precision == "bfloat16 autocast"
+
+    scores = loaded.score(sample_folders["digits"])
+    assert np.array_equal(scores.ood_score, detector.score(sample_folders["digits"]).ood_score)
+    change = np.abs(scores.ood_score - by_torch.score(sample_folders["digits"]).ood_score)
+    assert 0 < change.max() < 0.5
+
+    digests = set(detector.calibration_digests_)
+    paths, _ = loaded.features(files)
+    held_out = [path for path in paths if hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest() in digests]
+    assert held_out
+    assert set(loaded.score(held_out).ood_score) <= set(detector.calibration_.scores)
+
+
+def test_a_module_runs_in_its_own_precision() -> None:
+    with pytest.raises(UsageError, match="a module runs in the precision that it has") as error:
+        Detector(nn.Conv2d(3, 8, 3), precision="bf16")
+    assert error.value.argument == "precision"

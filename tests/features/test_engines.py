@@ -6,16 +6,19 @@ import copy
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_backbones import SWIN, backbone, images, one_line
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featdiff.exceptions import UsageError
-from featdiff.features import engines
+from featdiff.features import conversions, engines
+from featdiff.features.backbones import load_backbone
 from featdiff.features.engines import AUTO, ONNXRUNTIME, OPENVINO, TORCH
 from featdiff.features.extractor import FeatureExtractor
 
@@ -62,10 +65,12 @@ def test_features_are_those_of_torch(name: str, engine: str) -> None:
     extractor = FeatureExtractor(backbone(name))
     expected = extractor(images(name))
     before = extractor.key()
+    modes = [module.training for module in extractor.model.modules()]
     note = extractor.choose_engine(engine, images(name))
     assert extractor.engine.startswith(f"{engine} 2" if engine == OPENVINO else f"{engine} 1"), note
     assert note.startswith(extractor.engine) and note.endswith(" x as fast as torch")
     same(extractor(images(name)), expected)
+    assert [module.training for module in extractor.model.modules()] == modes
     assert extractor.key() != before  # what it computes is kept apart from what torch computes
 
 
@@ -104,6 +109,68 @@ def test_an_image_that_is_not_finite_says_nothing_about_its_size() -> None:
     assert extractor._engine.agrees(noise(3, 40, 40))
 
 
+@pytest.fixture
+def conversions_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of engines for which a network was converted."""
+    made: list[str] = []
+    for name, (write, start) in dict(conversions._CONVERSIONS).items():
+
+        def counted(*given: Any, name: str = name, write: Any = write) -> None:
+            made.append(name)
+            write(*given)
+
+        monkeypatch.setitem(conversions._CONVERSIONS, name, conversions._Conversion(counted, start))
+    return made
+
+
+@pytest.mark.parametrize("engine", BOTH)
+def test_a_converted_network_is_kept(engine: str, tmp_path: Path, conversions_made: list[str]) -> None:
+    name = "test_efficientnet"
+    other = {key: values * 1.1 for key, values in backbone(name).model.state_dict().items()}
+    save_file(other, tmp_path / "other.safetensors")
+    rows: list[Tensor] = []
+    for found, layers in (
+        (backbone(name), "auto"),
+        (backbone(name), "auto"),
+        (load_backbone(name, tmp_path / "other.safetensors"), "auto"),
+        (backbone(name), [0, 1]),
+    ):
+        extractor = FeatureExtractor(found, layers)
+        extractor.choose_engine(engine, noise(2, 160, 160), tmp_path / "kept")
+        rows.append(extractor(noise(5, 160, 160)))
+    assert torch.equal(rows[0], rows[1])
+    assert conversions_made == [engine] * 3  # the second was kept, other weights and other layers are others
+    assert (rows[2] - rows[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("engine", BOTH)
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_one_is_made_anew(engine: str, damage: str, tmp_path: Path, conversions_made: list[str]) -> None:
+    first = FeatureExtractor(backbone("test_resnet"))
+    first.choose_engine(engine, images("test_resnet"), tmp_path)
+    (file,) = [file for file in tmp_path.rglob("model.*") if file.suffix in (".bin", ".onnx")]
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        file.write_bytes(content[:-400] + bytes(400))
+    else:
+        file.unlink()
+
+    second = FeatureExtractor(backbone("test_resnet"))
+    second.choose_engine(engine, images("test_resnet"), tmp_path)
+    assert conversions_made == [engine] * 2
+    assert file.read_bytes() == content
+    assert second.engine.startswith(engine)
+    assert torch.equal(second(images("test_resnet")), first(images("test_resnet")))
+
+
+def test_a_module_of_ones_own_is_not_kept(tmp_path: Path) -> None:
+    extractor = own()
+    assert extractor.choose_engine(OPENVINO, noise(2), tmp_path).startswith(OPENVINO)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("habit", "reason"),
     [
@@ -140,6 +207,10 @@ def test_other_precision_and_copies_run_in_torch() -> None:
         assert other.engine == TORCH
         assert torch.equal(other(noise(3)), own()(noise(3)))
     assert extractor.engine != TORCH
+
+    half_the_bits = FeatureExtractor(backbone("test_resnet"), precision="bf16")
+    note = half_the_bits.choose_engine(ONNXRUNTIME, images("test_resnet"))
+    assert note == "torch, for onnxruntime has no bfloat16 on this processor"
 
     half = FeatureExtractor(Own().eval().bfloat16(), layers=["stem"], input_size=(3, 32, 32))
     assert half.choose_engine(OPENVINO, noise(2)).startswith("torch, for engines run float32 on the CPU")

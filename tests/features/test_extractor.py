@@ -277,8 +277,21 @@ def test_extraction_leaves_no_hooks_gradients_or_changed_weights(layers: str) ->
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_autocast_is_for_gpus_only() -> None:
-    assert FeatureExtractor(backbone("test_resnet"), mixed_precision=True).mixed_precision is False
+def test_precision_is_whole_unless_asked() -> None:
+    pixels = images("test_resnet")
+    plain = FeatureExtractor(backbone("test_resnet"))
+    whole = FeatureExtractor(backbone("test_resnet"), precision="fp32")
+    half = FeatureExtractor(backbone("test_resnet"), precision="bf16")
+    assert [plain.precision, whole.precision, half.precision] == ["float32", "float32", "bfloat16 autocast"]
+    assert plain.key() == whole.key() != half.key()
+    assert torch.equal(plain(pixels), whole(pixels))
+
+    rows = half(pixels)
+    assert rows.dtype == torch.float32
+    change = (rows - plain(pixels)).abs().max() / plain(pixels).abs().max()
+    assert 1e-5 < change < 3e-2  # bfloat16 has 8 bits
+    alone = torch.cat([half(pixels[i : i + 1]) for i in range(len(pixels))])
+    torch.testing.assert_close(alone, rows, rtol=0, atol=1e-6)
 
 
 # ---------------------------------------- images of the wrong size
