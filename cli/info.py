@@ -68,6 +68,7 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
     view = "what the module's own transform shows" if backbone["source"] == "module" else in_words(settings)
     return {
         "backbone": f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint'][:16]}",
+        "fitted in": f"{backbone['precision']}, by {backbone['engine']}",
         "view": view,
         "layers": ", ".join(f"{name} ({width})" for name, width in config["layers"].items()),
         "denoisers": f"{parameters:.2g} M parameters, {'joint' if settings['joint'] else 'one per layer'}",

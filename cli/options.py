@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL_FOLDER = "featdiff-model"
-# As in featdiff.features.engines, which takes seconds to import.
+# As in featdiff.features, which takes seconds to import.
 _ENGINES = ("auto", "torch", "openvino", "onnxruntime", "compile")
+_PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def model_option(function: F) -> F:
@@ -68,8 +69,9 @@ def weights_option(function: F) -> F:
 
 
 def backbone_options(function: F) -> F:
-    """What a new detector looks at: backbone, weights, view, size, layers."""
+    """What a new detector looks at: backbone, weights, view, size, layers, precision."""
     for option in (
+        click.option("--precision", type=click.Choice(_PRECISIONS), help="What the backbone computes in [auto]."),
         click.option("--layers", help="auto, or names or indices separated by commas [auto]."),
         click.option("--size", type=click.IntRange(1), help="Look at about SIZE x SIZE pixels [the backbone's own]."),
         click.option("--view", help="whole: the whole picture; crop: what is left of the backbone's own crop [whole]."),
@@ -87,7 +89,7 @@ def seed_option(function: F) -> F:
 
 def detector_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, as arguments of a new detector."""
-    names = ("backbone", "weights", "view", "size", "layers", "seed", "fpr")
+    names = ("backbone", "weights", "view", "size", "layers", "precision", "seed", "fpr")
     given = {name: options[name] for name in names if options.get(name) is not None}
     return given | runtime_arguments(options)
 

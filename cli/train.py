@@ -159,8 +159,8 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
         given["distances"] = options["distances"].split(",")
     if mode == Detector.mode and (options["pretrained"] or options["distances"]):
         raise UsageError("--pretrained and --distances need --mode pixel")
-    if mode == PixelDetector.mode and (options["layers"] or options["view"] or no_pretrained):
-        raise UsageError("--layers, --view and --no-pretrained mean nothing in pixel mode")
+    if mode == PixelDetector.mode and (options["layers"] or options["view"] or options["precision"] or no_pretrained):
+        raise UsageError("--layers, --view, --precision and --no-pretrained mean nothing in pixel mode")
     if mode == PixelDetector.mode and options["local"] is not None:
         raise UsageError("--local and --no-local mean nothing in pixel mode")
     if mode == PixelDetector.mode and (options["no_paths"] or options["thumbnails"]):
@@ -204,6 +204,8 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
         say(f"view: {in_words(detector.config()['settings'])}", quiet)
         if detector.engine_note_:
             say(f"engine: {detector.engine_note_}", quiet)
+        if detector.precision_ != "float32":
+            say(f"precision: {detector.precision_}", quiet)
         say(detector.local_note_ + _held(detector), quiet)
     if trained := bars.seconds.get("training"):
         say(f"trained {trained:.0f} s", quiet)
