@@ -35,7 +35,7 @@ _EXTRAS = {OPENVINO: "openvino", ONNXRUNTIME: "onnx"}
 _TRIED = (OPENVINO, ONNXRUNTIME)
 # Two passes agree if no number differs by more than this share of the largest of its layer.
 _TOLERANCE = 1e-4
-_TOLERANCE_OF_BFLOAT16 = 5e-2
+_TOLERANCE_OF_BFLOAT16 = 0.2
 # An engine must be that much faster to be worth a difference in the last digits.
 _FASTER = 1.1
 # How often a pass of how many images is timed.

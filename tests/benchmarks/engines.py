@@ -3,8 +3,8 @@
     python tests/benchmarks/engines.py --data FOLDER
 
 FOLDER holds flowers.zip as configs/README.md describes it. First the pass alone: processor time on one thread, in
-turns, medians. Then scoring of files, decoding included: wall time on all cores, in turns, by a detector's engine and
-by PyTorch, beside a bare eager pass over the same files.
+turns, medians. Then what a detector's scores of held-out files are by its engine and by PyTorch. (How fast whole files
+are scored: speed.py.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from featdiff import Detector
-from featdiff.data.batches import iter_batches, iter_loaded
-from featdiff.data.references import ImageRef, list_images
+from featdiff.data.references import list_images
 from featdiff.features.backbones import load_backbone
 from featdiff.features.engines import ONNXRUNTIME, OPENVINO, TORCH, installed
 from featdiff.features.extractor import FeatureExtractor
@@ -28,8 +27,6 @@ from featdiff.runtime.allocator import keep_freed_memory
 
 BATCHES = (1, 32)
 ROUNDS = 9
-FILES = 1000
-WHOLE_ROUNDS = 2
 
 
 def medians(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -69,40 +66,19 @@ def passes() -> None:
         print(f"| {extractor.engine} | {times} | {seconds[name]:.1f} | {difference:.1e} |")
 
 
-def bare(extractor: FeatureExtractor, refs: list[ImageRef]) -> None:
-    """Decode, and run the network as a user would who wants its layers."""
-    loaded = iter_loaded(refs, extractor.transform, ahead=64)
-    with torch.inference_mode():
-        for batch in iter_batches(loaded, 32):
-            for stack in batch.stacks:
-                pixels = stack.pixels.contiguous(memory_format=torch.channels_last)
-                extractor.model.forward_intermediates(pixels, intermediates_only=True)
-
-
-def whole(data: Path, threads: int) -> None:
-    """Scoring of files."""
-    torch.set_num_threads(threads)
+def scores(data: Path) -> None:
+    """What the engine of a detector changes about its scores."""
     train = list_images(data / "flowers.zip" / "train")
-    refs = [*list_images(data / "flowers.zip" / "test"), *train][:FILES]
-    plain = Detector(engine=TORCH).fit(train)
+    test = list_images(data / "flowers.zip" / "test")
     detector = Detector().fit(train)
-    runs = {
-        "bare eager pass": lambda: bare(plain.extractor_, refs),
-        "score, torch": lambda: plain.score(refs),
-        f"score, {detector.extractor_.engine}": lambda: detector.score(refs),
-    }
-    seconds = medians(runs, WHOLE_ROUNDS, time.perf_counter)
-    print(f"\n{detector.engine_note_}\n\n| {FILES:,} files | images/s | over the bare eager pass |")
-    for name, taken in seconds.items():
-        print(f"| {name} | {FILES / taken:.0f} | {taken / seconds['bare eager pass']:.2f} x |")
+    given = detector.score(test)
+    print(f"\n{detector.engine_note_}")
 
-    given = detector.score(refs)
-    own = detector.extractor_
-    detector.extractor_ = own.in_torch()
-    expected = Detector.score(detector, refs[:255])  # too few for auto to look for an engine again
-    change = np.abs(given.ood_score[:255] - expected.ood_score).max()
-    verdicts = int((given.is_ood[:255] != expected.is_ood).sum())
-    print(f"\nlargest change of a score {change:.1e} standard deviations, {verdicts} of 255 verdicts changed")
+    detector.extractor_ = detector.extractor_.in_torch()
+    expected = detector.score(test)
+    change = np.abs(given.ood_score - expected.ood_score).max()
+    verdicts = int((given.is_ood != expected.is_ood).sum())
+    print(f"largest change of a score {change:.1e} standard deviations, {verdicts} of {len(given)} verdicts changed")
 
 
 def main() -> None:
@@ -113,7 +89,8 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     threads = torch.get_num_threads()
     passes()
-    whole(arguments.data, threads)
+    torch.set_num_threads(threads)
+    scores(arguments.data)
 
 
 if __name__ == "__main__":
