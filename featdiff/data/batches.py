@@ -56,6 +56,8 @@ class LoadedImage:
         Why it is unreadable; empty if it is not.
     note : str
         What is to be told of a readable image, such as that it is one page of several.
+    size : (int, int)
+        Width and height of the upright picture, as it is in the file; (0, 0) if it was not decoded.
     """
 
     ref: ImageRef
@@ -63,6 +65,7 @@ class LoadedImage:
     pixels: Tensor | None = None
     reason: str = ""
     note: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,8 @@ def load(
     ----------
     ref : ImageRef
     transform : callable
-        PIL image -> (3, H, W). If it has an attribute ``draft``, a large JPEG is decoded at a smaller size, whose sides
-        are at least that many pixels.
+        PIL image -> (3, H, W). If it has a method ``draft(width, height)``, a large JPEG of that size is decoded at a
+        smaller one, which is at least as large as the width and height that are returned.
     max_pixels : int, default 89,478,485
         Larger pictures are refused.
     known : container of bytes, default ()
@@ -143,13 +146,15 @@ def load(
                 return LoadedImage(ref, digest)
             image = open_image(content, max_pixels)
             note = note_on_pages(content, image)
-            side = getattr(transform, "draft", None)
-            if side:
-                image.draft("RGB", (side, side))
+            size_in_file = image.size
+            if hasattr(transform, "draft"):
+                image.draft("RGB", transform.draft(*size_in_file))
             with MEMORY.decoding(memory_of(image)):
-                pixels = transform(decode(image, max_pixels))
-                del image  # free before others may take as much
-            return LoadedImage(ref, digest, pixels, note=note)
+                picture = decode(image, max_pixels)
+                size_upright = _turned(size_in_file, picture.size)
+                pixels = transform(picture)
+                del image, picture  # free before others may take as much
+            return LoadedImage(ref, digest, pixels, note=note, size=size_upright)
 
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
@@ -171,9 +176,18 @@ def _load_picture(
         with _PICTURES:
             picture = decode(content, max_pixels)
         digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
-        pixels = None if digest in known else transform(picture)
+        if digest in known:
+            return LoadedImage(ref, digest)
+        pixels = transform(picture)
+        size = picture.size
         del picture
-    return LoadedImage(ref, digest, pixels)
+    return LoadedImage(ref, digest, pixels, size=size)
+
+
+def _turned(size: tuple[int, int], upright: tuple[int, int]) -> tuple[int, int]:
+    """A picture's size in its file, turned as the upright picture is, which may be smaller."""
+    lies = (size[0] > size[1]) == (upright[0] > upright[1])
+    return size if lies else (size[1], size[0])
 
 
 def _digest(*parts: bytes) -> bytes:

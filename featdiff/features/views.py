@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ CELL = 32
 LEAST_CELLS = 2
 #: A rectangle has at most this share of the input's area: a very thin picture must not cost much more than others.
 LARGEST = 1.25
+#: A large JPEG is decoded at a half, a quarter or an eighth of its size, if that is at least so many times the input's.
+REDUCED = 3
 
 
 def check_view(view: object, size: object, own: bool = False) -> None:
@@ -114,12 +116,45 @@ class Rectangle:
         self.area = height * width
         self._squashes: dict[tuple[int, int], Transform] = {}
 
+    def draft(self, width: int, height: int) -> tuple[int, int]:
+        """The least width and height at which a JPEG of this size may be decoded."""
+        return _least(rectangle(width, height, self.area))
+
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB picture -> (3, H, W) tensor."""
         size = rectangle(*picture.size, self.area)
         if size not in self._squashes:
             self._squashes[size] = _timm_transform(_squashed(self.config) | {"input_size": (3, *size)})
         return self._squashes[size](picture)
+
+
+class Squash:
+    """Preprocessing that shows the whole picture at one size, whatever its shape.
+
+    Parameters
+    ----------
+    config : mapping
+        As timm's, with ``crop_mode="squash"``.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        _, *size = config["input_size"]
+        self._least = _least(size)
+        self._then = _timm_transform(config)
+
+    def draft(self, width: int, height: int) -> tuple[int, int]:
+        """The least width and height at which a JPEG of this size may be decoded."""
+        return self._least
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """RGB picture -> (3, H, W) tensor."""
+        return self._then(picture)
+
+
+def _least(size: Sequence[int]) -> tuple[int, int]:
+    """Height and width of an input -> the least width and height from which it is made."""
+    height, width = size
+    return REDUCED * width, REDUCED * height
 
 
 def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: str) -> dict[str, Any]:
@@ -163,7 +198,8 @@ def _squashed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_transform(config: Mapping[str, Any]) -> Transform:
     """Preprocessing as a function: RGB picture -> (3, H, W) tensor."""
-    return Rectangle(config) if config["crop_mode"] == "rectangle" else _timm_transform(config)
+    kinds = {"rectangle": Rectangle, "squash": Squash, "crop": _timm_transform}
+    return kinds[view_of(config)](config)
 
 
 def _timm_transform(config: Mapping[str, Any]) -> Transform:
