@@ -24,7 +24,7 @@ from torch import Tensor
 from ..exceptions import UnreadableImage, UsageError, one_line
 from ..runtime.cpus import available_cpus
 from .datasets import is_image, is_map_style, iter_refs
-from .decoding import MAX_PIXELS, Transform, decode, open_image
+from .decoding import MAX_PIXELS, Transform, decode, open_image, reduce
 from .formats import memory_of, note_on_pages
 from .limits import MAX_BYTES, MEMORY, check_bytes
 from .memory import is_file_content
@@ -119,8 +119,9 @@ def load(
     ----------
     ref : ImageRef
     transform : callable
-        PIL image -> (3, H, W). If it has a method ``draft(width, height)``, a large JPEG of that size is decoded at a
-        smaller one, which is at least as large as the width and height that are returned.
+        PIL image -> (3, H, W). If it has a method ``draft`` (width, height of an upright picture -> the least width and
+        height that it needs), a large JPEG may be decoded at reduced size. Then its second argument is the place of the
+        whole picture in the decoded one: (left, top, right, bottom) in pixels and their fractions.
     max_pixels : int, default 89,478,485
         Larger pictures are refused.
     known : container of bytes, default ()
@@ -134,10 +135,10 @@ def load(
     """
     digest = b""
     try:
-        size = ref.bytes_to_read()
-        check_bytes(size, max_bytes)
-        with MEMORY.reading(size or 0):
-            content = ref.read_within(max_bytes) if size is None else ref.read()
+        length = ref.bytes_to_read()
+        check_bytes(length, max_bytes)
+        with MEMORY.reading(length or 0):
+            content = ref.read_within(max_bytes) if length is None else ref.read()
             if isinstance(content, Image.Image):
                 return _load_picture(ref, content, transform, max_pixels, known)
 
@@ -146,15 +147,14 @@ def load(
                 return LoadedImage(ref, digest)
             image = open_image(content, max_pixels)
             note = note_on_pages(content, image)
-            size_in_file = image.size
-            if hasattr(transform, "draft"):
-                image.draft("RGB", transform.draft(*size_in_file))
-            with MEMORY.decoding(memory_of(image)):
+            in_file = image.width * image.height
+            reduced = reduce(image, transform.draft) if hasattr(transform, "draft") else None
+            with MEMORY.decoding(memory_of(image, in_file)):
                 picture = decode(image, max_pixels)
-                size_upright = _turned(size_in_file, picture.size)
-                pixels = transform(picture)
+                size = reduced.size if reduced else picture.size
+                pixels = transform(picture, reduced.box) if reduced else transform(picture)
                 del image, picture  # free before others may take as much
-            return LoadedImage(ref, digest, pixels, note=note, size=size_upright)
+            return LoadedImage(ref, digest, pixels, note=note, size=size)
 
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
@@ -171,8 +171,8 @@ def _load_picture(
 ) -> LoadedImage:
     """A picture that was open already."""
     with _PICTURES:
-        size = memory_of(content)
-    with MEMORY.decoding(size):
+        need = memory_of(content)
+    with MEMORY.decoding(need):
         with _PICTURES:
             picture = decode(content, max_pixels)
         digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
@@ -182,12 +182,6 @@ def _load_picture(
         size = picture.size
         del picture
     return LoadedImage(ref, digest, pixels, size=size)
-
-
-def _turned(size: tuple[int, int], upright: tuple[int, int]) -> tuple[int, int]:
-    """A picture's size in its file, turned as the upright picture is, which may be smaller."""
-    lies = (size[0] > size[1]) == (upright[0] > upright[1])
-    return size if lies else (size[1], size[0])
 
 
 def _digest(*parts: bytes) -> bytes:

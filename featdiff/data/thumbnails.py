@@ -61,7 +61,7 @@ class _Shrink:
     def draft(self, width: int, height: int) -> tuple[int, int]:
         return self.side, self.side
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def __call__(self, picture: Image.Image, box: object = None) -> Tensor:  # a fraction of a pixel is not seen
         small = picture.copy()
         small.thumbnail((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=2.0)
         return torch.from_numpy(np.array(small))

@@ -139,9 +139,9 @@ class _Keeping:
         if hasattr(then, "draft"):  # so that the network sees what it sees when it scores
             self.draft = then.draft
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def __call__(self, picture: Image.Image, *place: object) -> Tensor:
         self.small = shrunk(picture, PICTURE_SIDE)
-        return self.then(picture)
+        return self.then(picture, *place)
 
 
 @dataclass(frozen=True)
