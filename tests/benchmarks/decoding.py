@@ -30,9 +30,7 @@ from featdiff.runtime.allocator import keep_freed_memory
 AREA = 12_000_000
 # Pixels that a patch of texture is wide, and its standard deviation as a share of the brightness.
 TEXTURE = {4: 0.08, 16: 0.08}
-# Standard deviation in grey levels, of 255.
-GRAIN = 5
-# Noise is drawn once, a little larger than any photograph, which takes a part of it.
+# Noise is drawn once, of the size of the longest photograph, and each takes a part of it.
 NOISE = 6000
 QUALITY = 92
 # A line after so many photographs.
@@ -40,37 +38,47 @@ REPORTED = 50
 
 
 class Camera:
-    """Makes photographs of 12 megapixels."""
+    """Makes photographs of 12 megapixels, and of at most 6,000 pixels a side.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    grain : float
+        Standard deviation of the noise of single pixels, in grey levels of 255.
+    """
+
+    def __init__(self, grain: float) -> None:
         self._draws = np.random.default_rng(0)
-        self._grain = self._draws.normal(0, GRAIN, (NOISE, NOISE)).round().astype(np.int8)
-        texture = np.zeros((NOISE, NOISE), np.float16)
+        self._grain = self._draws.normal(0, grain, (NOISE, NOISE)).round().astype(np.int16)
+        texture = np.zeros((NOISE, NOISE), np.float32)
         for size, share in TEXTURE.items():
-            patches = self._draws.normal(0, share, (NOISE // size, NOISE // size)).astype(np.float16)
-            texture += np.kron(patches, np.ones((size, size), np.float16))
-        self._texture = texture
+            patches = self._draws.normal(0, share, (NOISE // size, NOISE // size)).astype(np.float32)
+            texture += patches.repeat(size, 0).repeat(size, 1)
+        self._texture = (texture * 256).round().clip(-127, 127).astype(np.int16)  # in whole numbers, which are fast
 
     def __call__(self, picture: Image.Image) -> bytes:
         """A picture of any size -> a JPEG file."""
-        scale = (AREA / (picture.width * picture.height)) ** 0.5
+        scale = min((AREA / (picture.width * picture.height)) ** 0.5, NOISE / max(picture.size))
         width = round(picture.width * scale)
         height = round(picture.height * scale)
-        large = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+        large = picture.resize((width, height), Image.Resampling.BICUBIC)
 
         top = self._draws.integers(NOISE - height + 1)
         left = self._draws.integers(NOISE - width + 1)
-        part = np.s_[top : top + height, left : left + width, None]
-        values = large + large * self._texture[part] + self._grain[part]
+        part = np.s_[top : top + height, left : left + width]
+        bands = []
+        for band in large.split():
+            values = np.asarray(band).astype(np.int16)
+            values = values + (values * self._texture[part] >> 8) + self._grain[part]
+            bands.append(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
 
         stream = io.BytesIO()
-        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=QUALITY)
+        Image.merge("RGB", bands).save(stream, "JPEG", quality=QUALITY)
         return stream.getvalue()
 
 
-def photographs(refs: Sequence[ImageRef]) -> Iterator[bytes]:
+def photographs(refs: Sequence[ImageRef], grain: float) -> Iterator[bytes]:
     """One of each picture."""
-    camera = Camera()
+    camera = Camera(grain)
     for ref in refs:
         with Image.open(io.BytesIO(ref.read())) as picture:
             yield camera(picture.convert("RGB"))
@@ -95,7 +103,9 @@ def decoded(photograph: bytes, transform: Transform) -> Tensor:
     return pixels[None]
 
 
-def report(detector: Detector, rows: dict[str, list[Tensor]], seconds: dict[str, list[float]]) -> None:
+def report(
+    megabytes: float, detector: Detector, rows: dict[str, list[Tensor]], seconds: dict[str, list[float]]
+) -> None:
     """What was found so far."""
     before, after = (detector.score_features(torch.cat(rows[name])) for name in ("whole", "reduced"))
     change = np.abs(after - before)
@@ -105,7 +115,7 @@ def report(detector: Detector, rows: dict[str, list[Tensor]], seconds: dict[str,
     decoding = ms["reduced"] / ms["whole"]
     in_all = (ms["reduced"] + ms["pass"]) / (ms["whole"] + ms["pass"])
 
-    print(f"| photographs | {len(before):,} |")
+    print(f"| photographs, MB each | {len(before):,}, {megabytes:.1f} |")
     print("| ms whole, reduced, backbone | " + " | ".join(f"{ms[name]:.0f}" for name in ("whole", "reduced", "pass")))
     print(f"| ratio, decoding; with the backbone | {decoding:.2f} x; {in_all:.2f} x |")
     print(f"| change of a score: mean, mean size | {(after - before).mean():+.4f}, {change.mean():.4f} |")
@@ -118,14 +128,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1000, help="how many photographs [1000]; the others are to train")
+    parser.add_argument("--grain", type=float, default=3, help="noise of single pixels, in grey levels [3]")
     arguments = parser.parse_args()
     keep_freed_memory()  # as the command line does
     torch.set_num_threads(1)
 
-    refs = [
-        *list_images(arguments.data / "flowers.zip" / "test"),
-        *list_images(arguments.data / "flowers.zip" / "train"),
-    ]
+    pictures = arguments.data / "flowers.zip"
+    refs = [*list_images(pictures / "train"), *list_images(pictures / "test")]
     np.random.default_rng(0).shuffle(refs)  # type: ignore[arg-type]
     detector = Detector(engine="torch").fit(refs[arguments.images :])
     extractor = detector.extractor_
@@ -133,7 +142,9 @@ def main() -> None:
     rows: dict[str, list[Tensor]] = {name: [] for name in transforms}
     seconds: dict[str, list[float]] = {name: [] for name in (*transforms, "pass")}
 
-    for number, photograph in enumerate(photographs(refs[: arguments.images]), 1):
+    size = 0
+    for number, photograph in enumerate(photographs(refs[: arguments.images], arguments.grain), 1):
+        size += len(photograph)
         for name, transform in transforms.items():
             pixels, taken = timed(decoded, photograph, transform)
             seconds[name].append(taken)
@@ -141,7 +152,7 @@ def main() -> None:
             seconds["pass"].append(taken)
             rows[name].append(features)
         if number % REPORTED == 0 or number == arguments.images:
-            report(detector, rows, seconds)
+            report(size / number / 1e6, detector, rows, seconds)
 
 
 if __name__ == "__main__":
