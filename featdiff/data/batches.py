@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..exceptions import UnreadableImage, UsageError, one_line
 from ..runtime.cpus import available_cpus
+from ..runtime.waiting import WAITED
 from .datasets import is_image, is_map_style, iter_refs
 from .decoding import MAX_PIXELS, Transform, decode, open_image, reduce
 from .formats import memory_of, note_on_pages
@@ -232,19 +233,25 @@ def iter_loaded(
 
             while len(pending) >= ahead or (waiting > _WAITING and pending):
                 future, size = pending.popleft()
-                yield future.result()
+                yield _awaited(future)
                 waiting -= size
 
         while pending:
-            yield pending.popleft()[0].result()
+            yield _awaited(pending.popleft()[0])
     finally:  # also on Ctrl-C and when the caller stops early
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _awaited(future: Future[LoadedImage]) -> LoadedImage:
+    with WAITED.running():
+        return future.result()
 
 
 def _in_order(ref: ImageRef, max_bytes: int) -> ImageRef:
     """Read on the calling thread: datasets, and archives that can only be read front to back, are read in order."""
     try:
-        return ref.held(max_bytes)
+        with WAITED.running():
+            return ref.held(max_bytes)
     except UnreadableImage as error:
         return MissingRef(ref.path, str(error))
     except MemoryError:
