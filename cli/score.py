@@ -325,6 +325,8 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     bad += f", {counts.failed:,} failed" if counts.failed else ""
     what = work.what.removesuffix("s") if counts.rows == 1 else work.what
     say(f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+    if waited := bars.waited("scoring"):
+        say(waited, quiet)
 
     if counts.known and not work.excluded:
         say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)

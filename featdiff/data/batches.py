@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..exceptions import UnreadableImage, UsageError, one_line
 from ..runtime.cpus import available_cpus
+from ..runtime.waiting import WAITED
 from .datasets import is_image, is_map_style, iter_refs
-from .decoding import MAX_PIXELS, Transform, decode, open_image
+from .decoding import MAX_PIXELS, Transform, decode, open_image, reduce
 from .formats import memory_of, note_on_pages
 from .limits import MAX_BYTES, MEMORY, check_bytes
 from .memory import is_file_content
@@ -56,6 +57,8 @@ class LoadedImage:
         Why it is unreadable; empty if it is not.
     note : str
         What is to be told of a readable image, such as that it is one page of several.
+    size : (int, int)
+        Width and height of the upright picture, as it is in the file; (0, 0) if it was not decoded.
     """
 
     ref: ImageRef
@@ -63,6 +66,7 @@ class LoadedImage:
     pixels: Tensor | None = None
     reason: str = ""
     note: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def load(
     ----------
     ref : ImageRef
     transform : callable
-        PIL image -> (3, H, W). If it has an attribute ``draft``, a large JPEG is decoded at a smaller size, whose sides
-        are at least that many pixels.
+        PIL image -> (3, H, W). If it has a method ``draft`` (width, height of an upright picture -> the least width and
+        height that it needs), a large JPEG may be decoded at reduced size. Then its second argument is the place of the
+        whole picture in the decoded one: (left, top, right, bottom) in pixels and their fractions.
     max_pixels : int, default 89,478,485
         Larger pictures are refused.
     known : container of bytes, default ()
@@ -131,10 +136,10 @@ def load(
     """
     digest = b""
     try:
-        size = ref.bytes_to_read()
-        check_bytes(size, max_bytes)
-        with MEMORY.reading(size or 0):
-            content = ref.read_within(max_bytes) if size is None else ref.read()
+        length = ref.bytes_to_read()
+        check_bytes(length, max_bytes)
+        with MEMORY.reading(length or 0):
+            content = ref.read_within(max_bytes) if length is None else ref.read()
             if isinstance(content, Image.Image):
                 return _load_picture(ref, content, transform, max_pixels, known)
 
@@ -143,13 +148,14 @@ def load(
                 return LoadedImage(ref, digest)
             image = open_image(content, max_pixels)
             note = note_on_pages(content, image)
-            side = getattr(transform, "draft", None)
-            if side:
-                image.draft("RGB", (side, side))
-            with MEMORY.decoding(memory_of(image)):
-                pixels = transform(decode(image, max_pixels))
-                del image  # free before others may take as much
-            return LoadedImage(ref, digest, pixels, note=note)
+            in_file = image.width * image.height
+            reduced = reduce(image, transform.draft) if hasattr(transform, "draft") else None
+            with MEMORY.decoding(memory_of(image, in_file)):
+                picture = decode(image, max_pixels)
+                size = reduced.size if reduced else picture.size
+                pixels = transform(picture, reduced.box) if reduced else transform(picture)
+                del image, picture  # free before others may take as much
+            return LoadedImage(ref, digest, pixels, note=note, size=size)
 
     except UnreadableImage as error:
         return LoadedImage(ref, digest, reason=str(error))
@@ -166,14 +172,17 @@ def _load_picture(
 ) -> LoadedImage:
     """A picture that was open already."""
     with _PICTURES:
-        size = memory_of(content)
-    with MEMORY.decoding(size):
+        need = memory_of(content)
+    with MEMORY.decoding(need):
         with _PICTURES:
             picture = decode(content, max_pixels)
         digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
-        pixels = None if digest in known else transform(picture)
+        if digest in known:
+            return LoadedImage(ref, digest)
+        pixels = transform(picture)
+        size = picture.size
         del picture
-    return LoadedImage(ref, digest, pixels)
+    return LoadedImage(ref, digest, pixels, size=size)
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -224,19 +233,25 @@ def iter_loaded(
 
             while len(pending) >= ahead or (waiting > _WAITING and pending):
                 future, size = pending.popleft()
-                yield future.result()
+                yield _awaited(future)
                 waiting -= size
 
         while pending:
-            yield pending.popleft()[0].result()
+            yield _awaited(pending.popleft()[0])
     finally:  # also on Ctrl-C and when the caller stops early
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _awaited(future: Future[LoadedImage]) -> LoadedImage:
+    with WAITED.running():
+        return future.result()
 
 
 def _in_order(ref: ImageRef, max_bytes: int) -> ImageRef:
     """Read on the calling thread: datasets, and archives that can only be read front to back, are read in order."""
     try:
-        return ref.held(max_bytes)
+        with WAITED.running():
+            return ref.held(max_bytes)
     except UnreadableImage as error:
         return MissingRef(ref.path, str(error))
     except MemoryError:

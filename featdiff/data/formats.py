@@ -94,13 +94,15 @@ _PROGRESSIVE = 6
 _CONVERTING = 24_000_000
 
 
-def memory_of(image: Image.Image) -> int:
+def memory_of(image: Image.Image, in_file: int = 0) -> int:
     """How many bytes :func:`featdiff.data.decoding.decode` takes for a picture at most, told by its header.
 
     Parameters
     ----------
     image : PIL image
         Opened; decoded or not.
+    in_file : int, default 0
+        Pixels in the file, if it is to be decoded at reduced size.
 
     Returns
     -------
@@ -111,6 +113,7 @@ def memory_of(image: Image.Image) -> int:
     working = _WORKING.get(image.format or "", 0)
     if image.info.get("progressive"):  # a JPEG whose coefficients are all held
         working = _PROGRESSIVE
+    working *= max(pixels, in_file)
 
     copies = 0
     extra = 0
@@ -119,7 +122,7 @@ def memory_of(image: Image.Image) -> int:
         extra = min(_CONVERTING, _USUAL_PIXEL**2 * pixels)
     if _is_turned(image):
         copies += _USUAL_PIXEL
-    return pixels * (source + max(working, copies)) + extra
+    return pixels * source + max(working, pixels * copies) + extra
 
 
 def _is_turned(image: Image.Image) -> bool:

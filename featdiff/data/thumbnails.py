@@ -56,9 +56,12 @@ class _Shrink:
     """A transform, in the sense of :mod:`featdiff.data.batches`: RGB picture -> a small one, (H, W, 3) uint8."""
 
     def __init__(self, side: int) -> None:
-        self.draft = side
+        self.side = side
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def draft(self, width: int, height: int) -> tuple[int, int]:
+        return self.side, self.side
+
+    def __call__(self, picture: Image.Image, box: object = None) -> Tensor:  # a fraction of a pixel is not seen
         small = picture.copy()
-        small.thumbnail((self.draft, self.draft), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        small.thumbnail((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=2.0)
         return torch.from_numpy(np.array(small))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.batches import Batch, LoadedImage, batches_from_stream, is_loader, iter_batches, load
+from ..data.decoding import Transform
 from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
 from ..features.extraction import FeatureBatch
@@ -129,6 +130,20 @@ class _Original:
     size: tuple[int, int]
 
 
+class _Keeping:
+    """A transform that keeps a small copy of the picture."""
+
+    def __init__(self, then: Transform) -> None:
+        self.then = then
+        self.small: Image.Image | None = None
+        if hasattr(then, "draft"):  # so that the network sees what it sees when it scores
+            self.draft = then.draft
+
+    def __call__(self, picture: Image.Image, *place: object) -> Tensor:
+        self.small = shrunk(picture, PICTURE_SIDE)
+        return self.then(picture, *place)
+
+
 @dataclass(frozen=True)
 class _Heat:
     """A map over the network's input (h, w), and what its values mean."""
@@ -165,15 +180,10 @@ class _Explainer:
 
     def _load(self, ref: ImageRef) -> LoadedImage:
         """Decode once for both the network and people."""
-        originals: list[_Original] = []
-
-        def transform(picture: Image.Image) -> Tensor:
-            originals.append(_Original(shrunk(picture, PICTURE_SIDE), picture.size))
-            return self.detector.extractor_.transform(picture)
-
         settings = self.detector.settings
-        loaded = load(ref, transform, settings.max_pixels, max_bytes=settings.max_bytes)
-        self._originals.append(originals[0] if originals else None)
+        keep = _Keeping(self.detector.extractor_.transform)
+        loaded = load(ref, keep, settings.max_pixels, max_bytes=settings.max_bytes)
+        self._originals.append(_Original(keep.small, loaded.size) if keep.small else None)
         return loaded
 
     def _explain(self, batches: Iterator[Batch], total: int, progress: Progress | None) -> Iterator[Explanation]:

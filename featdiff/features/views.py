@@ -27,6 +27,11 @@ CELL = 32
 LEAST_CELLS = 2
 #: A rectangle has at most this share of the input's area: a very thin picture must not cost much more than others.
 LARGEST = 1.25
+#: A large JPEG is decoded at a half, a quarter or an eighth of its size, if that is at least so many times the input's
+#: size: 3.5 times lets photographs of 12 megapixels be decoded at a quarter for an input of 224 pixels.
+REDUCED = 3.5
+#: And if it has at least so many pixels a side: explanations show it to people.
+SHOWN = 512
 
 
 def check_view(view: object, size: object, own: bool = False) -> None:
@@ -43,7 +48,7 @@ def check_view(view: object, size: object, own: bool = False) -> None:
             raise UsageError(problem, argument=name)
 
 
-def rectangle(width: int, height: int, area: float) -> tuple[int, int]:
+def rectangle(width: float, height: float, area: float) -> tuple[int, int]:
     """The rectangle for a picture: about as large as the input, in about the picture's shape.
 
     Its sides are multiples of 32 pixels, at least 64. Of all rectangles with at most 1.25 x ``area`` it is the one with
@@ -51,7 +56,7 @@ def rectangle(width: int, height: int, area: float) -> tuple[int, int]:
 
     Parameters
     ----------
-    width, height : int
+    width, height : float
         Of the picture, in pixels.
     area : float
         Of the input in pixels, at least 64^2.
@@ -93,7 +98,51 @@ def most_cells(area: float) -> int:
     return max(int(LARGEST * area / LEAST_CELLS), LEAST_CELLS)
 
 
-class Rectangle:
+class _Whole:
+    """Preprocessing that shows the whole picture; large JPEGs may be decoded at reduced size.
+
+    Parameters
+    ----------
+    config : mapping
+        As timm's.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        self._squashes: dict[tuple[int, int], Transform] = {}
+
+    def size(self, width: float, height: float) -> tuple[int, int]:
+        """Height and width of what is made of a picture of this width and height."""
+        raise NotImplementedError
+
+    def draft(self, width: int, height: int) -> tuple[int, int]:
+        """The least width and height at which a picture of this width and height may be decoded."""
+        rows, columns = self.size(width, height)
+        return max(SHOWN, math.ceil(REDUCED * columns)), max(SHOWN, math.ceil(REDUCED * rows))
+
+    def __call__(self, picture: Image.Image, box: tuple[float, float, float, float] | None = None) -> Tensor:
+        """RGB picture -> (3, H, W) tensor.
+
+        Parameters
+        ----------
+        picture : PIL image
+        box : (left, top, right, bottom), optional
+            Of a picture decoded at reduced size: where in it the whole lies, see
+            :class:`featdiff.data.decoding.Reduced`.
+        """
+        if box is None:
+            size = self.size(*picture.size)
+        else:
+            left, top, right, bottom = box
+            size = self.size(right - left, bottom - top)
+            picture = picture.resize(size[::-1], _resampling(self.config), box)
+
+        if size not in self._squashes:
+            self._squashes[size] = _timm_transform(_squashed(self.config) | {"input_size": (3, *size)})
+        return self._squashes[size](picture)
+
+
+class Rectangle(_Whole):
     """Preprocessing that shows the whole picture, as a rectangle of nearly its shape; see :func:`rectangle`.
 
     Parameters
@@ -109,17 +158,32 @@ class Rectangle:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = dict(config)
+        super().__init__(config)
         _, height, width = config["input_size"]
         self.area = height * width
-        self._squashes: dict[tuple[int, int], Transform] = {}
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> (3, H, W) tensor."""
-        size = rectangle(*picture.size, self.area)
-        if size not in self._squashes:
-            self._squashes[size] = _timm_transform(_squashed(self.config) | {"input_size": (3, *size)})
-        return self._squashes[size](picture)
+    def size(self, width: float, height: float) -> tuple[int, int]:
+        """Height and width of what is made of a picture of this width and height."""
+        return rectangle(width, height, self.area)
+
+
+class Squash(_Whole):
+    """Preprocessing that shows the whole picture at one size, whatever its shape.
+
+    Parameters
+    ----------
+    config : mapping
+        As timm's, with ``crop_mode="squash"``.
+    """
+
+    def size(self, width: float, height: float) -> tuple[int, int]:
+        """Height and width of what is made of any picture."""
+        _, rows, columns = self.config["input_size"]
+        return rows, columns
+
+
+def _resampling(config: Mapping[str, Any]) -> Image.Resampling:
+    return Image.Resampling[config["interpolation"].upper()]
 
 
 def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: str) -> dict[str, Any]:
@@ -163,7 +227,10 @@ def _squashed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_transform(config: Mapping[str, Any]) -> Transform:
     """Preprocessing as a function: RGB picture -> (3, H, W) tensor."""
-    return Rectangle(config) if config["crop_mode"] == "rectangle" else _timm_transform(config)
+    view = view_of(config)
+    if view == "crop":
+        return _timm_transform(config)
+    return Rectangle(config) if view == "rectangle" else Squash(config)
 
 
 def _timm_transform(config: Mapping[str, Any]) -> Transform:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import Result
 from rich.console import Console
 
+from featdiff.runtime.waiting import Stopwatch
 from featdiff_cli import progress
 from featdiff_cli.progress import Bars, Lines, starting
 from featdiff_cli.speech import say
@@ -98,6 +99,47 @@ def test_a_total_that_grows_is_no_new_round(clock: Clock) -> None:
         clock.now += 1
         bars("features", done, done)
     assert bars.counts == {"features": 70}
+
+
+# ---- waiting for images ----
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+    watch = Stopwatch()
+    monkeypatch.setattr(progress, "WAITED", watch)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waited", "share"), [(10, 2, "20%"), (100, 87.6, "88%"), (10, 1.9, ""), (9.9, 9.9, ""), (0, 0, "")]
+)
+def test_long_waiting_gets_a_word(clock: Clock, watch: Stopwatch, seconds: float, waited: float, share: str) -> None:
+    """What was waited before the bars begin, or in another stage, does not count."""
+    watch.seconds = 50
+    bars = Bars(quiet=True)
+    clock.now += 5
+    watch.seconds += 5
+    bars("reading", 1, 1)
+    for _ in range(2):
+        clock.now += seconds / 2
+        watch.seconds += waited / 2
+        bars("scoring", 1, 2)
+    word = f"for {share} of that time the backbone waited for images: smaller files or more CPUs help" if share else ""
+    assert bars.waited("scoring") == word
+    assert bars.waited("training") == ""
+
+
+def test_score_tells_of_waiting(
+    featdiff_cli: Cli, tiny_model: Path, few_images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = ("score", few_images, "-m", tiny_model, "-o", tmp_path / "a.csv")
+    assert "waited" not in featdiff_cli(*command).stderr  # too short
+    monkeypatch.setattr(progress, "_LONG", 0)
+    monkeypatch.setattr(progress, "_MUCH_WAITING", 0)
+    found = re.findall(r"^for (\d+)% of that time the backbone waited for images", featdiff_cli(*command).stderr, re.M)
+    assert len(found) == 1 and 0 < int(found[0]) <= 100
+    assert featdiff_cli(*command, "-q").stderr == ""
 
 
 # ---- in logs ----

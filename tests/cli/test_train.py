@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,18 @@ def quick(tmp_path: Path, seeded_backbone: Path) -> Path:
 
 
 # ---- the main path ----
+
+
+def test_waiting_for_images_is_told(
+    featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featdiff_cli import progress
+
+    monkeypatch.setattr(progress, "_LONG", 0)
+    monkeypatch.setattr(progress, "_MUCH_WAITING", 0)
+    lines = featdiff_cli("train", photos, "--config", quick, "-o", tmp_path / "model").stderr.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("40 images; features"))
+    assert re.fullmatch(r"for \d+% of that time the backbone waited for images: smaller.*help", lines[place + 1])
 
 
 def test_folder_becomes_a_model(featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path) -> None:

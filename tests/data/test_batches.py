@@ -31,6 +31,7 @@ from featdiff.data import batches
 from featdiff.data.batches import Batch, LoadedImage, batches_from_loader, is_loader, iter_batches, iter_loaded, load
 from featdiff.data.references import HeldRef, ImageRef, MissingRef, TarMemberRef, list_images
 from featdiff.exceptions import UnreadableImage, UsageError
+from featdiff.runtime.waiting import Stopwatch
 
 # ---- load ----
 
@@ -191,6 +192,45 @@ def test_images_are_decoded_at_the_same_time() -> None:
         return to_tensor(image)
 
     assert [item.reason for item in iter_loaded(grey_refs(6), meet, workers=3)] == [""] * 6
+
+
+def test_the_time_that_is_waited_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller does with images is not; what is decoded meanwhile is not waited for."""
+    watch = Stopwatch()
+    monkeypatch.setattr(batches, "WAITED", watch)
+
+    def slow(picture: Image.Image) -> torch.Tensor:
+        time.sleep(0.1)
+        return to_tensor(picture)
+
+    for _ in iter_loaded(grey_refs(4), slow, workers=1):
+        pass
+    assert watch.seconds > 0.35
+
+    waited = watch.seconds
+    images = iter_loaded(grey_refs(4), slow, workers=4)
+    next(images)
+    waited = watch.seconds - waited
+    assert waited > 0.05
+    time.sleep(0.5)
+    before = watch.seconds
+    assert len(list(images)) == 3
+    assert watch.seconds - before < 0.1
+
+
+def test_reading_in_order_is_waited_for(compressed_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch()
+    monkeypatch.setattr(batches, "WAITED", watch)
+    held = TarMemberRef.held
+
+    def slow(self: TarMemberRef, max_bytes: int) -> ImageRef:
+        time.sleep(0.02)
+        return held(self, max_bytes)
+
+    monkeypatch.setattr(TarMemberRef, "held", slow)
+    refs = list_images(compressed_tar)
+    assert len(list(iter_loaded(refs, to_tensor))) == len(refs)
+    assert watch.seconds > 0.02 * len(refs)
 
 
 def test_there_are_as_many_threads_as_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

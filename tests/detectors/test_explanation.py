@@ -382,6 +382,10 @@ def test_sentences_say_where() -> None:
 # ---- the heat map of an explanation ----
 
 
+#: EXIF orientation -> how an upright picture is stored.
+TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
 class RedExtractor(FeatureExtractor):
     """An extractor for which a place is as strange as it is red."""
 
@@ -441,6 +445,32 @@ def test_a_red_square_is_hot_where_it_is(
     assert ("did not see" in " ".join(found.reasons)) == (view == "crop")
     alone = sees_red[view].explain(picture)
     np.testing.assert_array_equal(alone.heat, found.heat)
+
+
+@pytest.mark.parametrize("view", ["whole", "squash", "crop"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_red_square_of_a_large_jpeg_is_hot_where_it_is(
+    sees_red: dict[str, SeesRed], tmp_path: Path, view: str, orientation: int
+) -> None:
+    """Decoded at a quarter, but for crops; the score is that of scoring."""
+    picture = Image.new("RGB", (2402, 2101), (90, 90, 90))
+    picture.paste((255, 0, 0), (1300, 600, 1700, 1000))
+    stored = picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    stored.save(tmp_path / "large.jpg", exif=tags)
+
+    found = sees_red[view].explain(str(tmp_path / "large.jpg"))
+    assert found.size == (2402, 2101)
+    assert found.picture is not None and found.heat is not None and found.picture.size == (512, 448)
+    rows, columns = np.nonzero(found.heat > 0.5)
+    assert abs(columns.mean() * 2402 / 512 - 1500) < 50
+    assert abs(rows.mean() * 2101 / 448 - 800) < 50
+    red = np.nonzero(np.asarray(found.picture)[..., 1] < 45)
+    assert abs(red[1].mean() * 2402 / 512 - 1500) < 6
+    assert abs(red[0].mean() * 2101 / 448 - 800) < 6
+    scores = sees_red[view].score(str(tmp_path / "large.jpg"))
+    assert found.ood_score == pytest.approx(float(scores.ood_score[0]), abs=1e-5)
 
 
 def test_a_detector_may_have_no_map(fitted: Detector, photos: Path) -> None:

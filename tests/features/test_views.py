@@ -9,14 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_files import encoded
 from PIL import Image
 from tiny_backbones import SWIN, SWIN_ARGS
 
 from featdiff import Detector
+from featdiff.data import batches
+from featdiff.data.decoding import decode, open_image, reduce
+from featdiff.data.references import HeldRef
 from featdiff.exceptions import UsageError
 from featdiff.features.backbones import Backbone, load_backbone
 from featdiff.features.extractor import FeatureExtractor
-from featdiff.features.views import in_words, most_cells, rectangle, settings_of, takes_any_size, view_of
+from featdiff.features.views import (
+    Rectangle,
+    Squash,
+    in_words,
+    make_transform,
+    most_cells,
+    rectangle,
+    settings_of,
+    takes_any_size,
+    view_of,
+)
 
 USUAL = [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16]
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -310,3 +324,97 @@ def test_saved_arguments_give_the_same_pixels_to_the_last_bit(options: dict[str,
 )
 def test_in_words(options: dict[str, Any], words: str) -> None:
     assert in_words(settings_of(load(**options).data_config)) == words
+
+
+# ---- large JPEGs ----
+
+CONFIG = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bicubic",
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+}
+RECTANGLE = {**CONFIG, "crop_mode": "rectangle"}
+CROP = {**CONFIG, "crop_mode": "center", "crop_pct": 0.875}
+
+
+@pytest.mark.parametrize(
+    ("config", "picture", "least"),
+    [
+        (RECTANGLE, (4000, 3000), (896, 672)),
+        (RECTANGLE, (3000, 4000), (672, 896)),
+        (RECTANGLE, (3000, 3000), (784, 784)),
+        (RECTANGLE, (900, 300), (1344, 512)),
+        (CONFIG, (4000, 3000), (784, 784)),
+        ({**CONFIG, "input_size": (3, 160, 320)}, (4000, 3000), (1120, 560)),
+        ({**CONFIG, "input_size": (3, 32, 64)}, (4000, 3000), (512, 512)),
+    ],
+)
+def test_what_is_needed_of_a_picture(config: dict[str, Any], picture: tuple[int, int], least: tuple[int, int]) -> None:
+    transform = make_transform(config)
+    assert isinstance(transform, Rectangle | Squash)
+    assert transform.draft(*picture) == least
+
+
+def test_a_crop_needs_the_whole_picture() -> None:
+    assert not hasattr(make_transform(CROP), "draft")
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((4000, 3000), (1000, 750)),
+        ((4032, 3024), (1008, 756)),
+        ((6000, 4000), (1500, 1000)),
+        ((3264, 2448), (1632, 1224)),
+        ((1600, 1200), (1600, 1200)),
+        ((8000, 6000), (1000, 750)),
+    ],
+)
+def test_what_photographs_are_decoded_at(size: tuple[int, int], decoded: tuple[int, int]) -> None:
+    """Of cameras, by their megapixels."""
+    image = open_image(encoded(Image.new("L", size), "JPEG"))
+    reduce(image, Rectangle(RECTANGLE).draft)
+    assert image.size == decoded
+
+
+@pytest.mark.parametrize(
+    ("config", "interpolation", "orientation"),
+    [(RECTANGLE, "bicubic", 1), (RECTANGLE, "bilinear", 6), (CONFIG, "bicubic", 8), (CONFIG, "lanczos", 3)],
+)
+def test_the_network_sees_nearly_the_same(config: dict[str, Any], interpolation: str, orientation: int) -> None:
+    """Within a grey level of 255, on average much less, at sides that no factor divides."""
+    transform = make_transform(config | {"interpolation": interpolation})
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    data = encoded(Image.fromarray(noise).resize((3803, 2851), Image.Resampling.BICUBIC), "JPEG", quality=92, exif=tags)
+
+    reduced = batches.load(HeldRef("x", data), transform).pixels
+    whole = batches.load(HeldRef("x", data), lambda picture: transform(picture)).pixels
+    assert reduced is not None and whole is not None and reduced.shape == whole.shape
+    levels = (reduced - whole).abs() * 127.5
+    assert 0 < levels.mean() < 0.25
+    assert levels.max() < 2.5
+
+
+def test_the_rectangle_is_that_of_the_picture_in_the_file() -> None:
+    """The reduced picture, whose sides are rounded, may have another; what the network sees must not jump."""
+    transform = Rectangle(RECTANGLE)
+    jumps = 0
+    for width in range(4001, 4800, 7):
+        expected = rectangle(width, 3001, 224 * 224)
+        jumps += rectangle(math.ceil(width / 8), math.ceil(3001 / 8), 224 * 224) != expected
+        picture = Image.new("RGB", (math.ceil(width / 8), math.ceil(3001 / 8)))
+        assert transform(picture, (0, 0, width / 8, 3001 / 8)).shape[1:] == expected
+    assert jumps > 0
+
+
+def test_small_jpegs_are_as_before() -> None:
+    transform = make_transform(RECTANGLE)
+    data = encoded(gradient(1500, 1100), "JPEG")
+    pixels = batches.load(HeldRef("x", data), transform).pixels
+    assert pixels is not None
+    assert torch.equal(pixels, transform(decode(data)))
