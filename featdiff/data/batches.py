@@ -14,12 +14,10 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..exceptions import UnreadableImage, UsageError, one_line
 from ..runtime.cpus import available_cpus
@@ -27,8 +25,11 @@ from .datasets import is_image, is_map_style, iter_refs
 from .decoding import MAX_PIXELS, Transform, decode, open_image
 from .formats import memory_of, note_on_pages
 from .limits import MAX_BYTES, MEMORY, check_bytes
-from .memory import is_file_content
-from .references import HeldRef, ImageRef, MissingRef
+from .memory import is_array, is_file_content, is_tensor
+from .references import HeldRef, ImageRef, MissingRef, list_images
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Pillow reads the file behind an open picture on first use, which two threads must not do at once.
 _PICTURES = threading.Lock()
@@ -51,7 +52,7 @@ class LoadedImage:
     digest : bytes
         A hash of its content, 16 bytes; empty when nothing could be read.
     pixels : Tensor, optional
-        (3, H, W). None if the image is unreadable, or if its digest was known.
+        (3, H, W); an array, if the transform gives arrays. None if the image is unreadable, or if its digest was known.
     reason : str
         Why it is unreadable; empty if it is not.
     note : str
@@ -72,6 +73,7 @@ class Stack:
     Attributes
     ----------
     pixels : Tensor of shape (B, C, H, W)
+        Or an array, if the transform gives arrays.
     positions : list of int
         Where in the batch these images stand, ascending.
     """
@@ -283,11 +285,11 @@ def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
     Batch
     """
     group: list[LoadedImage] = []
-    by_shape: dict[torch.Size, list[int]] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}
     decoded = 0
     for item in loaded:
         if item.pixels is not None:
-            by_shape.setdefault(item.pixels.shape, []).append(len(group))
+            by_shape.setdefault(tuple(item.pixels.shape), []).append(len(group))
             decoded += 1
         group.append(item)
 
@@ -301,23 +303,33 @@ def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
         yield _batch(group, by_shape, size)
 
 
-def _batch(group: list[LoadedImage], by_shape: Mapping[torch.Size, list[int]], size: int) -> Batch:
+def _batch(group: list[LoadedImage], by_shape: Mapping[tuple[int, ...], list[int]], size: int) -> Batch:
     """Images as a batch; ``group`` gives up their pixels, so that they are held once."""
     stacks = []
     for positions in by_shape.values():
         for start in range(0, len(positions), size):
             part = positions[start : start + size]
             images = [pixels for i in part if (pixels := group[i].pixels) is not None]
-            stacks.append(Stack(torch.stack(images), part))
+            stacks.append(Stack(_stacked(images), part))
             for i in part:
                 group[i] = replace(group[i], pixels=None)
     return Batch(group, stacks)
 
 
+def _stacked(images: list[Tensor]) -> Tensor:
+    """Images (C, H, W) -> (B, C, H, W); of arrays an array."""
+    if not is_tensor(images[0]):
+        arrays: Any = np.stack(images)
+        return arrays
+    import torch
+
+    return torch.stack(images)
+
+
 def is_loader(source: object) -> TypeGuard[Iterable[object]]:
     """Whether ``source`` yields ready batches or images (a DataLoader, a generator) rather than naming images."""
-    named = isinstance(source, str | os.PathLike | list | tuple | Mapping | np.ndarray | Tensor | Image.Image)
-    if named or is_file_content(source) or not hasattr(source, "__iter__"):
+    named = isinstance(source, str | os.PathLike | list | tuple | Mapping | Image.Image)
+    if named or is_array(source) or is_file_content(source) or not hasattr(source, "__iter__"):
         return False
     return not is_map_style(source) or _begins_with_batch(source)
 
@@ -340,17 +352,17 @@ def is_batch(item: object) -> bool:
 
 def _pixels_of(item: object) -> Tensor:
     """The images in an item of a loader (``UsageError`` if there are none)."""
-    pixels = item
+    pixels: Any = item
     if isinstance(item, Mapping):
         pixels = item.get("pixel_values")  # as Hugging Face's processors call it
     elif isinstance(item, tuple | list) and item:
         pixels = item[0]
 
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point():
+    if is_tensor(pixels) and pixels.ndim == 4 and pixels.is_floating_point():
         return pixels
 
     actual = type(item).__name__
-    if isinstance(pixels, Tensor):
+    if is_tensor(pixels):
         actual = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
     raise UsageError(
         "a loader must give preprocessed (B, C, H, W) float tensors, alone, first in a tuple, or as 'pixel_values', "
@@ -370,6 +382,45 @@ def peek_size(loader: Iterable[object]) -> tuple[Iterable[object], tuple[int, ..
             return whole, None
         return whole, tuple(_pixels_of(first).shape[1:])
     return (), None
+
+
+def read_batches(
+    images: object,
+    transform: Callable[[], Transform],
+    size: int,
+    known: Container[bytes] = (),
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[Iterator[Batch], int]:
+    """Decoded batches of whatever the user named.
+
+    Parameters
+    ----------
+    images : object
+        As for :func:`featdiff.data.references.list_images`, or a loader or generator, see :func:`batches_from_stream`.
+    transform : callable
+        Gives the transform; called only if there is something to prepare.
+    size : int
+        Images of a stack, at most.
+    known, workers, max_pixels, max_bytes
+        As for :func:`iter_loaded`.
+
+    Returns
+    -------
+    batches : iterator of Batch
+    total : int
+        How many images there are, 0 if unknown.
+    """
+
+    def prepare(refs: Iterable[ImageRef]) -> Iterator[Batch]:
+        loaded = iter_loaded(refs, transform(), workers, max_pixels, known, ahead=2 * size, max_bytes=max_bytes)
+        return iter_batches(loaded, size)
+
+    if is_loader(images):
+        return batches_from_stream(images, prepare, known), 0
+    refs = list_images(images)
+    return prepare(refs), len(refs)
 
 
 def batches_from_stream(

@@ -6,8 +6,6 @@ more crop mode: ``rectangle``.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.decoding import Transform
+from ..data.preprocessing import CELL, LEAST_CELLS, Preprocessing, most_cells, rectangle
 from ..exceptions import UsageError, did_you_mean
 from .hooks import channels_first, pool
 
 #: Views by name. ``whole`` is ``rectangle`` for networks that take any size, and ``squash`` for the others.
 VIEWS = ("whole", "rectangle", "squash", "crop")
-#: Sides of rectangles are multiples of it, in pixels: most networks shrink images by this factor.
-CELL = 32
-#: Cells that a side has at least: one is too few for networks with large kernels, and for exported files.
-LEAST_CELLS = 2
-#: A rectangle has at most this share of the input's area: a very thin picture must not cost much more than others.
-LARGEST = 1.25
 
 
 def check_view(view: object, size: object, own: bool = False) -> None:
@@ -43,83 +35,29 @@ def check_view(view: object, size: object, own: bool = False) -> None:
             raise UsageError(problem, argument=name)
 
 
-def rectangle(width: int, height: int, area: float) -> tuple[int, int]:
-    """The rectangle for a picture: about as large as the input, in about the picture's shape.
-
-    Its sides are multiples of 32 pixels, at least 64. Of all rectangles with at most 1.25 x ``area`` it is the one with
-    the least log(aspect / aspect of the picture)^2 + log(its area / ``area``)^2; of equal ones the smaller.
-
-    Parameters
-    ----------
-    width, height : int
-        Of the picture, in pixels.
-    area : float
-        Of the input in pixels, at least 64^2.
-
-    Returns
-    -------
-    height, width : int
-        In pixels.
-
-    Examples
-    --------
-    >>> rectangle(4000, 3000, 224 * 224)
-    (192, 256)
-    >>> rectangle(3000, 3000, 224 * 224)
-    (224, 224)
-    """
-    rows, columns = _nearest(width / height, area / CELL**2)
-    return rows * CELL, columns * CELL
-
-
-@functools.lru_cache(maxsize=10_000)
-def _nearest(aspect: float, area: float) -> tuple[int, int]:
-    """Rows and columns of cells for a picture of this aspect ratio, by :func:`rectangle`'s rule."""
-    best = (LEAST_CELLS, LEAST_CELLS)
-    least = (math.inf, 0)
-    for rows in range(LEAST_CELLS, most_cells(area) + 1):
-        for columns in range(LEAST_CELLS, int(LARGEST * area / rows) + 1):
-            stretch = math.log(columns / rows / aspect)
-            growth = math.log(rows * columns / area)
-            error = (round(stretch**2 + growth**2, 9), rows * columns)  # rounded: 2 : 3 must mirror 3 : 2
-            if error < least:
-                least = error
-                best = (rows, columns)
-    return best
-
-
-def most_cells(area: float) -> int:
-    """The most cells that a side of a rectangle may have, for an input of ``area`` cells."""
-    return max(int(LARGEST * area / LEAST_CELLS), LEAST_CELLS)
-
-
-class Rectangle:
-    """Preprocessing that shows the whole picture, as a rectangle of nearly its shape; see :func:`rectangle`.
+class PictureTransform:
+    """Preprocessing as a function: RGB picture -> (3, H, W) tensor.
 
     Parameters
     ----------
     config : mapping
-        As timm's, with ``crop_mode="rectangle"``. ``input_size`` says how large rectangles are.
+        As timm's; ``crop_mode`` may also be ``rectangle``, see
+        :class:`featdiff.data.preprocessing.Preprocessing`.
 
     Examples
     --------
     >>> config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    >>> Rectangle(config)(Image.new("RGB", (900, 300))).shape
+    >>> PictureTransform(config | {"crop_mode": "rectangle"})(Image.new("RGB", (900, 300))).shape
     torch.Size([3, 128, 384])
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
-        _, height, width = config["input_size"]
-        self.area = height * width
-        self._squashes: dict[tuple[int, int], Transform] = {}
+        self.prepare = Preprocessing(config)
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB picture -> (3, H, W) tensor."""
-        size = rectangle(*picture.size, self.area)
-        if size not in self._squashes:
-            self._squashes[size] = _timm_transform(_squashed(self.config) | {"input_size": (3, *size)})
-        return self._squashes[size](picture)
+        return torch.from_numpy(self.prepare(picture))
 
 
 def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: str) -> dict[str, Any]:
@@ -159,18 +97,6 @@ def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: s
 
 def _squashed(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) | {"crop_mode": "squash", "crop_pct": 1.0}
-
-
-def make_transform(config: Mapping[str, Any]) -> Transform:
-    """Preprocessing as a function: RGB picture -> (3, H, W) tensor."""
-    return Rectangle(config) if config["crop_mode"] == "rectangle" else _timm_transform(config)
-
-
-def _timm_transform(config: Mapping[str, Any]) -> Transform:
-    from timm.data import create_transform
-
-    transform: Transform = create_transform(**config, is_training=False)
-    return transform
 
 
 def view_of(config: Mapping[str, Any]) -> str:

@@ -13,10 +13,11 @@ from PIL import Image
 from tiny_backbones import SWIN, SWIN_ARGS
 
 from featdiff import Detector
+from featdiff.data.preprocessing import most_cells, rectangle
 from featdiff.exceptions import UsageError
 from featdiff.features.backbones import Backbone, load_backbone
 from featdiff.features.extractor import FeatureExtractor
-from featdiff.features.views import in_words, most_cells, rectangle, settings_of, takes_any_size, view_of
+from featdiff.features.views import in_words, settings_of, takes_any_size, view_of
 
 USUAL = [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16]
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
