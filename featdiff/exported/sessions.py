@@ -114,8 +114,9 @@ def _open_openvino(file: Path) -> tuple[Run, dict[str, str]]:
 
     core = openvino.Core()
     model = core.read_model(file)
-    metadata = model.get_rt_info().get("framework")
-    texts = {key: str(text.value) for key, text in metadata.value.items()} if metadata else {}
+    notes = model.get_rt_info()
+    metadata = notes["framework"] if "framework" in notes else {}
+    texts = {key: str(text.value) for key, text in metadata.items()}
 
     # in full precision: some processors would round to bfloat16 by default
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
