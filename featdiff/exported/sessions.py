@@ -114,8 +114,7 @@ def _open_openvino(file: Path) -> tuple[Run, dict[str, str]]:
 
     core = openvino.Core()
     model = core.read_model(file)
-    notes = model.get_rt_info()
-    metadata = notes["framework"] if "framework" in notes else {}
+    metadata = dict(model.get_rt_info().items()).get("framework", {})
     texts = {key: str(text.value) for key, text in metadata.items()}
 
     # in full precision: some processors would round to bfloat16 by default

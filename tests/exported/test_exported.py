@@ -175,9 +175,9 @@ def test_arrays_and_pictures_in_memory(tiny_detector: Detector, exported: Path, 
 
 
 def test_a_detector_with_a_local_score(decided_locally: None, tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"pretrained": False, "layers": "layer1,layer2", "size": SIDE, "local": True}
-    recipe = {"epochs": 1, "min_steps": 20}
-    detector = Detector("test_resnet", recipe=recipe, calibration=0.3, fpr=0.1, **arguments).fit(plates(60, seed=0))
+    view: dict[str, Any] = {"view": "squash", "size": SIDE, "pretrained": False, "layers": "layer1,layer2"}
+    settings: dict[str, Any] = {"local": True, "recipe": {"epochs": 1, "min_steps": 20}, "calibration": 0.3, "fpr": 0.1}
+    detector = Detector("test_resnet", **view, **settings).fit(plates(60, seed=0))
     assert detector.parts == ("global", "local")
     images = [*plates(4, seed=1), *plates(4, seed=2, defect=True)]
     given = ExportedDetector(written(detector, tmp_path)).score(images)
@@ -197,10 +197,15 @@ def test_what_it_is(tiny_detector: Detector, exported: Path) -> None:
 # ---- preprocessing of one's own, loaders ----
 
 
+def prepare(picture: Image.Image) -> torch.Tensor:
+    return to_tensor(picture.resize((32, 32)))
+
+
 @pytest.fixture(scope="module")
 def own(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path]:
     """A detector on somebody's own network, and its exported folder."""
-    detector = Detector(tiny_net(), **MODULE).fit(stack(sorted(map(str, sample_folders["train"].iterdir()))[:100]))
+    arguments = MODULE | {"transform": prepare}
+    detector = Detector(tiny_net(), **arguments).fit(stack(sorted(map(str, sample_folders["train"].iterdir()))[:100]))
     return detector, written(detector, tmp_path_factory.mktemp("own"))
 
 
@@ -210,7 +215,7 @@ def test_preprocessing_of_ones_own_must_be_given(own: tuple[Detector, Path], pic
     with pytest.raises(UsageError, match="preprocessing of its own.* give ready batches, or a function") as error:
         ExportedDetector(folder).score(images)
     assert error.value.argument == "transform"
-    for transform in (to_tensor, lambda picture: to_tensor(picture).numpy()):
+    for transform in (prepare, lambda picture: prepare(picture).numpy()):
         same(ExportedDetector(folder, transform=transform).score(images), detector.score(images))
 
 
@@ -337,20 +342,41 @@ def test_a_saved_model_comes_first(tiny_model: Path, exported: Path, tmp_path: P
 
 
 def test_flagged_images_end_with_exit_code_4(featdiff_cli: Cli, exported: Path, pictures: Path) -> None:
-    digit = sorted(pictures.glob("digit*"))[0]
-    assert featdiff_cli("score", digit, "-m", exported, "--fail-on-ood", "-q").exit_code == 4
+    scores = ExportedDetector(exported).score(pictures)
+    strange = scores.sorted()[0]
+    assert strange.is_ood
+    assert featdiff_cli("score", strange.path, "-m", exported, "--fail-on-ood", "-q").exit_code == 4
 
 
-def test_a_run_of_one_file_is_not_resumed_with_another(
-    featdiff_cli: Cli, exported: Path, changed: Callable[..., Path], pictures: Path, tmp_path: Path
+def test_an_interrupted_run_goes_on_with_the_same_file_only(
+    featdiff_cli: Cli,
+    exported: Path,
+    changed: Callable[..., Path],
+    few_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = changed(fpr=0.06)
-    identities = []
-    for model in (exported, exported / "model.onnx", other):
-        from featdiff_cli.score import _identity
+    whole, rows = tmp_path / "whole.csv", tmp_path / "rows.csv"
+    options = ("score", few_images, "--batch-size", 1, "-q", "-o")
+    assert featdiff_cli(*options, whole, "-m", exported).exit_code == 0
 
-        identities.append(_identity(str(model)))
-    assert identities[0] == identities[1] != identities[2]
+    judge = ExportedDetector._judge
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ExportedDetector,
+            "_judge",
+            lambda self, batch, fpr: judge(self, batch, fpr) if "d.png" not in batch.loaded[0].ref.path else stop(),
+        )
+        assert "; 3 rows are kept in " in featdiff_cli(*options, rows, "-m", exported).stderr
+
+    resumed = (*options, rows, "--resume", "-m")
+    fails(featdiff_cli(*resumed, changed(backbone="another")), 2, "another model (")
+    assert featdiff_cli(*resumed, exported / "model.onnx").exit_code == 0
+    assert rows.read_bytes() == whole.read_bytes()
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
