@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, is_loader, read_batches
+from ..data.batches import Batch
 from ..data.decoding import Transform
 from ..data.groups import Groups, label_images, numbered
+from ..data.loaders import is_loader, read_batches
 from ..data.splits import Plan, Split
 from ..exceptions import KnownImages, NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data.batches import Batch, read_batches
+from ..data.batches import Batch
 from ..data.decoding import MAX_PIXELS, Transform
 from ..data.limits import MAX_BYTES
+from ..data.loaders import read_batches
 from ..data.preprocessing import Preprocessing
 from ..exceptions import ModelError, UsageError
 from ..runtime.progress import Progress, shown

@@ -398,6 +398,22 @@ def test_options_that_need_the_saved_model(
     fails(featdiff_cli("score", pictures, "-m", exported, "-q", *options), 2, *words)
 
 
+def test_info(featdiff_cli: Cli, exported: Path) -> None:
+    result = featdiff_cli("info", exported)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = {line[:11].strip(): line[12:] for line in result.stdout.splitlines()}
+    size = (exported / "model.onnx").stat().st_size / 1e6
+    assert lines["exported"].startswith(f"{exported / 'model.onnx'} ({size:.1f} MB, format {FORMAT_VERSION}, ")
+    assert lines["runs in"].startswith("onnxruntime ")
+    assert lines["backbone"].startswith("test_resnet.r160_in1k, SHA-256 ")
+    assert lines["pictures"] == "rectangle, about 160 x 160 pixels"
+    assert lines["layers"] == "layer1, layer2, layer4" and lines["local score"] == "none"
+    assert lines["calibrated"] == "78 held-out images; fpr 0.05, possible from 0.013 up"
+
+    facts = json.loads(featdiff_cli("info", exported, "--json").stdout)
+    assert facts == ExportedDetector(exported).facts
+
+
 # ---- refusals ----
 
 
