@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def command(model: str, as_json: bool) -> None:
     """Show what the saved MODEL is; its files are checked, the backbone is not loaded.
 
-    The digest stands for all that its two files hold: compare it with the one that you were told. MODEL may also be what
-    featdiff export wrote.
+    The digest stands for all that its two files hold: compare it with the one that you were told.
+    MODEL may also be what featdiff export wrote.
 
     \b
     Example: featdiff info featdiff-model
