@@ -265,7 +265,8 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
             np.testing.assert_allclose(p, detector.calibration_.p_values(before[: len(part)]), rtol=1e-6)
             with torch.inference_mode():
                 np.testing.assert_allclose(logits, network(part).numpy(), rtol=1e-4, atol=1e-5)
-            same_scores(layers, detector.layer_scores(detector.extractor_(part))[1])
+            _, of_layers = detector.layer_scores(detector.extractor_(part))
+            np.testing.assert_allclose(layers, of_layers, atol=1e-3)  # those of an untrained network hardly spread
         assert metadata(kind, files[kind])["classes"] == names
     assert metadata("pt2", files["pt2"])["outputs"] == ["ood_score", "p_value", "logits", "layer_scores"]
     assert [agreement.problem for agreement in verify(guard, [*files.values()], iter([x]))] == ["", ""]
