@@ -100,6 +100,7 @@ def _open_onnxruntime(file: Path) -> tuple[Run, dict[str, str]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = thread_count()
     options.log_severity_level = 3  # errors are raised anyway
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take CPUs from decoding
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
