@@ -42,9 +42,11 @@ FOLDER = "featdiff-export"
 def command(model: str, output: Path, formats: str, images: tuple[str, ...], quiet: bool, **options: Any) -> int:
     """Write a saved model and its backbone as one file each for ONNX Runtime and for torch.export.
 
-    Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,) and p_value (B,) for any B, and for
-    every H and W that the model's pictures may have. Sizes, threshold, preprocessing and more are in their metadata.
-    Files are made on the CPU. Those of a hardened student also return its logits.
+    Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,), p_value (B,) and layer_scores (B, L)
+    for any B, and for every H and W that the model's pictures may have. Sizes, threshold, preprocessing and more are in
+    their metadata. Files are made on the CPU. Those of a hardened student also return its logits.
+
+    featdiff score IMAGES -m FOLDER scores with the ONNX file, without PyTorch.
 
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/
@@ -88,9 +90,14 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
 
 def _summary(facts: dict[str, Any], classes: tuple[str, ...], quiet: bool) -> None:
     """Inputs, outputs and threshold of the files."""
+    from featdiff.exported.layout import LAYER_SCORES, PART_SCORES
+
     outputs = "ood_score (B,), p_value (B,)"
     if classes:
         outputs += f", logits (B, {len(classes)})"
+    for name in (LAYER_SCORES, PART_SCORES):
+        if facts[name]:
+            outputs += f", {name} (B, {len(facts[name])})"
     side = facts["sizes"]["height"]
     if side["min"] < side["max"]:
         say(f"pixels (B, 3, H, W) -> {outputs}", quiet)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .exported import describe, open_exported
 from .options import MODEL_FOLDER
 from .speech import show
 
@@ -22,10 +23,17 @@ def command(model: str, as_json: bool) -> None:
     """Show what the saved MODEL is; its files are checked, the backbone is not loaded.
 
     The digest stands for all that its two files hold: compare it with the one that you were told.
+    MODEL may also be what featdiff export wrote.
 
     \b
     Example: featdiff info featdiff-model
     """
+    from featdiff.exported.layout import is_exported
+
+    if is_exported(model):
+        _show_exported(model, as_json)
+        return
+
     from featdiff.detectors.saved import check_config, saved_mode
     from featdiff.exceptions import ModelError
     from featdiff.files.model_folder import load, locate
@@ -45,6 +53,15 @@ def command(model: str, as_json: bool) -> None:
         raise ModelError(f"the model at {folder} is damaged: config.json: {type(error).__name__} {error}") from None
 
     for name, value in lines.items():
+        show(f"{name:<11} {value}")
+
+
+def _show_exported(model: str, as_json: bool) -> None:
+    detector = open_exported(model, {})
+    if as_json:
+        click.echo(json.dumps(detector.facts, indent=2))
+        return
+    for name, value in describe(detector).items():
         show(f"{name:<11} {value}")
 
 

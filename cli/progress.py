@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from featdiff.verdicts.calibration import Calibration
 
 # What is going on before there is anything to count.
-_LIBRARIES = "loading PyTorch and the backbone"
+_LIBRARIES = "loading libraries and the model"
 _BACKBONE = "loading the backbone"
 # Without a terminal: seconds until the first line, and between two lines, unless the environment says otherwise.
 _FIRST_LINE = 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .choice import Choice, choice_options
+from .exported import open_exported
 from .flagged import Flagged, flagged_options, open_flagged, undo
 from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import load_model, model_option, output_options, runtime_options, weights_option
@@ -91,6 +93,8 @@ def command(
     is_ood means p_value <= fpr: of images like those trained on, this share is flagged. A model with a local score adds
     p_value_global and p_value_local: of the picture as a whole, and of its strangest places.
 
+    -m may also be what featdiff export wrote: that needs no PyTorch, and starts several times faster.
+
     \b
     Example: featdiff score images/ --fpr 0.01 -o scores.csv
     Example: featdiff score images/ --top 20
@@ -100,6 +104,7 @@ def command(
     Example: featdiff score --features embeddings.npy -o scores.csv
     """
     from featdiff.exceptions import UsageError
+    from featdiff.exported.layout import is_exported
     from featdiff.report.rows import ReportRows
     from featdiff.runtime.allocator import keep_freed_memory
 
@@ -124,6 +129,9 @@ def command(
     if features:
         options |= {"figure": figure, "exclude_known": exclude_known}
         work = _vectors(features, images, model, fpr, options, bars)
+    elif is_exported(model):
+        options |= {"figure": figure, "exclude_known": exclude_known, "report": report}
+        work = _exported(images, model, fpr, options, bars)
     else:
         work = _images(images, model, fpr, options, figure, bars, exclude_known)
 
@@ -250,18 +258,13 @@ def _images(
     exclude_known: bool,
 ) -> Work:
     from featdiff import Detector
-    from featdiff.data.references import list_images
-    from featdiff.exceptions import UsageError
     from featdiff.verdicts.results import columns_of
 
-    if not images:
-        raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
+    _check_named(images)
     detector = load_model(model, options).detector
     rate = detector.fpr if fpr is None else fpr
     detector.calibration_.check(rate)
-    refs = list_images(list(images))
-    if not refs:
-        raise UsageError("there are no paths on standard input")
+    refs = _listed(images)
 
     return Work(
         len(refs),
@@ -283,8 +286,52 @@ def _images(
     )
 
 
+def _exported(images: tuple[str, ...], model: str, fpr: float | None, options: dict[str, Any], bars: Bars) -> Work:
+    """The same for an exported model, without PyTorch."""
+    from featdiff.verdicts.results import columns_of
+
+    _check_named(images)
+    detector = open_exported(model, options)
+    rate = detector.fpr if fpr is None else fpr
+    detector.calibration_.check(rate)
+    refs = _listed(images)
+
+    return Work(
+        len(refs),
+        lambda count: (ref.path for ref in refs[:count]),
+        lambda start: detector.iter_scores(refs[start:], fpr, bars),
+        columns_of(detector.layers, (), detector.parts),
+        rate,
+        "images",
+        {"max-pixels": detector.max_pixels, "max-bytes": detector.max_bytes},
+        Source(detector.calibration_),
+        refs=refs,
+    )
+
+
+def _check_named(images: tuple[str, ...]) -> None:
+    if not images:
+        raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
+
+
+def _listed(images: tuple[str, ...]) -> list[ImageRef]:
+    from featdiff.data.references import list_images
+    from featdiff.exceptions import UsageError
+
+    refs = list_images(list(images))
+    if not refs:
+        raise UsageError("there are no paths on standard input")
+    return refs
+
+
 def _identity(model: str) -> object:
-    """What tells this model from all others, from its config."""
+    """What tells this model from all others: of a saved one the digest in its config."""
+    from featdiff.exported.layout import is_exported, onnx_file
+
+    if is_exported(model):
+        with onnx_file(model).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     from featdiff.files.model_folder import DIGEST, locate, read_config
     from featdiff.hardening.layout import GUARD, is_hardened
 

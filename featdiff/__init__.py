@@ -11,6 +11,7 @@ if _typing.TYPE_CHECKING:
     from .detectors.audit import audit as audit
     from .detectors.estimator import FeatureDiffusion as FeatureDiffusion
     from .exceptions import FeatdiffError as FeatdiffError
+    from .exported import ExportedDetector as ExportedDetector
     from .features.extractor import FeatureExtractor as FeatureExtractor
     from .guard.guard import Guard as Guard
     from .guard.guard import Verdict as Verdict
@@ -21,6 +22,7 @@ if _typing.TYPE_CHECKING:
 _HOMES = {
     "Detector": "detectors",
     "Explanation": "verdicts.explanation",
+    "ExportedDetector": "exported",
     "FeatdiffError": "exceptions",
     "FeatureDiffusion": "detectors.estimator",
     "FeatureExtractor": "features.extractor",
@@ -34,6 +36,7 @@ _HOMES = {
 __all__ = [
     "Detector",
     "Explanation",
+    "ExportedDetector",
     "FeatdiffError",
     "FeatureDiffusion",
     "FeatureExtractor",

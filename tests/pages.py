@@ -55,7 +55,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
-        (r"^featdiff (train|score) .*(ddpm|--features|test_resnet)", SMALL),
+        (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
         (r"^find images ", DEFAULT),

@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "runtime": {"files"},
     "data": {"files", "runtime"},
+    "exported": {"data", "runtime", "verdicts"},
     "report": {"files", "verdicts"},
     "features": {"data", "files", "runtime"},
     "diffusion": {"files", "runtime"},
@@ -27,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "detectors": {"data", "diffusion", "features", "files", "runtime", "scores", "verdicts"},
     "guard": {"data", "detectors", "features", "files", "runtime"},
     "outliers": {"data", "detectors", "diffusion", "features", "files", "runtime", "scores"},
-    "export": {"detectors", "features", "files", "guard", "runtime", "scores", "verdicts"},
+    "export": {"data", "detectors", "exported", "features", "files", "guard", "runtime", "scores", "verdicts"},
     "hardening": {"data", "detectors", "diffusion", "features", "files", "guard", "outliers", "runtime", "verdicts"},
     "evaluation": {"data", "detectors", "features", "files", "hardening", "outliers", "runtime", "scores"},
 }

@@ -7,29 +7,27 @@ and the reader can itself be used inside a worker process of any kind.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from ..exceptions import UnreadableImage, UsageError, one_line
+from ..exceptions import UnreadableImage, one_line
 from ..runtime.cpus import available_cpus
 from ..runtime.waiting import WAITED
-from .datasets import is_image, is_map_style, iter_refs
 from .decoding import MAX_PIXELS, Transform, decode, open_image, reduce
 from .formats import memory_of, note_on_pages
 from .limits import MAX_BYTES, MEMORY, check_bytes
-from .memory import is_file_content
+from .memory import is_tensor
 from .references import HeldRef, ImageRef, MissingRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Pillow reads the file behind an open picture on first use, which two threads must not do at once.
 _PICTURES = threading.Lock()
@@ -52,7 +50,7 @@ class LoadedImage:
     digest : bytes
         A hash of its content, 16 bytes; empty when nothing could be read.
     pixels : Tensor, optional
-        (3, H, W). None if the image is unreadable, or if its digest was known.
+        (3, H, W); an array, if the transform gives arrays. None if the image is unreadable, or if its digest was known.
     reason : str
         Why it is unreadable; empty if it is not.
     note : str
@@ -76,6 +74,7 @@ class Stack:
     Attributes
     ----------
     pixels : Tensor of shape (B, C, H, W)
+        Or an array, if the transform gives arrays.
     positions : list of int
         Where in the batch these images stand, ascending.
     """
@@ -143,7 +142,7 @@ def load(
             if isinstance(content, Image.Image):
                 return _load_picture(ref, content, transform, max_pixels, known)
 
-            digest = _digest(content)
+            digest = digest_of(content)
             if digest in known:
                 return LoadedImage(ref, digest)
             image = open_image(content, max_pixels)
@@ -176,7 +175,7 @@ def _load_picture(
     with MEMORY.decoding(need):
         with _PICTURES:
             picture = decode(content, max_pixels)
-        digest = _digest(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
+        digest = digest_of(str(picture.size).encode(), picture.tobytes())  # equal pixels, whatever the mode was
         if digest in known:
             return LoadedImage(ref, digest)
         pixels = transform(picture)
@@ -185,7 +184,7 @@ def _load_picture(
     return LoadedImage(ref, digest, pixels, size=size)
 
 
-def _digest(*parts: bytes) -> bytes:
+def digest_of(*parts: bytes) -> bytes:
     """A hash of content, 16 bytes, by which features are found in the cache."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -298,11 +297,11 @@ def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
     Batch
     """
     group: list[LoadedImage] = []
-    by_shape: dict[torch.Size, list[int]] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}
     decoded = 0
     for item in loaded:
         if item.pixels is not None:
-            by_shape.setdefault(item.pixels.shape, []).append(len(group))
+            by_shape.setdefault(tuple(item.pixels.shape), []).append(len(group))
             decoded += 1
         group.append(item)
 
@@ -316,140 +315,24 @@ def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
         yield _batch(group, by_shape, size)
 
 
-def _batch(group: list[LoadedImage], by_shape: Mapping[torch.Size, list[int]], size: int) -> Batch:
+def _batch(group: list[LoadedImage], by_shape: Mapping[tuple[int, ...], list[int]], size: int) -> Batch:
     """Images as a batch; ``group`` gives up their pixels, so that they are held once."""
     stacks = []
     for positions in by_shape.values():
         for start in range(0, len(positions), size):
             part = positions[start : start + size]
             images = [pixels for i in part if (pixels := group[i].pixels) is not None]
-            stacks.append(Stack(torch.stack(images), part))
+            stacks.append(Stack(_stacked(images), part))
             for i in part:
                 group[i] = replace(group[i], pixels=None)
     return Batch(group, stacks)
 
 
-def is_loader(source: object) -> TypeGuard[Iterable[object]]:
-    """Whether ``source`` yields ready batches or images (a DataLoader, a generator) rather than naming images."""
-    named = isinstance(source, str | os.PathLike | list | tuple | Mapping | np.ndarray | Tensor | Image.Image)
-    if named or is_file_content(source) or not hasattr(source, "__iter__"):
-        return False
-    return not is_map_style(source) or _begins_with_batch(source)
+def _stacked(images: list[Tensor]) -> Tensor:
+    """Images (C, H, W) -> (B, C, H, W); of arrays an array."""
+    if not is_tensor(images[0]):
+        arrays: Any = np.stack(images)
+        return arrays
+    import torch
 
-
-def _begins_with_batch(dataset: Any) -> bool:
-    try:
-        return is_batch(dataset[0])
-    except Exception:  # becomes a row with a reason
-        return False
-
-
-def is_batch(item: object) -> bool:
-    """Whether ``item`` is what a loader yields: preprocessed images, alone or with labels."""
-    try:
-        _pixels_of(item)
-    except UsageError:
-        return False
-    return True
-
-
-def _pixels_of(item: object) -> Tensor:
-    """The images in an item of a loader (``UsageError`` if there are none)."""
-    pixels = item
-    if isinstance(item, Mapping):
-        pixels = item.get("pixel_values")  # as Hugging Face's processors call it
-    elif isinstance(item, tuple | list) and item:
-        pixels = item[0]
-
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point():
-        return pixels
-
-    actual = type(item).__name__
-    if isinstance(pixels, Tensor):
-        actual = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
-    raise UsageError(
-        "a loader must give preprocessed (B, C, H, W) float tensors, alone, first in a tuple, or as 'pixel_values', "
-        f"not {actual}"
-    )
-
-
-def peek_size(loader: Iterable[object]) -> tuple[Iterable[object], tuple[int, ...] | None]:
-    """A loader's batches, the first of them still included, and the size (C, H, W) of its images.
-
-    The size is None if there are no batches, or if single images come, which are still to be prepared.
-    """
-    items = iter(loader)
-    for first in items:
-        whole = chain([first], items)
-        if not is_batch(first) and is_image(first):
-            return whole, None
-        return whole, tuple(_pixels_of(first).shape[1:])
-    return (), None
-
-
-def batches_from_stream(
-    stream: Iterable[object],
-    prepare: Callable[[Iterable[ImageRef]], Iterator[Batch]],
-    known: Container[bytes] = (),
-) -> Iterator[Batch]:
-    """Batches of an iterable that gives ready batches, or single images; its first item tells which.
-
-    Parameters
-    ----------
-    stream : iterable
-        Batches as for :func:`batches_from_loader`, or images as for :func:`featdiff.data.datasets.iter_refs`.
-    prepare : callable
-        Turns references to single images into batches.
-    known : container of bytes, default ()
-        Images of ready batches with these digests are not passed on.
-
-    Yields
-    ------
-    Batch
-
-    Raises
-    ------
-    UsageError
-        Items of another kind.
-    """
-    items = iter(stream)
-    for first in items:
-        whole = chain([first], items)
-        if not is_batch(first) and is_image(first):
-            yield from prepare(iter_refs(whole))
-        else:
-            yield from batches_from_loader(whole, known)
-
-
-def batches_from_loader(loader: Iterable[object], known: Container[bytes] = ()) -> Iterator[Batch]:
-    """Batches that are preprocessed already.
-
-    Parameters
-    ----------
-    loader : iterable
-        Yields (B, C, H, W) float tensors, tuples that begin with one, or mappings that have one as ``pixel_values``.
-        Its images are named ``loader[0]``, ``loader[1]`` ...
-    known : container of bytes, default ()
-        Images with these digests are not passed on.
-
-    Yields
-    ------
-    Batch
-
-    Raises
-    ------
-    UsageError
-        A batch of another kind.
-    """
-    count = 0
-    for item in loader:
-        pixels = _pixels_of(item).detach().float()
-
-        loaded = []
-        for i, image in enumerate(pixels):
-            digest = _digest(image.contiguous().cpu().numpy().tobytes())
-            loaded.append(LoadedImage(ImageRef(f"loader[{count + i}]"), digest))
-        count += len(loaded)
-
-        fresh = [i for i, image in enumerate(loaded) if image.digest not in known]
-        yield Batch(loaded, [Stack(pixels[fresh], fresh)] if fresh else [])
+    return torch.stack(images)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
 from ..exceptions import UnreadableImage, one_line
 from .formats import open_file
@@ -16,8 +15,9 @@ from .limits import MAX_BYTES
 from .quiet import quietly
 from .references import ImageRef
 
-# RGB picture -> tensor; some take pictures of reduced size, too, see `featdiff.data.batches.load`.
-Transform = Callable[..., Tensor]
+#: RGB picture -> pixels (3, H, W): a tensor, or an array where torch is not needed. Some take pictures of reduced size,
+#: too; see :func:`featdiff.data.batches.load`.
+Transform = Callable[..., Any]
 #: Larger pictures are refused before a pixel is decoded (Pillow's own warning level).
 MAX_PIXELS = 89_478_485
 #: Resizing the short side of a thinner picture to a model's size would need gigabytes.
@@ -300,7 +300,7 @@ class Downscale:
         self.size = size
         self.then = then
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Any:
         short = min(image.size)
         if short > self.size:
             width, height = (max(1, round(side * self.size / short)) for side in image.size)

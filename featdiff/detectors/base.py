@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, batches_from_stream, is_loader, iter_batches, iter_loaded
+from ..data.batches import Batch
 from ..data.decoding import Transform
 from ..data.groups import Groups, label_images, numbered
-from ..data.references import ImageRef, list_images
+from ..data.loaders import is_loader, read_batches
 from ..data.splits import Plan, Split
 from ..exceptions import KnownImages, NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
@@ -205,24 +205,16 @@ class BaseDetector(Generic[S]):
         total : int
             How many images there are, 0 if unknown.
         """
-        size = self.settings.image_batch
-
-        def prepare(refs: Iterable[ImageRef]) -> Iterator[Batch]:
-            loaded = iter_loaded(
-                refs,
-                transform or self.extractor_.transform,
-                self.settings.workers,
-                self.settings.max_pixels,
-                known,
-                ahead=2 * size,
-                max_bytes=self.settings.max_bytes,
-            )
-            return iter_batches(loaded, size)
-
-        if is_loader(images):
-            return batches_from_stream(images, prepare, known), 0
-        refs = list_images(images)
-        return prepare(refs), len(refs)
+        settings = self.settings
+        return read_batches(
+            images,
+            lambda: transform or self.extractor_.transform,
+            settings.image_batch,
+            known,
+            settings.workers,
+            settings.max_pixels,
+            settings.max_bytes,
+        )
 
     def _ready(self, images: object) -> object:
         """The images, after what a mode does before it reads them; here nothing."""

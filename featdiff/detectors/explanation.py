@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..data.batches import Batch, LoadedImage, batches_from_stream, is_loader, iter_batches, load
+from ..data.batches import Batch, LoadedImage, iter_batches, load
 from ..data.decoding import Transform
+from ..data.loaders import batches_from_stream, is_loader
 from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
 from ..features.extraction import FeatureBatch

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import is_loader, peek_size
 from ..data.decoding import Transform
 from ..data.groups import AUTO, Groups, check_groups, is_word
+from ..data.loaders import is_loader, peek_size
 from ..data.references import list_images
 from ..data.splits import Split
 from ..exceptions import ModelError, UsageError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import is_loader
+from ..data.loaders import is_loader
 from ..data.references import list_images
 from ..data.splits import Plan
 from ..features.engines import AUTO, TORCH

@@ -2,8 +2,10 @@
 
 Both take preprocessed images ``pixels`` (B, 3, H, W) float32, B >= 1, of one size or of all sizes that the detector's
 pictures may become (:class:`featdiff.export.sizes.Sizes`), and return ``ood_score`` (B,), higher = more OOD,
-and ``p_value`` (B,) in (0, 1], both float32. The metadata (:func:`facts`) holds the preprocessing, the threshold and
-more; an image is OOD if ``ood_score > threshold``. :mod:`featdiff.export.verify` compares files with torch.
+``p_value`` (B,) in (0, 1], and ``layer_scores`` (B, L), all float32. With a local score, ``part_scores`` (B, 2) are the
+global and the local one, which ``ood_score`` joins. The metadata (:func:`facts`) holds the preprocessing, the threshold
+and more; an image is OOD if ``ood_score > threshold``. :mod:`featdiff.export.verify` compares files with torch;
+:class:`featdiff.ExportedDetector` scores pictures with an .onnx file, without torch.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exceptions import FeatdiffError, UsageError, did_you_mean, first_line
+from ..exported.layout import CALIBRATION, FILES, FORMAT_VERSION, INPUT, LAYER_SCORES, OUTPUTS, PART_SCORES
 from ..features.networks import evaluating, logits_of
 from ..files.atomic import write_atomically
 from ..scores.diffusion import LikelihoodRegret
@@ -37,18 +40,14 @@ if TYPE_CHECKING:
     from ..scores.fused import Heads
     from ..scores.joint import Joint
 
-#: File names by format.
-FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
 #: Name of the metadata inside a .pt2 file.
 FACTS = "featdiff.json"
-INPUT = "pixels"
-OUTPUTS = ("ood_score", "p_value")
 #: Largest accepted difference between a file's score and torch's, relative to max(1, |score|).
 LIMIT = 1e-4
 
 
 class Exportable(nn.Module):
-    """Pixels -> score and p-value in tensor operations alone. Its parts are copied or left unchanged.
+    """Pixels -> score, p-value and more in tensor operations alone. Its parts are copied or left unchanged.
 
     Parameters
     ----------
@@ -57,7 +56,7 @@ class Exportable(nn.Module):
     heads : Heads
     calibration : Calibration
     further : sequence of str, default ()
-        Names of the further outputs, for example ``("logits",)``.
+        Names of the further outputs of ``run``, for example ``("logits",)``.
     joint : Joint, optional
         Joins the score of the heads with the local one, with which the features then end.
     """
@@ -72,7 +71,8 @@ class Exportable(nn.Module):
     ) -> None:
         super().__init__()
         self.run = run
-        self.outputs = (*OUTPUTS, *further)
+        parts = () if joint is None else (PART_SCORES,)
+        self.outputs = (*OUTPUTS, *further, LAYER_SCORES, *parts)
         self.calibration = calibration
         self.heads = copy.deepcopy(heads).cpu()
         self.joint = joint
@@ -83,12 +83,14 @@ class Exportable(nn.Module):
                 score.search_coded()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> scores (B,), p-values (B,), and the further outputs."""
+        """(B, 3, H, W) -> the outputs, in the order of their names."""
         features, *further = self.run(pixels)
-        score, _ = self.heads(features)
+        score, layers = self.heads(features)
+        parts = []
         if self.joint is not None:
-            score, _ = self.joint(score, features[:, -1])
-        return score, self.calibration.p_values(score), *further
+            score, joined = self.joint(score, features[:, -1])
+            parts = [joined]
+        return score, self.calibration.p_values(score), *further, layers, *parts
 
 
 class Rows(nn.Module):
@@ -121,7 +123,7 @@ def export(
 ) -> dict[str, Path]:
     """Write a detector and its backbone as ``model.onnx`` and ``model.pt2``; existing files are replaced.
 
-    The files of a guard have a third output, ``logits`` (B, classes).
+    The files of a guard also give ``logits`` (B, classes).
 
     Parameters
     ----------
@@ -205,9 +207,11 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
 
     ``preprocessing`` holds timm's names (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``), or a hash
     that identifies a user transform. With the crop mode ``rectangle``, its entry ``rectangle`` says how the size for a
-    picture is chosen (:func:`featdiff.features.views.rectangle`), to which the picture is then resized. ``sizes`` says
-    which heights and widths the file takes, ``input_size`` what a square picture becomes. ``classes`` is empty here:
-    :func:`export` fills in those of a classifier.
+    picture is chosen (:func:`featdiff.data.preprocessing.rectangle`), to which the picture is then resized. ``sizes``
+    says which heights and widths the file takes, ``input_size`` what a square picture becomes. ``classes`` is empty
+    here: :func:`export` fills in those of a classifier. ``layer_scores`` and ``part_scores`` name the columns of these
+    outputs, and ``calibration`` holds the scores of the held-out images, for p-values at full precision and any
+    ``fpr``.
     """
     from importlib.metadata import version
 
@@ -215,8 +219,11 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
     fpr = model.fpr
     backbone = detector.extractor_.backbone
     sizes = Sizes.of(backbone)
+    parts = detector.local_.calibrations if detector.local_ else {}
+    held_out = {OUTPUTS[0]: detector.calibration_} | {name: parts[name] for name in detector.parts}
     metadata = {
         "featdiff_version": version("featdiff"),
+        "format_version": FORMAT_VERSION,
         "threshold": detector.calibration_.threshold(fpr),
         "fpr": fpr,
         "calibration_images": len(detector.calibration_),
@@ -230,6 +237,9 @@ def facts(model: BaseDetector[Any] | Guard) -> dict[str, Any]:
         "layers": detector.extractor_.layers,
         "head": detector.settings.head,
         "maps": list(detector.extractor_.maps) if detector.local_ else [],
+        LAYER_SCORES: detector.layers,
+        PART_SCORES: list(detector.parts),
+        CALIBRATION: {name: calibration.scores.tolist() for name, calibration in held_out.items()},
     }
     return dict(json.loads(json.dumps(metadata)))  # tuples become lists, as in the files
 

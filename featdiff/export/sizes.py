@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.preprocessing import CELL, LARGEST, LEAST_CELLS, most_cells, rectangle
 from ..features.backbones import Backbone
-from ..features.views import CELL, LARGEST, LEAST_CELLS, Rectangle, most_cells, rectangle
+from ..features.views import PictureTransform
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Sizes:
     @classmethod
     def of(cls, backbone: Backbone) -> Sizes:
         """Those of the images that a backbone's transform makes."""
-        transform = backbone.transform
-        if isinstance(transform, Rectangle):
-            area = transform.area if most_cells(transform.area / CELL**2) > LEAST_CELLS else 0
-            return cls(3, *rectangle(1, 1, transform.area), area)
+        whole = rectangle_area(backbone)
+        if whole:
+            area = whole if most_cells(whole / CELL**2) > LEAST_CELLS else 0
+            return cls(3, *rectangle(1, 1, whole), area)
         return cls(*backbone.data_config["input_size"])
 
     @property
@@ -82,17 +83,26 @@ class Sizes:
         return (shapes,)
 
 
+def rectangle_area(backbone: Backbone) -> float:
+    """What rectangles are near to, in pixels; 0 if pictures become something else."""
+    transform = backbone.transform
+    if isinstance(transform, PictureTransform) and transform.prepare.crop_mode == "rectangle":
+        return transform.prepare.area
+    return 0
+
+
 def preprocessing_facts(backbone: Backbone) -> dict[str, Any]:
     """How images are prepared, under timm's names, and the rule by which a rectangle is chosen."""
     transform = backbone.transform
-    config = transform.config if isinstance(transform, Rectangle) else backbone.data_config
+    config = transform.config if isinstance(transform, PictureTransform) else backbone.data_config
     facts = {key: value for key, value in config.items() if key != "input_size"}
-    if isinstance(transform, Rectangle):
+    area = rectangle_area(backbone)
+    if area:
         facts["rectangle"] = {
-            "area": transform.area,
+            "area": area,
             "multiple_of": CELL,
             "min_side": LEAST_CELLS * CELL,
-            "max_area": LARGEST * transform.area,
+            "max_area": LARGEST * area,
             "least": "log(aspect / aspect of the picture)^2 + log(height * width / area)^2",
         }
     return facts

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ModelError, UsageError, first_line
+from ..exported.layout import INPUT, OUTPUTS, check_shape
 from ..runtime.progress import Progress
-from .export import FACTS, INPUT, LIMIT, OUTPUTS, check_exportable, facts, need
+from .export import FACTS, LIMIT, check_exportable, facts, need
 
 if TYPE_CHECKING:
     from ..detectors import Detector
@@ -221,12 +222,7 @@ def _open(file: Path, expected: Mapping[str, Any]) -> Run:
     _check_metadata(file, metadata, expected)
 
     def checked(pixels: Tensor) -> Sequence[np.ndarray]:
-        for side, (name, limits) in zip(pixels.shape[2:], metadata["sizes"].items(), strict=True):
-            if not limits["min"] <= side <= limits["max"] or side % limits["multiple_of"]:
-                raise ModelError(
-                    f"{file} does not take a batch {tuple(pixels.shape)}: its {name} must be a multiple of "
-                    f"{limits['multiple_of']} from {limits['min']} to {limits['max']}"
-                )
+        check_shape(pixels.shape, metadata["sizes"], file)
         try:
             return run(pixels)
         except Exception as error:

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..data.decoding import Transform
+from ..data.preprocessing import INTERPOLATIONS
 from ..exceptions import UsageError, WeightsError, did_you_mean, first_line
 from .networks import fingerprint
-from .views import check_view, make_transform, preprocessing, takes_size
+from .views import PictureTransform, check_view, preprocessing, takes_size
 from .weights import DEFAULT_BACKBONE, EMBEDDED_TAG, is_embedded, is_finite, load_embedded, load_weights
 
 
@@ -39,7 +40,7 @@ class Backbone:
         SHA-256 of the weights, in hex.
     data_config : dict
         The preprocessing, as timm describes it; ``crop_mode`` may also be ``rectangle``
-        (:class:`featdiff.features.views.Rectangle`).
+        (:class:`featdiff.data.preprocessing.Preprocessing`).
     transform : callable
         The preprocessing: RGB picture -> Tensor of shape (3, H, W).
     """
@@ -79,7 +80,7 @@ def load_backbone(
         ``crop_mode`` belong to ``view="crop"``.
     view : {"whole", "rectangle", "squash", "crop"}, default "whole"
         How much of a picture is seen. ``rectangle``: all of it, resized to about the input's area in about its own
-        shape (:func:`featdiff.features.views.rectangle`). ``squash``: all of it, resized to the input's shape.
+        shape (:func:`featdiff.data.preprocessing.rectangle`). ``squash``: all of it, resized to the input's shape.
         ``whole``: a rectangle if the network takes images of any size of at least 64 pixels, else the squash; that is
         found out by trying. ``crop``: timm's own resize and centre crop, which leave out a quarter of a square picture
         and more of a long one.
@@ -124,7 +125,7 @@ def load_backbone(
         source=source,
         fingerprint=fingerprint(model),
         data_config=config,
-        transform=make_transform(config),
+        transform=PictureTransform(config),
     )
 
 
@@ -365,14 +366,13 @@ def _is_crop_share(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value <= 4
 
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 # Settings that only a crop has.
 _OF_CROPS = ("crop_pct", "crop_mode")
 _CROP_MODES = ("center", "squash", "border")
 # Keys of timm's data config that a user may override: whether a value is valid, and what is, in words.
 _TRANSFORM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "input_size": (_is_input_size, "3, height, width"),
-    "interpolation": (lambda value: value in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
+    "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "mean": (_is_mean, "three numbers"),
     "std": (_is_std, "three numbers above 0"),
     "crop_pct": (_is_crop_share, "a number above 0"),

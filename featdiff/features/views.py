@@ -6,8 +6,6 @@ more crop mode: ``rectangle``.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,23 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.decoding import Transform
+from ..data.preprocessing import CELL, LEAST_CELLS, Box, Preprocessing, most_cells, rectangle
 from ..exceptions import UsageError, did_you_mean
 from .hooks import channels_first, pool
 
 #: Views by name. ``whole`` is ``rectangle`` for networks that take any size, and ``squash`` for the others.
 VIEWS = ("whole", "rectangle", "squash", "crop")
-#: Sides of rectangles are multiples of it, in pixels: most networks shrink images by this factor.
-CELL = 32
-#: Cells that a side has at least: one is too few for networks with large kernels, and for exported files.
-LEAST_CELLS = 2
-#: A rectangle has at most this share of the input's area: a very thin picture must not cost much more than others.
-LARGEST = 1.25
-#: A large JPEG is decoded at a half, a quarter or an eighth of its size, if that is at least so many times the input's
-#: size: 3.5 times lets photographs of 12 megapixels be decoded at a quarter for an input of 224 pixels.
-REDUCED = 3.5
-#: And if it has at least so many pixels a side: explanations show it to people.
-SHOWN = 512
 
 
 def check_view(view: object, size: object, own: bool = False) -> None:
@@ -48,142 +35,33 @@ def check_view(view: object, size: object, own: bool = False) -> None:
             raise UsageError(problem, argument=name)
 
 
-def rectangle(width: float, height: float, area: float) -> tuple[int, int]:
-    """The rectangle for a picture: about as large as the input, in about the picture's shape.
-
-    Its sides are multiples of 32 pixels, at least 64. Of all rectangles with at most 1.25 x ``area`` it is the one with
-    the least log(aspect / aspect of the picture)^2 + log(its area / ``area``)^2; of equal ones the smaller.
-
-    Parameters
-    ----------
-    width, height : float
-        Of the picture, in pixels.
-    area : float
-        Of the input in pixels, at least 64^2.
-
-    Returns
-    -------
-    height, width : int
-        In pixels.
-
-    Examples
-    --------
-    >>> rectangle(4000, 3000, 224 * 224)
-    (192, 256)
-    >>> rectangle(3000, 3000, 224 * 224)
-    (224, 224)
-    """
-    rows, columns = _nearest(width / height, area / CELL**2)
-    return rows * CELL, columns * CELL
-
-
-@functools.lru_cache(maxsize=10_000)
-def _nearest(aspect: float, area: float) -> tuple[int, int]:
-    """Rows and columns of cells for a picture of this aspect ratio, by :func:`rectangle`'s rule."""
-    best = (LEAST_CELLS, LEAST_CELLS)
-    least = (math.inf, 0)
-    for rows in range(LEAST_CELLS, most_cells(area) + 1):
-        for columns in range(LEAST_CELLS, int(LARGEST * area / rows) + 1):
-            stretch = math.log(columns / rows / aspect)
-            growth = math.log(rows * columns / area)
-            error = (round(stretch**2 + growth**2, 9), rows * columns)  # rounded: 2 : 3 must mirror 3 : 2
-            if error < least:
-                least = error
-                best = (rows, columns)
-    return best
-
-
-def most_cells(area: float) -> int:
-    """The most cells that a side of a rectangle may have, for an input of ``area`` cells."""
-    return max(int(LARGEST * area / LEAST_CELLS), LEAST_CELLS)
-
-
-class _Whole:
-    """Preprocessing that shows the whole picture; large JPEGs may be decoded at reduced size.
+class PictureTransform:
+    """Preprocessing as a function: RGB picture -> (3, H, W) tensor.
 
     Parameters
     ----------
     config : mapping
-        As timm's.
-    """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = dict(config)
-        self._squashes: dict[tuple[int, int], Transform] = {}
-
-    def size(self, width: float, height: float) -> tuple[int, int]:
-        """Height and width of what is made of a picture of this width and height."""
-        raise NotImplementedError
-
-    def draft(self, width: int, height: int) -> tuple[int, int]:
-        """The least width and height at which a picture of this width and height may be decoded."""
-        rows, columns = self.size(width, height)
-        return max(SHOWN, math.ceil(REDUCED * columns)), max(SHOWN, math.ceil(REDUCED * rows))
-
-    def __call__(self, picture: Image.Image, box: tuple[float, float, float, float] | None = None) -> Tensor:
-        """RGB picture -> (3, H, W) tensor.
-
-        Parameters
-        ----------
-        picture : PIL image
-        box : (left, top, right, bottom), optional
-            Of a picture decoded at reduced size: where in it the whole lies, see
-            :class:`featdiff.data.decoding.Reduced`.
-        """
-        if box is None:
-            size = self.size(*picture.size)
-        else:
-            left, top, right, bottom = box
-            size = self.size(right - left, bottom - top)
-            picture = picture.resize(size[::-1], _resampling(self.config), box)
-
-        if size not in self._squashes:
-            self._squashes[size] = _timm_transform(_squashed(self.config) | {"input_size": (3, *size)})
-        return self._squashes[size](picture)
-
-
-class Rectangle(_Whole):
-    """Preprocessing that shows the whole picture, as a rectangle of nearly its shape; see :func:`rectangle`.
-
-    Parameters
-    ----------
-    config : mapping
-        As timm's, with ``crop_mode="rectangle"``. ``input_size`` says how large rectangles are.
+        As timm's; ``crop_mode`` may also be ``rectangle``, see
+        :class:`featdiff.data.preprocessing.Preprocessing`.
 
     Examples
     --------
     >>> config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    >>> Rectangle(config)(Image.new("RGB", (900, 300))).shape
+    >>> PictureTransform(config | {"crop_mode": "rectangle"})(Image.new("RGB", (900, 300))).shape
     torch.Size([3, 128, 384])
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
-        _, height, width = config["input_size"]
-        self.area = height * width
+        self.config = dict(config)
+        self.prepare = Preprocessing(config)
 
-    def size(self, width: float, height: float) -> tuple[int, int]:
-        """Height and width of what is made of a picture of this width and height."""
-        return rectangle(width, height, self.area)
+    def draft(self, width: int, height: int) -> tuple[int, int]:
+        """See :meth:`featdiff.data.preprocessing.Preprocessing.draft`."""
+        return self.prepare.draft(width, height)
 
-
-class Squash(_Whole):
-    """Preprocessing that shows the whole picture at one size, whatever its shape.
-
-    Parameters
-    ----------
-    config : mapping
-        As timm's, with ``crop_mode="squash"``.
-    """
-
-    def size(self, width: float, height: float) -> tuple[int, int]:
-        """Height and width of what is made of any picture."""
-        _, rows, columns = self.config["input_size"]
-        return rows, columns
-
-
-def _resampling(config: Mapping[str, Any]) -> Image.Resampling:
-    return Image.Resampling[config["interpolation"].upper()]
+    def __call__(self, picture: Image.Image, box: Box | None = None) -> Tensor:
+        """RGB picture, or the box of one decoded at reduced size -> (3, H, W) tensor."""
+        return torch.from_numpy(self.prepare(picture, box))
 
 
 def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: str) -> dict[str, Any]:
@@ -223,21 +101,6 @@ def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: s
 
 def _squashed(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) | {"crop_mode": "squash", "crop_pct": 1.0}
-
-
-def make_transform(config: Mapping[str, Any]) -> Transform:
-    """Preprocessing as a function: RGB picture -> (3, H, W) tensor."""
-    view = view_of(config)
-    if view == "crop":
-        return _timm_transform(config)
-    return Rectangle(config) if view == "rectangle" else Squash(config)
-
-
-def _timm_transform(config: Mapping[str, Any]) -> Transform:
-    from timm.data import create_transform
-
-    transform: Transform = create_transform(**config, is_training=False)
-    return transform
 
 
 def view_of(config: Mapping[str, Any]) -> str:

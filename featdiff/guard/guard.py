@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import is_batch
 from ..data.groups import Groups
+from ..data.loaders import is_batch
 from ..data.splits import Split
 from ..detectors import Detector
 from ..detectors.saved import check_config

@@ -128,6 +128,15 @@ def prepare_threads() -> None:
         os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenMP knows the affinity mask, but not the cgroup
 
 
+def thread_count() -> int:
+    """Threads for numbers: as many as the environment says, else one for each usable CPU."""
+    for name in THREAD_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 0:
+            return int(count)
+    return available_cpus()
+
+
 def threads_sleep() -> bool:
     """Whether OpenMP's threads sleep while they wait, as far as the environment says."""
     return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"

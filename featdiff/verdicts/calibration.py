@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..exceptions import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # k / (n + 1) and the same rate written as a decimal may differ in the last bits.
 _SLACK = 1e-9
 #: The same where p-values are float32; two of them are never so close, for n is at most 10,000.
 ROUNDING = 1e-7
 
-Array = TypeVar("Array", np.ndarray, Tensor)
+Array = TypeVar("Array", np.ndarray, "Tensor")
 
 
 def check_fpr(fpr: object) -> float:
@@ -159,14 +160,20 @@ class Calibration:
         ndarray or Tensor of shape (B,)
             In (0, 1]; small = out-of-distribution.
         """
-        n = len(self)
-        if isinstance(scores, Tensor):
-            reached = (self._like(scores) >= scores[:, None]) & scores.isfinite()[:, None]
-            precise = torch.promote_types(scores.dtype, torch.float32)
-            return (1 + self._weight * reached.sum(1).to(precise)) / (self.groups + 1)
+        if hasattr(scores, "detach"):  # a tensor, told without importing torch
+            return self._p_values_of_tensor(scores)
 
+        n = len(self)
         at_least = np.where(np.isfinite(scores), n - np.searchsorted(self.scores, scores, side="left"), 0)
-        return (1 + self._weight * at_least) / (self.groups + 1)
+        p_values: Any = (1 + self._weight * at_least) / (self.groups + 1)
+        return p_values
+
+    def _p_values_of_tensor(self, scores: Any) -> Any:
+        import torch
+
+        reached = (self._like(scores) >= scores[:, None]) & scores.isfinite()[:, None]
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        return (1 + self._weight * reached.sum(1).to(precise)) / (self.groups + 1)
 
     def flags(self, scores: Array, fpr: float) -> tuple[Array, Array]:
         """Scores -> p-values and verdicts.
@@ -203,6 +210,8 @@ class Calibration:
 
     def _like(self, scores: Tensor) -> Tensor:
         """The held-out scores (n,) where ``scores`` are, in their precision."""
+        import torch
+
         place = (scores.device, scores.dtype)
         if place not in self._tensors:
             with torch.inference_mode(False):  # it outlives this call

@@ -28,7 +28,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from featdiff.data import batches
-from featdiff.data.batches import Batch, LoadedImage, batches_from_loader, is_loader, iter_batches, iter_loaded, load
+from featdiff.data.batches import Batch, LoadedImage, iter_batches, iter_loaded, load
+from featdiff.data.loaders import batches_from_loader, is_loader
 from featdiff.data.references import HeldRef, ImageRef, MissingRef, TarMemberRef, list_images
 from featdiff.exceptions import UnreadableImage, UsageError
 from featdiff.runtime.waiting import Stopwatch

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from featdiff.data.batches import Batch, LoadedImage, batches_from_stream, is_loader, iter_batches, iter_loaded, load
+from featdiff.data.batches import Batch, LoadedImage, iter_batches, iter_loaded, load
 from featdiff.data.datasets import is_map_style, iter_refs
 from featdiff.data.image_refs import HeldRef, ImageRef
+from featdiff.data.loaders import batches_from_stream, is_loader
 from featdiff.data.references import list_images
 from featdiff.exceptions import UsageError
 

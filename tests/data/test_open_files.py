@@ -14,9 +14,10 @@ import torch
 from image_files import encoded, noise, png, posix, reason, reason_of, to_tensor, value, write
 from PIL import Image
 
-from featdiff.data.batches import is_loader, iter_loaded, load
+from featdiff.data.batches import iter_loaded, load
 from featdiff.data.datasets import is_map_style, iter_refs
 from featdiff.data.decoding import decode
+from featdiff.data.loaders import is_loader
 from featdiff.data.references import HeldRef, list_images
 from featdiff.exceptions import UsageError
 

@@ -28,6 +28,7 @@ from featdiff import Detector, Guard, PixelDetector
 from featdiff.exceptions import FeatdiffError, ModelError, NotFittedError, UsageError
 from featdiff.export.export import FACTS, FILES, LIMIT, Exportable, Rows, export, facts
 from featdiff.export.verify import verify
+from featdiff.exported.layout import FORMAT_VERSION
 from featdiff.features.backbones import load_backbone
 from featdiff.scores.diffusion import DIFFUSION
 from featdiff.scores.nearest import NearestNeighbors
@@ -162,7 +163,7 @@ def test_scores_p_values_and_verdicts_are_torchs(
     tiny_detector: Detector, files: dict[str, Path], pixels: Tensor, kind: str, batch: int
 ) -> None:
     part = pixels[-batch:]
-    score, p = RUNS[kind](files[kind], part)
+    score, p, *_ = RUNS[kind](files[kind], part)
     wanted = expected(tiny_detector, part)
     same_scores(score, wanted)
     assert p.dtype == np.float32 and p.shape == (batch,)
@@ -184,7 +185,7 @@ def test_an_image_of_nan_is_flagged_and_harms_no_other(
 ) -> None:
     part = pixels[:3].clone()
     part[1] = torch.nan
-    score, p = RUNS[kind](files[kind], part)
+    score, p, *_ = RUNS[kind](files[kind], part)
     assert np.isnan(score[1])
     assert p[1] == pytest.approx(tiny_detector.calibration_.smallest_fpr)
     same_scores(score[[0, 2]], expected(tiny_detector, part[[0, 2]]))
@@ -212,6 +213,9 @@ def test_metadata_say_what_the_detector_is(tiny_detector: Detector, files: dict[
     assert (found["backbone"], found["backbone_fingerprint"]) == (backbone.tag, backbone.fingerprint)
     assert (found["layers"], found["head"]) == (["layer1", "layer2", "layer4"], "fused")
     assert found["featdiff_version"] == version("featdiff")
+    assert found["format_version"] == FORMAT_VERSION
+    assert (found["layer_scores"], found["part_scores"]) == (tiny_detector.layers, [])
+    assert found["calibration"] == {"ood_score": scores.tolist()}
 
 
 def test_onnx_is_one_file_with_a_bank_of_8_bit_numbers(tiny_detector: Detector, files: dict[str, Path]) -> None:
@@ -220,7 +224,7 @@ def test_onnx_is_one_file_with_a_bank_of_8_bit_numbers(tiny_detector: Detector, 
     assert sorted(file.name for file in files["onnx"].parent.iterdir()) == ["model.onnx", "model.pt2"]
     assert not any(part.external_data for part in model.graph.initializer)
     assert [part.name for part in model.graph.input] == ["pixels"]
-    assert [part.name for part in model.graph.output] == ["ood_score", "p_value"]
+    assert [part.name for part in model.graph.output] == ["ood_score", "p_value", "layer_scores"]
     banks = list(tiny_detector.heads_.members)
     codes = [numpy_helper.to_array(part) for part in model.graph.initializer if part.data_type == onnx.TensorProto.INT8]
     assert len(codes) == len(banks) > 0
@@ -256,13 +260,15 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
     files = export(guard, tmp_path, classes=names)
     for kind, run in RUNS.items():
         for part in (x, x[:1]):
-            score, p, logits = run(files[kind], part)
+            score, p, logits, layers = run(files[kind], part)
             same_scores(score, before[: len(part)])
             np.testing.assert_allclose(p, detector.calibration_.p_values(before[: len(part)]), rtol=1e-6)
             with torch.inference_mode():
                 np.testing.assert_allclose(logits, network(part).numpy(), rtol=1e-4, atol=1e-5)
+            _, of_layers = detector.layer_scores(detector.extractor_(part))
+            np.testing.assert_allclose(layers, of_layers, atol=1e-3)  # those of an untrained network hardly spread
         assert metadata(kind, files[kind])["classes"] == names
-    assert metadata("pt2", files["pt2"])["outputs"] == ["ood_score", "p_value", "logits"]
+    assert metadata("pt2", files["pt2"])["outputs"] == ["ood_score", "p_value", "logits", "layer_scores"]
     assert [agreement.problem for agreement in verify(guard, [*files.values()], iter([x]))] == ["", ""]
 
     np.testing.assert_array_equal(expected(detector, x), before)
@@ -285,8 +291,10 @@ def test_a_guarded_classifier_gives_its_logits_too(tmp_path: Path) -> None:
 def test_what_is_exported_scores_like_every_variant_of_the_detector(arguments: dict[str, Any]) -> None:
     detector, x = fitted(Net(), **arguments), noise(6, seed=2)
     exportable = Exportable(Rows(detector.extractor_), detector.heads_, detector.calibration_)
-    score, p = exportable(x)
-    same_scores(score.numpy(), expected(detector, x))
+    score, p, layers = exportable(x)
+    wanted, of_layers = detector.layer_scores(detector.extractor_(x))
+    same_scores(score.numpy(), wanted)
+    same_scores(layers.numpy(), of_layers)
     np.testing.assert_allclose(p, detector.calibration_.p_values(score.double().numpy()), rtol=1e-6)
 
 
@@ -308,7 +316,7 @@ def test_the_command_says_what_it_wrote_and_what_verify_found(
     first, *written, shape, sides, verdict, by_onnx, by_pt2, bad = command.stderr.splitlines()
     assert first.startswith("exporting test_resnet.r160_in1k")
     assert written == [f"featdiff-export/{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in files.values()]
-    assert shape == "pixels (B, 3, H, W) -> ood_score (B,), p_value (B,)"
+    assert shape == "pixels (B, 3, H, W) -> ood_score (B,), p_value (B,), layer_scores (B, 3)"
     assert sides == "H and W: multiples of 32 from 64 to 480"
     limit = metadata("onnx", files["onnx"])["threshold"]
     assert verdict == f"OOD where ood_score > {limit:.6g} (fpr 0.05, 78 calibration images)"
@@ -409,7 +417,7 @@ def test_images_of_every_size_that_a_picture_may_become(
     """The file has the same scores and p-values as torch, for one image too."""
     images = torch.rand(3, 3, height, width, generator=torch.Generator().manual_seed(3))
     for part in (images, images[:1]):
-        score, p = RUNS[kind](files[kind], part)
+        score, p, *_ = RUNS[kind](files[kind], part)
         wanted = expected(tiny_detector, part)
         same_scores(score, wanted)
         np.testing.assert_allclose(p, tiny_detector.calibration_.p_values(wanted), rtol=1e-6)

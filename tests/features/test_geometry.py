@@ -13,7 +13,7 @@ from PIL import Image
 
 from featdiff.data.decoding import decode
 from featdiff.features.geometry import Box, onto_picture, probed_box, seen_box
-from featdiff.features.views import make_transform
+from featdiff.features.views import PictureTransform
 
 CONFIG: dict[str, Any] = {
     "input_size": (3, 128, 128),
@@ -37,7 +37,7 @@ SIZES = {"tall": (160, 600), "wide": (900, 250), "square": (300, 300), "small": 
 
 def redness(picture: Image.Image, config: dict[str, Any], cell: int = 8) -> np.ndarray:
     """How red each cell of the network's input is (h, w), as a local score would say how strange it is."""
-    pixels = make_transform(config)(picture)
+    pixels = PictureTransform(config)(picture)
     red = pixels[0] - pixels[1:].mean(0)
     return torch.nn.functional.avg_pool2d(red[None], cell)[0].numpy()
 
@@ -96,7 +96,7 @@ def test_the_box_is_what_preprocessing_shows(view: str, size: str) -> None:
     width, height = SIZES[size]
     rows, columns = np.mgrid[0:height, 0:width]
     ramp = np.stack([(columns + 0.5) / width, (rows + 0.5) / height, np.ones((height, width))], axis=-1)
-    pixels = make_transform(config)(Image.fromarray((ramp * 255).round().astype(np.uint8)))
+    pixels = PictureTransform(config)(Image.fromarray((ramp * 255).round().astype(np.uint8)))
     inside = (pixels[2] > 0.999).numpy()  # what is not padding
 
     box = seen_box(config, width, height)
@@ -176,14 +176,14 @@ def test_the_same_map_over_a_smaller_picture_is_the_same() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_box_can_be_found_out_by_trying(view: str, size: str) -> None:
     config = CONFIG | VIEWS[view]
-    box = probed_box(make_transform(config), *SIZES[size])
+    box = probed_box(PictureTransform(config), *SIZES[size])
     assert box is not None
     assert box == pytest.approx(seen_box(config, *SIZES[size]), abs=0.01)
 
 
 def test_whole_pictures_are_found_to_be_seen_to_their_very_edges() -> None:
     for size in ((32, 32), (640, 480), (1, 100)):
-        assert probed_box(make_transform(CONFIG | VIEWS["squash"]), *size) == Box()
+        assert probed_box(PictureTransform(CONFIG | VIEWS["squash"]), *size) == Box()
 
 
 TRICKS: dict[str, Any] = {
@@ -197,7 +197,7 @@ TRICKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_what_is_no_plain_part_of_the_picture_has_no_box(trick: str) -> None:
-    plain = make_transform(CONFIG | VIEWS["squash"])
+    plain = PictureTransform(CONFIG | VIEWS["squash"])
     assert probed_box(lambda picture: TRICKS[trick](plain(picture)), 300, 200) is None
 
 

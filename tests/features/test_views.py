@@ -16,21 +16,12 @@ from tiny_backbones import SWIN, SWIN_ARGS
 from featdiff import Detector
 from featdiff.data import batches
 from featdiff.data.decoding import decode, open_image, reduce
+from featdiff.data.preprocessing import most_cells, rectangle
 from featdiff.data.references import HeldRef
 from featdiff.exceptions import UsageError
 from featdiff.features.backbones import Backbone, load_backbone
 from featdiff.features.extractor import FeatureExtractor
-from featdiff.features.views import (
-    Rectangle,
-    Squash,
-    in_words,
-    make_transform,
-    most_cells,
-    rectangle,
-    settings_of,
-    takes_any_size,
-    view_of,
-)
+from featdiff.features.views import PictureTransform, in_words, settings_of, takes_any_size, view_of
 
 USUAL = [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16]
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -353,13 +344,15 @@ CROP = {**CONFIG, "crop_mode": "center", "crop_pct": 0.875}
     ],
 )
 def test_what_is_needed_of_a_picture(config: dict[str, Any], picture: tuple[int, int], least: tuple[int, int]) -> None:
-    transform = make_transform(config)
-    assert isinstance(transform, Rectangle | Squash)
-    assert transform.draft(*picture) == least
+    assert PictureTransform(config).draft(*picture) == least
 
 
 def test_a_crop_needs_the_whole_picture() -> None:
-    assert not hasattr(make_transform(CROP), "draft")
+    transform = PictureTransform(CROP)
+    assert transform.draft(4000, 3000) == (4000, 3000)
+    image = open_image(encoded(Image.new("L", (4000, 3000)), "JPEG"))
+    assert reduce(image, transform.draft) is None
+    assert image.size == (4000, 3000)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +369,7 @@ def test_a_crop_needs_the_whole_picture() -> None:
 def test_what_photographs_are_decoded_at(size: tuple[int, int], decoded: tuple[int, int]) -> None:
     """Of cameras, by their megapixels."""
     image = open_image(encoded(Image.new("L", size), "JPEG"))
-    reduce(image, Rectangle(RECTANGLE).draft)
+    reduce(image, PictureTransform(RECTANGLE).draft)
     assert image.size == decoded
 
 
@@ -386,7 +379,7 @@ def test_what_photographs_are_decoded_at(size: tuple[int, int], decoded: tuple[i
 )
 def test_the_network_sees_nearly_the_same(config: dict[str, Any], interpolation: str, orientation: int) -> None:
     """Within a grey level of 255, on average much less, at sides that no factor divides."""
-    transform = make_transform(config | {"interpolation": interpolation})
+    transform = PictureTransform(config | {"interpolation": interpolation})
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     tags = Image.Exif()
     tags[0x0112] = orientation
@@ -402,7 +395,7 @@ def test_the_network_sees_nearly_the_same(config: dict[str, Any], interpolation:
 
 def test_the_rectangle_is_that_of_the_picture_in_the_file() -> None:
     """The reduced picture, whose sides are rounded, may have another; what the network sees must not jump."""
-    transform = Rectangle(RECTANGLE)
+    transform = PictureTransform(RECTANGLE)
     jumps = 0
     for width in range(4001, 4800, 7):
         expected = rectangle(width, 3001, 224 * 224)
@@ -413,7 +406,7 @@ def test_the_rectangle_is_that_of_the_picture_in_the_file() -> None:
 
 
 def test_small_jpegs_are_as_before() -> None:
-    transform = make_transform(RECTANGLE)
+    transform = PictureTransform(RECTANGLE)
     data = encoded(gradient(1500, 1100), "JPEG")
     pixels = batches.load(HeldRef("x", data), transform).pixels
     assert pixels is not None
