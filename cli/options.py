@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -57,6 +58,20 @@ def load_model(name: str, options: dict[str, Any]) -> Model:
         classifier, guard = load_hardened(name, **arguments)
         return Model(guard.detector, guard, classifier.classes)
     return Model(load_detector(name, **arguments))
+
+
+def identity(model: str) -> object:
+    """What tells this model from all others: of a saved one the digest in its config."""
+    from featdiff.exported.layout import is_exported, onnx_file
+
+    if is_exported(model):
+        with onnx_file(model).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    from featdiff.files.model_folder import DIGEST, locate, read_config
+    from featdiff.hardening.layout import GUARD, is_hardened
+
+    return read_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))[DIGEST]
 
 
 def weights_option(function: F) -> F:

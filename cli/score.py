@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from .choice import Choice, choice_options
 from .exported import open_exported
 from .flagged import Flagged, flagged_options, open_flagged, undo
 from .main import EXIT_OOD, EXIT_UNREADABLE
-from .options import load_model, model_option, output_options, runtime_options, weights_option
+from .options import identity, load_model, model_option, output_options, runtime_options, weights_option
 from .output import choose_format, is_stream
 from .progress import Bars
 from .report import (
@@ -136,7 +135,7 @@ def command(
         work = _images(images, model, fpr, options, figure, bars, exclude_known)
 
     if not is_stream(output):
-        work.made_with |= {"featdiff": version("featdiff"), "model": _identity(model), "fpr": work.fpr}
+        work.made_with |= {"featdiff": version("featdiff"), "model": identity(model), "fpr": work.fpr}
     with open_rows(output, chosen, raw_csv, work.made_with, work.columns, resume, choice) as rows, bars:
         counts = Counts(**rows.resumed(work.total, work.names))
         if resume:
@@ -322,20 +321,6 @@ def _listed(images: tuple[str, ...]) -> list[ImageRef]:
     if not refs:
         raise UsageError("there are no paths on standard input")
     return refs
-
-
-def _identity(model: str) -> object:
-    """What tells this model from all others: of a saved one the digest in its config."""
-    from featdiff.exported.layout import is_exported, onnx_file
-
-    if is_exported(model):
-        with onnx_file(model).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    from featdiff.files.model_folder import DIGEST, locate, read_config
-    from featdiff.hardening.layout import GUARD, is_hardened
-
-    return read_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))[DIGEST]
 
 
 def _write(run: Run, rows: Rows) -> None:

@@ -96,6 +96,7 @@ def pictures(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathF
     deep = np.asarray(tile.convert("L")).astype(np.uint16) * 257
     Image.fromarray(deep).save(folder / "deep.png")
     tile.resize((60, 40)).save(folder / "rotated.jpg", exif=exif(rotated(6)))
+    tile.resize((3001, 2000)).save(folder / "large.jpg")
     tile.convert("CMYK").save(folder / "print.jpg")
     tile.save(folder / "pages.tif", save_all=True, append_images=[tile])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from featdiff.runtime import cpus
-from featdiff.runtime.cpus import available_cpus, cgroup_quota, prepare_threads, threads_sleep
+from featdiff.runtime.cpus import available_cpus, cgroup_quota, prepare_threads, thread_count, threads_sleep
 
 linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity masks of Linux")
 
@@ -180,3 +180,15 @@ def test_the_library_sets_nothing() -> None:
 
 def test_the_example_is_true() -> None:
     assert doctest.testmod(cpus).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("openmp", "mkl", "count"),
+    [("3", "5", 3), ("", "5", 5), ("0", "two", available_cpus()), ("4,2", "", available_cpus())],
+)
+def test_threads_are_as_many_as_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, openmp: str, mkl: str, count: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", openmp)
+    monkeypatch.setenv("MKL_NUM_THREADS", mkl)
+    assert thread_count() == count
