@@ -24,9 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from featdiff.runtime.waiting import WAITED
-
 from .speech import is_first_process, say, say_warning
+from .waiting import Waits
 
 if TYPE_CHECKING:
     from featdiff.detectors.grouping import Grouping
@@ -39,9 +38,6 @@ _BACKBONE = "loading the backbone"
 _FIRST_LINE = 5.0
 _NEXT_LINE = 30.0
 _SECONDS = "FEATDIFF_LOG_SECONDS"
-# From which share of the time, of at least so many seconds, waiting for images is worth a word.
-_MUCH_WAITING = 0.2
-_LONG = 10.0
 
 
 class Lines:
@@ -171,6 +167,8 @@ class Bars:
         How long each stage took.
     counts : dict of str to int
         How many items each stage has done. A stage may come again with other items, and all are counted.
+    waits : Waits
+        How long each stage waited for images.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -193,8 +191,7 @@ class Bars:
         self._rounds: dict[str, Round] = {}
         self._stage = ""
         self._last = time.monotonic()
-        self._waited_last = WAITED.seconds
-        self._waited: dict[str, float] = {}
+        self.waits = Waits()
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
 
@@ -205,11 +202,10 @@ class Bars:
             latest = self._rounds[stage] = Round(now, done)
         self.counts[stage] = self.counts.get(stage, 0) + done - latest.done
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._waited[stage] = self._waited.get(stage, 0.0) + WAITED.seconds - self._waited_last
         latest.reach(now, done, total)
+        self.waits.reach(stage)
         self._stage = stage
         self._last = now
-        self._waited_last = WAITED.seconds
 
         self._draw(stage, done, total)
 
@@ -230,14 +226,6 @@ class Bars:
         """Items per second of a stage."""
         return self.counts.get(stage, 0) / max(self.seconds.get(stage, 0.0), 1e-9)
 
-    def waited(self, stage: str) -> str:
-        """A word on how long a stage waited for images; empty if that was a small share, or of a short time."""
-        seconds = self.seconds.get(stage, 0.0)
-        share = self._waited.get(stage, 0.0) / max(seconds, 1e-9)
-        if seconds < _LONG or share < _MUCH_WAITING:
-            return ""
-        return f"for {share:.0%} of that time the backbone waited for images: smaller files or more CPUs help"
-
     def line(self) -> str:
         """How far the present stage is, in words."""
         if not self._stage:
@@ -251,7 +239,7 @@ class Bars:
             if shown is not None:
                 shown.start()
         self._last = time.monotonic()
-        self._waited_last = WAITED.seconds
+        self.waits.begin()
         return self
 
     def __exit__(

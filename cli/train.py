@@ -201,7 +201,7 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
     speed = f"{stage} {bars.seconds['features']:.0f} s ({bars.rate('features'):,.0f} images/s)"
     say(f"{detector.n_images_:,} images{duplicates}{bad}; {speed}", quiet)
     if isinstance(detector, Detector):
-        if waited := bars.waited("features"):
+        if waited := bars.waits.in_words("features", bars.seconds["features"]):
             say(waited, quiet)
         say(f"view: {in_words(detector.config()['settings'])}", quiet)
         if detector.engine_note_:

@@ -232,25 +232,19 @@ def iter_loaded(
 
             while len(pending) >= ahead or (waiting > _WAITING and pending):
                 future, size = pending.popleft()
-                yield _awaited(future)
+                yield WAITED.during(future.result)
                 waiting -= size
 
         while pending:
-            yield _awaited(pending.popleft()[0])
+            yield WAITED.during(pending.popleft()[0].result)
     finally:  # also on Ctrl-C and when the caller stops early
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _awaited(future: Future[LoadedImage]) -> LoadedImage:
-    with WAITED.running():
-        return future.result()
 
 
 def _in_order(ref: ImageRef, max_bytes: int) -> ImageRef:
     """Read on the calling thread: datasets, and archives that can only be read front to back, are read in order."""
     try:
-        with WAITED.running():
-            return ref.held(max_bytes)
+        return WAITED.during(lambda: ref.held(max_bytes))
     except UnreadableImage as error:
         return MissingRef(ref.path, str(error))
     except MemoryError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
 
 
 class Stopwatch:
-    """Adds up the time of several stretches of work, on whatever thread.
+    """Adds up the time of several calls, on whatever thread.
 
     Attributes
     ----------
@@ -18,8 +20,7 @@ class Stopwatch:
     Examples
     --------
     >>> watch = Stopwatch()
-    >>> with watch.running():
-    ...     time.sleep(0.01)
+    >>> watch.during(lambda: time.sleep(0.01))
     >>> watch.seconds > 0.009
     True
     """
@@ -28,16 +29,15 @@ class Stopwatch:
         self.seconds = 0.0
         self._lock = threading.Lock()
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time inside the block."""
+    def during(self, work: Callable[[], _Result]) -> _Result:
+        """Call it, and count the time that it takes, also if it fails."""
         start = time.monotonic()
         try:
-            yield
+            return work()
         finally:
             with self._lock:
                 self.seconds += time.monotonic() - start
 
 
-#: Time in which nothing but reading and decoding went on, in all runs of this process.
+#: Time in which whoever wanted the next image had to wait until it was read and decoded, of all runs of this process.
 WAITED = Stopwatch()

@@ -14,7 +14,7 @@ from click.testing import Result
 from rich.console import Console
 
 from featdiff.runtime.waiting import Stopwatch
-from featdiff_cli import progress
+from featdiff_cli import progress, waiting
 from featdiff_cli.progress import Bars, Lines, starting
 from featdiff_cli.speech import say
 
@@ -107,7 +107,7 @@ def test_a_total_that_grows_is_no_new_round(clock: Clock) -> None:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     watch = Stopwatch()
-    monkeypatch.setattr(progress, "WAITED", watch)
+    monkeypatch.setattr(waiting, "WAITED", watch)
     return watch
 
 
@@ -126,8 +126,8 @@ def test_long_waiting_gets_a_word(clock: Clock, watch: Stopwatch, seconds: float
         watch.seconds += waited / 2
         bars("scoring", 1, 2)
     word = f"for {share} of that time the backbone waited for images: smaller files or more CPUs help" if share else ""
-    assert bars.waited("scoring") == word
-    assert bars.waited("training") == ""
+    assert bars.waits.in_words("scoring", bars.seconds["scoring"]) == word
+    assert bars.waits.in_words("training", 100) == ""
 
 
 def test_score_tells_of_waiting(
@@ -135,8 +135,8 @@ def test_score_tells_of_waiting(
 ) -> None:
     command = ("score", few_images, "-m", tiny_model, "-o", tmp_path / "a.csv")
     assert "waited" not in featdiff_cli(*command).stderr  # too short
-    monkeypatch.setattr(progress, "_LONG", 0)
-    monkeypatch.setattr(progress, "_MUCH_WAITING", 0)
+    monkeypatch.setattr(waiting, "_LONG", 0)
+    monkeypatch.setattr(waiting, "_MUCH", 0)
     found = re.findall(r"^for (\d+)% of that time the backbone waited for images", featdiff_cli(*command).stderr, re.M)
     assert len(found) == 1 and 0 < int(found[0]) <= 100
     assert featdiff_cli(*command, "-q").stderr == ""

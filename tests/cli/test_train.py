@@ -57,10 +57,10 @@ def quick(tmp_path: Path, seeded_backbone: Path) -> Path:
 def test_waiting_for_images_is_told(
     featdiff_cli: Cli, photos: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featdiff_cli import progress
+    from featdiff_cli import waiting
 
-    monkeypatch.setattr(progress, "_LONG", 0)
-    monkeypatch.setattr(progress, "_MUCH_WAITING", 0)
+    monkeypatch.setattr(waiting, "_LONG", 0)
+    monkeypatch.setattr(waiting, "_MUCH", 0)
     lines = featdiff_cli("train", photos, "--config", quick, "-o", tmp_path / "model").stderr.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("40 images; features"))
     assert re.fullmatch(r"for \d+% of that time the backbone waited for images: smaller.*help", lines[place + 1])
