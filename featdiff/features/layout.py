@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..exceptions import UsageError
 
@@ -250,9 +251,6 @@ def block_normalise(features: Tensor, widths: Sequence[int], delta: float = 1e-6
     -------
     Tensor of shape (B, sum of widths)
     """
-    parts = []
-    for part in features.split(list(widths), dim=1):
-        centred = part - part.mean(1, keepdim=True)
-        variance = part.var(1, keepdim=True, correction=0)
-        parts.append(centred / (variance + delta).sqrt())
-    return torch.cat(parts, dim=1)
+    # a layer norm without weights is this very formula
+    parts = features.split(list(widths), dim=1)
+    return torch.cat([F.layer_norm(part, part.shape[1:], eps=delta) for part in parts], dim=1)

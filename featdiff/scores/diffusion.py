@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..diffusion.fit import fit_denoiser
 from ..diffusion.lfdn import LFDN, LayerwiseLFDN
 from ..diffusion.reconstruction import reconstruct
-from ..diffusion.schedules import add_noise, draw_noise, make_scheduler
+from ..diffusion.schedules import draw_noise, make_scheduler
 from ..diffusion.training import TrainingState
 from ..exceptions import UsageError
 from ..features.layout import FeatureLayout, block_normalise
 from ..runtime.randomness import seeded
+from .denoising import FixedDenoiser
 from .fusion import log_statistics, log_z, weighted_sum
 from .registry import Context, Features, Score
 from .residuals import likelihood_regret, mfsim, mse
@@ -53,11 +54,14 @@ class Diffusion(nn.Module):
         The trained network, and the same after its first epoch (for likelihood regret).
     noise : Tensor of shape (start times, draws, sum of widths)
         Drawn once and shared by all images.
+    channels : Tensor of shape (stages,)
+        Width of each stage.
     mean, deviation : Tensors of shape (start times, stages)
         Of log errors of held-out images.
     """
 
     noise: Tensor
+    channels: Tensor
     mean: Tensor
     deviation: Tensor
 
@@ -82,7 +86,7 @@ class Diffusion(nn.Module):
         self.stride = stride
         self.scheduler = make_scheduler(timesteps)
 
-        def network() -> nn.Module:
+        def network() -> LFDN | LayerwiseLFDN:
             if joint:
                 return LFDN(width=sum(self.widths), hidden=hidden_max, blocks=blocks, time_width=hidden_max // 2)
             sizes = {"hidden_ratio": hidden_ratio, "hidden_max": hidden_max, "blocks": blocks}
@@ -91,9 +95,11 @@ class Diffusion(nn.Module):
         with seeded(seed):
             self.denoiser = network()
             self.early = network()
+        self._prepared: dict[nn.Module, FixedDenoiser] = {}
 
         noise = draw_noise(len(start_times) * draws, sum(self.widths), seed)
         self.register_buffer("noise", noise.unflatten(0, (len(start_times), draws)))
+        self.register_buffer("channels", torch.tensor(self.widths, dtype=torch.float32), persistent=False)
         self.register_buffer("mean", torch.zeros(len(start_times), len(self.widths)))
         self.register_buffer("deviation", torch.ones(len(start_times), len(self.widths)))
         self.requires_grad_(False).eval()
@@ -138,24 +144,36 @@ class Diffusion(nn.Module):
         """Stages side by side (B, sum of widths) -> block-normalised, on this module's device."""
         return block_normalise(stages.to(self.noise.device), self.widths)
 
-    def reconstructions(self, denoiser: nn.Module, x: Tensor) -> list[Tensor]:
+    def reconstructions(self, denoiser: LFDN | LayerwiseLFDN, x: Tensor) -> list[Tensor]:
         """One reconstruction (B, D) for each start time, averaged over the stored noise samples.
 
         Averaging *before* comparing removes sampling variance from the error: what stays is what the denoiser gets
         wrong about this image. (DLSR compares each sample.)
         """
         if self.stride is None:  # all start times and samples in one pass
-            times, draws = self.noise.shape[:2]
-            t = torch.tensor(self.start_times, device=x.device).repeat_interleave(draws)
-            noise = self.noise.flatten(0, 1)[:, None]
-            x_hat = denoiser(add_noise(self.scheduler, x[None], noise, t), t)  # (times x draws, B, D)
-            return list(x_hat.unflatten(0, (times, draws)).mean(1))
+            return list(self._fixed(denoiser)(x))
 
         x_hats = []
         for start, noise in zip(self.start_times, self.noise, strict=True):
             samples = reconstruct(denoiser, self.scheduler, x, noise, start, self.stride)
             x_hats.append(samples.mean(1))
         return x_hats
+
+    def _fixed(self, denoiser: LFDN | LayerwiseLFDN) -> FixedDenoiser:
+        """The denoiser at the start times, prepared at its first use and again when its weights have changed."""
+        fixed = self._prepared.get(denoiser)
+        if fixed is None or not fixed.is_current():
+            fixed = FixedDenoiser(denoiser, self.scheduler, self.start_times, self.noise)
+            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # else its tensors belong to a graph
+                self._prepared[denoiser] = fixed
+        return fixed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepared.clear()  # they lie where the weights lay
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}  # a copy has weights of its own
 
     def errors(self, x: Tensor) -> Tensor:
         """Normalised stages (B, D) -> mean squared error of each start time and stage (B, T, L)."""
@@ -180,12 +198,11 @@ class Diffusion(nn.Module):
 
     def layer_weights(self, like: Tensor) -> Tensor:
         """Weight of each stage in :meth:`join` (L,), before they are brought to length 1."""
-        channels = torch.tensor(self.widths, device=like.device, dtype=like.dtype)
-        return channels**_LAYER_EXPONENT
+        return self.channels.to(like.dtype) ** _LAYER_EXPONENT
 
     def shares(self, like: Tensor) -> Tensor:
         """Share of all channels that each stage has (L,)."""
-        channels = torch.tensor(self.widths, device=like.device, dtype=like.dtype)
+        channels = self.channels.to(like.dtype)
         return channels / channels.sum()
 
 

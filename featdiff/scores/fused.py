@@ -99,8 +99,8 @@ class Heads(nn.Module):
         self.members = nn.ModuleList(members)
         self._scores: list[Score] = list(members)
         self._diffusion_scores = {name: kind(diffusion) for name, kind in DIFFUSION.items()}
-        self._of_layer = [score for score in members if score.layer]
-        self.layers = [*self.layout.stage_names, *(str(score.layer) for score in self._of_layer)]
+        self._columns_of_layers = [1 + i for i, score in enumerate(members) if score.layer]
+        self.layers = [*self.layout.stage_names, *(str(score.layer) for score in members if score.layer)]
 
         joined = 1 + len(members)
         weights = torch.tensor([_DIFFUSION_WEIGHT, *(score.weight for score in members)])
@@ -220,7 +220,7 @@ class Heads(nn.Module):
             own = measured.single
             if own is None:
                 own = weighted_sum(z, self.weights) if self.head == FUSED else joined[:, 0]
-            further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
+            further = [z[:, column, None] for column in self._columns_of_layers]
             return torch.cat([own[:, None], layers, *further], dim=1)
 
     @torch.inference_mode()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..features.layout import PRE_LOGITS, FeatureLayout, Kind, Part, block_normalise
-from .neighbors import CodedIndex, Index, make_index
+from .coded import CodedIndex, make_coded_index
+from .neighbors import Index
 from .registry import Context, Features, Options, Score, register
 
 # Weights of the three spaces in the fused score: last stage, pre-logits, spatial std of the pre-logits. Set once, on
@@ -52,7 +53,7 @@ class NearestNeighbors(Score):
         self.k = min(options.neighbors, options.rows)
         self.backend = options.backend
         # in a tuple, so that a FAISS index is not taken for a submodule
-        self._index: tuple[Index, ...] = ()
+        self._index: tuple[Index | CodedIndex, ...] = ()
         width = sum(part.width for part in parts)
         self.register_buffer("vectors", torch.zeros(options.rows, width, dtype=torch.int8))
         self.register_buffer("scales", torch.ones(options.rows, 1))
@@ -103,7 +104,7 @@ class NearestNeighbors(Score):
     def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index = self._index  # kept by this name: another thread may move the vectors
         if not index:  # built when first needed: a loaded score may lie on another device
-            index = self._index = (make_index(self.vectors.float() * self.scales, self.backend),)
+            index = self._index = (make_coded_index(self.vectors, self.scales, self.backend),)
         return index[0].search(self.view(features.to(self.scales.device)), k)
 
     def view(self, features: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class NearestNeighbors(Score):
         """From now on search by tensor operations alone, exactly, whatever the backend; for an export."""
         index = CodedIndex(self.vectors, self.scales)
         self.index = index  # a submodule, so that its tensors are found
-        self._index = (cast(Index, index),)
+        self._index = (index,)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not isinstance(getattr(self, "index", None), nn.Module):

@@ -86,8 +86,8 @@ def faults(cache: Path, **variables: str) -> float:
 
 @glibc
 def test_scoring_through_the_library_reuses_memory(tmp_path: Path) -> None:
-    """Some tens of pages an image; more than a thousand where each layer's output is new memory from the kernel, as with
-    a threshold of the user's own, which is respected."""
+    """Some tens of pages an image; more than a thousand where each layer's output is new memory from the kernel, as
+    with a threshold of the user's own, which is respected."""
     assert faults(tmp_path) < 300
     assert faults(tmp_path, MALLOC_MMAP_THRESHOLD_="131072") > 1000
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from featdiff.features.layout import LOGITS, PRE_LOGITS, FeatureLayout, Kind
+from featdiff.scores.coded import CodedIndex
 from featdiff.scores.nearest import NearestNeighbors
-from featdiff.scores.neighbors import CodedIndex
 from featdiff.scores.registry import Options, make_scores
 
 LAYOUT = FeatureLayout.of(
