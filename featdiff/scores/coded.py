@@ -69,8 +69,8 @@ class CodedIndex(nn.Module):
         centred = bank - self.mean
         self.register_buffer("squares", centred.square().sum(1))
         self._longest = float(self.squares.max().sqrt())
-        # in a tuple, so that it is no part of the state
-        self._rough = (centred.bfloat16(),) if codes.device.type == "cpu" else ()
+        # in a list, so that it is no part of the state
+        self._rough = [centred.bfloat16()] if codes.device.type == "cpu" else []
 
     @property
     def bank(self) -> Tensor:
@@ -79,7 +79,7 @@ class CodedIndex(nn.Module):
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As :meth:`Index.search`; without checks of the queries and ``k`` where a graph is made."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             return self._as_graph(queries, k)
 
         queries = checked(queries, self.codes, k)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..diffusion.lfdn import LFDN, LayerwiseLFDN
+from ..diffusion.lfdn import LFDN, LayerwiseLFDN, ResidualBlock
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 
 class FixedDenoiser:
@@ -38,7 +41,7 @@ class FixedDenoiser:
     ) -> None:
         self._weights = [*denoiser.parameters(), noise]
         self._versions = self._count()
-        networks = [denoiser] if isinstance(denoiser, LFDN) else list(denoiser.layers)
+        networks = [denoiser] if isinstance(denoiser, LFDN) else [cast(LFDN, layer) for layer in denoiser.layers]
         times = torch.tensor(start_times, device=noise.device)
         alpha_bar = scheduler.alphas_cumprod.to(noise)[times].reshape(-1, 1, 1)
         noise = (1 - alpha_bar).sqrt() * noise
@@ -85,20 +88,21 @@ class _FixedNetwork:
 
         waves = network.time_waves(times).to(noise.dtype)
         time = F.silu(network.time_embedding(waves))[:, None, None]
-        self.shifts = [block.time(time) + block.linear_in.bias for block in network.residual_blocks]
+        blocks = [cast(ResidualBlock, block) for block in network.residual_blocks]
+        self.blocks = [(block, block.time(time) + block.linear_in.bias) for block in blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
         network = self.network
         h = self.signal * F.linear(x, network.project_in.weight) + self.noise  # (T, samples, B, hidden)
 
-        for block, shift in zip(network.residual_blocks, self.shifts, strict=True):
-            norm = block.norm_in
-            inner = F.silu(F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-            inner = F.linear(inner, block.linear_in.weight) + shift
-            norm = block.norm_out
-            inner = F.silu(F.layer_norm(inner, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-            h = h + F.linear(inner, block.linear_out.weight, block.linear_out.bias)
+        for block, shift in self.blocks:
+            inner = F.linear(_activated(block.norm_in, h), block.linear_in.weight) + shift
+            h = h + F.linear(_activated(block.norm_out, inner), block.linear_out.weight, block.linear_out.bias)
 
-        norm = network.norm_out
-        h = F.silu(F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-        return F.linear(h.mean(1), network.project_out.weight, network.project_out.bias)
+        h = _activated(network.norm_out, h).mean(1)
+        return F.linear(h, network.project_out.weight, network.project_out.bias)
+
+
+def _activated(norm: nn.LayerNorm, h: Tensor) -> Tensor:
+    """Norm and SiLU, without the cost of two calls of modules."""
+    return F.silu(F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps))

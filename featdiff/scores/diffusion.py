@@ -164,7 +164,7 @@ class Diffusion(nn.Module):
         fixed = self._prepared.get(denoiser)
         if fixed is None or not fixed.is_current():
             fixed = FixedDenoiser(denoiser, self.scheduler, self.start_times, self.noise)
-            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # else its tensors belong to a graph
+            if not torch.compiler.is_compiling():  # else its tensors belong to a graph
                 self._prepared[denoiser] = fixed
         return fixed
 
