@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -50,8 +51,9 @@ class Diffusion(nn.Module):
 
     Attributes
     ----------
-    denoiser, early : nn.Module
-        The trained network, and the same after its first epoch (for likelihood regret).
+    denoiser, early : LFDN or LayerwiseLFDN
+        The trained network, and the same after its first epoch (for likelihood regret; None where it was not saved).
+        Their weights are rounded to what float16 can hold, in which they are saved.
     noise : Tensor of shape (start times, draws, sum of widths)
         Drawn once and shared by all images.
     channels : Tensor of shape (stages,)
@@ -94,7 +96,7 @@ class Diffusion(nn.Module):
 
         with seeded(seed):
             self.denoiser = network()
-            self.early = network()
+            self.early: LFDN | LayerwiseLFDN | None = network()
         self._prepared: dict[nn.Module, FixedDenoiser] = {}
 
         noise = draw_noise(len(start_times) * draws, sum(self.widths), seed)
@@ -102,6 +104,7 @@ class Diffusion(nn.Module):
         self.register_buffer("channels", torch.tensor(self.widths, dtype=torch.float32), persistent=False)
         self.register_buffer("mean", torch.zeros(len(start_times), len(self.widths)))
         self.register_buffer("deviation", torch.ones(len(start_times), len(self.widths)))
+        self.register_state_dict_post_hook(_in_half)
         self.requires_grad_(False).eval()
 
     # ---- fit ----
@@ -122,7 +125,11 @@ class Diffusion(nn.Module):
                 context.checkpoint,
                 context.progress,
             )
+            if self.early is None:
+                self.early = copy.deepcopy(self.denoiser)
             self.early.load_state_dict(state.early)
+            _round_to_half(self.denoiser)
+            _round_to_half(self.early)
             with torch.inference_mode():
                 self.fit_statistics(torch.cat([self.errors(part) for part in validation.split(1024)]))
         return state
@@ -234,7 +241,7 @@ class DiffusionScore(Score):
     @property
     def nbytes(self) -> int:
         """Bytes of the shared model, but for the early network."""
-        return _bytes(self.model) - _bytes(self.model.early)
+        return _bytes(self.model, without="early.")
 
 
 class Layerwise(DiffusionScore):
@@ -283,6 +290,8 @@ class LikelihoodRegret(DiffusionScore):
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         model = self.model
+        if model.early is None:
+            raise UsageError("a saved detector has no early network for 'lr', unless that is its head")
         x = model.stages(features)
         late = model.reconstructions(model.denoiser, x)
         early = model.reconstructions(model.early, x)
@@ -309,5 +318,18 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+def _round_to_half(network: nn.Module) -> None:
+    """Round weights to float16, so that a saved detector scores the same as the one that was fitted."""
+    for weight in network.parameters():
+        weight.copy_(weight.half())
+
+
+def _in_half(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Keep the networks of a state dict in float16."""
+    for name in state:
+        if name.startswith((prefix + "denoiser.", prefix + "early.")):
+            state[name] = state[name].half()
+
+
+def _bytes(model: Diffusion, without: str = "nothing") -> int:
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if not name.startswith(without))
