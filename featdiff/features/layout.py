@@ -6,9 +6,10 @@ the local score, which is made of maps before they are pooled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -221,8 +222,12 @@ class FeatureLayout:
         return FeatureLayout(tuple(part for part in self.parts if part.kind is not kind))
 
     @staticmethod
-    def take(features: Tensor, parts: Iterable[Part]) -> Tensor:
+    def take(features: Tensor, parts: Sequence[Part]) -> Tensor:
         """Rows (B, D) -> only these parts, side by side (B, sum of widths)."""
+        if all(
+            part.stop == after.start for part, after in pairwise(parts)
+        ):  # they lie so in the row: nothing is copied
+            return features[:, parts[0].start : parts[-1].stop]
         return torch.cat([features[:, part.columns] for part in parts], dim=1)
 
 

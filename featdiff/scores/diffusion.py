@@ -151,20 +151,20 @@ class Diffusion(nn.Module):
         """Stages side by side (B, sum of widths) -> block-normalised, on this module's device."""
         return block_normalise(stages.to(self.noise.device), self.widths)
 
-    def reconstructions(self, denoiser: LFDN | LayerwiseLFDN, x: Tensor) -> list[Tensor]:
-        """One reconstruction (B, D) for each start time, averaged over the stored noise samples.
+    def reconstructions(self, denoiser: LFDN | LayerwiseLFDN, x: Tensor) -> Tensor:
+        """One reconstruction for each start time (T, B, D), averaged over the stored noise samples.
 
         Averaging *before* comparing removes sampling variance from the error: what stays is what the denoiser gets
         wrong about this image. (DLSR compares each sample.)
         """
         if self.stride is None:  # all start times and samples in one pass
-            return list(self._fixed(denoiser)(x))
+            return self._fixed(denoiser)(x)
 
         x_hats = []
         for start, noise in zip(self.start_times, self.noise, strict=True):
             samples = reconstruct(denoiser, self.scheduler, x, noise, start, self.stride)
             x_hats.append(samples.mean(1))
-        return x_hats
+        return torch.stack(x_hats)
 
     def _fixed(self, denoiser: LFDN | LayerwiseLFDN) -> FixedDenoiser:
         """The denoiser at the start times, prepared at its first use and again when its weights have changed."""
@@ -184,8 +184,7 @@ class Diffusion(nn.Module):
 
     def errors(self, x: Tensor) -> Tensor:
         """Normalised stages (B, D) -> mean squared error of each start time and stage (B, T, L)."""
-        x_hats = self.reconstructions(self.denoiser, x)
-        return torch.stack([mse(x, x_hat, self.widths) for x_hat in x_hats], dim=1)
+        return mse(x, self.reconstructions(self.denoiser, x), self.widths).transpose(0, 1)
 
     def layer_scores(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> log error of each stage in in-domain standard deviations (B, L)."""
@@ -278,7 +277,7 @@ class CosineDistance(DiffusionScore):
         model = self.model
         x = model.stages(features)
         x_hats = model.reconstructions(model.denoiser, x)
-        return torch.stack([mfsim(x, x_hat, model.widths).mean(1) for x_hat in x_hats]).mean(0)
+        return mfsim(x.expand_as(x_hats), x_hats, model.widths).mean(2).mean(0)
 
 
 class LikelihoodRegret(DiffusionScore):
@@ -296,9 +295,7 @@ class LikelihoodRegret(DiffusionScore):
         late = model.reconstructions(model.denoiser, x)
         early = model.reconstructions(model.early, x)
 
-        shares = model.shares(x)
-        regrets = [likelihood_regret(x, a, b, model.widths) @ shares for a, b in zip(late, early, strict=True)]
-        return torch.stack(regrets).mean(0)
+        return (likelihood_regret(x, late, early, model.widths) @ model.shares(x)).mean(0)
 
     @property
     def nbytes(self) -> int:

@@ -98,7 +98,7 @@ def test_long_vectors_are_kept_with_4_bits() -> None:
     expected = np.exp(np.log(exact.kneighbors(normal(queries.numpy()))[0]).mean(1))
     ratio = score(queries).numpy() / expected
     assert ratio.min() > 0.95 and ratio.max() < 1.05
-    assert np.corrcoef(score(queries).numpy(), expected)[0, 1] > 0.999
+    assert np.corrcoef(score(queries).numpy(), expected)[0, 1] > 0.99
 
 
 def test_only_the_pre_logits_are_a_layer_of_their_own() -> None:
