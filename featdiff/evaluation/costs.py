@@ -68,8 +68,7 @@ def _feature_methods(detector: Detector) -> dict[str, Method]:
         methods[name] = Method(score, trained, score.nbytes)
 
     if heads.head == FUSED:
-        nbytes = _bytes(heads) - _bytes(heads.diffusion.early)  # only likelihood regret needs the early network
-        methods[FUSED] = Method(detector.score_features, detector.training_seconds_, nbytes)
+        methods[FUSED] = Method(detector.score_features, detector.training_seconds_, _bytes(heads))
     return methods
 
 

@@ -77,7 +77,7 @@ class Exportable(nn.Module):
         self.heads = copy.deepcopy(heads).cpu()
         self.joint = joint
         if heads.head != LikelihoodRegret.name:
-            self.heads.diffusion.early = nn.Identity()  # only likelihood regret needs it
+            self.heads.diffusion.early = None  # only likelihood regret needs it
         for score in self.heads.members:
             if isinstance(score, NearestNeighbors):
                 score.search_coded()

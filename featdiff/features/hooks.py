@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
 
 from ..exceptions import UsageError
@@ -152,7 +151,8 @@ class Hooks:
 
             # pooled at once: the next module may work in place
             if hook.pooled:
-                features[hook.layer, hook.pooled] = pool(activation, hook.layer).clone()
+                pooled = pool(activation, hook.layer)
+                features[hook.layer, hook.pooled] = pooled.clone() if activation.dim() == 2 else pooled
             if hook.spatial_std and (std := spatial_std(activation)) is not None:
                 features[hook.layer, Kind.SPATIAL_STD] = std
             if hook.keeps_map:
@@ -234,9 +234,9 @@ def pool(features: Tensor, layer: str = "") -> Tensor:
         what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise UsageError(f"layer {layer!r} gives {what}; featdiff needs (B, C, H, W), (B, N, C) or (B, C)")
     if features.dim() == 4:
-        return reduce(features, "b c h w -> b c", "mean")
+        return features.mean((2, 3))
     if features.dim() == 3:
-        return reduce(features, "b n c -> b c", "mean")
+        return features.mean(1)
     return features
 
 

@@ -6,12 +6,14 @@ the local score, which is made of maps before they are pooled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..exceptions import UsageError
 
@@ -220,8 +222,12 @@ class FeatureLayout:
         return FeatureLayout(tuple(part for part in self.parts if part.kind is not kind))
 
     @staticmethod
-    def take(features: Tensor, parts: Iterable[Part]) -> Tensor:
+    def take(features: Tensor, parts: Sequence[Part]) -> Tensor:
         """Rows (B, D) -> only these parts, side by side (B, sum of widths)."""
+        if all(
+            part.stop == after.start for part, after in pairwise(parts)
+        ):  # they lie so in the row: nothing is copied
+            return features[:, parts[0].start : parts[-1].stop]
         return torch.cat([features[:, part.columns] for part in parts], dim=1)
 
 
@@ -250,9 +256,6 @@ def block_normalise(features: Tensor, widths: Sequence[int], delta: float = 1e-6
     -------
     Tensor of shape (B, sum of widths)
     """
-    parts = []
-    for part in features.split(list(widths), dim=1):
-        centred = part - part.mean(1, keepdim=True)
-        variance = part.var(1, keepdim=True, correction=0)
-        parts.append(centred / (variance + delta).sqrt())
-    return torch.cat(parts, dim=1)
+    # a layer norm without weights is this very formula
+    parts = features.split(list(widths), dim=1)
+    return torch.cat([F.layer_norm(part, part.shape[1:], eps=delta) for part in parts], dim=1)

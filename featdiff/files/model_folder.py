@@ -23,7 +23,7 @@ from .hub import find_folder, is_repository
 from .strict_json import parse_json
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 #: Key of ``config.json`` for the digest of the whole model.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from ..diffusion.fit import fit_denoiser
 from ..diffusion.lfdn import LFDN, LayerwiseLFDN
 from ..diffusion.reconstruction import reconstruct
-from ..diffusion.schedules import add_noise, draw_noise, make_scheduler
+from ..diffusion.schedules import draw_noise, make_scheduler
 from ..diffusion.training import TrainingState
 from ..exceptions import UsageError
 from ..features.layout import FeatureLayout, block_normalise
 from ..runtime.randomness import seeded
+from .denoising import FixedDenoiser
 from .fusion import log_statistics, log_z, weighted_sum
 from .registry import Context, Features, Score
 from .residuals import likelihood_regret, mfsim, mse
@@ -49,15 +51,19 @@ class Diffusion(nn.Module):
 
     Attributes
     ----------
-    denoiser, early : nn.Module
-        The trained network, and the same after its first epoch (for likelihood regret).
+    denoiser, early : LFDN or LayerwiseLFDN
+        The trained network, and the same after its first epoch (for likelihood regret; None where it was not saved).
+        Their weights are rounded to what float16 can hold, in which they are saved.
     noise : Tensor of shape (start times, draws, sum of widths)
         Drawn once and shared by all images.
+    channels : Tensor of shape (stages,)
+        Width of each stage.
     mean, deviation : Tensors of shape (start times, stages)
         Of log errors of held-out images.
     """
 
     noise: Tensor
+    channels: Tensor
     mean: Tensor
     deviation: Tensor
 
@@ -82,7 +88,7 @@ class Diffusion(nn.Module):
         self.stride = stride
         self.scheduler = make_scheduler(timesteps)
 
-        def network() -> nn.Module:
+        def network() -> LFDN | LayerwiseLFDN:
             if joint:
                 return LFDN(width=sum(self.widths), hidden=hidden_max, blocks=blocks, time_width=hidden_max // 2)
             sizes = {"hidden_ratio": hidden_ratio, "hidden_max": hidden_max, "blocks": blocks}
@@ -90,12 +96,15 @@ class Diffusion(nn.Module):
 
         with seeded(seed):
             self.denoiser = network()
-            self.early = network()
+            self.early: LFDN | LayerwiseLFDN | None = network()
+        self._prepared: dict[nn.Module, FixedDenoiser] = {}
 
         noise = draw_noise(len(start_times) * draws, sum(self.widths), seed)
         self.register_buffer("noise", noise.unflatten(0, (len(start_times), draws)))
+        self.register_buffer("channels", torch.tensor(self.widths, dtype=torch.float32), persistent=False)
         self.register_buffer("mean", torch.zeros(len(start_times), len(self.widths)))
         self.register_buffer("deviation", torch.ones(len(start_times), len(self.widths)))
+        self.register_state_dict_post_hook(_in_half)
         self.requires_grad_(False).eval()
 
     # ---- fit ----
@@ -116,7 +125,11 @@ class Diffusion(nn.Module):
                 context.checkpoint,
                 context.progress,
             )
+            if self.early is None:
+                self.early = copy.deepcopy(self.denoiser)
             self.early.load_state_dict(state.early)
+            _round_to_half(self.denoiser)
+            _round_to_half(self.early)
             with torch.inference_mode():
                 self.fit_statistics(torch.cat([self.errors(part) for part in validation.split(1024)]))
         return state
@@ -138,29 +151,40 @@ class Diffusion(nn.Module):
         """Stages side by side (B, sum of widths) -> block-normalised, on this module's device."""
         return block_normalise(stages.to(self.noise.device), self.widths)
 
-    def reconstructions(self, denoiser: nn.Module, x: Tensor) -> list[Tensor]:
-        """One reconstruction (B, D) for each start time, averaged over the stored noise samples.
+    def reconstructions(self, denoiser: LFDN | LayerwiseLFDN, x: Tensor) -> Tensor:
+        """One reconstruction for each start time (T, B, D), averaged over the stored noise samples.
 
         Averaging *before* comparing removes sampling variance from the error: what stays is what the denoiser gets
         wrong about this image. (DLSR compares each sample.)
         """
         if self.stride is None:  # all start times and samples in one pass
-            times, draws = self.noise.shape[:2]
-            t = torch.tensor(self.start_times, device=x.device).repeat_interleave(draws)
-            noise = self.noise.flatten(0, 1)[:, None]
-            x_hat = denoiser(add_noise(self.scheduler, x[None], noise, t), t)  # (times x draws, B, D)
-            return list(x_hat.unflatten(0, (times, draws)).mean(1))
+            return self._fixed(denoiser)(x)
 
         x_hats = []
         for start, noise in zip(self.start_times, self.noise, strict=True):
             samples = reconstruct(denoiser, self.scheduler, x, noise, start, self.stride)
             x_hats.append(samples.mean(1))
-        return x_hats
+        return torch.stack(x_hats)
+
+    def _fixed(self, denoiser: LFDN | LayerwiseLFDN) -> FixedDenoiser:
+        """The denoiser at the start times, prepared at its first use and again when its weights have changed."""
+        fixed = self._prepared.get(denoiser)
+        if fixed is None or not fixed.is_current():
+            fixed = FixedDenoiser(denoiser, self.scheduler, self.start_times, self.noise)
+            if not torch.compiler.is_compiling():  # else its tensors belong to a graph
+                self._prepared[denoiser] = fixed
+        return fixed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepared.clear()  # they lie where the weights lay
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}  # a copy has weights of its own
 
     def errors(self, x: Tensor) -> Tensor:
         """Normalised stages (B, D) -> mean squared error of each start time and stage (B, T, L)."""
-        x_hats = self.reconstructions(self.denoiser, x)
-        return torch.stack([mse(x, x_hat, self.widths) for x_hat in x_hats], dim=1)
+        return mse(x, self.reconstructions(self.denoiser, x), self.widths).transpose(0, 1)
 
     def layer_scores(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> log error of each stage in in-domain standard deviations (B, L)."""
@@ -180,12 +204,11 @@ class Diffusion(nn.Module):
 
     def layer_weights(self, like: Tensor) -> Tensor:
         """Weight of each stage in :meth:`join` (L,), before they are brought to length 1."""
-        channels = torch.tensor(self.widths, device=like.device, dtype=like.dtype)
-        return channels**_LAYER_EXPONENT
+        return self.channels.to(like.dtype) ** _LAYER_EXPONENT
 
     def shares(self, like: Tensor) -> Tensor:
         """Share of all channels that each stage has (L,)."""
-        channels = torch.tensor(self.widths, device=like.device, dtype=like.dtype)
+        channels = self.channels.to(like.dtype)
         return channels / channels.sum()
 
 
@@ -217,7 +240,7 @@ class DiffusionScore(Score):
     @property
     def nbytes(self) -> int:
         """Bytes of the shared model, but for the early network."""
-        return _bytes(self.model) - _bytes(self.model.early)
+        return _bytes(self.model, without="early.")
 
 
 class Layerwise(DiffusionScore):
@@ -254,7 +277,7 @@ class CosineDistance(DiffusionScore):
         model = self.model
         x = model.stages(features)
         x_hats = model.reconstructions(model.denoiser, x)
-        return torch.stack([mfsim(x, x_hat, model.widths).mean(1) for x_hat in x_hats]).mean(0)
+        return mfsim(x.expand_as(x_hats), x_hats, model.widths).mean(2).mean(0)
 
 
 class LikelihoodRegret(DiffusionScore):
@@ -266,13 +289,13 @@ class LikelihoodRegret(DiffusionScore):
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         model = self.model
+        if model.early is None:
+            raise UsageError("a saved detector has no early network for 'lr', unless that is its head")
         x = model.stages(features)
         late = model.reconstructions(model.denoiser, x)
         early = model.reconstructions(model.early, x)
 
-        shares = model.shares(x)
-        regrets = [likelihood_regret(x, a, b, model.widths) @ shares for a, b in zip(late, early, strict=True)]
-        return torch.stack(regrets).mean(0)
+        return (likelihood_regret(x, late, early, model.widths) @ model.shares(x)).mean(0)
 
     @property
     def nbytes(self) -> int:
@@ -292,5 +315,18 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+def _round_to_half(network: nn.Module) -> None:
+    """Round weights to float16, so that a saved detector scores the same as the one that was fitted."""
+    for weight in network.parameters():
+        weight.copy_(weight.half())
+
+
+def _in_half(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Keep the networks of a state dict in float16."""
+    for name in state:
+        if name.startswith((prefix + "denoiser.", prefix + "early.")):
+            state[name] = state[name].half()
+
+
+def _bytes(model: Diffusion, without: str = "nothing") -> int:
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if not name.startswith(without))

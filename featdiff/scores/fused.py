@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..diffusion.training import TrainingState
 from ..exceptions import UsageError
 from ..features.layout import FeatureLayout
-from .diffusion import DIFFUSION, Diffusion, Layerwise, full_precision
+from .diffusion import DIFFUSION, Diffusion, Layerwise, LikelihoodRegret, full_precision
 from .fusion import log, statistics, weighted_sum
 from .registry import Context, Features, Score
 
@@ -19,6 +20,8 @@ from .registry import Context, Features, Score
 FUSED = "fused"
 # Set once, on sets far from and near to CIFAR-10 (tests/benchmarks/RESULTS.md): a balance of the two, for all data.
 _DIFFUSION_WEIGHT = 0.75
+# How the names of the early denoiser's tensors begin.
+_EARLY = "diffusion.early."
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Measured:
 
 class Heads(nn.Module):
     """All scores of a detector; its state dict is what a saved detector holds.
+
+    It has the early denoiser only where the detector's own score needs that (``head="lr"``); elsewhere, there is no
+    ``lr`` after loading.
 
     The diffusion score and each member become z-scores among held-out in-domain images (of a distance: its logarithm),
     and ``fused`` is their weighted sum. Whichever score is the detector's own is shifted and scaled to mean 0 and
@@ -99,8 +105,8 @@ class Heads(nn.Module):
         self.members = nn.ModuleList(members)
         self._scores: list[Score] = list(members)
         self._diffusion_scores = {name: kind(diffusion) for name, kind in DIFFUSION.items()}
-        self._of_layer = [score for score in members if score.layer]
-        self.layers = [*self.layout.stage_names, *(str(score.layer) for score in self._of_layer)]
+        self._columns_of_layers = [1 + i for i, score in enumerate(members) if score.layer]
+        self.layers = [*self.layout.stage_names, *(str(score.layer) for score in members if score.layer)]
 
         joined = 1 + len(members)
         weights = torch.tensor([_DIFFUSION_WEIGHT, *(score.weight for score in members)])
@@ -109,6 +115,7 @@ class Heads(nn.Module):
         self.register_buffer("deviation", torch.ones(joined))
         self.register_buffer("location", torch.zeros(1 + len(self.layers)))
         self.register_buffer("scale", torch.ones(1 + len(self.layers)))
+        self.register_state_dict_post_hook(_without_early)
         self.requires_grad_(False).eval()
 
     @property
@@ -119,7 +126,15 @@ class Heads(nn.Module):
     @property
     def scores(self) -> dict[str, Score]:
         """The scores that are computed one by one, by name: those of diffusion, and the members."""
-        return {**self._diffusion_scores, **{score.name: score for score in self._scores}}
+        scores: dict[str, Score] = {**self._diffusion_scores, **{score.name: score for score in self._scores}}
+        if self.diffusion.early is None:
+            del scores[LikelihoodRegret.name]
+        return scores
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if not any(name.startswith(prefix + _EARLY) for name in state_dict):
+            self.diffusion.early = None
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     # ---- fit ----
 
@@ -220,7 +235,7 @@ class Heads(nn.Module):
             own = measured.single
             if own is None:
                 own = weighted_sum(z, self.weights) if self.head == FUSED else joined[:, 0]
-            further = [z[:, [1 + self._scores.index(score)]] for score in self._of_layer]
+            further = [z[:, column, None] for column in self._columns_of_layers]
             return torch.cat([own[:, None], layers, *further], dim=1)
 
     @torch.inference_mode()
@@ -280,6 +295,15 @@ class Heads(nn.Module):
         features = features.to(self.mean.device)
         with full_precision(self.mean):
             return {name: score(features) for name, score in self.scores.items()}
+
+
+def _without_early(heads: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Drop the early network from a state dict of :class:`Heads`, unless the detector's own score needs it."""
+    assert isinstance(heads, Heads)
+    if heads.head == LikelihoodRegret.name:
+        return
+    for name in [name for name in state if name.startswith(prefix + _EARLY)]:
+        del state[name]
 
 
 def _check_names(names: Sequence[str], head: str) -> None:

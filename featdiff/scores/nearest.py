@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..features.layout import PRE_LOGITS, FeatureLayout, Kind, Part, block_normalise
-from .neighbors import CodedIndex, Index, make_index
+from .coded import CodedIndex, make_coded_index
+from .neighbors import Index
 from .registry import Context, Features, Options, Score, register
 
 # Weights of the three spaces in the fused score: last stage, pre-logits, spatial std of the pre-logits. Set once, on
 # sets far from and near to CIFAR-10 and on magnetic tiles (tests/benchmarks/RESULTS.md).
 _WEIGHTS = (3.0, 0.5, 1.0)
+# Vectors of so many numbers are rounded to 4 bits: over many numbers the errors of rounding average out, and the AUROC
+# is as with 8 (tests/benchmarks/RESULTS.md). Shorter ones are rounded to 8.
+_WIDE = 256
+_LEVELS = 127
+_LEVELS_WIDE = 7
 
 
 class NearestNeighbors(Score):
     """Geometric mean of the distances to the ``neighbors`` nearest in-domain vectors, in one space.
 
     The mean over the first neighbours says more than the k-th alone (Sun et al., ICML 2022): it looks at the density
-    near the image at several scales. Vectors are kept as 8-bit numbers with a scale each.
+    near the image at several scales. Vectors are kept as whole numbers with a scale each: of 8 bits, and where they are
+    long of 4. The state dict holds two of the latter in a byte.
 
     Parameters
     ----------
@@ -52,16 +59,18 @@ class NearestNeighbors(Score):
         self.k = min(options.neighbors, options.rows)
         self.backend = options.backend
         # in a tuple, so that a FAISS index is not taken for a submodule
-        self._index: tuple[Index, ...] = ()
+        self._index: tuple[Index | CodedIndex, ...] = ()
         width = sum(part.width for part in parts)
         self.register_buffer("vectors", torch.zeros(options.rows, width, dtype=torch.int8))
         self.register_buffer("scales", torch.ones(options.rows, 1))
+        self._in_pairs = width >= _WIDE and width % 2 == 0
 
     @torch.inference_mode()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Keep in-domain features (rows, D)."""
         vectors = self.view(features[:].to(self.scales.device))
-        scales = vectors.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        levels = _LEVELS_WIDE if self._in_pairs else _LEVELS
+        scales = vectors.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / levels
         self.vectors.copy_((vectors / scales).round())
         self.scales.copy_(scales)
         self._index = ()
@@ -103,7 +112,7 @@ class NearestNeighbors(Score):
     def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index = self._index  # kept by this name: another thread may move the vectors
         if not index:  # built when first needed: a loaded score may lie on another device
-            index = self._index = (make_index(self.vectors.float() * self.scales, self.backend),)
+            index = self._index = (make_coded_index(self.vectors, self.scales, self.backend),)
         return index[0].search(self.view(features.to(self.scales.device)), k)
 
     def view(self, features: Tensor) -> Tensor:
@@ -117,7 +126,20 @@ class NearestNeighbors(Score):
         """From now on search by tensor operations alone, exactly, whatever the backend; for an export."""
         index = CodedIndex(self.vectors, self.scales)
         self.index = index  # a submodule, so that its tensors are found
-        self._index = (cast(Index, index),)
+        self._index = (index,)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._in_pairs:
+            destination[prefix + "vectors"] = _paired(self.vectors)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        name = prefix + "vectors"
+        pairs = state_dict.get(name)
+        if self._in_pairs and pairs is not None and pairs.dtype == torch.uint8:
+            state_dict[name] = _unpaired(pairs)  # a copy that load_state_dict has made
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self._index = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not isinstance(getattr(self, "index", None), nn.Module):
@@ -132,6 +154,18 @@ def _mean_distance(distances: Tensor) -> Tensor:
     """Distances (B, k) -> their geometric mean (B,)."""
     smallest = torch.finfo(torch.float32).eps  # a copy of an image that is kept has distance 0
     return distances.clamp_min(smallest).log().mean(1).exp()
+
+
+def _paired(codes: Tensor) -> Tensor:
+    """Numbers -8 .. 7 (n, 2 d), int8 -> two in each byte (n, d), uint8; the first half in the lower bits."""
+    low, high = (codes.to(torch.int16) & 15).to(torch.uint8).chunk(2, dim=1)
+    return low | (high << 4)
+
+
+def _unpaired(pairs: Tensor) -> Tensor:
+    """The numbers again (n, 2 d), int8."""
+    values = torch.cat([pairs & 15, pairs >> 4], dim=1).to(torch.int8)
+    return torch.where(values > 7, values - 16, values)
 
 
 @register("neighbors", head=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..exceptions import FeatdiffError, UsageError, did_you_mean
 
@@ -24,10 +24,10 @@ BACKENDS = ("auto", "torch", "faiss", "faiss-ivf", "faiss-hnsw", "faiss-pq")
 LARGE = 100_000
 # ``auto`` compresses a bank above this size, since inverted lists hold every vector a second time.
 _COMPRESS_BYTES = 8 << 30
-# Number of distances in memory at once, about 64 MB.
-_BLOCK = 1 << 24
-# Candidates beyond k. Fast distances are inaccurate between near vectors; exact ones then choose among candidates.
-_SPARE = 8
+#: Number of distances in memory at once, about 64 MB.
+BLOCK = 1 << 24
+#: Candidates beyond k. Fast distances are inaccurate between near vectors; exact ones then choose among candidates.
+SPARE = 8
 
 _forked = False  # whether this process was forked from one that had loaded FAISS
 
@@ -112,8 +112,7 @@ def make_index(bank: Tensor, backend: str = "auto") -> Index:
     if bank.dim() != 2 or 0 in bank.shape:
         raise UsageError(f"a bank of neighbours must have shape (n, d), not {tuple(bank.shape)}")
     check_finite(bank.float(), "the bank of neighbours")
-    if backend == "auto":
-        backend = _choose(bank)
+    backend = chosen_backend(bank, backend)
     return TorchIndex(bank) if backend == "torch" else FaissIndex(bank, backend)
 
 
@@ -124,7 +123,10 @@ def check_backend(backend: str) -> None:
         raise UsageError(f"unknown backend {backend!r}{hint}; known: {', '.join(BACKENDS)}", argument="backend")
 
 
-def _choose(bank: Tensor) -> str:
+def chosen_backend(bank: Tensor, backend: str) -> str:
+    """The backend, where ``auto`` stands for one."""
+    if backend != "auto":
+        return backend
     unsafe = sys.platform == "darwin" or _forked
     if len(bank) <= LARGE or unsafe or faiss_module() is None:
         return "torch"
@@ -158,10 +160,10 @@ class TorchIndex:
     @torch.inference_mode()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As :meth:`Index.search`."""
-        queries = _checked(queries, self.bank, k)
-        width = min(len(self.bank), _BLOCK)
+        queries = checked(queries, self.bank, k)
+        width = min(len(self.bank), BLOCK)
 
-        parts = [self._nearest(part, k, width) for part in queries.split(max(1, _BLOCK // width))]
+        parts = [self._nearest(part, k, width) for part in queries.split(max(1, BLOCK // width))]
         distances, indices = zip(*parts, strict=True)
         return torch.cat(distances), torch.cat(indices)
 
@@ -171,7 +173,7 @@ class TorchIndex:
         |q - b|^2 = |q|^2 + |b|^2 - 2 q b is fast, but loses digits for near vectors. So it finds a few more candidates
         than are needed, among which exact distances choose. |q|^2 is left out: it does not change the order.
         """
-        candidates = min(len(self.bank), k + _SPARE)
+        candidates = min(len(self.bank), k + SPARE)
         centred = queries - self._mean
 
         values = []
@@ -186,49 +188,6 @@ class TorchIndex:
 
         best = torch.cat(values, 1).topk(candidates, largest=False).indices
         return _exactly(queries, self.bank, torch.cat(indices, 1).gather(1, best), k)
-
-
-class CodedIndex(nn.Module):
-    """Exact search in a bank of 8-bit numbers with one scale for each vector, by tensor operations alone.
-
-    For models that are exported to other programs (see :mod:`featdiff.export.export`): it takes any number of queries,
-    never looks at their values, and keeps the bank at a quarter of its size. It returns the same neighbours and
-    distances as :class:`TorchIndex`.
-
-    Parameters
-    ----------
-    codes : int8 Tensor of shape (n, d)
-        The vectors, divided by their scales.
-    scales : float32 Tensor of shape (n, 1)
-        The scale of each vector.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("mean", self.bank.mean(0))
-        self.register_buffer("squares", (self.bank - self.mean).square().sum(1))
-
-    @property
-    def bank(self) -> Tensor:
-        """The vectors (n, d), computed from codes and scales."""
-        return self.codes.float() * self.scales
-
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`Index.search`, without checks of the queries and ``k``."""
-        candidates = min(len(self.codes), k + _SPARE)
-        products = (self.codes.float() @ (queries - self.mean).T) * self.scales
-        indices = (self.squares - 2 * products.T).topk(candidates, largest=False).indices
-
-        vectors = self.codes[indices].float() * self.scales[indices]
-        best = _distances(queries, vectors).topk(k, largest=False)
-        return best.values, indices.gather(1, best.indices)
 
 
 class FaissIndex:
@@ -264,7 +223,7 @@ class FaissIndex:
         """As :meth:`Index.search`."""
         if os.getpid() != self._process:
             raise _fork_error()
-        queries = _checked(queries, self.bank, k)
+        queries = checked(queries, self.bank, k)
 
         candidates = min(len(self.bank), 2 * k + 8)  # more than k, among which exact distances choose
         _, indices = self._index.search(np.ascontiguousarray(queries.cpu().numpy()), candidates)
@@ -339,17 +298,17 @@ def _exactly(queries: Tensor, bank: Tensor, indices: Tensor, k: int) -> tuple[Te
     repeated[:, 1:] = indices[:, 1:] == indices[:, :-1]
 
     parts = zip(queries.split(256), indices.split(256), strict=True)  # a few at a time, to save memory
-    distances = torch.cat([_distances(some, bank[candidates]) for some, candidates in parts])
+    distances = torch.cat([euclidean(some, bank[candidates]) for some, candidates in parts])
     order = distances.masked_fill(repeated, torch.inf).sort(dim=1, stable=True)
     return order.values[:, :k], indices.gather(1, order.indices[:, :k])
 
 
-def _distances(queries: Tensor, candidates: Tensor) -> Tensor:
+def euclidean(queries: Tensor, candidates: Tensor) -> Tensor:
     """Euclidean distances (Q, c) of queries (Q, d) to their candidates (Q, c, d)."""
     return (candidates - queries[:, None]).square().sum(2).sqrt()
 
 
-def _checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+def checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     """Queries on the bank's device in single precision."""
     if queries.dim() != 2 or queries.shape[1] != bank.shape[1]:
         raise UsageError(f"queries must have shape (Q, {bank.shape[1]}) like the bank, not {tuple(queries.shape)}")
@@ -363,6 +322,9 @@ def _checked(queries: Tensor, bank: Tensor, k: int) -> Tensor:
 
 
 def check_finite(vectors: Tensor, what: str) -> None:
+    """Raise ``UsageError`` if a vector (n, d) holds NaN or infinite values."""
+    if vectors.sum().isfinite():  # one pass; a sum of large finite values is looked at closely, too
+        return
     bad = (~torch.isfinite(vectors).all(1)).nonzero()
     if len(bad):
         raise UsageError(f"{what} hold NaN or infinite values, first in row {int(bad[0])}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featdiff.diffusion.lfdn import LFDN, LayerwiseLFDN
 from featdiff.diffusion.reconstruction import reconstruct
-from featdiff.diffusion.schedules import draw_noise
+from featdiff.diffusion.schedules import add_noise, draw_noise
 from featdiff.exceptions import UsageError
 from featdiff.features.layout import FeatureLayout, block_normalise
 from featdiff.scores.diffusion import DIFFUSION, Diffusion
@@ -46,7 +47,7 @@ def make(fitted: bool = True, **changes: Any) -> Diffusion:
     model = Diffusion(LAYOUT, **(SETTINGS | changes))
     source = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source))
+        parameter.copy_((0.2 * torch.randn(parameter.shape, generator=source)).half())
     if fitted:
         model.fit_statistics(model.errors(model.stages(features(64, seed=9))))
     return model
@@ -212,18 +213,38 @@ def test_a_detector_s_own_score_is_one_of_the_four(name: str) -> None:
 
 def test_only_likelihood_regret_uses_the_early_network() -> None:
     model = make()
-    before = all_scores(model, features(4))
-    calls: list[int] = []
-    model.early.register_forward_hook(lambda *_: calls.append(1))
     for name in ("layerwise", "mse", "mfsim"):
         DIFFUSION[name](model)(features(4))
-    assert not calls
-    DIFFUSION["lr"](model)(features(4))
-    assert len(calls) == 1  # all start times in one pass
+    assert list(model._prepared) == [model.denoiser]
+    before = all_scores(model, features(4))
+    assert list(model._prepared) == [model.denoiser, model.early]
     for parameter in model.early.parameters():
         parameter.mul_(0.5)
     after = all_scores(model, features(4))
     assert [name for name in DIFFUSION if not torch.equal(before[name], after[name])] == ["lr"]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_prepared_denoisers_are_the_network_itself(joint: bool) -> None:
+    """Against noising, the network's own pass and a mean; again after its weights have changed, and for a copy."""
+    model = make(joint=joint)
+    x = model.stages(features(5))
+
+    def expected(network: nn.Module) -> Tensor:
+        t = torch.tensor(model.start_times).repeat_interleave(model.noise.shape[1])
+        x_hat = network(add_noise(model.scheduler, x[None], model.noise.flatten(0, 1)[:, None], t), t)
+        return x_hat.unflatten(0, model.noise.shape[:2]).mean(1)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(model.reconstructions(model.denoiser, x), expected(model.denoiser))
+        for weight in model.denoiser.parameters():
+            weight.mul_(1.1)
+        torch.testing.assert_close(model.reconstructions(model.denoiser, x), expected(model.denoiser))
+
+        other = copy.deepcopy(model)
+        other.denoiser.load_state_dict(model.early.state_dict())
+        torch.testing.assert_close(other.reconstructions(other.denoiser, x), expected(model.early))
+        torch.testing.assert_close(model.reconstructions(model.denoiser, x), expected(model.denoiser))
 
 
 def test_likelihood_regret_is_zero_when_training_changed_nothing() -> None:
@@ -236,8 +257,9 @@ def test_sizes_are_those_of_the_shared_model() -> None:
     """Only likelihood regret needs the early network, which is as large as the denoiser."""
     model = make()
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
-    early = sum(tensor.nbytes for tensor in model.early.state_dict().values())
-    assert early > 0
+    assert model.early is not None
+    early = sum(2 * weight.numel() for weight in model.early.parameters())  # kept in float16
+    assert 0 < 2 * early < whole + 1
     assert {name: kind(model).nbytes for name, kind in DIFFUSION.items()} == {
         **dict.fromkeys(("layerwise", "mse", "mfsim"), whole - early),
         "lr": whole,

@@ -46,7 +46,7 @@ def make(neighbors: int = 3, head: str = FUSED) -> Heads:
     heads = unfitted(neighbors, head)
     source = torch.Generator().manual_seed(1)
     for parameter in heads.parameters():  # as if trained
-        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source))
+        parameter.copy_((0.2 * torch.randn(parameter.shape, generator=source)).half())
     for score in heads.members:
         score.fit(features(50))  # type: ignore[operator]
     heads.fit_statistics(heads.measure(features(40, seed=3)))
@@ -141,15 +141,21 @@ def test_any_single_score_can_be_the_detector_s_own(head: str) -> None:
     torch.testing.assert_close(layers, fused(queries)[1])
 
 
-def test_state_dict_holds_everything_that_decides_a_score() -> None:
-    heads, queries = make(), features(7, seed=4)
+@pytest.mark.parametrize("head", [FUSED, "lr"])
+def test_state_dict_holds_everything_that_decides_a_score(head: str) -> None:
+    """The early network only where the detector's own score is likelihood regret."""
+    heads, queries = make(head=head), features(7, seed=4)
     heads.fit_scale(heads.unscaled(features(60, seed=6)))
-    other = unfitted(seed=9)
+    other = unfitted(head=head, seed=9)
     other.load_state_dict(heads.state_dict())
-    for name, values in heads.all_scores(queries).items():
-        assert torch.equal(other.all_scores(queries)[name], values)
-    for values, again in zip(heads(queries), other(queries), strict=True):
-        assert torch.equal(values, again)
+
+    again = other.all_scores(queries)
+    assert set(heads.all_scores(queries)) - set(again) == (set() if head == "lr" else {"lr"})
+    assert any("early" in name for name in heads.state_dict()) == (head == "lr")
+    for name, values in again.items():
+        assert torch.equal(heads.all_scores(queries)[name], values)
+    for values, loaded in zip(heads(queries), other(queries), strict=True):
+        assert torch.equal(values, loaded)
 
 
 def test_scores_of_one_name_are_refused() -> None:

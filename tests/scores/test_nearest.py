@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from featdiff.features.layout import LOGITS, PRE_LOGITS, FeatureLayout, Kind
+from featdiff.scores.coded import CodedIndex
 from featdiff.scores.nearest import NearestNeighbors
-from featdiff.scores.neighbors import CodedIndex
 from featdiff.scores.registry import Options, make_scores
 
 LAYOUT = FeatureLayout.of(
@@ -70,6 +70,35 @@ def test_distances_are_geometric_means_over_the_nearest() -> None:
     for score, vectors, asked in zip(scores, spaces(bank.numpy()), spaces(queries.numpy()), strict=True):
         nearest = sklearn.neighbors.NearestNeighbors(n_neighbors=3).fit(vectors).kneighbors(asked)[0]
         np.testing.assert_allclose(score(queries), np.exp(np.log(nearest).mean(1)), rtol=1e-2)
+
+
+def test_long_vectors_are_kept_with_4_bits() -> None:
+    """Two numbers in a byte; what is loaded is what was fitted, and distances are those of full precision but for a few
+    percent, in which the order of the queries stays."""
+    layout = FeatureLayout.of({("a", Kind.MEAN): 512})
+    bank = features(200, width=512)
+    share = torch.linspace(0, 0.8, 40)[:, None]  # of a vector of the bank
+    queries = share * bank[:40] + (1 - share) * features(40, seed=1, width=512)
+    (score,) = make(200, 5, layout=layout)
+    score.fit(bank)  # type: ignore[arg-type]
+    state = score.state_dict()
+    assert state["vectors"].shape == (200, 256) and state["vectors"].dtype == torch.uint8
+    assert score.nbytes == 200 * (256 + 4)
+
+    (other,) = make(200, 5, layout=layout)
+    other(queries)
+    other.load_state_dict(state)
+    assert torch.equal(other.vectors, score.vectors) and score.vectors.min() < 0 < score.vectors.max()
+    assert torch.equal(other(queries), score(queries))
+
+    def normal(x: np.ndarray) -> np.ndarray:
+        return (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+
+    exact = sklearn.neighbors.NearestNeighbors(n_neighbors=5).fit(normal(bank.numpy()))
+    expected = np.exp(np.log(exact.kneighbors(normal(queries.numpy()))[0]).mean(1))
+    ratio = score(queries).numpy() / expected
+    assert ratio.min() > 0.95 and ratio.max() < 1.05
+    assert np.corrcoef(score(queries).numpy(), expected)[0, 1] > 0.99
 
 
 def test_only_the_pre_logits_are_a_layer_of_their_own() -> None:

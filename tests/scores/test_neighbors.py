@@ -17,7 +17,8 @@ from torch import Tensor
 
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.scores import neighbors
-from featdiff.scores.neighbors import BACKENDS, CodedIndex, FaissIndex, Index, TorchIndex, check_backend
+from featdiff.scores.coded import CodedIndex
+from featdiff.scores.neighbors import BACKENDS, FaissIndex, Index, TorchIndex, check_backend
 from featdiff.scores.neighbors import make_index as make
 
 APPROXIMATE = ("faiss-ivf", "faiss-hnsw", "faiss-pq")
@@ -125,7 +126,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, block:
     bank, queries = normal(150, 9), normal(11, 9, seed=1)
     bank[120:] = bank[:30]  # equals in different blocks
     whole = TorchIndex(bank).search(queries, 20)
-    monkeypatch.setattr(neighbors, "_BLOCK", block)
+    monkeypatch.setattr(neighbors, "BLOCK", block)
     distances, indices = TorchIndex(bank).search(queries, 20)
     assert torch.equal(indices, whole[1])
     assert torch.equal(distances, whole[0])
