@@ -155,6 +155,21 @@ def test_search_among_8_bit_numbers_is_exact(n: int, k: int) -> None:
     assert index.bank.shape == (n, 24) and index.codes.dtype == torch.int8
 
 
+@pytest.mark.parametrize(("spread", "again"), [(40.0, False), (1.0, True)])
+def test_a_few_queries_are_as_exact_as_many(spread: float, again: bool) -> None:
+    """One by one, candidates come from a copy in bfloat16; vectors that it cannot tell apart are searched again."""
+    centres = 100 * normal(2, 64, seed=3).sign()  # far from their mean
+    codes = (centres.repeat(200, 1) + spread * normal(400, 64)).round().clamp(-127, 127).to(torch.int8)
+    scales, queries = torch.full((400, 1), 0.01), 0.01 * centres.repeat(10, 1) + 0.01 * normal(20, 64, seed=1)
+    index = CodedIndex(codes, scales)
+    expected, ids = TorchIndex(codes * scales).search(queries, 5)
+
+    singly = [index.search(query[None], 5) for query in queries]
+    assert torch.equal(torch.cat([indices for _, indices in singly]), ids)
+    assert torch.equal(torch.cat([distances for distances, _ in singly]), expected)
+    assert all((index._among_rough(query[None], 5) is None) == again for query in queries)
+
+
 def test_exact_search_is_one_graph_when_compiled() -> None:
     index, queries = TorchIndex(normal(300, 8)), normal(7, 8, seed=1)
     compiled = torch.compile(index.search, backend="eager", fullgraph=True)
