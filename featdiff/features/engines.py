@@ -103,7 +103,7 @@ class Engine:
         self._agrees: dict[tuple[int, ...], bool] = {}
         self._lock = threading.Lock()
 
-        traced = _Pass(network, read)
+        traced = Pass(network, read)
         example = example if len(example) > 1 else example.repeat(2, 1, 1, 1)  # tracers take 1 for a constant
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -148,7 +148,7 @@ class Engine:
         return {key: torch.from_numpy(values) for key, values in zip(self.keys, arrays, strict=True)}
 
 
-class _Pass(nn.Module):
+class Pass(nn.Module):
     """A pass as tracers want it: a tuple of outputs, in the order of ``keys``."""
 
     def __init__(self, network: nn.Module, read: Read) -> None:

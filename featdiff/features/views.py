@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ CELL = 32
 LEAST_CELLS = 2
 #: A rectangle has at most this share of the input's area: a very thin picture must not cost much more than others.
 LARGEST = 1.25
+# Filters by timm's names.
+_FILTERS = {
+    name.lower(): Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS")
+}
 
 
 def check_view(view: object, size: object, own: bool = False) -> None:
@@ -118,8 +123,38 @@ class Rectangle:
         """RGB picture -> (3, H, W) tensor."""
         size = rectangle(*picture.size, self.area)
         if size not in self._squashes:
-            self._squashes[size] = _timm_transform(_squashed(self.config) | {"input_size": (3, *size)})
+            self._squashes[size] = make_transform(_squashed(self.config) | {"input_size": (3, *size)})
         return self._squashes[size](picture)
+
+
+class Squash:
+    """Preprocessing that shows the whole picture in the input's shape: bit by bit what timm's gives.
+
+    timm takes seconds to import.
+
+    Parameters
+    ----------
+    config : mapping
+        As timm's: ``input_size``, ``interpolation`` (any but ``random``), ``mean`` and ``std``.
+
+    Examples
+    --------
+    >>> config = {"input_size": (3, 64, 96), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    >>> Squash(config)(Image.new("RGB", (900, 300))).shape
+    torch.Size([3, 64, 96])
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        _, self.height, self.width = config["input_size"]
+        self.filter = _FILTERS[config["interpolation"]]
+        self.mean = torch.tensor(config["mean"])[:, None, None]
+        self.std = torch.tensor(config["std"])[:, None, None]
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """RGB picture -> (3, H, W) tensor."""
+        resized = np.array(picture.resize((self.width, self.height), self.filter))
+        pixels = torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def preprocessing(model: nn.Module, config: Mapping[str, Any], view: str, tag: str) -> dict[str, Any]:
@@ -163,7 +198,10 @@ def _squashed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_transform(config: Mapping[str, Any]) -> Transform:
     """Preprocessing as a function: RGB picture -> (3, H, W) tensor."""
-    return Rectangle(config) if config["crop_mode"] == "rectangle" else _timm_transform(config)
+    if config["crop_mode"] == "rectangle":
+        return Rectangle(config)
+    squashes = config["crop_mode"] == "squash" and config["crop_pct"] == 1
+    return Squash(config) if squashes and config["interpolation"] in _FILTERS else _timm_transform(config)
 
 
 def _timm_transform(config: Mapping[str, Any]) -> Transform:
