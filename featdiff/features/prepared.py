@@ -176,7 +176,7 @@ class PreparedExtractor(FeatureExtractor):
 
     @torch.inference_mode()
     def _from_pass(self, pixels: Tensor) -> dict[Key, Tensor]:
-        with torch.jit.optimized_execution(False):  # which would time and rewrite the first passes
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # it slows the first passes down
             values = self._pass(pixels)
         return dict(zip(self._pass_keys, values, strict=True))
 

