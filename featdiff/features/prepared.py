@@ -7,6 +7,7 @@ by bit, what the network gives; for all others the network is built.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..exceptions import ModelError
 from ..files.atomic import write_atomically
+from ..files.sealed import drop_damaged, read_sealed, write_sealed
 from ..files.strict_json import parse_json
 from .backbones import Backbone
 from .engines import Pass
@@ -34,7 +36,6 @@ from .views import make_transform
 FOLDER = "passes"
 # Raised when what is kept changes.
 _VERSION = 1
-_FILE = "pass.pt"
 _FACTS = "facts.json"
 # Sizes of images that one process adds; each takes two passes of one image.
 _NEW_SIZES = 4
@@ -85,21 +86,39 @@ class PreparedExtractor(FeatureExtractor):
         self._build = build
         self._pass: Any = None
         self._pass_keys: list[Key] = []
-        self._sizes = {file.name for file in folder.glob("*x*x*")} if folder.is_dir() else set()
+        self._sizes: set[str] = set()
         self._new_sizes = _NEW_SIZES
 
-        try:
-            self._pass, facts = _read(folder / _FILE)
-            if fingerprint(self._pass.network) != weights:
-                raise ValueError("a pass of other weights")
-            self._take_facts(facts, weights)
-        except Exception:  # none, a damaged one, or one that this PyTorch cannot read
-            self._pass = None
-            self._sizes = set()
+        data = self._read_pass()
+        if data is not None:
+            with contextlib.suppress(Exception):  # this PyTorch may not be able to read it
+                self._take_pass(data, weights)
+        if self._pass is None:
             vars(self).update(vars(build()))
 
-    def _take_facts(self, facts: Mapping[str, Any], weights: str) -> None:
-        """Be what the extractor was when its pass was traced."""
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"{self._folder.name}.pt"  # the checksum covers the name, and so the key
+
+    def _size_files(self) -> list[Path]:
+        """Empty files named after the sizes for which the pass is right."""
+        return list(self._folder.glob("*x*x*"))
+
+    def _read_pass(self) -> bytes | None:
+        """The bytes of the pass; None if there is none."""
+        try:
+            return read_sealed(self._file)
+        except OSError:
+            return None
+        except ValueError:
+            drop_damaged(self._file, [*self._size_files(), self._file], "the backbone is built instead")
+            return None
+
+    def _take_pass(self, data: bytes, weights: str) -> None:
+        """Be what the extractor was when its pass was traced, if that has these weights."""
+        script, facts = _unpack(data)
+        if fingerprint(script.network) != weights:
+            return
         config = {key: tuple(value) if key in _TUPLES else value for key, value in facts["data_config"].items()}
         self.backbone = _Unbuilt(self, facts["tag"], facts["source"], weights, config)
         self._pass_keys = [(layer, Kind(kind)) for layer, kind in facts["keys"]]
@@ -116,6 +135,8 @@ class PreparedExtractor(FeatureExtractor):
         self._local_key = ""
         self._engine = None
         self._engine_weights = []
+        self._sizes = {file.name for file in self._size_files()}
+        self._pass = script
 
     @property
     def is_built(self) -> bool:
@@ -208,7 +229,9 @@ class PreparedExtractor(FeatureExtractor):
             file = io.BytesIO()
             torch.jit.save(script, file, _extra_files={_FACTS: json.dumps(self._facts())})
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / _FILE, file.getvalue())
+        for stale in self._size_files():
+            stale.unlink(missing_ok=True)
+        write_sealed(self._file, file.getvalue())
         self._pass = script
 
     def _facts(self) -> dict[str, Any]:
@@ -241,12 +264,12 @@ class _Unbuilt(Backbone):
         return vars(self)["_extractor"].model
 
 
-def _read(file: Path) -> tuple[Any, dict[str, Any]]:
+def _unpack(data: bytes) -> tuple[Any, dict[str, Any]]:
     """A traced pass, and the facts beside it."""
     facts = {_FACTS: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that loading will be replaced
-        script = torch.jit.load(io.BytesIO(file.read_bytes()), map_location="cpu", _extra_files=facts)
+        script = torch.jit.load(io.BytesIO(data), map_location="cpu", _extra_files=facts)
     return script, parse_json(facts[_FACTS])
 
 

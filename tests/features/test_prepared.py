@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featdiff.exceptions import ModelError
+from featdiff.exceptions import DamagedCache, ModelError
 from featdiff.features.backbones import Backbone, load_backbone
 from featdiff.features.extractor import FeatureExtractor
 from featdiff.features.networks import fingerprint
@@ -142,7 +142,7 @@ def test_a_size_for_which_the_pass_is_wrong_is_never_known(tmp_path: Path) -> No
     assert torch.equal(extractor(large), branching()(large))
     assert extractor.is_built
     assert not PreparedExtractor(tmp_path, weights, forbidden).is_built  # the pass for small ones is there
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["3x32x32", "pass.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["3x32x32", f"{tmp_path.name}.pt"]
 
 
 def test_a_pass_of_other_weights_is_not_used(folder: Path) -> None:
@@ -163,12 +163,37 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [cut, lambda file: file.write_bytes(b""), Path.unlink])
-def test_a_damaged_pass_is_made_again(folder: Path, weights: str, damage: Callable[[Path], object]) -> None:
-    damage(folder / "pass.pt")
-    extractor = PreparedExtractor(folder, weights, build)
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_a_damaged_pass_is_named_and_made_again(folder: Path, weights: str, damage: Callable[[Path], None]) -> None:
+    damage(folder / "some.pt")
+    with pytest.warns(DamagedCache, match=r"some\.pt was damaged and is removed: the backbone is built instead"):
+        extractor = PreparedExtractor(folder, weights, build)
     assert torch.equal(extractor(images()), build()(images()))
     assert torch.equal(PreparedExtractor(folder, weights, forbidden)(images()), build()(images()))
+
+
+def test_sizes_of_a_pass_that_is_gone_do_not_count(folder: Path, weights: str) -> None:
+    (folder / "some.pt").unlink()
+    PreparedExtractor(folder, weights, build)(images(height=32, width=32))
+    assert sorted(file.name for file in folder.iterdir()) == ["3x32x32", "some.pt"]
+
+
+def test_a_pass_under_another_key_is_not_used(folder: Path, weights: str) -> None:
+    other = folder.with_name("other")
+    folder.rename(other)
+    (other / "some.pt").rename(other / "other.pt")
+    with pytest.warns(DamagedCache):
+        assert PreparedExtractor(other, weights, build).is_built
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, weights: str) -> None:
