@@ -24,7 +24,6 @@ from ..features.engines import TORCH
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.networks import device_of, identity
-from ..features.prepared import FOLDER, PreparedExtractor, pass_key
 from ..features.store import FeatureStore, FeatureTable
 from ..features.views import settings_of
 from ..files.model_folder import load, locate
@@ -53,14 +52,12 @@ from .saved import (
     take_facts,
     widths_of,
 )
+from .start import load_extractor
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 5
 # Settings that decide the training of the denoisers, and those of how they are asked.
 _TRAINING_SETTINGS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
-# Sources of weights whose forward pass is kept in the cache, and settings that decide it.
-_PREPARED = ("embedded", "hub", "random")
-_PASS_SETTINGS = ("backbone", "pretrained", "model_args", "transform", "view", "size", "layers")
 _DIFFUSION_SETTINGS = (*_TRAINING_SETTINGS, "start_times", "draws", "stride")
 
 
@@ -333,19 +330,6 @@ class Detector(FeatureScoring):
         )
         return FeatureExtractor(backbone, settings.layers, self.device)
 
-    def _load_extractor(self, config: dict[str, Any]) -> FeatureExtractor:
-        """The extractor of a saved detector; its network is not built where its pass is in the cache."""
-        settings = self.settings
-        build = functools.partial(self._make_extractor, settings.input_size)
-        facts = config["backbone"]
-        # a file or folder of the user's may have changed since
-        if self.device.type != "cpu" or settings.weights is not None or facts["source"] not in _PREPARED:
-            return build()
-
-        decisive = {name: getattr(settings, name) for name in _PASS_SETTINGS}
-        key = pass_key({"backbone": facts, "settings": decisive, "local": config.get("local")})
-        return PreparedExtractor(settings.cache_folder / FOLDER / key, facts["fingerprint"], build)
-
     def _classifier(self) -> nn.Linear | nn.Conv2d | None:
         """The layer that gives the logits, where scores need these and there is one."""
         if not self.settings.needs_logits:
@@ -525,7 +509,8 @@ class Detector(FeatureScoring):
             check_fingerprint(identity(backbone), config)
         with building(folder):
             detector = cls.from_settings(FeatureSettings.of(values))
-            detector.extractor_ = detector._load_extractor(config)
+            build = functools.partial(detector._make_extractor, detector.settings.input_size)
+            detector.extractor_ = load_extractor(detector.settings, config, build)
         check_fingerprint(detector.extractor_.backbone.fingerprint, config)
         check_layers(detector.extractor_, config, folder)
 
