@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -44,6 +45,9 @@ PARAMETERS = {
     "random_state": "seed",
     "replace": "force",
 }
+
+# Objects after which Python looks for garbage. It would look a thousand times while libraries load, and find none.
+_NEW_OBJECTS = 50_000
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -118,6 +122,7 @@ class Commands(click.Group):
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line that helps
         os.environ["MPLBACKEND"] = "agg"  # pictures are files: no display is needed, whatever the environment names
         prepare_threads()  # before torch is imported
+        gc.set_threshold(_NEW_OBJECTS)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.ClickException as error:

@@ -41,7 +41,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "masks": set(),
         "pretrained": set(),
         "training": {"schedules"},
-        "fit": {"training"},
+        "fit": {"schedules", "training"},
         "reconstruction": {"schedules"},
     },
     "scores": {

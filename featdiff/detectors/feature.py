@@ -52,6 +52,7 @@ from .saved import (
     take_facts,
     widths_of,
 )
+from .start import load_extractor
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
 _TRAINING_VERSION = 5
@@ -513,7 +514,8 @@ class Detector(FeatureScoring):
             check_fingerprint(identity(backbone), config)
         with building(folder):
             detector = cls.from_settings(FeatureSettings.of(values))
-            detector.extractor_ = detector._make_extractor(detector.settings.input_size)
+            build = functools.partial(detector._make_extractor, detector.settings.input_size)
+            detector.extractor_ = load_extractor(detector.settings, config, build)
         check_fingerprint(detector.extractor_.backbone.fingerprint, config)
         check_layers(detector.extractor_, config, folder)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..runtime.checkpoints import Checkpointer
 from ..runtime.progress import Progress
 from ..runtime.threads import training_threads
+from .schedules import NoiseSchedule
 from .training import Augment, ReadSamples, Recipe, Step, TrainingState, start, train
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Watch = Callable[[Step, TrainingState], None]
 
 def fit_denoiser(
     denoiser: nn.Module,
-    scheduler: SchedulerMixin,
+    scheduler: NoiseSchedule | SchedulerMixin,
     read: ReadSamples,
     count: int,
     validation: Tensor,
@@ -41,7 +42,7 @@ def fit_denoiser(
     ----------
     denoiser : nn.Module
         The network. Afterwards it has the best weights, is in eval mode and needs no gradients.
-    scheduler : diffusers scheduler
+    scheduler : NoiseSchedule or diffusers scheduler
         The noise schedule.
     read : callable
         Indices (B,) of training samples, ascending -> the clean samples (B, ...) on the denoiser's device.

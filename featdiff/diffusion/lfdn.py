@@ -6,15 +6,43 @@ for each layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Sine and cosine waves that encode a time, and the longest period, as in diffusers' Timesteps.
+_WAVES = 64
+_LONGEST = 10_000
+
+
+class TimeEmbedding(nn.Module):
+    """Integer times (B,) -> (B, width): waves of many periods, then Linear, SiLU, Linear.
+
+    The same as diffusers' ``Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)`` and ``TimestepEmbedding``.
+    diffusers takes seconds to import, and scoring needs nothing else of it.
+
+    Parameters
+    ----------
+    width : int
+        Width of the embedding.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(_WAVES, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Times (B,) -> embeddings (B, width); the linear layers work in ``dtype``."""
+        half = _WAVES // 2
+        exponents = -math.log(_LONGEST) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t[:, None].float() * exponents.exp()[None]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        return cast(Tensor, self.linear_2(F.silu(self.linear_1(waves))))
 
 
 class ResidualBlock(nn.Module):
@@ -47,7 +75,7 @@ class ResidualBlock(nn.Module):
         return h + cast(Tensor, self.linear_out(F.silu(self.norm_out(inner))))
 
 
-class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LFDN(nn.Module):
     """Residual MLP with a time embedding that predicts the clean vector (DLSR, arXiv 2411.10701).
 
     Parameters
@@ -69,11 +97,9 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
     torch.Size([4, 6])
     """
 
-    @register_to_config
     def __init__(self, width: int, hidden: int, blocks: int, time_width: int = 128) -> None:
         super().__init__()
-        self.time_waves = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(64, time_width)
+        self.time_embedding = TimeEmbedding(time_width)
         self.project_in = nn.Linear(width, hidden)
         self.residual_blocks = nn.ModuleList(ResidualBlock(hidden, time_width) for _ in range(blocks))
         self.norm_out = nn.LayerNorm(hidden)
@@ -83,7 +109,7 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Noisy vectors (B, ..., width) at integer times (B,) -> estimates of the clean vectors, same shape."""
-        time = F.silu(self.time_embedding(self.time_waves(t).to(x_t.dtype)))
+        time = F.silu(self.time_embedding(t, x_t.dtype))
         time = time.reshape(t.shape[0], *(1 for _ in x_t.shape[1:-1]), time.shape[-1])
 
         h = self.project_in(x_t)
@@ -92,7 +118,7 @@ class LFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return cast(Tensor, self.project_out(F.silu(self.norm_out(h))))
 
 
-class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LayerwiseLFDN(nn.Module):
     """One LFDN for each layer, on its part of the concatenated vectors.
 
     As good as one network on the whole concatenation, and far smaller.
@@ -118,11 +144,11 @@ class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
     torch.Size([3, 12])
     """
 
-    @register_to_config
     def __init__(
         self, widths: Sequence[int], hidden_ratio: float, hidden_max: int, blocks: int, hidden_min: int = 64
     ) -> None:
         super().__init__()
+        self.widths = list(widths)
         self.layers = nn.ModuleList()
         for width in widths:
             hidden = min(max(int(hidden_ratio * width), hidden_min), hidden_max)
@@ -130,6 +156,6 @@ class LayerwiseLFDN(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Noisy vectors (B, ..., sum of widths) at integer times (B,) -> estimates of the clean vectors."""
-        parts = x_t.split(list(self.config.widths), dim=-1)
+        parts = x_t.split(self.widths, dim=-1)
         estimates = [layer(part, t) for layer, part in zip(self.layers, parts, strict=True)]
         return torch.cat(estimates, dim=-1)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .schedules import add_noise
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+from .schedules import NoiseSchedule, add_noise
 
 _CLEAN = -1  # the time before the first one, at which there is no noise
 
 
 def reconstruct(
     denoiser: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: NoiseSchedule,
     x: Tensor,
     noise: Tensor,
     start: int,
@@ -30,7 +27,7 @@ def reconstruct(
     ----------
     denoiser : nn.Module
         (x_t, t) -> estimate of x_0.
-    scheduler : DDIMScheduler
+    scheduler : NoiseSchedule
         From :func:`featdiff.diffusion.schedules.make_scheduler`.
     x : Tensor of shape (B, D)
         Clean vectors.
@@ -76,14 +73,14 @@ def reconstruct(
     return x0_hat.unflatten(0, (batch, samples))
 
 
-def ddim_step(scheduler: DDIMScheduler, x_t: Tensor, x0_hat: Tensor, t: int, earlier: int) -> Tensor:
+def ddim_step(scheduler: NoiseSchedule, x_t: Tensor, x0_hat: Tensor, t: int, earlier: int) -> Tensor:
     """One DDIM step to an earlier time, without fresh noise (eta = 0).
 
     diffusers' own step only takes strides that divide its schedule evenly, and keeps the stride in the scheduler.
 
     Parameters
     ----------
-    scheduler : DDIMScheduler
+    scheduler : NoiseSchedule
         The noise schedule.
     x_t : Tensor of shape (B, D)
         Noisy vectors at time ``t``.

@@ -1,10 +1,10 @@
-"""Noise schedules (diffusers schedulers), and the noise itself, drawn from seeds or from the content of images."""
+"""Noise schedules and samplers, and the noise itself, drawn from seeds or from the content of images."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..exceptions import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+    from diffusers import DDPMScheduler, SchedulerMixin
 
 #: Names of samplers, and diffusers' schedulers for them. The last one (DPM-Solver++) uses the results of earlier steps.
 SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
@@ -34,11 +34,49 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: float = 0.0195) -> DDIMScheduler:
+class ScheduleConfig(NamedTuple):
+    """What a :class:`NoiseSchedule` says of itself, under diffusers' names.
+
+    Attributes
+    ----------
+    num_train_timesteps : int
+        Number of times.
+    prediction_type : {"sample", "epsilon"}
+        What the network predicts: the clean sample, or the noise.
+    """
+
+    num_train_timesteps: int
+    prediction_type: str
+
+
+class NoiseSchedule:
+    """How much noise there is at each time: what training and reconstruction use of a diffusers scheduler.
+
+    A scheduler of diffusers may stand in its place. Feature vectors do without one, since diffusers takes seconds to
+    import.
+
+    Parameters
+    ----------
+    betas : Tensor of shape (timesteps,)
+        Variance of the noise that each time adds.
+
+    Attributes
+    ----------
+    alphas_cumprod : Tensor of shape (timesteps,)
+        Alpha-bar: how much of the sample's variance is left at each time.
+    config : ScheduleConfig
+        The network predicts the clean sample.
+    """
+
+    def __init__(self, betas: Tensor) -> None:
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self.config = ScheduleConfig(len(betas), "sample")
+
+
+def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: float = 0.0195) -> NoiseSchedule:
     """The noise schedule of DLSR (arXiv 2411.10701): scaled-linear betas.
 
     With the defaults, alpha-bar falls from 0.9985 to 0.41 and never reaches 0. The network predicts the clean sample.
-    Nothing is clipped, since features are not limited to [-1, 1] as pixels are.
 
     Parameters
     ----------
@@ -51,23 +89,14 @@ def make_scheduler(timesteps: int = 100, beta_start: float = 0.0015, beta_end: f
 
     Returns
     -------
-    DDIMScheduler
+    NoiseSchedule
 
     Examples
     --------
     >>> round(float(make_scheduler().alphas_cumprod[-1]), 2)
     0.41
     """
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        num_train_timesteps=timesteps,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        beta_schedule="scaled_linear",
-        prediction_type="sample",
-        clip_sample=False,
-    )
+    return NoiseSchedule(torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float32) ** 2)
 
 
 def make_pixel_scheduler(timesteps: int = 1000) -> DDPMScheduler:
@@ -133,12 +162,12 @@ def make_sampler(kind: str, scheduler: SchedulerMixin, steps: int) -> Any:
     return sampler
 
 
-def add_noise(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(scheduler: NoiseSchedule | SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Noise clean samples: x_t = sqrt(alpha-bar_t) x + sqrt(1 - alpha-bar_t) noise (DLSR eq. 1).
 
     Parameters
     ----------
-    scheduler : diffusers scheduler
+    scheduler : NoiseSchedule or diffusers scheduler
         The noise schedule.
     x : Tensor of shape (B or 1, ..., D)
         Clean samples.

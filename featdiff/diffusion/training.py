@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..exceptions import FeatdiffError, UsageError
 from ..runtime.checkpoints import Resumable
 from ..runtime.processes import Processes
-from .schedules import add_noise
+from .schedules import NoiseSchedule, add_noise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -293,7 +293,7 @@ def train(
     read: ReadSamples,
     count: int,
     validation: Tensor,
-    scheduler: SchedulerMixin,
+    scheduler: NoiseSchedule | SchedulerMixin,
     recipe: Recipe,
     seed: int,
     augment: Augment | None = None,
@@ -316,7 +316,7 @@ def train(
         Number of training samples.
     validation : Tensor of shape (V, ...)
         Held-out clean samples.
-    scheduler : diffusers scheduler
+    scheduler : NoiseSchedule or diffusers scheduler
         The noise schedule.
     recipe : Recipe
         How to train.
@@ -375,7 +375,7 @@ class _Engine:
     def __init__(
         self,
         state: TrainingState,
-        scheduler: SchedulerMixin,
+        scheduler: NoiseSchedule | SchedulerMixin,
         recipe: Recipe,
         accelerator: Accelerator | None,
     ) -> None:
@@ -428,7 +428,9 @@ class _Engine:
         return self.processes.mean(validation_loss(self.state.average.module, validation, self.scheduler, seed))
 
 
-def _loss(denoiser: nn.Module, x: Tensor, noise: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
+def _loss(
+    denoiser: nn.Module, x: Tensor, noise: Tensor, t: Tensor, scheduler: NoiseSchedule | SchedulerMixin
+) -> Tensor:
     target = x if scheduler.config.prediction_type == "sample" else noise
     prediction = denoiser(add_noise(scheduler, x, noise, t), t)
     return nn.functional.mse_loss(prediction.float(), target)
@@ -470,7 +472,7 @@ def _copy_weights(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def validation_loss(
-    denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, seed: int, chunk_numbers: int = 1 << 20
+    denoiser: nn.Module, x: Tensor, scheduler: NoiseSchedule | SchedulerMixin, seed: int, chunk_numbers: int = 1 << 20
 ) -> Tensor:
     """Loss on held-out samples, with times spread evenly and noise that is the same at every call.
 
@@ -480,7 +482,7 @@ def validation_loss(
         The network. Its mode (training or eval) is kept.
     x : Tensor of shape (V, ...)
         Held-out clean samples.
-    scheduler : diffusers scheduler
+    scheduler : NoiseSchedule or diffusers scheduler
         The noise schedule.
     seed : int
         Decides times and noise.

@@ -109,10 +109,6 @@ def load_backbone(
     check_view(view, size)
     overrides = _check_transform(transform or {}, view, size)
     args = {"num_classes": 0, **(model_args or {})}
-    if ":" not in name:
-        with torch.device("meta"):  # wrong arguments are found before anything is downloaded
-            _create(name, args)
-
     model, source = _load_model(name, args, weights, pretrained)
     if size is not None and not _fits(model, size):
         model = _load_for_size(name, args, weights, pretrained, size)
@@ -177,6 +173,9 @@ def _load_model(
         load_weights(model, file)
         source = "local folder"
     else:
+        if ":" not in name:
+            with torch.device("meta"):  # wrong arguments are found before anything is downloaded
+                _create(name, args)
         model = _create_pretrained(name, args)
     return model.eval().requires_grad_(False), source
 

@@ -126,7 +126,7 @@ class Engine:
         self.keys = list(forward.read(example[:1]))
         folder = forward.folder / self.label.replace(" ", "-") if forward.folder else None
         try:
-            self._run = running(name, _Traced(forward), example, forward.bfloat16, folder)
+            self._run = running(name, Traced(forward.network, forward.traced), example, forward.bfloat16, folder)
             agrees = self.agrees(example)
         except Exception as error:  # converters fail in many ways
             raise FeatdiffError(f"{name} cannot run this backbone: {first_line(error)}") from None
@@ -158,13 +158,21 @@ class Engine:
         return {key: torch.from_numpy(values) for key, values in zip(self.keys, arrays, strict=True)}
 
 
-class _Traced(nn.Module):
-    """A pass as tracers want it: a module that gives a tuple."""
+class Traced(nn.Module):
+    """A pass as tracers want it: a module that gives a tuple.
 
-    def __init__(self, forward: Pass) -> None:
+    Parameters
+    ----------
+    network : nn.Module
+        Owns the weights.
+    read : callable
+        Images (B, C, H, W) -> vectors and maps, which become the tuple in their order.
+    """
+
+    def __init__(self, network: nn.Module, read: Read) -> None:
         super().__init__()
-        self.network = forward.network  # tracers want to find its weights
-        self.read = forward.traced
+        self.network = network  # tracers want to find its weights
+        self.read = read
         self.training = False  # exporters put all of it back into the mode that they find here
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:

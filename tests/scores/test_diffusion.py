@@ -72,12 +72,12 @@ def test_kind_and_size_of_the_network(joint: bool) -> None:
     for network in (model.denoiser, model.early):
         assert isinstance(network, LFDN if joint else LayerwiseLFDN)
     if joint:
-        assert model.denoiser.config.width == 36
-        assert model.denoiser.config.hidden == 48
-        assert model.denoiser.config.blocks == 2
+        assert model.denoiser.project_in.in_features == 36
+        assert model.denoiser.project_in.out_features == 48
+        assert len(model.denoiser.residual_blocks) == 2
     else:
-        assert [layer.config.width for layer in model.denoiser.layers] == [6, 20, 10]
-        assert [layer.config.hidden for layer in model.denoiser.layers] == [48, 48, 48]
+        assert [layer.project_in.in_features for layer in model.denoiser.layers] == [6, 20, 10]
+        assert [layer.project_in.out_features for layer in model.denoiser.layers] == [48, 48, 48]
 
 
 def test_a_new_model_is_frozen_and_in_evaluation_mode() -> None:

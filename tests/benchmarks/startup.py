@@ -1,0 +1,131 @@
+"""How long it takes to score one image from the command line, against what a user of timm would start anyway.
+
+    python tests/benchmarks/startup.py
+    python tests/benchmarks/startup.py --against OTHER_CHECKOUT
+
+Each round runs all commands once, one after the other. Printed are medians over the rounds, and ratios within a round.
+The image is a made-up photograph: time does not depend on what it shows. A command more is an entry of ``commands``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from featdiff import Detector
+
+#: What all others are compared with.
+BASE = "import torch, timm, and one pass"
+PASS = """
+import torch, timm
+model = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+with torch.inference_mode():
+    model(torch.rand(1, 3, 192, 256))
+"""
+
+
+@dataclass
+class Command:
+    """A command line, the environment that is its own, and seconds of each round."""
+
+    line: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run it once more."""
+        environment = {**os.environ, **self.environment}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            self.line,
+            cwd=tempfile.gettempdir(),  # Python imports from the current folder first
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(said.decode())
+        self.wall.append(time.perf_counter() - start)
+        self.processor.append(usage.ru_utime + usage.ru_stime)
+
+
+class FreshCache(Command):
+    """The same with a new, empty cache each time, as on a machine that has not seen the model."""
+
+    def run(self) -> None:
+        """Run it once more."""
+        with tempfile.TemporaryDirectory() as cache:
+            self.environment["FEATDIFF_CACHE"] = cache
+            super().run()
+
+
+def train(folder: Path) -> tuple[Path, Path]:
+    """A model of the default backbone and settings, hardly trained, and a photograph."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 255, (1000, 8, 8, 3), dtype=np.uint8)
+    images = small.repeat(4, axis=1).repeat(4, axis=2)
+    recipe = {"epochs": 1, "min_steps": 1, "max_steps": 1}
+    detector = Detector(recipe=recipe, cache=folder / "training", device="cpu", engine="torch")
+    detector.fit(list(images), groups="none")
+    detector.save_pretrained(folder / "model")
+
+    photograph = Image.fromarray(small[0]).resize((1024, 768), Image.Resampling.BICUBIC)
+    photograph.save(folder / "one.jpg")
+    return folder / "model", folder / "one.jpg"
+
+
+def commands(folder: Path, against: Path | None) -> dict[str, Command]:
+    """What is compared, by a name for the table."""
+    model, image = train(folder)
+    cache = {"FEATDIFF_CACHE": str(folder / "cache")}
+    score = [sys.executable, "-m", "featdiff_cli", "score", str(image), "-m", str(model), "--device", "cpu"]
+    found = {
+        BASE: Command([sys.executable, "-c", PASS]),
+        "featdiff score one.jpg": Command(score, cache),
+        "the same with an empty cache": FreshCache(score),
+    }
+    if against:
+        other = {"FEATDIFF_CACHE": str(folder / "other"), "PYTHONPATH": str(against)}
+        found[f"featdiff score one.jpg, {against.name}"] = Command(score, other)
+    return found
+
+
+def main() -> None:
+    """Run all commands in turn and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another checkout, with featdiff_cli beside featdiff")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = commands(Path(folder), options.against)
+        for _ in range(options.rounds + 1):
+            for command in found.values():
+                command.run()
+
+    print("| command | wall, s | x | processor, s | x |\n|---|---|---|---|---|")
+    for name, command in found.items():
+        cells = [name]
+        for kind in ("wall", "processor"):
+            seconds = np.array(getattr(command, kind)[1:])  # the first round warms the disk up
+            base = np.array(getattr(found[BASE], kind)[1:])
+            cells += [f"{np.median(seconds):.1f}", f"{np.median(seconds / base):.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
