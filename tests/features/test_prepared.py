@@ -16,7 +16,7 @@ from featdiff.features.backbones import Backbone, load_backbone
 from featdiff.features.extractor import FeatureExtractor
 from featdiff.features.networks import fingerprint
 from featdiff.features.prepared import PreparedExtractor, pass_key
-from featdiff.features.views import make_transform
+from featdiff.features.views import PictureTransform
 
 LAYERS = ["layer1", "layer2", "pre_logits"]
 CONFIG = {
@@ -53,7 +53,7 @@ class Branching(nn.Module):
 
 def backbone_of(model: nn.Module) -> Backbone:
     model = model.eval().requires_grad_(False)
-    return Backbone(model, "some", "random", fingerprint(model), CONFIG, make_transform(CONFIG))
+    return Backbone(model, "some", "random", fingerprint(model), CONFIG, PictureTransform(CONFIG))
 
 
 def branching() -> FeatureExtractor:
