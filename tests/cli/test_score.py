@@ -135,8 +135,7 @@ def test_the_request_is_read_once(
     featdiff_cli: Cli, tiny_model: Path, few_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A listing may take minutes, and standard input can be read once only."""
-    from featdiff.data import references
-    from featdiff.detectors import base
+    from featdiff.data import loaders, references
 
     calls: list[str] = []
     list_images, read_bytes = references.list_images, Path.read_bytes
@@ -151,7 +150,7 @@ def test_the_request_is_read_once(
             calls.append(file.name)
         return read_bytes(file)
 
-    for module in (references, base):
+    for module in (references, loaders):
         monkeypatch.setattr(module, "list_images", listing)
     monkeypatch.setattr(Path, "read_bytes", reading)
     assert featdiff_cli("score", few_images, "-m", tiny_model, "-q").exit_code == 0
