@@ -21,7 +21,6 @@ from ..exceptions import KnownImages, NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
 from ..features.store import FeatureStore, FeatureTable
 from ..files.model_folder import save
-from ..runtime.allocator import keep_freed_memory
 from ..runtime.progress import Progress, shown
 from ..verdicts.calibration import Calibration, check_supported
 from ..verdicts.judge import judge
@@ -85,8 +84,6 @@ class BaseDetector(Generic[S]):
     def __init__(self, settings: S) -> None:
         self.settings = settings
         self.device = settings.place
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     @classmethod
     def from_settings(cls, settings: S) -> Self:

@@ -12,6 +12,7 @@ from ..data.decoding import MAX_PIXELS
 from ..data.limits import MAX_BYTES
 from ..features.engines import AUTO, ENGINES
 from ..files.cache import default_cache
+from ..runtime.allocator import keep_freed_memory
 from ..runtime.devices import resolve_device
 from .checks import check_choice, check_path, check_whole
 
@@ -66,8 +67,11 @@ class Runtime:
 
     @property
     def place(self) -> torch.device:
-        """The device that ``device`` means here (``UsageError`` if there is none)."""
-        return resolve_device(self.device)
+        """The device that ``device`` means here (``UsageError`` if there is none); on the CPU, freed memory is kept."""
+        device = resolve_device(self.device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        return device
 
 
 #: Names of the settings that say how a detector runs.

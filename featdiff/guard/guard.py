@@ -386,12 +386,11 @@ class Guard(nn.Module):
 
     def _check_finite(self, features: Tensor, images: Tensor) -> None:
         """Refuse features (B, D) with NaN or infinite values, and say where they come from (``UsageError``)."""
-        if features.sum().isfinite():  # one pass; the sum of large numbers may overflow, and is looked at below
-            return
-        finite = torch.isfinite(features)
-        if finite.all():
+        # the sum takes one pass, but may overflow where all are finite
+        if features.sum().isfinite() or features.isfinite().all():
             return
 
+        finite = features.isfinite()
         bad = (~finite.all(1)).nonzero().flatten().tolist()
         where = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         if not torch.isfinite(images[bad[0]]).all():

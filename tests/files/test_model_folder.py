@@ -85,8 +85,10 @@ def test_loaded_detector_gives_the_same_bits(
         np.testing.assert_array_equal(before.layers[name], after.layers[name])
     np.testing.assert_array_equal(tiny_detector.calibration_.scores, loaded.calibration_.scores)
     features = torch.randn(4, loaded.extractor_.width, generator=torch.Generator().manual_seed(0))
-    for name, values in tiny_detector.all_heads(features).items():
-        np.testing.assert_array_equal(values, loaded.all_heads(features)[name])
+    heads, again = tiny_detector.all_heads(features), loaded.all_heads(features)
+    assert set(heads) - set(again) == {"lr"}  # its early network is not saved
+    for name, values in again.items():
+        np.testing.assert_array_equal(values, heads[name])
     both = (tiny_detector, loaded)
     facts = [(d.n_images_, d.validation_loss_, d.fpr, d.training_seconds_) for d in both]
     settings = [(d.settings.seed, d.settings.head, d.settings.recipe) for d in both]
