@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..exceptions import FeatdiffError, UsageError
 from ..runtime.checkpoints import Resumable
 from ..runtime.processes import Processes
-from .schedules import add_noise
+from .loss import by_time, shared_times, training_loss, validation_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,9 +33,6 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 #: How the learning rate changes during a training.
 LR_SCHEDULES = ("one-cycle", "cosine", "constant")
-
-# So many vectors of a batch share a time, at most: the network embeds each time once.
-_SHARING = 8
 
 
 @dataclass(frozen=True)
@@ -442,7 +439,7 @@ class _Engine:
 
         timesteps = self.scheduler.config.num_train_timesteps
         if samples.dim() == 2:
-            t = _shared_times(count, timesteps, generator)
+            t = shared_times(count, timesteps, generator)
         else:
             t = torch.randint(timesteps, (count,), generator=generator, device=samples.device)
         noise = torch.randn((count, *samples.shape[1:]), generator=generator, device=samples.device)
@@ -454,8 +451,8 @@ class _Engine:
         """One optimiser step; returns the mean loss of all processes."""
         state = self.state
         if x.dim() == 2 and self.processes.number == 1:
-            x, noise, t = _by_time(x, noise, t)
-        loss = _loss(self.network, x, noise, t, self.scheduler)
+            x, noise, t = by_time(x, noise, t)
+        loss = training_loss(self.network, x, noise, t, self.scheduler)
         self.processes.step(loss, [self.optimizer], state.denoiser.parameters(), self.recipe.clip_norm)
 
         state.schedule.step()
@@ -465,32 +462,6 @@ class _Engine:
     def validate(self, validation: Tensor, seed: int) -> float:
         """Held-out loss of the averaged weights, the same number on all processes."""
         return self.processes.mean(validation_loss(self.state.average.module, validation, self.scheduler, seed))
-
-
-def _shared_times(count: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """Random times of a batch (count,), one in each of as many equal parts of the schedule as there are times.
-
-    Neighbours in the list, which may be alike, have different ones.
-    """
-    sharing = math.gcd(count, _SHARING)
-    parts = count // sharing
-    device = generator.device
-    part = torch.randperm(parts, generator=generator, device=device)
-    place = (part + torch.rand(parts, generator=generator, device=device)) / parts
-    return (place * timesteps).long().clamp_max(timesteps - 1).repeat(sharing)
-
-
-def _by_time(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch (B, D) with :func:`_shared_times` -> its vectors by time (T, B / T, D), and these times (T,)."""
-    sharing = math.gcd(len(t), _SHARING)
-    x, noise = (values.unflatten(0, (sharing, -1)).transpose(0, 1) for values in (x, noise))
-    return x, noise, t[: len(t) // sharing]
-
-
-def _loss(denoiser: nn.Module, x: Tensor, noise: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
-    target = x if scheduler.config.prediction_type == "sample" else noise
-    prediction = denoiser(add_noise(scheduler, x, noise, t), t)
-    return nn.functional.mse_loss(prediction.float(), target)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -528,43 +499,3 @@ def _keep_best(state: TrainingState, loss: float, epochs: int, patience: int) ->
 
 def _copy_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-@torch.inference_mode()
-def validation_loss(
-    denoiser: nn.Module, x: Tensor, scheduler: SchedulerMixin, seed: int, chunk_numbers: int = 1 << 20
-) -> Tensor:
-    """Loss on held-out samples, with times spread evenly and noise that is the same at every call.
-
-    Parameters
-    ----------
-    denoiser : nn.Module
-        The network. Its mode (training or eval) is kept.
-    x : Tensor of shape (V, ...)
-        Held-out clean samples.
-    scheduler : diffusers scheduler
-        The noise schedule.
-    seed : int
-        Decides times and noise.
-    chunk_numbers : int, default 2**20
-        The samples that go through the network at once hold at most so many numbers (one sample, if it has more).
-
-    Returns
-    -------
-    Tensor of shape ()
-    """
-    was_training = denoiser.training
-    denoiser.eval()
-
-    generator = torch.Generator(x.device).manual_seed(seed)
-    even_times = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
-    t = even_times.long()[torch.randperm(len(x), generator=generator, device=x.device)]
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-
-    size = max(1, chunk_numbers // x[0].numel())
-    losses = []
-    for x_part, noise_part, t_part in zip(x.split(size), noise.split(size), t.split(size), strict=True):
-        losses.append(len(x_part) * _loss(denoiser, x_part, noise_part, t_part, scheduler))
-
-    denoiser.train(was_training)
-    return torch.stack(losses).sum() / len(x)

@@ -24,7 +24,7 @@ from featdiff.exceptions import UsageError
             100,
             (5, 10),
         ),  # the upper bound wins
-        ({}, 6000, (30, 23)),
+        ({}, 6000, (15, 46)),
     ],
 )
 def test_plan(settings: dict[str, Any], count: int, expected: tuple[int, int]) -> None:

@@ -13,8 +13,9 @@ import torch
 from small_training import SHORT, WIDTH, data, network, reader, run, same
 from torch import Tensor, nn
 
+from featdiff.diffusion.loss import validation_loss
 from featdiff.diffusion.schedules import make_pixel_scheduler, make_scheduler
-from featdiff.diffusion.training import Recipe, start, train, validation_loss
+from featdiff.diffusion.training import Recipe, start, train
 from featdiff.exceptions import FeatdiffError
 
 # ---- the generator and its records ----
