@@ -40,7 +40,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "masks": set(),
         "pretrained": set(),
         "loss": {"schedules"},
-        "training": {"loss", "schedules"},
+        "training": {"loss"},
         "fit": {"training"},
         "reconstruction": {"schedules"},
     },
