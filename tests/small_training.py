@@ -14,7 +14,7 @@ from featdiff.diffusion.schedules import make_scheduler
 from featdiff.diffusion.training import Recipe, Step, TrainingState, train
 
 WIDTH = 4
-SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 16, "min_steps": 1}
+SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 16, "min_steps": 1, "check_steps": 1}
 
 
 def network(seed: int = 0, hidden: int = 16) -> LFDN:

@@ -55,7 +55,7 @@ from .saved import (
 from .start import load_extractor
 
 # Raised when the same settings give another result: finished trainings in the cache are not used then.
-_TRAINING_VERSION = 5
+_TRAINING_VERSION = 6
 # Settings that decide the training of the denoisers, and those of how they are asked.
 _TRAINING_SETTINGS = ("joint", "hidden_ratio", "hidden_max", "blocks", "timesteps", "seed")
 _DIFFUSION_SETTINGS = (*_TRAINING_SETTINGS, "start_times", "draws", "stride")

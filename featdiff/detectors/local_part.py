@@ -38,6 +38,8 @@ ALIKE = 0.5
 # Images that the variety is taken of; of the sample set each sixth, 65 in all.
 _SAMPLE = 1000
 _STEP = 6
+# Of them, so many go through the network at once.
+_BATCH = 32
 # The colour scale of heat maps ends so many times as far above the median of those as their largest.
 _ABOVE = 2.0
 
@@ -232,7 +234,8 @@ def variety(features: Features, extractor: FeatureExtractor) -> float:
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:_SAMPLE])
     pictures = list(samples.tiles()[0].values())[::_STEP]
-    reference = torch.cat([extractor(extractor.transform(picture)[None]).cpu() for picture in pictures])
+    pixels = torch.stack([extractor.transform(picture) for picture in pictures])
+    reference = torch.cat([extractor(part).cpu() for part in pixels.split(_BATCH)])
 
     columns = extractor.layout.last_stage.columns
     return _difference(features[chosen][:, columns]) / max(_difference(reference[:, columns]), 1e-6)

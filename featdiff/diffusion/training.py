@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 from ..exceptions import FeatdiffError, UsageError
 from ..runtime.checkpoints import Resumable
 from ..runtime.processes import Processes
-from .schedules import NoiseSchedule, add_noise
+from .loss import by_time, shared_times, training_loss, validation_loss
+from .schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,9 +42,9 @@ class Recipe:
 
     Parameters
     ----------
-    epochs : int, default 30
+    epochs : int, default 15
         Number of epochs, raised until there are ``min_steps`` steps.
-    batch_size : int, default 256
+    batch_size : int, default 128
         Samples of a step.
     learning_rate : float, default 1e-3
         Highest learning rate.
@@ -65,6 +66,9 @@ class Recipe:
         Largest number of steps in all. It wins over ``min_steps``.
     epoch_steps : int, default 1000
         Largest number of steps of one epoch, so that the held-out loss is measured, and checkpoints are written, often.
+    check_steps : int, default 20
+        The held-out loss is measured at the end of an epoch, after so many steps at the earliest. With few samples an
+        epoch is a step or two, and measuring would take longer than training.
 
     Raises
     ------
@@ -77,8 +81,8 @@ class Recipe:
     (3, 10)
     """
 
-    epochs: int = 30
-    batch_size: int = 256
+    epochs: int = 15
+    batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     lr_schedule: str = "one-cycle"
@@ -89,14 +93,16 @@ class Recipe:
     min_steps: int = 600
     max_steps: int = 20_000
     epoch_steps: int = 1_000
+    check_steps: int = 20
 
     def __post_init__(self) -> None:
         if self.lr_schedule not in LR_SCHEDULES:
             known = ", ".join(LR_SCHEDULES)
             raise UsageError(f"unknown lr_schedule {self.lr_schedule!r}; known: {known}", argument="lr_schedule")
 
-        for name in ("epochs", "batch_size", "patience", "max_steps", "epoch_steps", "learning_rate"):
-            check_number(name, getattr(self, name), above=0, whole=name != "learning_rate")
+        check_number("learning_rate", self.learning_rate, above=0)
+        for name in ("epochs", "batch_size", "patience", "max_steps", "epoch_steps", "check_steps"):
+            check_number(name, getattr(self, name), above=0, whole=True)
         for name in ("min_steps", "warmup_steps"):
             check_number(name, getattr(self, name), above=-1, whole=True)
 
@@ -122,6 +128,22 @@ class Recipe:
         per_epoch = min(max(1, count // self.batch_size), self.epoch_steps, self.max_steps)
         epochs = max(self.epochs, math.ceil(self.min_steps / per_epoch))
         return min(epochs, self.max_steps // per_epoch), per_epoch
+
+    def epochs_of_a_check(self, count: int) -> int:
+        """Epochs from one measurement of the held-out loss to the next.
+
+        Parameters
+        ----------
+        count : int
+            Number of training samples.
+
+        Returns
+        -------
+        int
+            At least 1.
+        """
+        _, per_epoch = self.plan(count)
+        return math.ceil(self.check_steps / per_epoch)
 
 
 def check_number(name: str, value: Any, above: float, whole: bool = False) -> float:
@@ -175,7 +197,8 @@ class Step:
     lr : float
         Learning rate of the step.
     val_loss : float, optional
-        On the last step of an epoch: loss of the averaged weights on the held-out samples, always with the same noise.
+        On the last step of an epoch, where it was measured: loss of the averaged weights on the held-out samples,
+        always with the same noise.
     """
 
     step: int
@@ -260,7 +283,7 @@ def start(denoiser: nn.Module, recipe: Recipe, count: int) -> TrainingState:
         parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused or None
     )
     schedule = _lr_schedule(optimizer, recipe, epochs * per_epoch)
-    average = AveragedModel(denoiser, multi_avg_fn=_growing_average(recipe.ema_decay))
+    average = _GrowingAverage(denoiser, recipe.ema_decay)
     return TrainingState(denoiser, average, optimizer, schedule)
 
 
@@ -278,14 +301,20 @@ def _lr_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -
     return LambdaLR(optimizer, factor)
 
 
-def _growing_average(decay: float) -> Callable[[Any, Any, Any], None]:
+class _GrowingAverage(AveragedModel):
     """Moving average whose horizon grows with the run, so that short runs are not dominated by their first weights."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = float(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, denoiser: nn.Module, decay: float) -> None:
+        super().__init__(denoiser)
+        self.decay = decay
 
-    return update
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in a model's weights, all at once: one by one takes a tenth of the time of a small step."""
+        n = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        self.n_averaged += 1
 
 
 def train(
@@ -341,6 +370,7 @@ def train(
         The loss became NaN or infinite.
     """
     epochs, per_epoch = recipe.plan(count)
+    check = recipe.epochs_of_a_check(count)
     engine = _Engine(state, scheduler, recipe, accelerator)
     try:
         while state.epoch < epochs and not state.done:
@@ -357,9 +387,11 @@ def train(
 
                 val_loss = None
                 if i == per_epoch - 1:
-                    val_loss = engine.validate(validation, seed)
-                    _check_loss(val_loss, number)
-                    _close_epoch(state, val_loss, recipe.patience)
+                    _close_epoch(state)
+                    if state.epoch % check == 0 or state.epoch == epochs:
+                        val_loss = engine.validate(validation, seed)
+                        _check_loss(val_loss, number)
+                        _keep_best(state, val_loss, check, recipe.patience)
                 yield Step(number, epochs * per_epoch, number // per_epoch, loss, lr, val_loss)
     finally:
         engine.processes.release(engine.network)
@@ -402,13 +434,16 @@ class _Engine:
 
         All processes draw the random numbers of the whole batch, so that the generator is in the same state in each.
         """
-        share = self.processes.share(len(indices))
+        count = len(indices)
+        share = self.processes.share(count)
         samples = read(indices if augment else indices[share])
 
-        t = torch.randint(
-            self.scheduler.config.num_train_timesteps, (len(indices),), generator=generator, device=samples.device
-        )
-        noise = torch.randn((len(indices), *samples.shape[1:]), generator=generator, device=samples.device)
+        timesteps = self.scheduler.config.num_train_timesteps
+        if samples.dim() == 2:
+            t = shared_times(count, timesteps, generator)
+        else:
+            t = torch.randint(timesteps, (count,), generator=generator, device=samples.device)
+        noise = torch.randn((count, *samples.shape[1:]), generator=generator, device=samples.device)
         if augment:
             samples = augment(samples, generator)[share]
         return samples, noise[share], t[share]
@@ -416,7 +451,9 @@ class _Engine:
     def step(self, x: Tensor, noise: Tensor, t: Tensor) -> float:
         """One optimiser step; returns the mean loss of all processes."""
         state = self.state
-        loss = _loss(self.network, x, noise, t, self.scheduler)
+        if x.dim() == 2 and self.processes.number == 1:
+            x, noise, t = by_time(x, noise, t)
+        loss = training_loss(self.network, x, noise, t, self.scheduler)
         self.processes.step(loss, [self.optimizer], state.denoiser.parameters(), self.recipe.clip_norm)
 
         state.schedule.step()
@@ -426,14 +463,6 @@ class _Engine:
     def validate(self, validation: Tensor, seed: int) -> float:
         """Held-out loss of the averaged weights, the same number on all processes."""
         return self.processes.mean(validation_loss(self.state.average.module, validation, self.scheduler, seed))
-
-
-def _loss(
-    denoiser: nn.Module, x: Tensor, noise: Tensor, t: Tensor, scheduler: NoiseSchedule | SchedulerMixin
-) -> Tensor:
-    target = x if scheduler.config.prediction_type == "sample" else noise
-    prediction = denoiser(add_noise(scheduler, x, noise, t), t)
-    return nn.functional.mse_loss(prediction.float(), target)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -446,11 +475,15 @@ def _check_loss(loss: float, step: int) -> None:
         raise FeatdiffError(f"training diverged at step {step} (loss {loss}); lower learning_rate")
 
 
-def _close_epoch(state: TrainingState, loss: float, patience: int) -> None:
-    """Keep the best averaged weights, and count the epochs without progress."""
+def _close_epoch(state: TrainingState) -> None:
+    """Count an epoch, and keep the weights after the first one."""
     if state.epoch == 0:
         state.early = _copy_weights(state.denoiser)
+    state.epoch += 1
 
+
+def _keep_best(state: TrainingState, loss: float, epochs: int, patience: int) -> None:
+    """Keep the best averaged weights, and count the epochs without progress, ``epochs`` since the last loss."""
     if loss < state.best_loss:
         state.best_loss = loss
         if state.best:
@@ -460,51 +493,10 @@ def _close_epoch(state: TrainingState, loss: float, patience: int) -> None:
             state.best = _copy_weights(state.average.module)
         state.stale = 0
     else:
-        state.stale += 1
+        state.stale += epochs
 
     state.done = state.stale >= patience
-    state.epoch += 1
 
 
 def _copy_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-@torch.inference_mode()
-def validation_loss(
-    denoiser: nn.Module, x: Tensor, scheduler: NoiseSchedule | SchedulerMixin, seed: int, chunk_numbers: int = 1 << 20
-) -> Tensor:
-    """Loss on held-out samples, with times spread evenly and noise that is the same at every call.
-
-    Parameters
-    ----------
-    denoiser : nn.Module
-        The network. Its mode (training or eval) is kept.
-    x : Tensor of shape (V, ...)
-        Held-out clean samples.
-    scheduler : NoiseSchedule or diffusers scheduler
-        The noise schedule.
-    seed : int
-        Decides times and noise.
-    chunk_numbers : int, default 2**20
-        The samples that go through the network at once hold at most so many numbers (one sample, if it has more).
-
-    Returns
-    -------
-    Tensor of shape ()
-    """
-    was_training = denoiser.training
-    denoiser.eval()
-
-    generator = torch.Generator(x.device).manual_seed(seed)
-    even_times = (torch.arange(len(x), device=x.device) + 0.5) * scheduler.config.num_train_timesteps / len(x)
-    t = even_times.long()[torch.randperm(len(x), generator=generator, device=x.device)]
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-
-    size = max(1, chunk_numbers // x[0].numel())
-    losses = []
-    for x_part, noise_part, t_part in zip(x.split(size), noise.split(size), t.split(size), strict=True):
-        losses.append(len(x_part) * _loss(denoiser, x_part, noise_part, t_part, scheduler))
-
-    denoiser.train(was_training)
-    return torch.stack(losses).sum() / len(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from ..diffusion.fit import fit_denoiser
 from ..diffusion.lfdn import LFDN, LayerwiseLFDN
 from ..diffusion.reconstruction import reconstruct
 from ..diffusion.schedules import draw_noise, make_scheduler
-from ..diffusion.training import TrainingState
+from ..diffusion.training import ReadSamples, TrainingState
 from ..exceptions import UsageError
 from ..features.layout import FeatureLayout, block_normalise
 from ..runtime.randomness import seeded
@@ -25,6 +26,8 @@ from .residuals import likelihood_regret, mfsim, mse
 
 # Set once, on sets far from and near to CIFAR-10 (tests/benchmarks/RESULTS.md): a balance of the two, for all data.
 _LAYER_EXPONENT = 0.75
+# Stages of the rows that train are kept in memory up to this size (about 130,000 images of the default backbone).
+_MOST_BYTES = 1 << 28
 
 
 class Diffusion(nn.Module):
@@ -110,14 +113,13 @@ class Diffusion(nn.Module):
 
     def fit(self, context: Context) -> TrainingState:
         """Train the denoiser, or take it from the checkpoint, and set the statistics from the validation rows."""
-        training = context.training
         validation = self.stages(context.validation[:])
         with full_precision(self.noise):
             state = fit_denoiser(
                 self.denoiser,
                 self.scheduler,
-                lambda indices: self.stages(training[indices]),
-                len(training),
+                self._reader(context.training),
+                len(context.training),
                 validation,
                 context.recipe,
                 context.seed,
@@ -132,6 +134,17 @@ class Diffusion(nn.Module):
             with torch.inference_mode():
                 self.fit_statistics(torch.cat([self.errors(part) for part in validation.split(1024)]))
         return state
+
+    def _reader(self, training: Features) -> ReadSamples:
+        """Indices of rows -> their stages, block-normalised: from memory, if those of all rows fit there."""
+        if len(training) * self.noise.shape[-1] * self.noise.itemsize > _MOST_BYTES:
+            return lambda indices: self.stages(training[indices])
+
+        @cache
+        def stages() -> Tensor:  # read when the first step is made: a finished training needs none
+            return torch.cat([self.stages(part) for part in training.chunks()])
+
+        return lambda indices: stages()[torch.from_numpy(indices).to(self.noise.device)]
 
     @torch.inference_mode()
     def fit_statistics(self, errors: Tensor) -> None:

@@ -297,7 +297,11 @@ def _exactly(queries: Tensor, bank: Tensor, indices: Tensor, k: int) -> tuple[Te
     repeated = torch.zeros_like(indices, dtype=torch.bool)
     repeated[:, 1:] = indices[:, 1:] == indices[:, :-1]
 
-    parts = zip(queries.split(256), indices.split(256), strict=True)  # a few at a time, to save memory
+    count = 256  # a few at a time, to save memory
+    if bank.device.type == "cpu" and not torch.compiler.is_compiling():
+        # what the cache holds, 2 MB: three times as fast for 80 wide candidates
+        count = max(1, (1 << 19) // (indices.shape[1] * bank.shape[1]))
+    parts = zip(queries.split(count), indices.split(count), strict=True)
     distances = torch.cat([euclidean(some, bank[candidates]) for some, candidates in parts])
     order = distances.masked_fill(repeated, torch.inf).sort(dim=1, stable=True)
     return order.values[:, :k], indices.gather(1, order.indices[:, :k])

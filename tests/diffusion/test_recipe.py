@@ -24,7 +24,7 @@ from featdiff.exceptions import UsageError
             100,
             (5, 10),
         ),  # the upper bound wins
-        ({}, 6000, (30, 23)),
+        ({}, 6000, (15, 46)),
     ],
 )
 def test_plan(settings: dict[str, Any], count: int, expected: tuple[int, int]) -> None:
@@ -94,3 +94,9 @@ def test_settings_of_a_wrong_kind_or_range_are_refused_by_name(name: str, value:
 def test_settings_out_of_range(setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(setting))):
         Recipe(**setting)
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(5, 20), (256, 10), (6_000, 1)])
+def test_few_samples_have_several_epochs_between_two_checks(count: int, epochs: int) -> None:
+    assert Recipe().epochs_of_a_check(count) == epochs
+    assert Recipe(check_steps=1).epochs_of_a_check(count) == 1

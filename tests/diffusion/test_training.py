@@ -13,8 +13,9 @@ import torch
 from small_training import SHORT, WIDTH, data, network, reader, run, same
 from torch import Tensor, nn
 
+from featdiff.diffusion.loss import validation_loss
 from featdiff.diffusion.schedules import make_pixel_scheduler, make_scheduler
-from featdiff.diffusion.training import Recipe, start, train, validation_loss
+from featdiff.diffusion.training import Recipe, start, train
 from featdiff.exceptions import FeatdiffError
 
 # ---- the generator and its records ----
@@ -73,9 +74,37 @@ def test_rows_are_read_in_rising_order_each_once_an_epoch_in_changing_batches() 
 
 
 def test_fewer_rows_than_a_batch_are_one_batch() -> None:
-    recipe = Recipe(epochs=2, batch_size=256, min_steps=1)
+    recipe = Recipe(epochs=2, batch_size=256, min_steps=1, check_steps=1)
     steps = list(run(start(network(), recipe, 3), recipe, data(3)))
     assert [step.val_loss is not None for step in steps] == [True, True]
+
+
+@pytest.mark.parametrize(("count", "checked"), [(3, [20, 40, 50]), (40, [20, 40, 50]), (16 * 21, [21, 42, 63])])
+def test_few_samples_are_not_held_out_against_at_each_step(count: int, checked: list[int]) -> None:
+    """An epoch of one, two or 21 steps: the loss is measured after 20 steps at the earliest, and at the end."""
+    recipe = Recipe(epochs=1 if count > 40 else 25, batch_size=16, min_steps=50)
+    steps = list(run(start(network(), recipe, count), recipe, data(count)))
+    assert [step.step for step in steps if step.val_loss is not None] == checked
+
+
+def test_patience_counts_the_epochs_between_two_checks() -> None:
+    """Each epoch makes it worse: 20 of two steps are 10 epochs, so that patience ends at the second or third check."""
+    for patience, checks in ((10, 2), (11, 3)):
+        recipe = Recipe(epochs=100, batch_size=32, min_steps=1, patience=patience, learning_rate=1e-2)
+        state = start(network(), recipe, 64)
+        steps = list(run(state, recipe, torch.ones(64, WIDTH), held_out=torch.zeros(32, WIDTH)))
+        assert len(steps) == 20 * checks
+        assert state.epoch == 10 * checks
+        assert state.stale == 10 * (checks - 1)
+
+
+def test_early_weights_are_those_after_the_first_epoch_also_where_nothing_was_measured_then() -> None:
+    recipe = Recipe(epochs=25, batch_size=16, min_steps=1)
+    state = start(network(), recipe, 16)
+    for step in run(state, recipe, data(16)):
+        if step.step == 1:
+            after = copy.deepcopy(state.denoiser.state_dict())
+    assert same(state.early, after)
 
 
 def test_the_caller_may_stop_at_any_step() -> None:
@@ -128,6 +157,39 @@ def test_noise_and_times_change_from_epoch_to_epoch() -> None:
     assert every.float().mean().item() == pytest.approx(49.5, abs=6)
 
 
+def test_vectors_that_lie_far_apart_in_the_list_share_a_time_which_the_network_sees_once() -> None:
+    """Of 32 vectors, eight share each of four times, one in each quarter of the schedule."""
+    x = torch.arange(32.0)[:, None].expand(32, WIDTH)  # each row says which one it is
+    recipe, denoiser = Recipe(epochs=40, batch_size=32, min_steps=1), network()
+    seen: list[tuple[Tensor, Tensor]] = []
+    denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    list(run(start(denoiser, recipe, 32), recipe, 1000 * x))
+
+    batches = [(noisy, times) for noisy, times in seen if noisy.dim() == 3]  # the others are validations
+    assert len(batches) == 40
+    orders = set()
+    for noisy, times in batches:
+        assert noisy.shape == (4, 8, WIDTH)
+        assert sorted((times // 25).tolist()) == [0, 1, 2, 3]
+        orders.add(tuple((times // 25).tolist()))
+
+        signal = make_scheduler().alphas_cumprod[times].sqrt()[:, None]
+        rows = (noisy.mean(2) / signal / 1000).round().int()
+        assert sorted(rows.flatten().tolist()) == list(range(32))
+        assert (rows.diff(dim=1) > 1).all()  # neighbours do not share
+    assert len(orders) > 10
+    assert len(torch.cat([times for _, times in batches]).unique()) > 60
+
+
+def test_a_batch_of_seven_vectors_has_seven_times() -> None:
+    recipe, denoiser, seen = Recipe(epochs=1, batch_size=7, min_steps=1), network(), []
+    denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    list(run(start(denoiser, recipe, 7), recipe, data(7)))
+    assert seen[0].shape == (7,)
+    for part, time in enumerate(sorted(seen[0].tolist())):
+        assert part * 100 / 7 - 1 < time < (part + 1) * 100 / 7
+
+
 def test_early_weights_are_those_after_the_first_epoch() -> None:
     recipe, state = Recipe(**SHORT), start(network(), Recipe(**SHORT), 96)
     for step in run(state, recipe, data()):
@@ -169,7 +231,7 @@ def test_training_leaves_the_global_random_states_untouched() -> None:
 
 def test_stops_when_the_held_out_loss_no_longer_falls() -> None:
     """Trained towards 1 and held out at 0, where the fresh network is perfect: each epoch makes it worse."""
-    recipe = Recipe(epochs=50, batch_size=16, min_steps=1, patience=3, learning_rate=1e-2)
+    recipe = Recipe(epochs=50, batch_size=16, min_steps=1, patience=3, learning_rate=1e-2, check_steps=1)
     state = start(network(), recipe, 64)
     steps = list(run(state, recipe, torch.ones(64, WIDTH), held_out=torch.zeros(32, WIDTH)))
     losses = [step.val_loss for step in steps if step.val_loss is not None]
@@ -181,7 +243,7 @@ def test_stops_when_the_held_out_loss_no_longer_falls() -> None:
 
 
 def test_patience_starts_again_after_progress() -> None:
-    recipe = Recipe(epochs=12, batch_size=16, min_steps=1, patience=1, lr_schedule="constant")
+    recipe = Recipe(epochs=12, batch_size=16, min_steps=1, patience=1, lr_schedule="constant", check_steps=1)
     state = start(network(), recipe, 64)
     steps = run(state, recipe, torch.ones(64, WIDTH), held_out=torch.ones(32, WIDTH))
     losses = [step.val_loss for step in steps if step.val_loss is not None]
@@ -247,7 +309,7 @@ def test_a_run_resumed_at_an_epochs_end_is_bit_identical(schedule: str, stop_aft
 
 
 def test_patience_is_remembered_when_resuming() -> None:
-    recipe = Recipe(epochs=50, batch_size=16, min_steps=1, patience=4, learning_rate=1e-2)
+    recipe = Recipe(epochs=50, batch_size=16, min_steps=1, patience=4, learning_rate=1e-2, check_steps=1)
     x, held_out = torch.ones(64, WIDTH), torch.zeros(32, WIDTH)
     first = start(network(), recipe, 64)
     steps = run(first, recipe, x, held_out=held_out)

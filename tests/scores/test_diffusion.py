@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from featdiff.diffusion.lfdn import LFDN, LayerwiseLFDN
 from featdiff.diffusion.reconstruction import reconstruct
 from featdiff.diffusion.schedules import add_noise, draw_noise
+from featdiff.diffusion.training import Recipe
 from featdiff.exceptions import UsageError
 from featdiff.features.layout import FeatureLayout, block_normalise
+from featdiff.features.store import Rows
+from featdiff.scores import diffusion
 from featdiff.scores.diffusion import DIFFUSION, Diffusion
 from featdiff.scores.fused import Heads
+from featdiff.scores.registry import Context
 
 LAYOUT = FeatureLayout.of_stages({"a": 6, "b": 20, "c": 10})
 WIDTHS = (6, 20, 10)
@@ -61,6 +66,43 @@ def all_scores(model: Diffusion, features: Tensor) -> dict[str, Tensor]:
 
 def layer_mse(x: np.ndarray, x_hat: np.ndarray) -> np.ndarray:
     return np.stack([np.mean((x[:, i:j] - x_hat[:, i:j]) ** 2, axis=1) for i, j in ENDS], axis=1)
+
+
+class CountedRows(Rows):
+    """Rows in memory that count how many of them were read."""
+
+    read = 0
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        rows = super().__getitem__(indices)
+        self.read += len(rows)
+        return rows
+
+
+# ---- fit ----
+
+
+def test_rows_that_fit_into_memory_are_read_once_and_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(epochs=3, batch_size=16, min_steps=1)
+    weights, counts = [], []
+    for most in (1 << 28, 0):
+        monkeypatch.setattr(diffusion, "_MOST_BYTES", most)
+        model, training = Diffusion(LAYOUT, **SETTINGS), CountedRows(features(64))
+        model.fit(Context(training, Rows(features(20, seed=1)), recipe))
+        weights.append(model.denoiser.state_dict())
+        counts.append(training.read)
+    assert counts == [64, 3 * 64]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_finished_training_reads_no_rows(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, min_steps=1)
+    for expected in (64, 0):
+        training = CountedRows(features(64))
+        context = Context(training, Rows(features(20, seed=1)), recipe, checkpoint=tmp_path / "training.pt")
+        Diffusion(LAYOUT, **SETTINGS).fit(context)
+        assert training.read == expected
 
 
 # ---- construction ----

@@ -132,6 +132,15 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, block:
     assert torch.equal(distances, whole[0])
 
 
+def test_a_few_queries_at_a_time_have_the_distances_of_all_at_once() -> None:
+    """Candidates of 300 queries do not fit into a processor's cache at once."""
+    bank, queries = torch.randn(400, 512), torch.randn(300, 512)
+    distances, indices = TorchIndex(bank).search(queries, 60)
+    expected = (bank[indices].double() - queries.double()[:, None]).square().sum(2).sqrt()
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=0)
+    assert torch.equal(indices[:, 0], torch.cdist(queries.double(), bank.double()).argmin(1))
+
+
 @pytest.mark.parametrize("batch", [1, 7, 256, 299])
 def test_a_query_has_one_result_whatever_the_batch(exact: str, batch: int) -> None:
     index, queries = make(normal(400, 37), exact), normal(300, 37, seed=1)
