@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-RECIPE: dict[str, Any] = {"epochs": 3, "min_steps": 0, "batch_size": 16, "patience": 99, "learning_rate": 2e-3}
+RECIPE: dict[str, Any] = {
+    **{"epochs": 3, "min_steps": 0, "batch_size": 16, "patience": 99, "learning_rate": 2e-3, "check_steps": 1},
+}
 
 
 #: Arguments of a detector that fits in seconds: a real U-Net of 60,000 weights at 16 px.

@@ -286,7 +286,7 @@ def eager_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stopped_training_goes_on_to_the_same_scores(
     small: dict[str, Any], files: list[str], fresh: list[str], tmp_path: Path, joint: bool
 ) -> None:
-    arguments = {**small, "joint": joint, "recipe": {"epochs": 6, "min_steps": 1, "batch_size": 8}}
+    arguments = {**small, "joint": joint, "recipe": {"epochs": 6, "min_steps": 1, "batch_size": 8, "check_steps": 1}}
     with pytest.raises(KeyboardInterrupt):
         Detector(**arguments, cache=tmp_path / "stopped").fit(files, interrupt("training", 10))
     steps: list[int] = []
