@@ -4,7 +4,7 @@
     python tests/benchmarks/startup.py --against OTHER_CHECKOUT
 
 Each round runs all commands once, one after the other. Printed are medians over the rounds, and ratios within a round.
-The image is a made-up photograph: time does not depend on what it shows. A command more is an entry of ``commands``.
+The image is a made-up photograph: time does not depend on what it shows. An exported model runs without PyTorch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from featdiff import Detector
-
 #: What all others are compared with.
 BASE = "import torch, timm, and one pass"
 PASS = """
@@ -30,6 +28,20 @@ import torch, timm
 model = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
 with torch.inference_mode():
     model(torch.rand(1, 3, 192, 256))
+"""
+TRAIN = """
+import sys
+from pathlib import Path
+import numpy as np
+from featdiff import Detector
+from featdiff.export.export import export
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+images = np.random.default_rng(0).integers(0, 255, (1000, 8, 8, 3), dtype=np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+recipe = {"epochs": 1, "min_steps": 1, "max_steps": 1}
+detector = Detector(recipe=recipe, device="cpu", engine="torch").fit(list(images), groups="none")
+detector.save_pretrained(folder / "model")
+export(detector, folder / "exported", ["onnx"])
 """
 
 
@@ -73,34 +85,38 @@ class FreshCache(Command):
             super().run()
 
 
-def train(folder: Path) -> tuple[Path, Path]:
-    """A model of the default backbone and settings, hardly trained, and a photograph."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 255, (1000, 8, 8, 3), dtype=np.uint8)
-    images = small.repeat(4, axis=1).repeat(4, axis=2)
-    recipe = {"epochs": 1, "min_steps": 1, "max_steps": 1}
-    detector = Detector(recipe=recipe, cache=folder / "training", device="cpu", engine="torch")
-    detector.fit(list(images), groups="none")
-    detector.save_pretrained(folder / "model")
-
-    photograph = Image.fromarray(small[0]).resize((1024, 768), Image.Resampling.BICUBIC)
-    photograph.save(folder / "one.jpg")
-    return folder / "model", folder / "one.jpg"
+def train(folder: Path, environment: dict[str, str]) -> None:
+    """A model of the default backbone and settings, hardly trained, by the code that the environment names."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAIN, str(folder)],
+        cwd=tempfile.gettempdir(),
+        env={**os.environ, "FEATDIFF_CACHE": str(folder / "training"), **environment},
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
 
 
 def commands(folder: Path, against: Path | None) -> dict[str, Command]:
     """What is compared, by a name for the table."""
-    model, image = train(folder)
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((1024, 768), Image.Resampling.BICUBIC).save(folder / "one.jpg")
+
+    def score(model: Path) -> list[str]:
+        line = [sys.executable, "-m", "featdiff_cli", "score", str(folder / "one.jpg"), "-m", str(model)]
+        return [*line, "--device", "cpu"]
+
+    train(folder, {})
     cache = {"FEATDIFF_CACHE": str(folder / "cache")}
-    score = [sys.executable, "-m", "featdiff_cli", "score", str(image), "-m", str(model), "--device", "cpu"]
     found = {
         BASE: Command([sys.executable, "-c", PASS]),
-        "featdiff score one.jpg": Command(score, cache),
-        "the same with an empty cache": FreshCache(score),
+        "featdiff score one.jpg": Command(score(folder / "model"), cache),
+        "the same with an empty cache": FreshCache(score(folder / "model")),
+        "the same of an exported model": Command(score(folder / "exported"), cache),
     }
     if against:
         other = {"FEATDIFF_CACHE": str(folder / "other"), "PYTHONPATH": str(against)}
-        found[f"featdiff score one.jpg, {against.name}"] = Command(score, other)
+        train(folder / "older", other)
+        found[f"featdiff score one.jpg, {against.name}"] = Command(score(folder / "older" / "model"), other)
     return found
 
 
