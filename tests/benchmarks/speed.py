@@ -40,10 +40,10 @@ from featdiff.runtime.allocator import keep_freed_memory
 BATCH = 32
 NEIGHBORS = 5
 #: Of the default backbone, as PaDiM and PatchCore take them of a ResNet; and the channels that PaDiM keeps.
-LAYERS = ["blocks.1", "blocks.2", "blocks.4"]
+LAYERS = ["blocks.2", "blocks.4"]
 KEPT = 100
 #: Images from which PaDiM and PatchCore learn: they need not be good here, but PatchCore must hold their places.
-FITTED = 100
+FITTED = 30
 
 
 def pixels_of(refs: list[ImageRef], transform: Callable[..., Tensor]) -> Iterator[Tensor]:
