@@ -159,7 +159,8 @@ class PreparedExtractor(FeatureExtractor):
         return vars(self)[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_pass": None}  # copies build their own network
+        """Copies build their own network and keep nothing: an exporter traces them, and must not be asked for sizes."""
+        return super().__getstate__() | {"_pass": None, "_new_sizes": 0}
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +184,7 @@ class PreparedExtractor(FeatureExtractor):
     def with_heat(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows, and where images are strange, from one pass; the size of the images is known the next time."""
         result = super().with_heat(pixels)
-        if self.is_built and _adding.acquire(blocking=False):
+        if self.is_built and self._new_sizes > 0 and _adding.acquire(blocking=False):
             try:
                 self._add(pixels)
             finally:

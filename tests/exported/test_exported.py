@@ -134,6 +134,15 @@ def test_pictures_of_all_kinds_have_the_rows_of_the_detector(
     same(detector.score(pictures), expected)
 
 
+def test_a_model_that_was_loaded_is_exported_for_all_sizes(
+    tiny_detector: Detector, pictures: Path, tmp_path: Path
+) -> None:
+    """Its extractor keeps passes for sizes that it meets; the exporter's have none."""
+    tiny_detector.save_pretrained(tmp_path / "model")
+    detector = Detector.from_pretrained(tmp_path / "model", cache=tmp_path / "cache")
+    same(ExportedDetector(written(detector, tmp_path / "exported")).score(pictures), tiny_detector.score(pictures))
+
+
 @pytest.mark.parametrize("fpr", [0.02, 0.4])
 def test_any_rate_that_the_calibration_supports(
     tiny_detector: Detector, exported: Path, pictures: Path, fpr: float

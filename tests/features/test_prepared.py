@@ -232,3 +232,15 @@ def test_the_key_follows_the_facts() -> None:
     facts = {"backbone": {"tag": "a"}, "settings": {"layers": ["x"]}}
     assert pass_key(facts) == pass_key(dict(reversed(facts.items())))
     assert len({pass_key(facts), pass_key(facts | {"settings": {"layers": ["y"]}}), pass_key({})}) == 3
+
+
+def test_copies_keep_nothing(tmp_path: Path) -> None:
+    """An exporter traces one, for all sizes: it must not look at any."""
+    pixels = torch.rand(2, 3, 32, 32)
+    extractor = PreparedExtractor(tmp_path / "pass", build().backbone.fingerprint, build)
+    expected = build()(pixels)
+    for other in (extractor.in_torch(), copy.deepcopy(extractor), extractor.detached()):
+        assert torch.equal(other(pixels), expected)
+    assert not (tmp_path / "pass").exists()
+    extractor(pixels)
+    assert (tmp_path / "pass" / "3x32x32").exists()
