@@ -37,7 +37,7 @@ from .vectors import features_option, open_vectors, score_vectors
 if TYPE_CHECKING:
     import numpy as np
 
-    from featdiff import Detector, PixelDetector, Scores
+    from featdiff import Detector, ExportedDetector, PixelDetector, Scores
     from featdiff.data.references import ImageRef
     from featdiff.report.rows import ReportRows
 
@@ -261,9 +261,7 @@ def _images(
 
     _check_named(images)
     detector = load_model(model, options).detector
-    rate = detector.fpr if fpr is None else fpr
-    detector.calibration_.check(rate)
-    refs = _listed(images)
+    rate, refs = _asked(detector, fpr, images)
 
     return Work(
         len(refs),
@@ -291,9 +289,7 @@ def _exported(images: tuple[str, ...], model: str, fpr: float | None, options: d
 
     _check_named(images)
     detector = open_exported(model, options)
-    rate = detector.fpr if fpr is None else fpr
-    detector.calibration_.check(rate)
-    refs = _listed(images)
+    rate, refs = _asked(detector, fpr, images)
 
     return Work(
         len(refs),
@@ -313,14 +309,19 @@ def _check_named(images: tuple[str, ...]) -> None:
         raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
 
 
-def _listed(images: tuple[str, ...]) -> list[ImageRef]:
+def _asked(
+    detector: Detector | PixelDetector | ExportedDetector, fpr: float | None, images: tuple[str, ...]
+) -> tuple[float, list[ImageRef]]:
+    """The rate, if the calibration supports it, and the images."""
     from featdiff.data.references import list_images
     from featdiff.exceptions import UsageError
 
+    rate = detector.fpr if fpr is None else fpr
+    detector.calibration_.check(rate)
     refs = list_images(list(images))
     if not refs:
         raise UsageError("there are no paths on standard input")
-    return refs
+    return rate, refs
 
 
 def _write(run: Run, rows: Rows) -> None:
