@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .schedules import NoiseSchedule, add_noise
@@ -33,7 +34,7 @@ def shared_times(count: int, timesteps: int, generator: torch.Generator) -> Tens
 def by_time(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A batch (B, D) with :func:`shared_times` -> its vectors by time (T, B / T, D), and these times (T,)."""
     sharing = math.gcd(len(t), _SHARING)
-    x, noise = (values.unflatten(0, (sharing, -1)).transpose(0, 1) for values in (x, noise))
+    x, noise = (rearrange(values, "(sharing times) d -> times sharing d", sharing=sharing) for values in (x, noise))
     return x, noise, t[: len(t) // sharing]
 
 
