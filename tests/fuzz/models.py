@@ -13,7 +13,7 @@ from featdiff.exceptions import FeatdiffError
 from featdiff.files.model_folder import CONFIG, TENSORS
 
 from .harness import Target
-from .place import Place, command, require
+from .place import Place, alike, command, require
 
 # Beside a model whose digest was made to fit what was changed: it may load, and score differently.
 _FORGED = "forged"
@@ -45,13 +45,7 @@ def check(folder: Path, place: Place) -> int:
         return len(rows)
 
     for row, expected in zip(rows, place.rows, strict=True):
-        same = (row.ood_score, row.p_value, row.is_ood, row.layers) == (
-            expected.ood_score,
-            expected.p_value,
-            expected.is_ood,
-            expected.layers,
-        )
-        require(same, f"a changed model loads and scores {row.ood_score!r}, not {expected.ood_score!r}")
+        require(alike(row, expected), f"a changed model loads and scores {row.ood_score!r}, not {expected.ood_score!r}")
     return len(rows)
 
 
