@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ ENGINES = (AUTO, TORCH, OPENVINO, ONNXRUNTIME, COMPILE)
 # Packages that each needs, and the extra that installs them.
 _PACKAGES = {OPENVINO: ("openvino",), ONNXRUNTIME: ("onnxruntime", "onnx"), COMPILE: ()}
 _EXTRAS = {OPENVINO: "openvino", ONNXRUNTIME: "onnx"}
-# What ``auto`` tries, the faster one first; compiling takes a compiler and most of a minute.
+# What ``auto`` tries; compiling takes a compiler and most of a minute.
 _TRIED = (OPENVINO, ONNXRUNTIME)
 # Two passes agree if no number differs by more than this share of the largest of its layer.
 _TOLERANCE = 1e-4
@@ -180,7 +180,7 @@ class Traced(nn.Module):
 
 
 def choose(wanted: str, forward: Pass, pixels: Tensor) -> Choice:
-    """The engine for a backbone: the first that is installed and agrees with PyTorch, if it is faster.
+    """The engine for a backbone: the fastest of those that are installed and agree with PyTorch, if it is faster.
 
     Parameters
     ----------
@@ -207,19 +207,21 @@ def choose(wanted: str, forward: Pass, pixels: Tensor) -> Choice:
     if not names:
         return Choice(None, "torch, for no other engine is installed (pip install 'featdiff[openvino]')")
 
-    reasons = []
+    engines, reasons = [], []
     for name in names:
         engine, reason = _tried(name, forward, pixels)
-        if engine is None:
-            reasons.append(reason)
-            continue
+        engines += [engine] if engine else []
+        reasons += [] if engine else [reason]
+    if not engines:
+        return Choice(None, f"torch, for {'; '.join(reasons)}")
 
-        gain = _gain(forward.read, engine.read, pixels[:_TIMED])
-        times = f"{gain:.1f} x as fast as torch"
-        if wanted == AUTO and gain < _FASTER:
-            return Choice(None, f"torch, for {name} is {times}")
-        return Choice(engine, f"{engine.label}, {times}")
-    return Choice(None, f"torch, for {'; '.join(reasons)}")
+    gains = _gains(forward.read, [engine.read for engine in engines], pixels[:_TIMED])
+    gain, engine = max(zip(gains, engines, strict=True), key=lambda pair: pair[0])
+    others = [f"{other.name} {slower:.1f} x" for slower, other in zip(gains, engines, strict=True) if other != engine]
+    times = f"{gain:.1f} x as fast as torch{f' ({others[0]})' if others else ''}"
+    if wanted == AUTO and gain < _FASTER:
+        return Choice(None, f"torch, for {engine.name} is {times}")
+    return Choice(engine, f"{engine.label}, {times}")
 
 
 def again(name: str, forward: Pass, pixels: Tensor) -> Choice:
@@ -265,12 +267,13 @@ def _alike(expected: Mapping[Key, Tensor], given: Mapping[Key, Tensor], toleranc
     return True
 
 
-def _gain(before: Read, after: Read, pixels: Tensor) -> float:
-    """How many times as fast a pass is, by the best times, taken in turns."""
-    best = [float("inf")] * 2
+def _gains(before: Read, after: Sequence[Read], pixels: Tensor) -> list[float]:
+    """How many times as fast each pass is as the one before, by the best times, taken in turns."""
+    reads = [before, *after]
+    best = [float("inf")] * len(reads)
     for _ in range(_ROUNDS):
-        for i, read in enumerate((before, after)):
+        for i, read in enumerate(reads):
             start = time.perf_counter()
             read(pixels)
             best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] / best[1]
+    return [best[0] / taken for taken in best[1:]]

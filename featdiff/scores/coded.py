@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .neighbors import BLOCK, SPARE, Index, check_finite, checked, chosen_backend, euclidean, make_index
 
 # Queries that are so few that reading the bank is what takes time, and candidates beyond k for them.
-_FEW = 2
+_FEW = 16
 _ROUGH_SPARE = 27
-# Twice the largest error of a product in bfloat16, for vectors of length 1: both vectors and the result are rounded to
-# 8 bits (2 ** -9 each).
-_ROUGH_ERROR = 2 * 3.1 * 2**-9
+# Twice the largest error of a rough product, for vectors of length 1: the query and the result are rounded to bfloat16
+# (2 ** -9 each), and half as much again is left for the sum.
+_ROUGH_ERROR = 2 * 3 * 2**-9
 # Vectors of 8-bit numbers that are in memory as floats at once.
 _CODED_ROWS = 8192
 
@@ -42,9 +43,9 @@ class CodedIndex(nn.Module):
     The same neighbours and distances as :class:`TorchIndex` among the products, in a fraction of the memory. In a model
     that is exported (see :mod:`featdiff.export.export`) it is tensor operations alone, for any number of queries.
 
-    A few queries take as long as it takes to read the bank. They are compared with a copy in bfloat16, half as long as
-    the vectors, and exact distances choose among the candidates. The error of bfloat16 is bounded: where a vector that
-    is no candidate could be as near, the search is made again in full precision.
+    A few queries take as long as it takes to read the bank. They are rounded to bfloat16 and multiplied with the 8-bit
+    numbers as they are, and exact distances choose among the candidates. The error of rounding is bounded: where a
+    vector that is no candidate could be as near, the search is made again in full precision.
 
     Parameters
     ----------
@@ -68,9 +69,9 @@ class CodedIndex(nn.Module):
         self.register_buffer("mean", bank.mean(0))
         centred = bank - self.mean
         self.register_buffer("squares", centred.square().sum(1))
-        self._longest = float(self.squares.max().sqrt())
-        # in a list, so that it is no part of the state
-        self._rough = [centred.bfloat16()] if codes.device.type == "cpu" else []
+        self._longest = float(bank.norm(dim=1).max())
+        # constants of rough products; in a tuple, so that they are no part of the state
+        self._rough = (torch.ones(len(codes), dtype=torch.bfloat16), 2 * scales.T, 2 * self.mean)
 
     @property
     def bank(self) -> Tensor:
@@ -83,7 +84,7 @@ class CodedIndex(nn.Module):
             return self._as_graph(queries, k)
 
         queries = checked(queries, self.codes, k)
-        if self._rough and 0 < len(queries) <= _FEW and (found := self._among_rough(queries, k)):
+        if 0 < len(queries) <= _FEW and self._is_for_rough and (found := self._among_rough(queries, k)):
             return found
 
         count = min(len(self.codes), k + SPARE)
@@ -99,18 +100,27 @@ class CodedIndex(nn.Module):
         parts = [codes.float() @ centred.T for codes in self.codes.split(_CODED_ROWS)]
         return self.squares - 2 * (torch.cat(parts) * self.scales).T
 
+    @property
+    def _is_for_rough(self) -> bool:
+        """Whether PyTorch's product with 8-bit numbers takes these: it reads whole, aligned blocks of them."""
+        codes = self.codes
+        aligned = codes.shape[1] % 32 == 0 and codes.is_contiguous() and codes.data_ptr() % 64 == 0
+        return codes.device.type == "cpu" and aligned and sys.platform != "win32"  # where it is slow
+
     def _among_rough(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """The nearest of a few queries, if candidates by bfloat16 are sure to hold them."""
+        """The nearest of a few queries, if candidates by rough products are sure to hold them."""
         count = min(len(self.codes), k + _ROUGH_SPARE)
         centred = queries - self.mean
-        products = F.linear(centred.bfloat16(), self._rough[0])
-        squared, indices = (self.squares - 2 * products.float()).topk(count, largest=False)
+        ones, twice_scales, twice_mean = self._rough
+        products = torch.ops.aten._weight_int8pack_mm(centred.bfloat16(), self.codes, ones)
+        squared, indices = (self.squares - products * twice_scales).topk(count, largest=False)
         distances, nearest = self._exactly(queries, indices, k)
 
         if count < len(self.codes):
             lengths = centred.norm(dim=1)
-            others = squared[:, -1] + lengths * (lengths - _ROUGH_ERROR * self._longest)
-            if not bool((distances[:, -1].square() < others).all()):
+            # the vectors, unlike the queries, still have their mean
+            rest = torch.addmv(lengths * (lengths - _ROUGH_ERROR * self._longest), centred, twice_mean)
+            if not bool((distances[:, -1].square() < squared[:, -1] + rest).all()):
                 return None
         return distances, nearest
 

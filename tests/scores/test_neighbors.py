@@ -166,17 +166,30 @@ def test_search_among_8_bit_numbers_is_exact(n: int, k: int) -> None:
 
 @pytest.mark.parametrize(("spread", "again"), [(40.0, False), (1.0, True)])
 def test_a_few_queries_are_as_exact_as_many(spread: float, again: bool) -> None:
-    """One by one, candidates come from a copy in bfloat16; vectors that it cannot tell apart are searched again."""
+    """Candidates come from rounded products; vectors that these cannot tell apart are searched again."""
     centres = 100 * normal(2, 64, seed=3).sign()  # far from their mean
     codes = (centres.repeat(200, 1) + spread * normal(400, 64)).round().clamp(-127, 127).to(torch.int8)
     scales, queries = torch.full((400, 1), 0.01), 0.01 * centres.repeat(10, 1) + 0.01 * normal(20, 64, seed=1)
     index = CodedIndex(codes, scales)
     expected, ids = TorchIndex(codes * scales).search(queries, 5)
 
-    singly = [index.search(query[None], 5) for query in queries]
-    assert torch.equal(torch.cat([indices for _, indices in singly]), ids)
-    assert torch.equal(torch.cat([distances for distances, _ in singly]), expected)
+    for size in (1, 3, 16, 20):
+        parts = [index.search(some, 5) for some in queries.split(size)]
+        assert torch.equal(torch.cat([indices for _, indices in parts]), ids)
+        assert torch.equal(torch.cat([distances for distances, _ in parts]), expected)
     assert all((index._among_rough(query[None], 5) is None) == again for query in queries)
+
+
+@pytest.mark.parametrize("width", [1, 8, 24, 31, 33])
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_a_few_queries_in_banks_of_any_width_and_alignment(width: int, start: int) -> None:
+    """Products with 8-bit numbers would read past the ends of these, or crash."""
+    numbers = (40 * normal(1, 300 * width + start)).round().clamp(-127, 127).to(torch.int8)
+    codes, scales = numbers[0, start:].view(300, width), torch.full((300, 1), 0.01)
+    queries = normal(2, width, seed=1)
+    expected, ids = TorchIndex(codes * scales).search(queries, 5)
+    distances, indices = CodedIndex(codes, scales).search(queries, 5)
+    assert torch.equal(indices, ids) and torch.equal(distances, expected)
 
 
 def test_exact_search_is_one_graph_when_compiled() -> None:
