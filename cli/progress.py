@@ -307,10 +307,10 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def telling_warnings(quiet: bool = False) -> Iterator[None]:
     """featdiff's own warnings as lines for people, with the command's options; shown when the work is done or fails."""
-    from featdiff.exceptions import DamagedCache, NearCopiesFound
+    from featdiff.exceptions import DamagedCache, NearCopiesFound, OtherEngine
 
     with warnings.catch_warnings(record=True) as caught:
-        for category in (DamagedCache, NearCopiesFound):
+        for category in (DamagedCache, NearCopiesFound, OtherEngine):
             warnings.simplefilter("always", category)
         try:
             yield

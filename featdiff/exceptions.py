@@ -57,6 +57,10 @@ class DamagedCache(FeatdiffError, UserWarning):
     """A warning: a file of the cache was damaged. It is removed, and what it held is computed again."""
 
 
+class OtherEngine(FeatdiffError, UserWarning):
+    """A warning: a model that was fitted in bfloat16 is run by another engine, whose rounding moves scores a little."""
+
+
 class UnreadableImage(FeatdiffError, ValueError):
     """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
 

@@ -254,7 +254,7 @@ class Detector(FeatureScoring):
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
         self.calibration_ = Calibration(scores, plan.groups)
         if self.extractor_.engine != TORCH:
-            self._confirm_engine(self._some(images))
+            self._confirm_engine(*self._some(images))
         return self
 
     def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -12,7 +14,8 @@ from torch import Tensor
 from ..data.loaders import is_loader
 from ..data.references import list_images
 from ..data.splits import Plan
-from ..features.engines import AUTO, TORCH
+from ..exceptions import OtherEngine
+from ..features.engines import AUTO, TORCH, installed
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.store import FeatureStore
@@ -29,7 +32,8 @@ WORTH_AN_ENGINE = 1000
 # Images on which an engine is compared with PyTorch, and the largest change of a score, in standard deviations.
 _COMPARED = 32
 _MOST_CHANGE = 1e-4
-_MOST_CHANGE_OF_BFLOAT16 = 0.1
+# In bfloat16 no two engines give the same: how much farther from float32 than PyTorch one may be, on the average.
+_MOST_ERROR = 0.1
 
 
 class FeatureScoring(BaseDetector[FeatureSettings]):
@@ -74,42 +78,67 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         """References to the images, after the engine was chosen that runs the backbone for them."""
         if not is_loader(images):
             images = list_images(images)
-        wanted = self.settings.engine
-        if wanted == AUTO:
-            own = self.extractor_.backbone.source == "module"  # its code may do what no trace shows
-            few = not isinstance(images, list) or len(images) < WORTH_AN_ENGINE
-            if own or few:
-                return images
-
-        if not self.engine_note_:
-            pixels = self._some(images)
+        wanted = self._wanted_engine(images)
+        if wanted and not self.engine_note_:
+            pixels, digests = self._some(images)
             folder = self.settings.cache_folder / "engines"
             self.engine_note_ = self.extractor_.choose_engine(wanted, pixels, folder)
             if self.is_fitted:
-                self._confirm_engine(pixels)
+                self._confirm_engine(pixels, digests)
         return images
 
-    def _confirm_engine(self, pixels: Tensor) -> None:
+    def _wanted_engine(self, images: object) -> str:
+        """What is to run the backbone, or to be chosen from; empty: what runs it now."""
+        if self.settings.engine != AUTO:
+            return self.settings.engine
+        if self.extractor_.backbone.source == "module":  # its code may do what no trace shows
+            return ""
+        if self.is_fitted and self.settings.precision == "bf16":
+            return self._engine_of_fit()
+        few = not isinstance(images, list) or len(images) < WORTH_AN_ENGINE
+        return "" if few else AUTO
+
+    def _engine_of_fit(self) -> str:
+        """In bfloat16 each engine rounds in its own way, and the calibration images were seen through one of them."""
+        name = self.engine_.split()[0]
+        if name == TORCH:
+            return ""
+        if installed(name):
+            return name
+        if not self.engine_note_:
+            self.engine_note_ = f"torch, for {name} is not installed"
+            message = f"this model was fitted in bfloat16 by {name}, and PyTorch rounds otherwise: install {name}"
+            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=4)
+        return ""
+
+    def _confirm_engine(self, pixels: Tensor, digests: Sequence[bytes]) -> None:
         """Go back to PyTorch, should the engine change a score of these images by more than rounding.
 
         Then no verdict changes either, but for a score that lies on the threshold itself.
         """
         extractor = self.extractor_
-        given, _ = self.layer_scores(extractor(pixels))
-        expected, _ = self.layer_scores(extractor.in_torch()(pixels))
-        most = _MOST_CHANGE if extractor.precision == "float32" else _MOST_CHANGE_OF_BFLOAT16
-        if not np.abs(given - expected).max() <= most:
+        # an image that met itself in the bank would be at distance 0, where rounding decides everything
+        own = self.rows_in_bank(digests)
+        given, by_torch = (self.layer_scores(each(pixels), own)[0] for each in (extractor, extractor.in_torch()))
+        if extractor.precision == "float32":
+            fine = np.abs(given - by_torch).max() <= _MOST_CHANGE
+        else:
+            exact, _ = self.layer_scores(extractor.in_float32()(pixels), own)
+            errors = [np.abs(scores - exact).mean() for scores in (given, by_torch)]
+            fine = errors[0] <= errors[1] + _MOST_ERROR
+        if not fine:
             self.engine_note_ = f"torch, for {extractor.engine} changes scores"
             extractor.choose_engine(TORCH, pixels)
 
-    def _some(self, images: object) -> Tensor:
-        """Pixels of a few images (B, C, H, W) of one size; made-up ones of a stream."""
+    def _some(self, images: object) -> tuple[Tensor, list[bytes]]:
+        """Pixels of a few images (B, C, H, W) of one size, and their digests; made-up ones of a stream."""
         if isinstance(images, list):
             batches, _ = self.batches(images[:_COMPARED])
             for batch in batches:
                 if batch.stacks:
-                    return max((stack.pixels for stack in batch.stacks), key=len)
-        return self.extractor_.probe()
+                    stack = max(batch.stacks, key=lambda stack: len(stack.positions))
+                    return stack.pixels, [batch.loaded[i].digest for i in stack.positions]
+        return self.extractor_.probe(), [b""]
 
     def training_store(self) -> FeatureStore:
         """Where :meth:`fit` left the features of the training images, whatever engine runs the backbone now."""

@@ -247,6 +247,12 @@ class FeatureExtractor:
         """The same extractor, whose passes are PyTorch's, as those of all copies are."""
         return copy.copy(self)
 
+    def in_float32(self) -> FeatureExtractor:
+        """The same in PyTorch, without mixed precision."""
+        other = self.in_torch()
+        other._autocast = None
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_engine": None}  # engines can be neither copied nor pickled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import nn
 from featdiff import Detector, PixelDetector
 from featdiff.detectors import feature_scoring
 from featdiff.evaluation.baselines import fit_baselines
-from featdiff.exceptions import UsageError
+from featdiff.exceptions import OtherEngine, UsageError
 from featdiff.export.export import Rows
+from featdiff.features import engines
+from featdiff.features.conversions import OPENVINO, has_bfloat16
 from featdiff.files import model_folder
 from featdiff.outliers.synthesis import self_check
 
@@ -194,6 +197,63 @@ def test_bfloat16_fits_calibrates_and_scores(
     held_out = [path for path in paths if hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest() in digests]
     assert held_out
     assert set(loaded.score(held_out).ood_score) <= set(detector.calibration_.scores)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(arguments: dict[str, Any], sample_folders: dict[str, Path]) -> Detector:
+    """Fitted by OpenVINO in bfloat16."""
+    if not has_bfloat16(OPENVINO):
+        pytest.skip("this processor has no bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_scoring, "WORTH_AN_ENGINE", 100)
+        patch.setattr(engines, "_gains", lambda before, after, pixels: [2.0] * len(after))
+        return Detector(**arguments, precision="bf16").fit(sample_folders["train"])
+
+
+def test_an_engine_in_bfloat16_is_as_near_as_pytorch(
+    in_bfloat16: Detector, by_torch: Detector, sample_folders: dict[str, Path]
+) -> None:
+    assert re.fullmatch(r"openvino \S+, 2.0 x as fast as torch", in_bfloat16.engine_note_)
+    given, expected = (each.score(sample_folders["digits"]).ood_score for each in (in_bfloat16, by_torch))
+    assert 1e-3 < np.abs(given - expected).max() < 0.5
+
+
+def test_in_bfloat16_a_few_images_meet_the_engine_of_the_fit(
+    in_bfloat16: Detector, sample_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration images were seen through it, and each engine rounds in its own way."""
+    files = sorted(sample_folders["digits"].iterdir())[:5]
+    expected = in_bfloat16.score(files).ood_score
+    in_bfloat16.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model")
+    assert np.allclose(loaded.score(files).ood_score, expected, atol=1e-5)
+    assert loaded.extractor_.engine == in_bfloat16.engine_
+
+    monkeypatch.setitem(engines._PACKAGES, OPENVINO, ("no_such_package_at_all",))
+    without = Detector.from_pretrained(tmp_path / "model")
+    with pytest.warns(OtherEngine, match="fitted in bfloat16 by openvino, and PyTorch rounds otherwise: install"):
+        moved = without.score(files).ood_score
+    assert without.engine_note_ == "torch, for openvino is not installed"
+    assert 1e-4 < np.abs(moved - expected).max() < 0.5
+
+
+def test_in_bfloat16_an_engine_far_from_float32_is_left(
+    in_bfloat16: Detector, sample_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_bfloat16.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model")
+    monkeypatch.setattr(feature_scoring, "_MOST_ERROR", -1.0)
+    loaded.score(sorted(sample_folders["digits"].iterdir())[:5])
+    assert loaded.extractor_.engine == "torch" and loaded.engine_note_.endswith("changes scores")
+
+
+def test_in_bfloat16_what_pytorch_fitted_stays_with_it(
+    arguments: dict[str, Any], sample_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector(**arguments, precision="bf16").fit(sample_folders["train"])
+    monkeypatch.setattr(feature_scoring, "WORTH_AN_ENGINE", 1)
+    detector.score(sample_folders["digits"])
+    assert detector.extractor_.engine == "torch" and detector.engine_note_ == ""
 
 
 def test_a_module_runs_in_its_own_precision() -> None:
