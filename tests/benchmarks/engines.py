@@ -3,8 +3,8 @@
     python tests/benchmarks/engines.py --data FOLDER
 
 FOLDER holds flowers.zip as configs/README.md describes it. First the pass alone: processor time on one thread, in
-turns, medians. Then what a detector's scores of held-out files are by its engine and by PyTorch. (How fast whole files
-are scored: speed.py.)
+turns, medians; in bfloat16, too, if the processor has it. Then what a detector's scores of held-out files are by its
+engine and by PyTorch, and in bfloat16. (How fast whole files are scored: speed.py.)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from featdiff import Detector
 from featdiff.data.references import list_images
 from featdiff.features.backbones import load_backbone
+from featdiff.features.conversions import has_bfloat16
 from featdiff.features.engines import ONNXRUNTIME, OPENVINO, TORCH, installed
 from featdiff.features.extractor import FeatureExtractor
 from featdiff.runtime.allocator import keep_freed_memory
@@ -43,16 +44,19 @@ def medians(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callab
 def passes() -> None:
     """The pass alone."""
     torch.set_num_threads(1)
-    plain = FeatureExtractor(load_backbone())
     pixels = {count: torch.rand(count, 3, 224, 224) for count in BATCHES}
-    extractors = {TORCH: plain}
-    seconds = {TORCH: 0.0}
-    for name in (ONNXRUNTIME, OPENVINO):
-        if installed(name):
-            extractors[name] = FeatureExtractor(load_backbone())
-            start = time.perf_counter()
-            extractors[name].choose_engine(name, pixels[32])
-            seconds[name] = time.perf_counter() - start
+    wanted = [(name, "fp32") for name in (TORCH, ONNXRUNTIME, OPENVINO) if name == TORCH or installed(name)]
+    if has_bfloat16(OPENVINO):
+        wanted += [(TORCH, "bf16"), (OPENVINO, "bf16")]
+
+    extractors, seconds = {}, {}
+    for name, precision in wanted:
+        extractor = FeatureExtractor(load_backbone(), precision=precision)
+        start = time.perf_counter()
+        extractor.choose_engine(name, pixels[32])
+        key = f"{extractor.engine}, {precision}"
+        extractors[key], seconds[key] = extractor, time.perf_counter() - start
+    plain = next(iter(extractors.values()))
 
     print("| engine | " + " | ".join(f"ms an image, batch {count}" for count in BATCHES) + " | build, s | difference |")
     columns = []
@@ -63,7 +67,7 @@ def passes() -> None:
     for name, extractor in extractors.items():
         times = " | ".join(f"{1000 * column[name] / n:.1f}" for column, n in zip(columns, BATCHES, strict=True))
         difference = float((extractor(pixels[32]) - expected).abs().max() / expected.std())
-        print(f"| {extractor.engine} | {times} | {seconds[name]:.1f} | {difference:.1e} |")
+        print(f"| {name} | {times} | {seconds[name]:.1f} | {difference:.1e} |")
 
 
 def scores(data: Path) -> None:
@@ -79,6 +83,15 @@ def scores(data: Path) -> None:
     change = np.abs(given.ood_score - expected.ood_score).max()
     verdicts = int((given.is_ood != expected.is_ood).sum())
     print(f"largest change of a score {change:.1e} standard deviations, {verdicts} of {len(given)} verdicts changed")
+
+    if has_bfloat16(OPENVINO):
+        half = Detector(precision="bf16").fit(train)
+        found = half.score(test)
+        change = np.abs(found.ood_score - expected.ood_score)
+        flagged = [f"{100 * scores.is_ood.mean():.1f} %" for scores in (expected, found)]
+        print(f"\nfitted in bfloat16: {half.engine_note_}")
+        print(f"scores change by {np.median(change):.2f} standard deviations (median), {change.max():.2f} at most")
+        print(f"flagged at fpr {half.fpr}: {flagged[0]} in float32, {flagged[1]} in bfloat16")
 
 
 def main() -> None:
