@@ -392,8 +392,8 @@ class BaseDetector(Generic[S]):
         waiting: list[FeatureBatch] = []
         done = 0
         try:
-            for batch in batches:
-                waiting.append(featurise(batch, self.extractor_))
+            for batch, featurised in featurise(batches, self.extractor_):
+                waiting.append(featurised)
                 done += len(batch.loaded)
                 if progress:
                     progress("scoring", done, max(total, done))

@@ -147,7 +147,7 @@ def timed_pass(detector: BaseDetector[Any], images: list[ImageRef]) -> TimedPass
     """Decode up to 512 images, evenly chosen, and run them through the backbone."""
     batches, _ = detector.batches(evenly(images, _TIMED_IMAGES))
     start = time.perf_counter()
-    featurised = FeatureBatch.concatenate([featurise(batch, detector.extractor_) for batch in batches])
+    featurised = FeatureBatch.concatenate([each for _, each in featurise(batches, detector.extractor_)])
     seconds = time.perf_counter() - start
     return TimedPass(seconds / len(featurised.features), featurised.features)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -109,9 +110,44 @@ class FeatureBatch:
         return cls(paths, features, positions, failed, digests, notes)
 
 
-def featurise(batch: Batch, extractor: Extractor) -> FeatureBatch:
-    """Run the backbone over a batch."""
-    return FeatureBatch.of(batch, [extractor(stack.pixels) for stack in batch.stacks])
+def featurise(
+    batches: Iterable[Batch], extractor: Extractor, ahead: int | None = None
+) -> Iterator[tuple[Batch, FeatureBatch]]:
+    """Run the backbone over batches.
+
+    To look at a result is to wait for it. A GPU has got the next batch by then, so that it never waits for the host.
+
+    Parameters
+    ----------
+    batches : iterable of Batch
+    extractor : Extractor
+    ahead : int, optional
+        Batches that are begun before a result is looked at; default: one on a GPU, none on a CPU.
+
+    Yields
+    ------
+    Batch, FeatureBatch
+        In order. Should ``batches`` fail, those that were begun come first.
+    """
+    begun: deque[tuple[Batch, list[Tensor]]] = deque()
+    try:
+        for batch in batches:
+            rows = [extractor(stack.pixels) for stack in batch.stacks]
+            begun.append((batch, rows))
+            while len(begun) > (any(part.is_cuda for part in rows) if ahead is None else ahead):
+                yield _looked_at(*begun.popleft())
+    except GeneratorExit:  # nobody listens any more
+        raise
+    except BaseException:  # Ctrl-C, too
+        while begun:
+            yield _looked_at(*begun.popleft())
+        raise
+    while begun:
+        yield _looked_at(*begun.popleft())
+
+
+def _looked_at(batch: Batch, rows: list[Tensor]) -> tuple[Batch, FeatureBatch]:
+    return batch, FeatureBatch.of(batch, rows)
 
 
 def _finite(features: Tensor, pixels: Tensor) -> tuple[list[bool], str]:
@@ -176,8 +212,7 @@ def extract(
     extraction = Extraction()
     done = 0
     try:
-        for batch in batches:
-            featurised = featurise(batch, extractor)
+        for batch, featurised in featurise(batches, extractor):
             vectors = dict(zip(featurised.positions, featurised.features.cpu().numpy(), strict=True))
 
             for i, item in enumerate(batch.loaded):

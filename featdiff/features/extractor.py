@@ -391,6 +391,8 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _plain(self, pixels: Tensor) -> dict[Key, Tensor]:
         """The pass in the precision of the weights, or in what the caller chose."""
+        if self.device.type == "cuda" and pixels.device.type == "cpu":
+            pixels = pixels.pin_memory()  # only then does the host not wait for the copy
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         with self._reader.evaluated(pixels):
             return self._reader.read(pixels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +217,10 @@ def test_a_command_in_a_log_says_how_far_it_is(
 
     featurise = base.featurise
 
-    def slowly(*arguments: object) -> object:
-        time.sleep(0.5)
-        return featurise(*arguments)  # type: ignore[arg-type]
+    def slowly(*arguments: Any) -> Iterator[Any]:
+        for found in featurise(*arguments):
+            time.sleep(0.5)
+            yield found
 
     monkeypatch.setattr(base, "featurise", slowly)
     command = ("score", few_images, "-m", tiny_model, "--batch-size", 1, "-o", tmp_path / "a.csv")

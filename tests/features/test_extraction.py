@@ -61,6 +61,32 @@ def test_extraction_equals_the_extractor_image_by_image(
     torch.testing.assert_close(torch.from_numpy(everything(store.table(found.digests))), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+def test_batches_that_are_begun_ahead(few_images: Path, extractor: FeatureExtractor, ahead: int) -> None:
+    """The same results, each looked at when so many further ones were begun; what ends the batches comes after them."""
+    begun: list[int] = []
+
+    class Counting:
+        def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+            begun.append(len(pixels))
+            return extractor(pixels)
+
+    def then_fails() -> Iterator[Batch]:
+        yield from batches(few_images, extractor)
+        raise KeyboardInterrupt
+
+    expected = [found.features for _, found in featurise(batches(few_images, extractor), extractor)]
+    given, counts = [], []
+    with pytest.raises(KeyboardInterrupt):
+        for batch, found in featurise(then_fails(), Counting(), ahead):  # type: ignore[arg-type]
+            assert found.paths == [item.ref.path for item in batch.loaded]
+            given.append(found.features)
+            counts.append(len(begun))
+    assert counts == [min(3, number + ahead) for number in (1, 2, 3)]
+    for ours, theirs in zip(given, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_second_run_computes_nothing(few_images: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
     first, before = run(few_images, extractor, tmp_path / "cache")
     second, after = run(few_images, extractor, tmp_path / "cache")
@@ -154,7 +180,7 @@ def test_nan_features_make_unreadable_rows(tmp_path: Path) -> None:
 def test_featurise_answers_by_position(few_images: Path, extractor: FeatureExtractor) -> None:
     (few_images / "b.png").write_bytes(b"")
     (batch,) = batches(few_images, extractor, size=10)
-    featurised = featurise(batch, extractor)
+    ((_, featurised),) = featurise([batch], extractor)
     assert featurised.positions == [0, 2, 3, 4, 5] and list(featurised.failed) == [1]
     assert len(featurised) == 6 and featurised.paths == [item.ref.path for item in batch.loaded]
     assert featurised.features.shape == (5, extractor.width)
@@ -174,7 +200,7 @@ def test_rows_of_mixed_shapes_are_in_order(seeded_backbone: Path, tmp_path: Path
     assert [stack.positions for stack in batch.stacks] == [[0, 5], [1, 4], [2], [6]]
 
     batch.stacks[1].pixels[0] = torch.nan
-    featurised = featurise(batch, mixed)
+    ((_, featurised),) = featurise([batch], mixed)
     assert featurised.positions == [0, 2, 4, 5, 6]
     assert sorted(featurised.failed) == [1, 3] and "NaN" in featurised.failed[1]
     for row, i in zip(featurised.features, featurised.positions, strict=True):
@@ -288,7 +314,7 @@ def test_a_note_on_an_image_reaches_its_row_which_stays_ok(extractor: FeatureExt
     good = LoadedImage(ImageRef("a.tif"), b"a", note="page 1 of 3 was read")
     bad = LoadedImage(ImageRef("b.tif"), b"b", reason="empty file (0 bytes)")
     batch = Batch([bad, good], [Stack(torch.rand(1, 3, 32, 32), [1])])
-    features = FeatureBatch.concatenate([featurise(batch, extractor)] * 2)
+    features = FeatureBatch.concatenate([found for _, found in featurise([batch] * 2, extractor)])
     assert features.notes == {1: "page 1 of 3 was read", 3: "page 1 of 3 was read"}
 
     calibration = Calibration(np.linspace(0, 1, 40))
