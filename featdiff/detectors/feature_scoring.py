@@ -123,7 +123,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         if extractor.precision == "float32":
             fine = np.abs(given - by_torch).max() <= _MOST_CHANGE
         else:
-            exact, _ = self.layer_scores(extractor.in_float32()(pixels), own)
+            exact, _ = self.layer_scores(extractor.in_torch(mixed=False)(pixels), own)
             errors = [np.abs(scores - exact).mean() for scores in (given, by_torch)]
             fine = errors[0] <= errors[1] + _MOST_ERROR
         if not fine:

@@ -243,14 +243,10 @@ class FeatureExtractor:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
-    def in_torch(self) -> FeatureExtractor:
-        """The same extractor, whose passes are PyTorch's, as those of all copies are."""
-        return copy.copy(self)
-
-    def in_float32(self) -> FeatureExtractor:
-        """The same in PyTorch, without mixed precision."""
-        other = self.in_torch()
-        other._autocast = None
+    def in_torch(self, mixed: bool = True) -> FeatureExtractor:
+        """The same extractor, whose passes are PyTorch's, as those of all copies are; on wish without autocast."""
+        other = copy.copy(self)
+        other._autocast = self._autocast if mixed else None
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -374,10 +370,9 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _read(self, pixels: Tensor) -> dict[Key, Tensor]:
         """Vectors (B, C) and maps by layer and kind."""
-        if self._engine is None or not self._fits_engines:
-            return self._in_torch(pixels)
-        if self._weights() != self._engine_weights:
+        if self._engine is not None and self._weights() != self._engine_weights:
             self._engine = None
+        if self._engine is None or not self._fits_engines:
             return self._in_torch(pixels)
         return self._engine.read(pixels.to(self.device, self.dtype))
 
