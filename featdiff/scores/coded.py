@@ -104,8 +104,9 @@ class CodedIndex(nn.Module):
     def _is_for_rough(self) -> bool:
         """Whether PyTorch's product with 8-bit numbers takes these: it reads whole, aligned blocks of them."""
         codes = self.codes
+        on_cpu = codes.device.type == self._rough[1].device.type == "cpu"  # a module may have been moved
         aligned = codes.shape[1] % 32 == 0 and codes.is_contiguous() and codes.data_ptr() % 64 == 0
-        return codes.device.type == "cpu" and aligned and sys.platform != "win32"  # where it is slow
+        return on_cpu and aligned and sys.platform != "win32"  # where it is slow
 
     def _among_rough(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """The nearest of a few queries, if candidates by rough products are sure to hold them."""
