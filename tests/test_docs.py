@@ -64,6 +64,7 @@ def test_demo_tells_what_it_found(newcomer: Path) -> None:
     assert "WARNING" not in told
 
 
+@pytest.mark.timeout(1500)  # four minutes on two idle cores
 def test_commands(newcomer: Path) -> None:
     """All of them, in the order of the pages, in one folder."""
     commands = commands_at(DEFAULT)
