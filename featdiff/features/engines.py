@@ -207,13 +207,10 @@ def choose(wanted: str, forward: Pass, pixels: Tensor) -> Choice:
     if not names:
         return Choice(None, "torch, for no other engine is installed (pip install 'featdiff[openvino]')")
 
-    engines, reasons = [], []
-    for name in names:
-        engine, reason = _tried(name, forward, pixels)
-        engines += [engine] if engine else []
-        reasons += [] if engine else [reason]
+    tried = [_tried(name, forward, pixels) for name in names]
+    engines = [engine for engine, _ in tried if engine]
     if not engines:
-        return Choice(None, f"torch, for {'; '.join(reasons)}")
+        return Choice(None, f"torch, for {'; '.join(reason for _, reason in tried)}")
 
     gains = _gains(forward.read, [engine.read for engine in engines], pixels[:_TIMED])
     gain, engine = max(zip(gains, engines, strict=True), key=lambda pair: pair[0])
