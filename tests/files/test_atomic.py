@@ -40,7 +40,8 @@ def test_failed_write_leaves_the_old_file(small_disk: Path) -> None:
 def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C while a large file is written, in a process of its own: pytest's may not survive a signal.
 
-    It enables faulthandler, whose stack for signals is too small once a processor's matrix registers (AMX) were used.
+    There a signal ended in a segmentation fault, on a processor with matrix registers (AMX): most likely the stack that
+    faulthandler sets up for signals is too small for them.
     """
     code = f"""
 import signal
