@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ COMPILE = "compile"
 _SEAL = "seal"
 
 #: Preprocessed images (B, C, H, W) -> vectors and maps, in a fixed order.
-Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 class _Conversion(NamedTuple):
@@ -43,7 +42,7 @@ def running(name: str, traced: nn.Module, example: Tensor, bfloat16: bool, folde
 
     Parameters
     ----------
-    name : {"openvino", "onnxruntime", "compile"}
+    name : {"openvino", "onnxruntime"}
     traced : nn.Module
         Preprocessed images (B, C, H, W) -> a tuple of vectors and maps.
     example : Tensor of shape (B, C, H, W)
@@ -63,9 +62,6 @@ def running(name: str, traced: nn.Module, example: Tensor, bfloat16: bool, folde
     Exception
         Of many kinds: the pass cannot be traced or converted.
     """
-    if name == COMPILE:
-        return _compiled(traced)
-
     write, start = _CONVERSIONS[name]
     if folder is None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
@@ -101,20 +97,10 @@ def _checksums(folder: Path) -> bytes:
     return b"".join(checksum(file.read_bytes(), file.name) for file in files)
 
 
-def _compiled(traced: nn.Module) -> Run:
-    """The pass by ``torch.compile``, of which no files can be kept."""
-    program = torch.compile(traced, dynamic=True)
-
-    def run(pixels: np.ndarray) -> Sequence[np.ndarray]:
-        return [values.numpy() for values in program(torch.from_numpy(pixels))]
-
-    return run
-
-
 def has_bfloat16(name: str) -> bool:
-    """Whether an engine computes in bfloat16 on this processor."""
+    """Whether an engine computes in bfloat16 on this machine."""
     if name != OPENVINO:
-        return False
+        return name == COMPILE
     import openvino
 
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -141,11 +127,11 @@ def _start_openvino(folder: Path, bfloat16: bool) -> Run:
     program = core.compile_model(core.read_model(folder / "model.xml"), "CPU", options)
     requests = threading.local()
 
-    def run(pixels: np.ndarray) -> Sequence[np.ndarray]:
+    def run(pixels: Tensor) -> Sequence[Tensor]:
         if not hasattr(requests, "own"):
             requests.own = program.create_infer_request()
-        outputs = requests.own.infer({0: pixels})
-        return [outputs[i] for i in range(len(program.outputs))]
+        outputs = requests.own.infer({0: pixels.numpy()})
+        return [torch.from_numpy(outputs[i]) for i in range(len(program.outputs))]
 
     return run
 
@@ -166,8 +152,8 @@ def _start_onnxruntime(folder: Path, bfloat16: bool) -> Run:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
-    def run(pixels: np.ndarray) -> Sequence[np.ndarray]:
-        return session.run(None, {"pixels": pixels})
+    def run(pixels: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(values) for values in session.run(None, {"pixels": pixels.numpy()})]
 
     return run
 

@@ -59,7 +59,7 @@ class Pass:
     traced : callable
         The pass as tracers follow it: the same in float32.
     bfloat16 : bool
-        Whether ``read`` computes in bfloat16, so that another engine should, too.
+        Whether ``read`` computes in bfloat16 (on a GPU: in float16), so that another engine should, too.
     folder : Path, optional
         Where the files of engines are kept for this very pass.
     """
@@ -90,7 +90,7 @@ class Choice:
 class Engine:
     """A traced pass in another engine; it gives what PyTorch gives.
 
-    It holds a copy of the weights, and is for images on the CPU. Several threads may use it at once.
+    All but ``compile`` hold a copy of the weights, and are for images on the CPU. Several threads may use it at once.
 
     Parameters
     ----------
@@ -126,7 +126,10 @@ class Engine:
         self.keys = list(forward.read(example[:1]))
         folder = forward.folder / self.label.replace(" ", "-") if forward.folder else None
         try:
-            self._run = running(name, Traced(forward.network, forward.traced), example, forward.bfloat16, folder)
+            if name == COMPILE:
+                self._run = torch.compile(Traced(forward.network, forward.read), dynamic=True)
+            else:
+                self._run = running(name, Traced(forward.network, forward.traced), example, forward.bfloat16, folder)
             agrees = self.agrees(example)
         except Exception as error:  # converters fail in many ways
             raise FeatdiffError(f"{name} cannot run this backbone: {first_line(error)}") from None
@@ -134,7 +137,7 @@ class Engine:
             raise FeatdiffError(f"{name} gives other features than PyTorch for this backbone")
 
     def read(self, pixels: Tensor) -> dict[Key, Tensor]:
-        """Preprocessed images (B, C, H, W) on the CPU -> vectors and maps by layer and kind, float32."""
+        """Preprocessed images (B, C, H, W) -> vectors and maps by layer and kind, float32."""
         return self._outputs(pixels) if self.agrees(pixels) else self._forward.read(pixels)
 
     def agrees(self, pixels: Tensor) -> bool:
@@ -154,8 +157,7 @@ class Engine:
             return self._agrees[size]
 
     def _outputs(self, pixels: Tensor) -> dict[Key, Tensor]:
-        arrays = self._run(pixels.contiguous().numpy())
-        return {key: torch.from_numpy(values) for key, values in zip(self.keys, arrays, strict=True)}
+        return dict(zip(self.keys, self._run(pixels.contiguous()), strict=True))
 
 
 class Traced(nn.Module):
@@ -189,7 +191,7 @@ def choose(wanted: str, forward: Pass, pixels: Tensor) -> Choice:
     forward : Pass
         The backbone's pass in PyTorch.
     pixels : Tensor of shape (B, C, H, W)
-        Some real images, on the CPU.
+        Some real images, where the network is.
 
     Returns
     -------
@@ -272,5 +274,7 @@ def _gains(before: Read, after: Sequence[Read], pixels: Tensor) -> list[float]:
         for i, read in enumerate(reads):
             start = time.perf_counter()
             read(pixels)
+            if pixels.is_cuda:
+                torch.cuda.synchronize(pixels.device)
             best[i] = min(best[i], time.perf_counter() - start)
     return [best[0] / taken for taken in best[1:]]

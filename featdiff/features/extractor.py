@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..data.decoding import Transform
 from ..exceptions import UsageError
 from .backbones import Backbone
-from .engines import TORCH, Choice, Engine, Pass, again, choose
+from .engines import COMPILE, TORCH, Choice, Engine, Pass, again, choose
 from .layers import Layers
 from .layout import LOCAL, FeatureLayout, Key, Kind
 from .networks import identity
 from .patches import choose_maps, map_hooks
 from .readers import ModuleReader, checked, make_reader
 from .stages import maps_with_channels_last, watch
+from .transfer import moved
 
 #: What ``precision`` may be.
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -215,16 +216,16 @@ class FeatureExtractor:
         """
         self._engine = None
         self._kept_in = folder
-        if wanted != TORCH and not self._fits_engines:
+        if wanted != TORCH and not self._fits(wanted):
             return f"torch, for engines run float32 on the CPU, and this is {self.precision} on {self.device}"
-        return self._take(choose(wanted, self._pass(), pixels))
+        return self._take(choose(wanted, self._for_engines(), pixels.to(self.device)))
 
     def _take(self, choice: Choice) -> str:
         self._engine = choice.engine
         self._engine_weights = self._weights()
         return choice.note
 
-    def _pass(self) -> Pass:
+    def _for_engines(self) -> Pass:
         """The forward pass as engines are to run it."""
         folder = None
         if self._kept_in is not None and self.backbone.source != "module":
@@ -233,10 +234,10 @@ class FeatureExtractor:
             folder = self._kept_in / hashlib.sha256(facts.encode()).hexdigest()[:16]
         return Pass(self.model, self._in_torch, self._plain, self._autocast is not None, folder)
 
-    @property
-    def _fits_engines(self) -> bool:
-        on_cpu = self.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return on_cpu and self.dtype == torch.float32 and self._autocast != torch.float16
+    def _fits(self, engine: str) -> bool:
+        """Whether an engine may run what this extractor is at the moment."""
+        as_chosen = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        return as_chosen and (engine == COMPILE or (self.device.type == "cpu" and self._autocast != torch.float16))
 
     def _weights(self) -> list[tuple[int, int]]:
         """Changes when a weight does: an engine holds copies of them."""
@@ -285,7 +286,7 @@ class FeatureExtractor:
         reader.keep_maps(map_hooks(names, self.model, outputs, last))
         self.maps = dict.fromkeys(names, 0)
         if self._engine is not None:  # it was built for a pass without maps
-            self._take(again(self._engine.name, self._pass(), probe))
+            self._take(again(self._engine.name, self._for_engines(), probe))
         self.maps = {name: values.shape[1] for name, values in zip(names, self.maps_of(probe), strict=True)}
         return self.maps
 
@@ -372,9 +373,9 @@ class FeatureExtractor:
         """Vectors (B, C) and maps by layer and kind."""
         if self._engine is not None and self._weights() != self._engine_weights:
             self._engine = None
-        if self._engine is None or not self._fits_engines:
+        if self._engine is None or not self._fits(self._engine.name):
             return self._in_torch(pixels)
-        return self._engine.read(pixels.to(self.device, self.dtype))
+        return self._engine.read(moved(pixels, self.device, self.dtype))
 
     @torch.inference_mode()
     def _in_torch(self, pixels: Tensor) -> dict[Key, Tensor]:
@@ -386,9 +387,7 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _plain(self, pixels: Tensor) -> dict[Key, Tensor]:
         """The pass in the precision of the weights, or in what the caller chose."""
-        if self.device.type == "cuda" and pixels.device.type == "cpu":
-            pixels = pixels.pin_memory()  # only then does the host not wait for the copy
-        pixels = pixels.to(self.device, self.dtype, non_blocking=True)
+        pixels = moved(pixels, self.device, self.dtype)
         with self._reader.evaluated(pixels):
             return self._reader.read(pixels)
 

@@ -26,7 +26,7 @@ from ..files.atomic import write_atomically
 from ..files.sealed import drop_damaged, read_sealed, write_sealed
 from ..files.strict_json import parse_json
 from .backbones import Backbone
-from .engines import Traced
+from .engines import TORCH, Traced
 from .extractor import FEATURE_VERSION, FeatureExtractor
 from .layout import FeatureLayout, Key, Kind
 from .networks import fingerprint
@@ -206,7 +206,7 @@ class PreparedExtractor(FeatureExtractor):
     def _add(self, pixels: Tensor) -> None:
         """Keep that the pass is right for images of this size, if it is; trace it first where there is none."""
         size = _name(pixels)
-        if size in self._sizes or self._new_sizes < 1 or not self._fits_engines or self._engine is not None:
+        if size in self._sizes or self._new_sizes < 1 or not self._fits(TORCH) or self._engine is not None:
             return
         self._new_sizes -= 1
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from featdiff.exceptions import UsageError
 from featdiff.features import conversions, engines
 from featdiff.features.backbones import load_backbone
+from featdiff.features.conversions import COMPILE
 from featdiff.features.engines import AUTO, ONNXRUNTIME, OPENVINO, TORCH
 from featdiff.features.extractor import FeatureExtractor
 
@@ -141,6 +144,23 @@ def test_a_converted_network_is_kept(engine: str, tmp_path: Path, conversions_ma
     assert torch.equal(rows[0], rows[1])
     assert conversions_made == [engine] * 3  # the second was kept, other weights and other layers are others
     assert (rows[2] - rows[0]).abs().max() > 0.01
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_pass_gives_what_torch_gives(precision: str) -> None:
+    extractor = FeatureExtractor(backbone("test_resnet"), precision=precision)
+    pixels = noise(5, 160, 128)
+    expected = extractor(pixels)
+    note = extractor.choose_engine(COMPILE, images("test_resnet"))
+    assert re.fullmatch(rf"compile {re.escape(version('torch'))}, \S+ x as fast as torch", note), note
+
+    given = extractor(pixels)
+    assert not torch.equal(given, expected)  # or PyTorch ran it
+    if precision == "fp32":
+        same(given, expected)
+    assert (given - expected).abs().mean() < 0.02 * expected.abs().mean()
+    torch.testing.assert_close(extractor(pixels[2:3]), given[2:3], rtol=0, atol=1e-6 if precision == "fp32" else 0.05)
 
 
 @pytest.mark.parametrize("engine", BOTH)

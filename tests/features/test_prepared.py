@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featdiff.exceptions import DamagedCache, ModelError
 from featdiff.features.backbones import Backbone, load_backbone
+from featdiff.features.conversions import ONNXRUNTIME, OPENVINO
 from featdiff.features.extractor import FeatureExtractor
 from featdiff.features.networks import fingerprint
 from featdiff.features.prepared import PreparedExtractor, pass_key
@@ -102,6 +103,22 @@ def test_maps_are_read_in_the_same_pass(tmp_path: Path, weights: str) -> None:
     assert known.keep_maps(names) == first.maps
     for given, expected in zip(known.maps_of(images()), first.maps_of(images()), strict=True):
         assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("engine", [OPENVINO, ONNXRUNTIME])
+def test_an_engine_may_take_over(known: bool, engine: str, folder: Path, weights: str, tmp_path: Path) -> None:
+    extractor = PreparedExtractor(folder if known else tmp_path / "empty", weights, build)
+    assert extractor.choose_engine(engine, images()).startswith(engine)
+    expected = build()(images(5))
+    assert (extractor(images(5)) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+    maps = list(extractor.keep_maps())
+    assert extractor.engine.startswith(engine)
+    plain = build()
+    assert list(plain.keep_maps()) == maps
+    for given, wanted in zip(extractor.maps_of(images()), plain.maps_of(images()), strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_other_maps_need_the_network(tmp_path: Path, weights: str) -> None:
