@@ -145,7 +145,7 @@ def explained(url: str, error: BaseException, tries: int = 1) -> UsageError | OS
     if isinstance(error, PermissionError) or status in (401, 403):
         return PermissionError(errno.EACCES, f"access is refused: {_told(error)}", url)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        bucket = "bucket" in str(error).lower()
+        bucket = "bucket does not exist" in str(error)
         return FileNotFoundError(errno.ENOENT, "no such bucket" if bucket else "no such object", url)
 
     again = f" ({tries} tries)" if tries > 1 else ""
