@@ -15,7 +15,8 @@ from .archives import TarMemberRef, TarRef, ZipRef, archive_refs, member_ref
 from .datasets import dataset_refs, is_map_style, iter_refs
 from .image_refs import IMAGE_SUFFIXES, FileRef, HeldRef, ImageRef, MissingRef, StreamRef, has_image_suffix, printable
 from .memory import is_file_content, refs_in_memory
-from .remote_refs import RemoteRef, remote_refs
+from .parquet_refs import is_parquet, parquet_ref, parquet_refs
+from .remote_refs import RemoteRef, is_pattern, remote_refs
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -45,9 +46,10 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
     ----------
     sources : str, Path, bytes, open file, PIL image, array, tensor, dataset, ImageRef, or a list of these
         A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
-        folder inside one (``data.zip/train``), a URL of any of these that fsspec opens, ``-`` (paths on standard
-        input, one a line), the content of an image file (``bytes``, ``bytearray``, ``memoryview``), a binary file
-        that is open (``BytesIO`` too), a PIL image, an array or tensor of uint8 or of floats in [0, 1], or a dataset.
+        folder inside one (``data.zip/train``), a Parquet file with images in its rows, a URL of any of these that
+        fsspec opens, ``-`` (paths on standard input, one a line), the content of an image file (``bytes``,
+        ``bytearray``, ``memoryview``), a binary file that is open (``BytesIO`` too), a PIL image, an array or tensor of
+        uint8 or of floats in [0, 1], or a dataset.
 
         An open file is read when its turn comes, so it must still be open: from its start, wherever it stands; a stream
         that cannot go back is read from where it is, and so only once.
@@ -166,7 +168,8 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
     Parameters
     ----------
     name : str
-        A local file, a URL, or a member of an archive at either (``a.zip/b.png``).
+        A local file, a URL, a member of an archive at either (``a.zip/b.png``), or a row of a Parquet file
+        (``a.parquet#row=3``).
     size : int, optional
         Of a remote object in bytes, where it is known: saves a request.
 
@@ -181,6 +184,9 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
     >>> ref_of("s3://photos/a.jpg", size=5)
     RemoteRef(path='s3://photos/a.jpg', url='s3://photos/a.jpg', size=5)
     """
+    row = parquet_ref(name)
+    if row:
+        return row
     inside = split_archive(name)
     if inside and inside[1]:
         return member_ref(inside[0], inside[1].rstrip("/"), printable(name))
@@ -201,10 +207,16 @@ def _from_path(path: str) -> Iterator[ImageRef]:
         return
 
     inside = split_archive(path)
-    if inside:
+    if inside and url and is_pattern(inside[0]):
+        for item in remote_refs(inside[0]):
+            yield from [item] if isinstance(item, ImageRef) else archive_refs(item, inside[1])
+    elif inside:
         yield from archive_refs(*inside)
+    elif is_parquet(path) and (url or os.path.isfile(path)) and not (url and is_pattern(path)):
+        yield from parquet_refs(path)
     elif url:
-        yield from remote_refs(path)
+        for item in remote_refs(path):
+            yield from [item] if isinstance(item, ImageRef) else _from_path(item)
     elif os.path.lexists(path):
         yield FileRef(printable(path), path)
     elif glob.has_magic(path):

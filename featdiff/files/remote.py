@@ -177,8 +177,19 @@ def _is_web(system: Any) -> bool:
     return "http" in _protocols(system)
 
 
-def open_input(path_or_url: str | os.PathLike[str]) -> BinaryIO:
+def read_range(url: str, start: int, end: int) -> bytes:
+    """The bytes of a remote file from ``start`` up to ``end``; errors are those of :func:`read_bytes`."""
+    return ask(url, lambda system, path: _read_range(system, path, start, end)) if end > start else b""
+
+
+def open_input(path_or_url: str | os.PathLike[str], ahead: int = _AHEAD) -> BinaryIO:
     """A file or a URL, opened for reading; it can seek, and of a remote file only what is asked for is read.
+
+    Parameters
+    ----------
+    path_or_url : str or Path
+    ahead : int, default 1,048,576
+        Bytes of a remote file that are read at a time.
 
     Raises
     ------
@@ -191,7 +202,7 @@ def open_input(path_or_url: str | os.PathLike[str]) -> BinaryIO:
     system, path = filesystem(name)
     if not getattr(system, "async_impl", False):
         return retried(name, lambda: cast(BinaryIO, system.open(path, "rb")))
-    return cast(BinaryIO, io.BufferedReader(_Ranges(name), _AHEAD))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(name), ahead))
 
 
 class _Ranges(io.RawIOBase):
@@ -227,7 +238,7 @@ class _Ranges(io.RawIOBase):
         end = min(self._at + len(view), self._size)
         if end <= self._at:
             return 0
-        content = ask(self._url, lambda system, path: _read_range(system, path, self._at, end))
+        content = read_range(self._url, self._at, end)
         view[: len(content)] = content
         self._at += len(content)
         return len(content)
