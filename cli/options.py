@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from .output import output_file
 from .progress import starting
 
 if TYPE_CHECKING:
@@ -132,7 +133,13 @@ def output_options(function: F) -> F:
     """Format and file of the rows."""
     for option in (
         raw_csv_option,
-        file_option("File for the rows, - for standard output [-]."),
+        click.option(
+            "-o",
+            "--output",
+            type=output_file,
+            metavar="PATH",
+            help="File or URL for the rows, - for standard output [-].",
+        ),
         click.option(
             "--format",
             "format_",
