@@ -32,6 +32,8 @@ def command(images: tuple[str, ...], output: str, quiet: bool) -> int:
     \b
     Example: featdiff manifest images/ -o manifest.parquet
     """
+    from itertools import chain
+
     from featdiff.data.references import iter_images
     from featdiff.exceptions import UsageError
     from featdiff.files.remote import is_url
@@ -40,7 +42,8 @@ def command(images: tuple[str, ...], output: str, quiet: bool) -> int:
     if not is_url(output) and not Path(output).absolute().parent.is_dir():
         raise UsageError(f"no folder {Path(output).parent} for {Path(output).name}", argument="output")
     with saying("listing images", quiet):
-        written = write_manifest(iter_images(list(images)), output)
+        # one source after the other: of several at once, iter_images would keep all names in memory
+        written = write_manifest(chain.from_iterable(map(iter_images, images)), output)
 
     copies = f", {written.copies:,} named more than once" if written.copies else ""
     say(f"{written.rows:,} {'entry' if written.rows == 1 else 'entries'} in {output}{copies}", quiet)
