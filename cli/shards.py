@@ -43,7 +43,9 @@ def shard_options(function: F) -> F:
     """``--manifest`` and what belongs to it."""
     for option in (
         click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="G", help="[1; without GPUs 0]"),
-        click.option("--actors", type=click.IntRange(1), metavar="N", help="Models at work [one per GPU, or per node]."),
+        click.option(
+            "--actors", type=click.IntRange(1), metavar="N", help="Models at work [one per GPU, or per node]."
+        ),
         click.option(
             "--ray",
             is_flag=False,
@@ -175,11 +177,12 @@ def _score(run: Run, blocks: range, asked: Asked, bars: Bars, options: dict[str,
     from featdiff.verdicts.counts import Counts
 
     counts = Counts()
-    there = sum(map(run.rows_of, run.done().intersection(blocks)))
+    done = run.done().intersection(blocks)
+    there = sum(map(run.rows_of, done))
     rows = sum(map(run.rows_of, blocks))
-    finished = len(run.done().intersection(blocks))
-    if there:
-        say(f"{there:,} of {rows:,} images are scored already, in {finished:,} of {len(blocks):,} blocks", options["quiet"])
+    if done:
+        known = f"{there:,} of {rows:,} images are scored already, in {len(done):,} of {len(blocks):,} blocks"
+        say(known, options["quiet"])
 
     results = _on_ray(run, blocks, asked, options) if options["ray"] else _here(run, blocks, asked, bars, there, rows)
     with bars, catching_stop() as stop:
@@ -188,8 +191,8 @@ def _score(run: Run, blocks: range, asked: Asked, bars: Bars, options: dict[str,
                 counts.add_counts(part)
                 bars("scoring", there + counts.rows, rows)
         except KeyboardInterrupt:
-            done = len(run.done().intersection(blocks))
-            kept = f"{done:,} of {len(blocks):,} blocks are in {run.folder.name}: the same command does the others"
+            done = run.done().intersection(blocks)
+            kept = f"{len(done):,} of {len(blocks):,} blocks are in {run.folder.name}: the same command does the others"
             raise stop.stopped(kept) from None
 
     return _say(run, blocks, counts, asked, bars, options)
@@ -214,7 +217,16 @@ def _here(run: Run, blocks: range, asked: Asked, bars: Bars, there: int, rows: i
 def _on_ray(run: Run, blocks: range, asked: Asked, options: dict[str, Any]) -> Iterable[Counts]:
     from featdiff.serving.ray_scoring import Cluster, Task, score_on
 
-    task = Task(run, options["model"], asked.arguments, asked.fpr, asked.exclude_known)
+    task = Task(
+        _lasting(run.folder.name),
+        _lasting(run.manifest.name),
+        asked.made_with,
+        run.block_rows,
+        _lasting(options["model"]),
+        asked.arguments,
+        asked.fpr,
+        asked.exclude_known,
+    )
     address = None if options["ray"] == _HERE else options["ray"]
     return score_on(Cluster(address, options["actors"], options["gpus_per_actor"]), task, blocks)
 

@@ -1,9 +1,9 @@
 """A manifest that is scored block by block, on any number of machines that know nothing of each other.
 
-Each block of rows becomes one Parquet file in a folder, by one atomic write. Its name says which block it is, and ends in
-a hash of these rows of the manifest, of the model and of its settings. So the folder itself is all there is to know: a
-block whose file exists is done, whoever did it, and a block that is done twice is the same file. No clock, lock or order
-of events decides anything.
+Each block of rows becomes one Parquet file in a folder, by one atomic write. Its name says which block it is, and ends
+in a hash of these rows of the manifest, of the model and of its settings. So the folder itself is all there is to know:
+a block whose file exists is done, whoever did it, and a block that is done twice is the same file. No clock, lock or
+order of events decides anything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The names of many images in one Parquet file, sorted: what is to be scored, and in which order.
 
-Columns: ``id`` (int64, the number of the image), ``uri`` (string) and ``size`` (int64, bytes; missing if it is not known).
-Ids and names ascend, so none occurs twice. Writing takes as much memory as a million names, however many there are, and
+Columns: ``id`` (int64, the number of the image), ``uri`` (string) and ``size`` (int64, bytes; missing if not known). Ids
+and names ascend, so none occurs twice. Writing takes as much memory as a million names, however many there are, and
 reading as much as a row group.
 """
 
@@ -12,7 +12,7 @@ import heapq
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ _BUFFERED = 1_000
 # Of larger manifests only the footer is hashed.
 _HASHED_BYTES = 1 << 30
 _MAGIC = b"PAR1"
+# Things without an image that are told by name.
+_MOST_MISSING = 1_000
 
 Entry = tuple[str, int | None]
 
@@ -80,7 +82,9 @@ class Block:
 
     def refs(self) -> list[ImageRef]:
         """The images."""
-        return [ref_of(uri, None if size < 0 else size) for uri, size in zip(self.uris, self.sizes.tolist(), strict=True)]
+        return [
+            ref_of(uri, None if size < 0 else size) for uri, size in zip(self.uris, self.sizes.tolist(), strict=True)
+        ]
 
     def digest(self) -> str:
         """SHA-256 of all that the manifest says of these rows."""
@@ -238,7 +242,7 @@ class Written:
 
     rows: int = 0
     copies: int = 0
-    missing: list[tuple[str, str]] | None = None
+    missing: list[tuple[str, str]] = field(default_factory=list)
     missing_count: int = 0
 
 
@@ -259,7 +263,7 @@ def write_manifest(images: Iterable[ImageRef], file: str) -> Written:
     FeatdiffError
         The disk is full (also that of temporary files), or the place cannot be written. An older file stays whole.
     """
-    written = Written(missing=[])
+    written = Written()
     pa = arrow()
     with tempfile.TemporaryDirectory(prefix="featdiff-manifest-") as folder:
         try:
@@ -275,15 +279,17 @@ def write_manifest(images: Iterable[ImageRef], file: str) -> Written:
             for entries in _batches(_different(ordered, written), _GROUP):
                 first = written.rows
                 written.rows += len(entries)
-                columns = [range(first, written.rows), *zip(*entries, strict=True)]
-                writer.write_table(pa.table([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema))
+                uris, sizes = zip(*entries, strict=True)
+                ids = pa.array(range(first, written.rows), pa.int64())
+                columns = [ids, pa.array(uris, pa.string()), pa.array(sizes, pa.int64())]
+                writer.write_table(pa.table(columns, schema=schema))
     return written
 
 
 def _entry(ref: ImageRef, written: Written) -> Entry:
     if isinstance(ref, MissingRef):
         written.missing_count += 1
-        if written.missing is not None and len(written.missing) < 1000:
+        if len(written.missing) < _MOST_MISSING:
             written.missing.append((ref.path, ref.reason))
         return ref.path, None
     if isinstance(ref, HeldRef | StreamRef):
@@ -344,7 +350,8 @@ class _Sorted:
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(iter(entries), _BUFFERED):
                 uris, sizes = zip(*batch, strict=True)
-                writer.write_batch(pa.record_batch([pa.array(uris, pa.string()), pa.array(sizes, pa.int64())], schema=schema))
+                columns = [pa.array(uris, pa.string()), pa.array(sizes, pa.int64())]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
         self._files.append(file)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..exceptions import FeatdiffError, UsageError, first_line, some_of
 from ..report.writers import open_writer
+from ..verdicts.counts import Counts
 from ..verdicts.results import Scores
 from .cluster import RECORD, Run, read_record
 from .manifest import Block, Manifest, arrow
@@ -95,12 +96,14 @@ def blocks_of(run: Run) -> Iterator[Table]:
         A file is gone or damaged, or holds other rows than the manifest; the message names it.
     """
     for number in range(run.blocks):
-        block = run.read(number)
-        name = run.name_of(block)
-        yield _table_of(run.folder.read(name), block, run.folder.place(name))
+        yield table_of(run, run.read(number))
 
 
-def _table_of(content: bytes | None, block: Block, name: str) -> Table:
+def table_of(run: Run, block: Block) -> Table:
+    """The rows of one block; errors are those of :func:`blocks_of`."""
+    file = run.name_of(block)
+    name = run.folder.place(file)
+    content = run.folder.read(file)
     if content is None:
         raise FeatdiffError(f"{name} is gone: score that block again")
     try:
@@ -132,6 +135,13 @@ def scores_of(table: Table, fpr: float) -> Scores:
         fpr=fpr,
         p_values={name.removeprefix(_P_VALUE): numbers(name) for name in names if name.startswith(_P_VALUE)},
     )
+
+
+def counts_of(table: Table, fpr: float) -> Counts:
+    """What became of the images of a block."""
+    counts = Counts()
+    counts.add(scores_of(table, fpr))
+    return counts
 
 
 class TableWriter:

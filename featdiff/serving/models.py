@@ -43,9 +43,7 @@ def load_model(name: str, arguments: Mapping[str, Any]) -> Detector | PixelDetec
     return load_detector(name, **arguments)
 
 
-def scoring(
-    detector: Detector | PixelDetector | ExportedDetector, fpr: float, exclude_known: bool = False
-) -> Score:
+def scoring(detector: Detector | PixelDetector | ExportedDetector, fpr: float, exclude_known: bool = False) -> Score:
     """What :meth:`featdiff.serving.cluster.Run.score` asks for the rows of a block.
 
     Parameters
