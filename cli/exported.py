@@ -19,6 +19,11 @@ _REFUSED = {
 _READING = ("image_batch", "workers", "max_pixels", "max_bytes", "engine")
 
 
+def exported_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, as arguments of an exported detector."""
+    return {name: options[name] for name in _READING if options.get(name) is not None}
+
+
 def open_exported(model: str, options: Mapping[str, Any]) -> ExportedDetector:
     """An exported model; ``UsageError`` for options that need the saved one."""
     from featdiff.exceptions import UsageError
@@ -31,8 +36,7 @@ def open_exported(model: str, options: Mapping[str, Any]) -> ExportedDetector:
     if options.get("device") not in (None, "auto", "cpu"):
         raise UsageError(f"{model} is an exported model, which runs on the CPU", argument="device")
 
-    arguments = {name: options[name] for name in _READING if options.get(name) is not None}
-    return ExportedDetector(model, **arguments)
+    return ExportedDetector(model, **exported_arguments(options))
 
 
 def describe(detector: ExportedDetector) -> dict[str, str]:

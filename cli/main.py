@@ -22,6 +22,8 @@ COMMANDS = {
     "audit": ("audit", "Find the odd images of a folder; no model is needed."),
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
+    "manifest": ("manifest", "List images in a file that many machines score from."),
+    "merge": ("merge", "Check that a manifest is scored whole, and join its blocks."),
     "explain": ("explain", "Show why an image is judged as it is, beside the most similar normal images."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),

@@ -151,6 +151,9 @@ def output_options(function: F) -> F:
     return function
 
 
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+
+
 def groups_option(default: str) -> Callable[[F], F]:
     """``--groups``: which images belong together; ``default`` says what happens without it."""
     return click.option(
@@ -171,7 +174,7 @@ def runtime_options(function: F) -> F:
 
     wrapped: Any = run
     for option in (
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        quiet_option,
         click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
         click.option("--max-bytes", type=click.IntRange(1), help="Refuse larger files unread [512,000,000]."),
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
