@@ -17,6 +17,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 from helpers import FEATDIFF, typed
 
 
@@ -107,3 +108,13 @@ def head(length: int | str, *lines: str) -> bytes:
 def status_of(answer: bytes) -> int:
     """Of the raw bytes of an answer; 0 if there is none."""
     return int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """All columns but the path, in their order; verdicts exactly, scores but for the rounding of another batch."""
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        if name.startswith("layer_") or name == "ood_score":
+            assert found[name] == (value if value is None else pytest.approx(value, rel=2e-6, abs=2e-6)), name
+        elif name != "path":
+            assert found[name] == value, name

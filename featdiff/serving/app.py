@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteError
+from starlette.requests import ClientDisconnect
 
 from ..files.text import for_json
 from ..runtime.allocator import keep_freed_memory
 from .batching import Batcher, Busy
 from .bodies import read_images
-from .gate import RETRY_AFTER, Gate, answer
+from .gate import GONE, RETRY_AFTER, Gate, answer
 from .in_time import in_time
 from .inference import add_inference
 from .metrics import CONTENT_TYPE, Metrics, process_ends
@@ -63,6 +64,7 @@ def make_app(served: Served, settings: Settings) -> FastAPI:
     app.add_exception_handler(StarletteError, _refused)
     app.add_exception_handler(RequestValidationError, _no_sense)
     app.add_exception_handler(Busy, _busy)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _failed)
     _add_state(app, batcher, metrics)
     _add_scores(app, served, batcher, settings)
@@ -129,6 +131,10 @@ async def _no_sense(request: Request, error: Exception) -> Response:
 
 async def _busy(request: Request, error: Exception) -> Response:
     return answer(503, "the queue is full: try again", RETRY_AFTER)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return answer(GONE, "the client has gone")  # for the numbers: nobody reads it
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -17,6 +17,8 @@ from .settings import Settings
 
 #: Seconds after which a client that was refused may try again.
 RETRY_AFTER = {"Retry-After": "1"}
+#: Status of a client that did not wait for its answer, as nginx calls it.
+GONE = 499
 # Answered without a key, and whatever the load is.
 _OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
@@ -48,7 +50,7 @@ class Gate:
             return
 
         begun = time.perf_counter()
-        status = 499  # as nginx calls it: the client has gone
+        status = GONE
 
         async def counted(message: Message) -> None:
             nonlocal status

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fastapi import HTTPException, Request
 
-from .gate import RETRY_AFTER
+from .gate import GONE, RETRY_AFTER
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ async def in_time(request: Request, work: Awaitable[T], seconds: float) -> T:
         if doing.done():
             return doing.result()
         if gone.done():
-            raise HTTPException(499, "the client has gone")
+            raise HTTPException(GONE, "the client has gone")
         raise HTTPException(503, f"not scored within {seconds:g} seconds: try again", RETRY_AFTER)
     finally:
         gone.cancel()

@@ -131,6 +131,11 @@ def _run_many(settings: Settings, place: socket.socket, ready: Callable[[], None
 
     from .served import open_served
 
+    class Supervisor(Multiprocess):
+        def terminate_all(self) -> None:
+            place.close()  # or connections would still be accepted, and never answered
+            super().terminate_all()
+
     if not any(name in os.environ for name in THREAD_COUNTS):
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // settings.processes))
     open_served(settings)
@@ -138,8 +143,8 @@ def _run_many(settings: Settings, place: socket.socket, ready: Callable[[], None
     with tempfile.TemporaryDirectory(prefix="featdiff-metrics-") as folder:
         os.environ[_SHARED] = folder
         config = _config(settings, partial(_create, settings), factory=True, workers=settings.processes)
-        place.set_inheritable(True)
-        supervisor = Multiprocess(config, sockets=[place])
+        place.listen(_BACKLOG)  # who comes before the processes have loaded the model waits for them
+        supervisor = Supervisor(config, sockets=[place])
         ready()
         supervisor.run()
 

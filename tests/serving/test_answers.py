@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from http_servers import Server, rows_of
+from http_servers import Server, rows_of, same
 from PIL import Image
 
 from featdiff import Detector
@@ -26,16 +26,6 @@ def expected(tiny_model: Path, pictures: Path) -> dict[str, dict[str, Any]]:
     assert [row["status"] for row in rows.values()].count("unreadable") == 2
     assert 1 <= sum(bool(row["is_ood"]) for row in rows.values()) < 20
     return rows
-
-
-def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """All columns but the path, in their order; verdicts exactly, scores but for the rounding of another batch."""
-    assert list(found) == list(wanted)
-    for name, value in wanted.items():
-        if name.startswith("layer_") or name == "ood_score":
-            assert found[name] == (value if value is None else pytest.approx(value, rel=2e-6, abs=2e-6)), name
-        elif name != "path":
-            assert found[name] == value, name
 
 
 def test_one_image_at_a_time_has_the_very_row_of_the_command_line(

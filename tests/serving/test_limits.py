@@ -1,4 +1,4 @@
-"""What a server does not take on, and what it does under load: each client has a clear answer, and none hurts others."""
+"""What a server does not take on, and what it does under load: a clear answer each, and no client hurts others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_servers import Server, head, rows_of, status_of
+from http_servers import Server, head, rows_of, same, status_of
 
 #: Connections at once, which the limit of open files allows or not.
 MANY = 10_000
@@ -43,7 +43,7 @@ def test_an_exported_model_is_served_without_pytorch(small: Server, exported_mod
     libraries = Path(f"/proc/{small.process.pid}/maps").read_text()
     assert "onnxruntime" in libraries and "libtorch" not in libraries
     for row in rows_of(exported_model, pictures):
-        assert small.score(Path(row["path"]).read_bytes(), row["path"]) == row
+        same(small.score(Path(row["path"]).read_bytes()), row)
     answer = small.client.post("/v1/explain", content=b"")
     assert answer.status_code == 501 and "cannot explain" in answer.json()["error"]
 
