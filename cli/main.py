@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": ("merge", "Check that a manifest is scored whole, and join its blocks."),
     "explain": ("explain", "Show why an image is judged as it is, beside the most similar normal images."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
+    "serve": ("serve", "Answer over HTTP: scores, explanations, metrics."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
     "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
     "harden": ("harden", "Fine-tune a classifier with a teacher and outliers, and put a guard on it."),
@@ -44,6 +45,7 @@ PARAMETERS = {
     "keep_paths": "no_paths",
     "keep_thumbnails": "thumbnails",
     "format": "format_",
+    "max_wait": "max_wait_ms",
     "random_state": "seed",
     "replace": "force",
 }

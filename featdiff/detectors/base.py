@@ -370,6 +370,22 @@ class BaseDetector(Generic[S]):
         at_once = 1 if live else self.batches_at_once * self.settings.image_batch
         return self._stream(*self.batches(self._ready(images)), at_once, rate, progress, exclude_known)
 
+    def score_batches(self, batches: Iterable[Batch], fpr: float | None = None) -> Iterator[Scores]:
+        """Score images that are decoded already.
+
+        Parameters
+        ----------
+        batches : iterable of Batch
+        fpr : float, optional
+            As for :meth:`score`.
+
+        Yields
+        ------
+        Scores
+            One for each batch.
+        """
+        return self._stream(batches, 0, 1, self.fpr if fpr is None else fpr, None, False)
+
     def _stream(
         self,
         batches: Iterable[Batch],
