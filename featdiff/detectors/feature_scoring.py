@@ -116,7 +116,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         if not self.engine_note_:
             self.engine_note_ = f"torch, for {name} is not installed"
             message = f"this model was fitted in bfloat16 by {name}, and PyTorch rounds otherwise: install {name}"
-            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=4)
+            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=5)
         return ""
 
     def _confirm_engine(self, pixels: Tensor, digests: Sequence[bytes]) -> None:
