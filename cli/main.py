@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
     "serve": ("serve", "Answer over HTTP: scores, explanations, metrics."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
+    "push": ("push", "Put a saved model on the Hugging Face hub, with a model card."),
     "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
     "harden": ("harden", "Fine-tune a classifier with a teacher and outliers, and put a guard on it."),
     "bench": ("bench", "Compare featdiff, its heads and baselines on a suite of image sets."),

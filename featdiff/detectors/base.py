@@ -28,11 +28,12 @@ from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .config import Settings
 from .grouping import Grouping, make_checked_plan
+from .pushing import Pushable
 
 S = TypeVar("S", bound=Settings)
 
 
-class BaseDetector(Generic[S]):
+class BaseDetector(Pushable, Generic[S]):
     """A detector is fitted on ordinary images and scores others.
 
     A subclass says how rows of its extractor become scores: :meth:`fit`, :meth:`layer_scores`, :meth:`all_heads`,
