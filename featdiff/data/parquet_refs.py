@@ -43,7 +43,7 @@ class ParquetRef(ImageRef):
 
     def read_within(self, max_bytes: int) -> bytes:
         with _READING:
-            content = _open_rows(self.archive, *_version(self.archive)).at(self.row)
+            content = _open_rows(self.archive, *version_of(self.archive)).at(self.row)
         check_bytes(len(content), max_bytes)
         return content
 
@@ -81,7 +81,7 @@ def parquet_refs(path: str) -> Iterator[ImageRef]:
     label = printable(path)
     row = 0
     try:
-        rows = _open_rows(path, *_version(path))
+        rows = _open_rows(path, *version_of(path))
         for name in rows.names():
             behind = f"/{printable(name)}" if name else ""
             yield ParquetRef(f"{label}{behind}#row={row}", path, row)
@@ -99,8 +99,8 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 
-def _version(file: str) -> tuple[int, int, int, int]:
-    """Changes when the file does, and in a forked child."""
+def version_of(file: str) -> tuple[int, int, int, int]:
+    """Numbers that change when a file does, and in a forked child, which must not share the parent's file position."""
     if is_url(file):
         return os.getpid(), 0, 0, 0
     status = os.stat(file)

@@ -15,9 +15,10 @@ from .archive_names import TAR_SUFFIXES, ZIP_SUFFIXES
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 from .limits import MAX_BYTES, check_bytes
 from .parquet_refs import PARQUET_SUFFIXES
+from .videos import VIDEO_SUFFIXES
 
 # Files of many images, which a pattern may match.
-_OF_MANY = (*ZIP_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)
+_OF_MANY = (*ZIP_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES, *VIDEO_SUFFIXES)
 
 
 @dataclass(frozen=True)
