@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,7 @@ from moto.s3.models import s3_backends
 from stores import FaultyServer, faulty_server, s3_store
 
 from featdiff import Detector
+from featdiff.data.labels import list_labelled
 from featdiff.data.references import iter_images
 from featdiff.files import retries
 
@@ -155,6 +157,42 @@ print(done.returncode, done.stdout, done.stderr)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.startswith("3 ")
     assert done.stdout.count("access is refused: ") == 2
+
+
+def test_a_name_with_brackets(featdiff_cli: Cli, tiny_model: Path, bucket: str, s3: Any, few_images: Path) -> None:
+    s3.put_object(Bucket=bucket, Key="photo[1].png", Body=(few_images / "a.png").read_bytes())
+    (row,) = rows_of(featdiff_cli("score", f"s3://{bucket}/photo[1].png", "-m", tiny_model).stdout)
+    assert (row["path"], row["status"]) == (f"s3://{bucket}/photo[1].png", "ok")
+
+
+def test_other_commands(
+    featdiff_cli: Cli, tiny_model: Path, s3: Any, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    s3.create_bucket(Bucket="others")
+    files = sorted(sample_folders["test"].iterdir())[:30]
+    (tmp_path / "local").mkdir()
+    for i, file in enumerate(files):
+        shutil.copy(file, tmp_path / "local")
+        s3.put_object(Bucket="others", Key=f"set/{'cat' if i % 2 else 'dog'}/{file.name}", Body=file.read_bytes())
+
+    audited = [
+        {
+            Path(row["path"]).name: row["ood_score"]
+            for row in map(json.loads, featdiff_cli("audit", source, "--format", "jsonl").stdout.splitlines())
+        }
+        for source in ("s3://others/set", tmp_path / "local")
+    ]
+    assert len(audited[0]) == 30
+    assert audited[0] == pytest.approx(audited[1], abs=1e-4)
+
+    result = featdiff_cli("explain", f"s3://others/set/dog/{files[0].name}", "-m", tiny_model, "-o", tmp_path / "why")
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "why").glob("*.png"))) == 1
+
+    refs, labels, classes = list_labelled("s3://others/set")
+    assert classes == ["cat", "dog"]
+    assert len(refs) == 30
+    assert labels.tolist() == [0] * 15 + [1] * 15
 
 
 # ---- archives ----
