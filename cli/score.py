@@ -357,7 +357,8 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
     bad += f", {counts.failed:,} failed" if counts.failed else ""
     what = work.what.removesuffix("s") if counts.rows == 1 else work.what
-    say(f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+    summary = f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}"
+    say(summary, quiet, fpr=work.fpr, **asdict(counts))
     if waited := bars.waits.in_words("scoring", seconds):
         say(waited, quiet)
 

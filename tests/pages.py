@@ -36,6 +36,7 @@ COMPLETION = "typed with a home of its own (cli/test_completion)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONFIG = "featdiff train --config (test_docs_other)"
+ON_HUB = "with a hub on loopback (files/test_hub)"
 SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
 ANSWER = "compared with what featdiff score prints (test_docs)"
@@ -55,6 +56,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
+        (r"^featdiff (push|score .*-m org/)", ON_HUB),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
@@ -63,6 +65,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "python": (
         (r"^@register", PLUGIN),
+        (r"push_to_hub", ON_HUB),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
@@ -88,6 +91,8 @@ EXPECTED = {
     "featdiff score images/ -m my-model --report report.html -o reported.csv": 3,
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
+    "featdiff score images/ -m my-model -o logged.csv --log-format json": 3,
+    "featdiff score images/ -m my-model -o logged.csv -q --log-file run.log": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }

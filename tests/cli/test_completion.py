@@ -21,7 +21,19 @@ from pages import COMPLETION, commands_at
 MAIN: click.Group = _script.load()
 
 #: Parameters of plain text that are no paths.
-WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern"}
+WORDS = {
+    "backbone",
+    "view",
+    "layers",
+    "device",
+    "distances",
+    "formats",
+    "train_from",
+    "pattern",
+    "revision",
+    "license",
+    "message",
+}
 OTHERS = (click.Choice, click.IntRange, type(click.INT), type(click.FLOAT))
 
 
