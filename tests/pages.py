@@ -36,6 +36,7 @@ COMPLETION = "typed with a home of its own (cli/test_completion)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONFIG = "featdiff train --config (test_docs_other)"
+PIPELINE = "in a folder with photos and images (cli/test_pipelines)"
 ON_HUB = "with a hub on loopback (files/test_hub)"
 SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
@@ -56,6 +57,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
+        (r"^featdiff train .*--log-to ", PIPELINE),
         (r"^featdiff (push|score .*-m org/)", ON_HUB),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
@@ -66,10 +68,13 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "python": (
         (r"^@register", PLUGIN),
         (r"push_to_hub", ON_HUB),
+        (r"pyod_detector", SMALL),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
+    "makefile": ((r"featdiff score", PIPELINE),),
+    "yaml": ((r"^stages:", PIPELINE),),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),

@@ -21,19 +21,8 @@ from pages import COMPLETION, commands_at
 MAIN: click.Group = _script.load()
 
 #: Parameters of plain text that are no paths.
-WORDS = {
-    "backbone",
-    "view",
-    "layers",
-    "device",
-    "distances",
-    "formats",
-    "train_from",
-    "pattern",
-    "revision",
-    "license",
-    "message",
-}
+WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern"}
+WORDS |= {"license", "log_to", "message", "revision"}
 OTHERS = (click.Choice, click.IntRange, type(click.INT), type(click.FLOAT))
 
 
