@@ -37,6 +37,8 @@ COMPLETION = "typed with a home of its own (cli/test_completion)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONFIG = "featdiff train --config (test_docs_other)"
+PIPELINE = "in a folder with photos and images (cli/test_pipelines)"
+ON_HUB = "with a hub on loopback (files/test_hub)"
 SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
 ANSWER = "compared with what featdiff score prints (test_docs)"
@@ -57,6 +59,8 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff .*s3://", STORE),
+        (r"^featdiff train .*--log-to ", PIPELINE),
+        (r"^featdiff (push|score .*-m org/)", ON_HUB),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
@@ -66,10 +70,14 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "python": (
         (r"^@register", PLUGIN),
         (r"s3://", STORE),
+        (r"push_to_hub", ON_HUB),
+        (r"pyod_detector", SMALL),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
+    "makefile": ((r"featdiff score", PIPELINE),),
+    "yaml": ((r"^stages:", PIPELINE),),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),
@@ -91,6 +99,8 @@ EXPECTED = {
     "featdiff score images/ -m my-model --report report.html -o reported.csv": 3,
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
+    "featdiff score images/ -m my-model -o logged.csv --log-format json": 3,
+    "featdiff score images/ -m my-model -o logged.csv -q --log-file run.log": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }
