@@ -33,6 +33,9 @@ PYTEST = "the files that it names are looked up (test_docs_other)"
 LINT = "on the checkout (test_code)"
 SCRIPT = "with --help (test_code)"
 COMPLETION = "typed with a home of its own (cli/test_completion)"
+SBATCH = "as each task of the array (serving/test_schedulers)"
+INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
+RAY = "on a cluster of two nodes (serving/test_ray)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONFIG = "featdiff train --config (test_docs_other)"
@@ -53,11 +56,13 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^\.venv/bin/python tests/(benchmarks|fuzz)/", SCRIPT),
         (r"^\.venv/bin/python tests/api_pages", API),
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
+        (r"^featdiff score --manifest .* --ray", RAY),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
+        (r"^featdiff (manifest|merge) ", DEFAULT),
         (r"^find images ", DEFAULT),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
@@ -67,6 +72,8 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
+    "sh": ((r"^#SBATCH ", SBATCH),),
+    "yaml": ((r"^kind: Job$", INDEXED_JOB),),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),
@@ -89,6 +96,8 @@ EXPECTED = {
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
+    "featdiff score --manifest manifest.parquet --out scored --shard 2/2 -m my-model": 3,
+    "featdiff merge scored -o scores.parquet --report scores.html": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }
 

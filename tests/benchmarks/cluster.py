@@ -3,8 +3,8 @@
     python tests/benchmarks/cluster.py
 
 Each part runs in processes of its own. Times are processor seconds of a process and of all below it, so that busy
-neighbours count little; memory is the largest resident set. Scoring is measured with a tiny backbone, to which the parts
-of a run that are no backbone pass are large, on the built-in tiles, each under many names.
+neighbours count little; memory is the largest resident set. Scoring is measured with a tiny backbone, to which all
+else that a run does is large, on the built-in tiles, each under many names.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def tiny_model(folder: Path, train: Path) -> Path:
 
 
 def print_scoring(place: Path, counts: tuple[int, int], rounds: int) -> None:
-    """Processor time of an image in a plain run, in shards and on Ray: from two numbers of images, so without the start."""
+    """Processor time of an image in a plain run, in shards and on Ray; two numbers of images tell it from the start."""
     folders = samples.write(place / "samples")
     model = tiny_model(place, folders["train"])
     score = [sys.executable, "-m", "featdiff_cli", "score", "-q", "-m", model, "--device", "cpu", "--engine", "torch"]

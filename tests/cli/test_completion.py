@@ -21,7 +21,7 @@ from pages import COMPLETION, commands_at
 MAIN: click.Group = _script.load()
 
 #: Parameters of plain text that are no paths.
-WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern"}
+WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern", "shard", "ray"}
 OTHERS = (click.Choice, click.IntRange, type(click.INT), type(click.FLOAT))
 
 

@@ -87,7 +87,7 @@ def test_shards_give_the_rows_of_a_plain_run(
     for shard in ("2/3", "3/3", "1/3"):
         done = featdiff_cli(*command(manifest, out, tiny_model, "--shard", shard))
         codes.append(done.exit_code)
-        assert f"this shard's 2 blocks of 6 are in {out}" in done.stderr
+        assert f"done: 2 of 6 blocks, in {out}" in done.stderr
     assert codes == [0, 0, 3]  # the broken files are all in one shard
 
     merged = tmp_path / "merged.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from helpers import ROOT, fails, same_rows
+from helpers import ROOT, fails, same_rows, typed
+from pages import RAY, commands_at
 
 pytest.importorskip("ray.data")
 
@@ -111,7 +113,7 @@ def test_rows_are_those_of_a_plain_run(
     for file in files[2:4]:
         file.unlink()
     again = featdiff_cli(*command(manifest, out, tiny_model, cluster, "-q"))  # resumed
-    assert again.exit_code == 0, again.stderr
+    assert again.exit_code == 3, again.stderr  # the broken files are in one of these blocks
     assert {file.name: file.read_bytes() for file in out.glob("*.parquet")} == before
 
 
@@ -168,8 +170,6 @@ def test_what_an_actor_cannot_do_is_an_answer(manifest: Path, tiny_model: Path, 
 def test_failures_are_one_line(
     featdiff_cli: Cli, manifest: Path, tiny_model: Path, cluster: Any, tmp_path: Path
 ) -> None:
-    import shutil
-
     from featdiff.exceptions import FeatdiffError
 
     model = tmp_path / "model"
@@ -203,3 +203,20 @@ def test_sizes(
 ) -> None:
     alive = [{"Alive": True, "Resources": node} for node in nodes]
     assert _sizes([*alive, {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}], cluster, blocks) == expected
+
+
+def test_the_command_of_the_page(
+    sample_folders: dict[str, Path],
+    manifest: Path,
+    tiny_model: Path,
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (command,) = commands_at(RAY)
+    shutil.copy(manifest, tmp_path / "manifest.parquet")
+    shutil.copytree(tiny_model, tmp_path / "my-model")
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    done = typed(command, tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "done: 1 of 1 blocks, in on-ray" in done.stderr
