@@ -21,6 +21,7 @@ PAGES = (
 # Where a block is run. In one of two folders as a user would have them:
 DEFAULT = "what featdiff demo leaves, with the default backbone (test_docs)"
 SMALL = "a folder with a tiny backbone and a tiny pipeline (test_docs_other)"
+STORE = "with an S3 store on loopback and a tiny model (test_docs_remote)"
 PLUGIN = "that folder, in a process of its own: the block registers a score (test_docs_other)"
 # ... or where something is missing, and the error says what:
 HUB = "without a hub (test_docs_other)"
@@ -59,6 +60,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff score --manifest .* --ray", RAY),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
+        (r"^featdiff .*s3://", STORE),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
@@ -68,6 +70,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "python": (
         (r"^@register", PLUGIN),
+        (r"s3://", STORE),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),

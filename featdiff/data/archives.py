@@ -22,7 +22,7 @@ from glob import has_magic
 from typing import IO, Any, ClassVar
 
 from ..exceptions import UnreadableImage, one_line
-from ..files.remote import is_url, open_input
+from ..files.remote import is_url, open_input, read_range
 from .archive_names import ZIP_SUFFIXES
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 
@@ -30,6 +30,8 @@ from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 _AT_ONCE = 1 << 20
 # The same of bzip2 and LZMA in a zip, where zipfile takes all that so many bytes give: up to a million times as much.
 _AT_ONCE_OF_OTHERS = 128
+# What is read ahead of a remote tar, whose headers lie between its members.
+_TAR_AHEAD = 8 << 20
 _OUTSIDE = "its name leads out of the archive"
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 _SEPARATORS = re.compile(r"[/\\]")
@@ -76,7 +78,9 @@ class TarRef(ImageRef):
         return self.size
 
     def read(self) -> bytes:
-        with open_input(self.archive) as stream:
+        if is_url(self.archive):
+            return read_range(self.archive, self.offset, self.offset + self.size)
+        with open(self.archive, "rb") as stream:
             stream.seek(self.offset)
             content = stream.read(self.size)
         if len(content) < self.size:
@@ -180,7 +184,7 @@ class _HeadersOnly:
 
 @functools.lru_cache(maxsize=16)
 def _open_tar(archive: str, *version: int) -> _TarContent:
-    file = open_input(archive)
+    file = open_input(archive, _TAR_AHEAD)
     start = file.read(6)
     end = file.seek(0, os.SEEK_END)
     file.seek(0)

@@ -11,8 +11,14 @@ from typing import Any
 
 from ..exceptions import UnreadableImage, one_line
 from ..files.remote import ask, filesystem, read_bytes
+from .archive_names import TAR_SUFFIXES, ZIP_SUFFIXES
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 from .limits import MAX_BYTES, check_bytes
+from .parquet_refs import PARQUET_SUFFIXES
+from .videos import VIDEO_SUFFIXES
+
+# Files of many images, which a pattern may match.
+_OF_MANY = (*ZIP_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES, *VIDEO_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class RemoteRef(ImageRef):
         return content
 
 
-def remote_refs(url: str) -> Iterator[ImageRef]:
+def remote_refs(url: str) -> Iterator[ImageRef | str]:
     """The images at a URL, as they are listed.
 
     Parameters
@@ -49,8 +55,9 @@ def remote_refs(url: str) -> Iterator[ImageRef]:
 
     Yields
     ------
-    ImageRef
-        Sorted by name. A listing that breaks off ends with a reference that says why.
+    ImageRef or str
+        Sorted by name. Of a pattern that matches archives or other files of many images, their URLs. A listing that
+        breaks off ends with a reference that says why.
 
     Raises
     ------
@@ -59,7 +66,7 @@ def remote_refs(url: str) -> Iterator[ImageRef]:
     """
     system, path = filesystem(url)
     web = url.startswith(("http://", "https://"))
-    if not _is_pattern(url) and not url.endswith("/") and (web or has_image_suffix(url)):
+    if not is_pattern(url) and not url.endswith("/") and (web or has_image_suffix(url)):
         yield RemoteRef(printable(url), url)
         return
 
@@ -67,7 +74,7 @@ def remote_refs(url: str) -> Iterator[ImageRef]:
     try:
         for name, size in _listed(system, url, path):
             found += 1
-            yield RemoteRef(printable(name), name, size)
+            yield RemoteRef(printable(name), name, size) if has_image_suffix(name) else name
     except FileNotFoundError as error:
         yield MissingRef(printable(url), error.strerror or "no such object")
         return
@@ -80,7 +87,7 @@ def remote_refs(url: str) -> Iterator[ImageRef]:
 
 def _only(url: str) -> ImageRef:
     """What a URL is that has no images below it."""
-    if _is_pattern(url):
+    if is_pattern(url):
         return MissingRef(printable(url), "no object matches this pattern")
     try:
         entry = ask(url, lambda system, path: system.info(path))
@@ -91,8 +98,8 @@ def _only(url: str) -> ImageRef:
     return MissingRef(printable(url), "no images in this folder")
 
 
-def _is_pattern(url: str) -> bool:
-    """Whether it has a wildcard; the question mark of a web address is none."""
+def is_pattern(url: str) -> bool:
+    """Whether a URL has a wildcard; the question mark of a web address is none."""
     return has_magic(url.partition("?")[0] if url.startswith("http") else url)
 
 
@@ -100,7 +107,7 @@ def _listed(system: Any, url: str, path: str) -> Iterator[tuple[str, int | None]
     """URLs and sizes of the images below a path, or of those that match a pattern."""
     matches = None
     root = path
-    if _is_pattern(url):
+    if is_pattern(url):
         import re
 
         from fsspec.utils import glob_translate
@@ -113,7 +120,8 @@ def _listed(system: Any, url: str, path: str) -> Iterator[tuple[str, int | None]
     below = root.rstrip("/") + "/" if root else ""
     for name, size in objects:
         hidden = any(part.startswith(".") for part in name.removeprefix(below).split("/"))
-        if hidden or not has_image_suffix(name) or (matches and not matches(name)):
+        holds_images = has_image_suffix(name) or (matches and name.lower().endswith(_OF_MANY))
+        if hidden or not holds_images or (matches and not matches(name)):
             continue
         yield chain + system.unstrip_protocol(name), size
 

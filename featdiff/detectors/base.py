@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..data.decoding import Transform
 from ..data.groups import Groups, label_images, numbered
+from ..data.listing import Listing
 from ..data.loaders import is_loader, read_batches
 from ..data.splits import Plan, Split
 from ..exceptions import KnownImages, NotFittedError, UsageError
@@ -365,7 +366,8 @@ class BaseDetector(Generic[S]):
         rate = self.fpr if fpr is None else fpr
         self.calibration_.check(rate)
         # a loader may be a live stream
-        at_once = 1 if is_loader(images) else self.batches_at_once * self.settings.image_batch
+        live = is_loader(images) and not isinstance(images, Listing)
+        at_once = 1 if live else self.batches_at_once * self.settings.image_batch
         return self._stream(*self.batches(self._ready(images)), at_once, rate, progress, exclude_known)
 
     def _stream(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.listing import Listing
 from ..data.loaders import is_loader
 from ..data.references import list_images
 from ..data.splits import Plan
@@ -78,9 +79,10 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         """References to the images, after the engine was chosen that runs the backbone for them."""
         if not is_loader(images):
             images = list_images(images)
-        wanted = self._wanted_engine(images)
+        some = images.first(WORTH_AN_ENGINE) if isinstance(images, Listing) else images
+        wanted = self._wanted_engine(some)
         if wanted and not self.engine_note_:
-            pixels, digests = self._some(images)
+            pixels, digests = self._some(some)
             folder = self.settings.cache_folder / "engines"
             self.engine_note_ = self.extractor_.choose_engine(wanted, pixels, folder)
             if self.is_fitted:

@@ -30,8 +30,8 @@ _WHOLE = 900.0
 _AT_ONCE = 1 << 16
 _AHEAD = 1 << 20
 # Stores that show an object only when all of it is there; elsewhere a file gets its name when it is written.
-_PUT_WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory", "oss")
-_LOCAL = ("file", "local")
+_PUT_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory", "oss"}
+_LOCAL = {"file", "local"}
 
 
 def is_url(name: str) -> bool:
@@ -174,12 +174,22 @@ def _check(size: int | None, max_bytes: int | None) -> None:
 
 
 def _is_web(system: Any) -> bool:
-    protocol = system.protocol
-    return "http" in ((protocol,) if isinstance(protocol, str) else protocol)
+    return "http" in _protocols(system)
 
 
-def open_input(path_or_url: str | os.PathLike[str]) -> BinaryIO:
+def read_range(url: str, start: int, end: int) -> bytes:
+    """The bytes of a remote file from ``start`` up to ``end``; errors are those of :func:`read_bytes`."""
+    return ask(url, lambda system, path: _read_range(system, path, start, end)) if end > start else b""
+
+
+def open_input(path_or_url: str | os.PathLike[str], ahead: int = _AHEAD) -> BinaryIO:
     """A file or a URL, opened for reading; it can seek, and of a remote file only what is asked for is read.
+
+    Parameters
+    ----------
+    path_or_url : str or Path
+    ahead : int, default 1,048,576
+        Bytes of a remote file that are read at a time.
 
     Raises
     ------
@@ -192,7 +202,7 @@ def open_input(path_or_url: str | os.PathLike[str]) -> BinaryIO:
     system, path = filesystem(name)
     if not getattr(system, "async_impl", False):
         return retried(name, lambda: cast(BinaryIO, system.open(path, "rb")))
-    return cast(BinaryIO, io.BufferedReader(_Ranges(name), _AHEAD))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(name), ahead))
 
 
 class _Ranges(io.RawIOBase):
@@ -228,7 +238,7 @@ class _Ranges(io.RawIOBase):
         end = min(self._at + len(view), self._size)
         if end <= self._at:
             return 0
-        content = ask(self._url, lambda system, path: _read_range(system, path, self._at, end))
+        content = read_range(self._url, self._at, end)
         view[: len(content)] = content
         self._at += len(content)
         return len(content)
@@ -311,20 +321,45 @@ def write_whole(url: str, content: bytes) -> None:
     ask(url, lambda system, path: _write(system, path, content))
 
 
-def _write(system: Any, path: str, content: bytes) -> None:
-    protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
-    if protocols & set(_LOCAL):
+def check_writable(url: str) -> None:
+    """Refuse a URL of a store that cannot be written to, as far as that is known before (``UsageError``)."""
+    if _is_web(filesystem(url)[0]):
+        raise UsageError(f"{url}: a web server can only be read: write to a store (s3://, gs://, az://) or a file")
+
+
+def put_file(file: Path, url: str) -> None:
+    """Copy a local file to a URL, whole or not at all; errors are those of :func:`write_whole`."""
+    ask(url, lambda system, path: _write(system, path, file))
+
+
+def _write(system: Any, path: str, content: bytes | Path) -> None:
+    if _is_web(system):
+        raise NotImplementedError
+    protocols = _protocols(system)
+    if protocols & _LOCAL:
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
-    elif protocols & set(_PUT_WHOLE):
-        system.pipe_file(path, content)
+        write_atomically(file, content.read_bytes() if isinstance(content, Path) else content)
+    elif protocols & _PUT_WHOLE:
+        _put(system, path, content)
     else:
         folder, _, name = path.rpartition("/")
         temporary = f"{folder}/.{name[:40]}.{uuid.uuid4().hex[:8]}.tmp"
         system.makedirs(folder, exist_ok=True)
-        system.pipe_file(temporary, content)
+        _put(system, temporary, content)
         system.mv(temporary, path)
+
+
+def _put(system: Any, path: str, content: bytes | Path) -> None:
+    if isinstance(content, Path):
+        system.put_file(str(content), path)
+    else:
+        system.pipe_file(path, content)
+
+
+def _protocols(system: Any) -> set[str]:
+    protocol = system.protocol
+    return {protocol} if isinstance(protocol, str) else set(protocol)
 
 
 def remove(url: str) -> None:

@@ -27,6 +27,7 @@ _PASSING_ERRORS |= {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 _PASSING_TYPES = {"HTTPClientError", "ClientError", "HTTPError", "TransportError", "IncompleteRead", "RetryError"}
 _CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _CREDENTIALS |= {"DefaultCredentialsError", "ClientAuthenticationError", "LocalTokenNotFoundError"}
+_CUT = {"ClientPayloadError", "IncompleteRead"}
 _CERTIFICATES = {"ClientConnectorCertificateError", "SSLError"}
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
@@ -92,7 +93,8 @@ def is_passing(error: BaseException) -> bool:
 
 def status_of(error: BaseException | None) -> int:
     """The status of the HTTP answer behind an error, 0 if there was none."""
-    for failure in (error, getattr(error, "__cause__", None)):
+    cause = error.__cause__ if isinstance(error, OSError) else None  # s3fs makes OSErrors of what botocore raises
+    for failure in (error, cause):
         response = getattr(failure, "response", None)
         if isinstance(response, dict):  # botocore
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -131,9 +133,7 @@ def explained(url: str, error: BaseException, tries: int = 1) -> UsageError | OS
     if isinstance(error, ImportError):
         return UsageError(_install(url, scheme, error))
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
-        return UsageError(
-            f"{url}: {scheme}:// is no scheme that fsspec knows; known are s3, gs, az, https, hf and others"
-        )
+        return UsageError(f"{url}: {scheme}:// is no known scheme; s3, gs, az, https, hf and others are")
     if isinstance(error, NotImplementedError):
         return UsageError(f"{url}: {scheme}:// can only be read")
 
@@ -145,12 +145,14 @@ def explained(url: str, error: BaseException, tries: int = 1) -> UsageError | OS
     if isinstance(error, PermissionError) or status in (401, 403):
         return PermissionError(errno.EACCES, f"access is refused: {_told(error)}", url)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        bucket = "bucket" in str(error).lower()
+        bucket = "bucket does not exist" in str(error)
         return FileNotFoundError(errno.ENOENT, "no such bucket" if bucket else "no such object", url)
 
     again = f" ({tries} tries)" if tries > 1 else ""
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return TimeoutError(errno.ETIMEDOUT, f"the server does not answer in time{again}", url)
+    if names & _CUT:
+        return OSError(errno.EIO, f"the answer was cut short{again}", url)
     return OSError(getattr(error, "errno", None) or errno.EIO, f"cannot be had: {_told(error)}{again}", url)
 
 
