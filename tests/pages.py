@@ -34,6 +34,9 @@ PYTEST = "the files that it names are looked up (test_docs_other)"
 LINT = "on the checkout (test_code)"
 SCRIPT = "with --help (test_code)"
 COMPLETION = "typed with a home of its own (cli/test_completion)"
+SBATCH = "as each task of the array (serving/test_schedulers)"
+INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
+RAY = "on a cluster of two nodes (serving/test_ray)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONFIG = "featdiff train --config (test_docs_other)"
@@ -56,6 +59,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^\.venv/bin/python tests/(benchmarks|fuzz)/", SCRIPT),
         (r"^\.venv/bin/python tests/api_pages", API),
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
+        (r"^featdiff score --manifest .* --ray", RAY),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff .*s3://", STORE),
@@ -64,6 +68,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
+        (r"^featdiff (manifest|merge) ", DEFAULT),
         (r"^find images ", DEFAULT),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
@@ -77,7 +82,8 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
     "makefile": ((r"featdiff score", PIPELINE),),
-    "yaml": ((r"^stages:", PIPELINE),),
+    "sh": ((r"^#SBATCH ", SBATCH),),
+    "yaml": ((r"^stages:", PIPELINE), (r"^kind: Job$", INDEXED_JOB)),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),
@@ -102,6 +108,8 @@ EXPECTED = {
     "featdiff score images/ -m my-model -o logged.csv --log-format json": 3,
     "featdiff score images/ -m my-model -o logged.csv -q --log-file run.log": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
+    "featdiff score --manifest manifest.parquet --out scored --shard 2/2 -m my-model": 3,
+    "featdiff merge scored -o scores.parquet --report scores.html": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }
 

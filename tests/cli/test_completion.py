@@ -22,7 +22,7 @@ MAIN: click.Group = _script.load()
 
 #: Parameters of plain text that are no paths.
 WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern"}
-WORDS |= {"license", "log_to", "message", "revision"}
+WORDS |= {"license", "log_to", "message", "ray", "revision", "shard"}
 OTHERS = (click.Choice, click.IntRange, type(click.INT), type(click.FLOAT))
 
 
