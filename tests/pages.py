@@ -25,6 +25,7 @@ PLUGIN = "that folder, in a process of its own: the block registers a score (tes
 # ... or where something is missing, and the error says what:
 HUB = "without a hub (test_docs_other)"
 DOWNLOAD = "without a download (test_docs_other)"
+SERVER = "of and to a server (serving/test_serve_pages)"
 NO_DATA = "without the data that it measures (test_docs_other)"
 # ... or it is about the checkout:
 SETUP = "compared with .ci/run (test_docs_other)"
@@ -35,6 +36,7 @@ SCRIPT = "with --help (test_code)"
 COMPLETION = "typed with a home of its own (cli/test_completion)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
+CONTAINER = "its user, health check and command (serving/test_serve_pages)"
 CONFIG = "featdiff train --config (test_docs_other)"
 SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
@@ -59,14 +61,17 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
         (r"^find images ", DEFAULT),
+        (r"^featdiff serve|^curl .*127\.0\.0\.1:8000", SERVER),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
     "python": (
         (r"^@register", PLUGIN),
+        (r"127\.0\.0\.1:8000", SERVER),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
+    "dockerfile": ((r"^FROM ", CONTAINER),),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),
