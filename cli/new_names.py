@@ -72,7 +72,8 @@ class NewNames:
         if self._action == COPY:
             return ""
         if not isinstance(ref, FileRef):
-            return f"a member of an archive cannot be {'moved' if self._action == MOVE else 'linked'}, only copied"
+            what = "a member of an archive" if hasattr(ref, "archive") else "what is no local file"
+            return f"{what} cannot be {'moved' if self._action == MOVE else 'linked'}, only copied"
         if self._action == MOVE and os.path.islink(ref.file):
             return "a link, not a file: only files are moved"
         return "" if os.path.lexists(ref.file) else "it is gone"
@@ -143,7 +144,9 @@ def _shared_folders(images: Iterable[str]) -> tuple[str, ...]:
 
 def _folder_of(image: str) -> tuple[str, ...]:
     """The parts of a folder or an archive, or those of the folder of a file or a pattern."""
+    from featdiff.data.image_refs import has_image_suffix
     from featdiff.data.references import split_archive
+    from featdiff.files.remote import is_url
 
     if image == "-":  # paths are read from standard input
         return Path.cwd().parts
@@ -151,6 +154,8 @@ def _folder_of(image: str) -> tuple[str, ...]:
     if inside:
         archive, folder = inside
         return (*Path(_absolute_file(archive)).parts, *_member_parts(folder))
+    if is_url(image) and not glob.has_magic(image) and not has_image_suffix(image):
+        return tuple(_harmless(part) for part in Path(image).parts)
     if os.path.isdir(image):
         return Path(_absolute_file(os.path.join(image, "x"))).parts[:-1]
     if glob.has_magic(image) and not os.path.lexists(image):
@@ -160,9 +165,12 @@ def _folder_of(image: str) -> tuple[str, ...]:
 
 def _parts(ref: ImageRef) -> tuple[str, ...]:
     """The folders of an image and its name, those of a member below the file of its archive."""
+    from featdiff.files.remote import is_url
+
     archive = getattr(ref, "archive", None)
     if archive is None:
-        return Path(_absolute(ref)).parts
+        place = _absolute(ref)
+        return tuple(_harmless(part) for part in Path(place).parts) if is_url(place) else Path(place).parts
     return (*Path(_absolute_file(archive)).parts, *_member_parts(_inside(ref.path, archive)))
 
 
@@ -189,7 +197,11 @@ def _absolute(ref: ImageRef) -> str:
 
 
 def _absolute_file(file: str) -> str:
-    """Without ``..``, which a link before it may lead elsewhere."""
+    """Without ``..``, which a link before it may lead elsewhere; a URL as it is."""
+    from featdiff.files.remote import is_url
+
+    if is_url(file):
+        return file
     file = os.path.join(os.getcwd(), file)
     if ".." in Path(file).parts:
         return os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))

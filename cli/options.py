@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from .output import output_file
 from .progress import starting
 
 if TYPE_CHECKING:
@@ -132,7 +133,13 @@ def output_options(function: F) -> F:
     """Format and file of the rows."""
     for option in (
         raw_csv_option,
-        file_option("File for the rows, - for standard output [-]."),
+        click.option(
+            "-o",
+            "--output",
+            type=output_file,
+            metavar="PATH",
+            help="File or URL for the rows, - for standard output [-].",
+        ),
         click.option(
             "--format",
             "format_",
@@ -142,6 +149,9 @@ def output_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 
 
 def groups_option(default: str) -> Callable[[F], F]:
@@ -168,7 +178,7 @@ def runtime_options(function: F) -> F:
 
     wrapped: Any = run
     for option in (
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        quiet_option,
         click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
         click.option("--max-bytes", type=click.IntRange(1), help="Refuse larger files unread [512,000,000]."),
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),

@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .speech import say
 from .tables import output_width
 
 if TYPE_CHECKING:
     from featdiff import Scores
+
+
+class RemoteFile(type(Path())):  # type: ignore[misc]
+    """A file beside the cache that is put at a URL when it is whole.
+
+    ``url``: where it goes; empty in paths that were made from this one.
+    """
+
+    url = ""
+
+
+def output_file(name: str) -> Path | None:
+    """The file that ``-o`` names: of a URL a :class:`RemoteFile`; None for ``-``, standard output."""
+    from featdiff.files.remote import is_url
+
+    if not is_url(name):
+        return None if name == "-" else Path(name)
+
+    from featdiff.files.cache import default_cache
+    from featdiff.files.remote import check_writable
+
+    check_writable(name)  # better asked before the long work
+    folder = default_cache() / "outputs" / hashlib.sha256(name.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = RemoteFile(folder / name.rpartition("/")[2])
+    file.url = name
+    return file
+
+
+def deliver(output: Path | None, quiet: bool = False) -> None:
+    """Put a whole file at the URL that it is for; if that fails, it stays where it is (``FeatdiffError``)."""
+    from featdiff.exceptions import FeatdiffError, one_line
+    from featdiff.files.remote import put_file
+
+    url = getattr(output, "url", "")
+    if output is None or not url:
+        return
+    try:
+        put_file(output, url)
+    except (OSError, FeatdiffError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise FeatdiffError(f"{url}: {reason}; all rows are in {output}: move them there yourself") from None
+    output.unlink()
+    say(f"All rows are in {url}", quiet)
+
 
 #: Ending of a file of rows -> format.
 ROWS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "table"}
@@ -59,3 +106,4 @@ def write_rows(output: Path | None, format_: str, scores: Scores, raw_csv: bool 
         sys.stdout.buffer.flush()
     else:
         write_output(output, data.getvalue())
+        deliver(output, quiet=True)

@@ -219,8 +219,8 @@ class Bars:
         if stage not in self._tasks:
             from featdiff.files.text import for_terminal
 
-            self._tasks[stage] = self._bars.add_task(for_terminal(stage), total=total, rate="")
-        self._bars.update(self._tasks[stage], completed=done, total=total, rate=_per_second(self.rate(stage)))
+            self._tasks[stage] = self._bars.add_task(for_terminal(stage), total=total or None, rate="")
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, rate=_per_second(self.rate(stage)))
 
     def rate(self, stage: str) -> float:
         """Items per second of a stage."""
@@ -284,7 +284,8 @@ class Round:
         if self._now > start and self.done > first:
             rate = (self.done - first) / (self._now - start)
 
-        text = f"{self.done:,} of {self.total:,} ({self.done / max(self.total, 1):.0%}), {_per_second(rate)}"
+        of = f" of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""  # 0: not known
+        text = f"{self.done:,}{of}, {_per_second(rate)}"
         if rate > 0 and self.total > self.done:
             text += f", about {_duration((self.total - self.done) / rate)} left"
         return text

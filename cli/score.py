@@ -17,7 +17,7 @@ from .exported import open_exported
 from .flagged import Flagged, flagged_options, open_flagged, undo
 from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import identity, load_model, model_option, output_options, runtime_options, weights_option
-from .output import choose_format, is_stream
+from .output import choose_format, deliver, is_stream
 from .progress import Bars
 from .report import (
     Source,
@@ -29,9 +29,11 @@ from .report import (
     write_report,
 )
 from .rows import Rows, open_rows
+from .shards import check_alone, score_manifest, shard_options
 from .signals import Stop, catching_stop
+from .sources import UNKNOWN, Named
 from .speech import say
-from .summary import FEW, Counts, Strangest, is_seen_as_table
+from .summary import FEW, Strangest, in_words, is_seen_as_table
 from .vectors import features_option, open_vectors, score_vectors
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from featdiff import Detector, ExportedDetector, PixelDetector, Scores
     from featdiff.data.references import ImageRef
     from featdiff.report.rows import ReportRows
+    from featdiff.verdicts.counts import Counts
 
 
 @click.command("score")
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
 )
 @report_option
 @report_images_option
+@shard_options
 @click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
 @runtime_options
 def command(
@@ -85,8 +89,8 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Score IMAGES: files, folders, globs, zip or tar archives, or - for paths on stdin; or the rows of a file of
-    vectors, with --features.
+    """Score IMAGES: files, folders, globs, zip or tar archives, URLs (s3://, https:// ...) of any of these, or - for
+    paths on stdin; or the rows of a file of vectors, with --features.
 
     One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
     is_ood means p_value <= fpr: of images like those trained on, this share is flagged. A model with a local score adds
@@ -101,12 +105,17 @@ def command(
     Example: featdiff score images/ --copy-to flagged
     Example: featdiff score --undo flagged/manifest.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
+    Example: featdiff score --manifest manifest.parquet --out scored --shard 1/8
     """
     from featdiff.exceptions import UsageError
     from featdiff.exported.layout import is_exported
     from featdiff.report.rows import ReportRows
     from featdiff.runtime.allocator import keep_freed_memory
+    from featdiff.verdicts.counts import Counts
 
+    if options["manifest"] is not None:
+        return score_manifest(click.get_current_context())
+    check_alone(options)
     if undo_manifest is not None:
         if images or features:
             raise UsageError("--undo takes back what was done, and scores nothing: give it alone")
@@ -125,24 +134,27 @@ def command(
     reported = ReportRows() if report else None
 
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
+    named = Named(images, whole=bool(figure or report or flagged))
     if features:
         options |= {"figure": figure, "exclude_known": exclude_known}
         work = _vectors(features, images, model, fpr, options, bars)
     elif is_exported(model):
         options |= {"figure": figure, "exclude_known": exclude_known, "report": report}
-        work = _exported(images, model, fpr, options, bars)
+        work = _exported(named, model, fpr, options, bars)
     else:
-        work = _images(images, model, fpr, options, figure, bars, exclude_known)
+        work = _images(named, model, fpr, options, figure, bars, exclude_known)
 
     if not is_stream(output):
         work.made_with |= {"featdiff": version("featdiff"), "model": identity(model), "fpr": work.fpr}
     with open_rows(output, chosen, raw_csv, work.made_with, work.columns, resume, choice) as rows, bars:
         counts = Counts(**rows.resumed(work.total, work.names))
         if resume:
-            say(f"{counts.rows:,} rows are there from an interrupted run, {work.total - counts.rows:,} are left", quiet)
+            left = "" if work.total == UNKNOWN else f", {work.total - counts.rows:,} are left"
+            say(f"{counts.rows:,} rows are there from an interrupted run{left}", quiet)
         run = Run(work, counts, flagged, reported)
         run.look_at_rows(rows.before())
         _write(run, rows)
+    deliver(output, quiet)
     if work.draw:
         work.draw(run.scores)
 
@@ -161,10 +173,10 @@ def command(
 class Work:
     """What is scored.
 
-    ``total``: how many rows; ``names``: of the first so many; ``score``: the parts of the rows from a number on, as
-    they come; ``columns``: of the rows; ``what``: what a row is called; ``made_with``: what decides the rows, by a name
-    for people; ``source``: what a report shows beside the rows; ``excluded``: training images are not compared with
-    themselves; ``refs``: the images, if there are any; ``explained``: the model can explain its scores.
+    ``total``: how many rows, or ``UNKNOWN``; ``names``: of the first so many; ``score``: the parts of the rows from a
+    number on, as they come; ``columns``: of the rows; ``what``: what a row is called; ``made_with``: what decides the
+    rows, by a name for people; ``source``: what a report shows beside the rows; ``excluded``: training images are not
+    compared with themselves; ``refs``: the images, if there are any; ``explained``: the model can explain its scores.
     """
 
     total: int
@@ -248,7 +260,7 @@ def _vectors(
 
 
 def _images(
-    images: tuple[str, ...],
+    images: Named,
     model: str,
     fpr: float | None,
     options: dict[str, Any],
@@ -259,14 +271,15 @@ def _images(
     from featdiff import Detector
     from featdiff.verdicts.results import columns_of
 
-    _check_named(images)
+    images.check()
     detector = load_model(model, options).detector
-    rate, refs = _asked(detector, fpr, images)
+    rate = _asked(detector, fpr, images)
+    refs = images.refs
 
     return Work(
-        len(refs),
-        lambda count: (ref.path for ref in refs[:count]),
-        lambda start: detector.iter_scores(refs[start:], fpr, bars, exclude_known),
+        images.total,
+        images.names,
+        lambda start: detector.iter_scores(images.rest(start), fpr, images.progress(bars), exclude_known),
         columns_of(detector.layers, (), detector.parts),
         rate,
         "images",
@@ -283,45 +296,33 @@ def _images(
     )
 
 
-def _exported(images: tuple[str, ...], model: str, fpr: float | None, options: dict[str, Any], bars: Bars) -> Work:
+def _exported(images: Named, model: str, fpr: float | None, options: dict[str, Any], bars: Bars) -> Work:
     """The same for an exported model, without PyTorch."""
     from featdiff.verdicts.results import columns_of
 
-    _check_named(images)
+    images.check()
     detector = open_exported(model, options)
-    rate, refs = _asked(detector, fpr, images)
+    rate = _asked(detector, fpr, images)
 
     return Work(
-        len(refs),
-        lambda count: (ref.path for ref in refs[:count]),
-        lambda start: detector.iter_scores(refs[start:], fpr, bars),
+        images.total,
+        images.names,
+        lambda start: detector.iter_scores(images.rest(start), fpr, images.progress(bars)),
         columns_of(detector.layers, (), detector.parts),
         rate,
         "images",
         {"max-pixels": detector.max_pixels, "max-bytes": detector.max_bytes},
         Source(detector.calibration_),
-        refs=refs,
+        refs=images.refs,
     )
 
 
-def _check_named(images: tuple[str, ...]) -> None:
-    if not images:
-        raise click.UsageError("Missing argument 'IMAGES...', or --features FILE.")
-
-
-def _asked(
-    detector: Detector | PixelDetector | ExportedDetector, fpr: float | None, images: tuple[str, ...]
-) -> tuple[float, list[ImageRef]]:
-    """The rate, if the calibration supports it, and the images."""
-    from featdiff.data.references import list_images
-    from featdiff.exceptions import UsageError
-
+def _asked(detector: Detector | PixelDetector | ExportedDetector, fpr: float | None, images: Named) -> float:
+    """The rate, if the calibration supports it; then the images are looked for."""
     rate = detector.fpr if fpr is None else fpr
     detector.calibration_.check(rate)
-    refs = list_images(list(images))
-    if not refs:
-        raise UsageError("there are no paths on standard input")
-    return rate, refs
+    images.find()
+    return rate
 
 
 def _write(run: Run, rows: Rows) -> None:
@@ -353,11 +354,8 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     work = run.work
     counts = run.counts
     seconds = bars.seconds.get("scoring", 0.0)
-    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
-    bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
-    bad += f", {counts.failed:,} failed" if counts.failed else ""
-    what = work.what.removesuffix("s") if counts.rows == 1 else work.what
-    say(f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+    speed = f" in {seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
+    say(in_words(counts, work.what, work.fpr, speed), quiet)
     if waited := bars.waits.in_words("scoring", seconds):
         say(waited, quiet)
 

@@ -6,6 +6,7 @@ Whatever is wrong with an archive, what can be read of it is read, and the rest 
 from __future__ import annotations
 
 import bz2
+import fnmatch
 import functools
 import gzip
 import lzma
@@ -17,19 +18,20 @@ import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from glob import has_magic
 from typing import IO, Any, ClassVar
 
 from ..exceptions import UnreadableImage, one_line
+from ..files.remote import is_url, open_input, read_range
+from .archive_names import ZIP_SUFFIXES
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
-
-ZIP_SUFFIXES = (".zip",)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 # What is read at a time, so that a false size takes no memory. Headers of a tar are shorter.
 _AT_ONCE = 1 << 20
 # The same of bzip2 and LZMA in a zip, where zipfile takes all that so many bytes give: up to a million times as much.
 _AT_ONCE_OF_OTHERS = 128
+# What is read ahead of a remote tar, whose headers lie between its members.
+_TAR_AHEAD = 8 << 20
 _OUTSIDE = "its name leads out of the archive"
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 _SEPARATORS = re.compile(r"[/\\]")
@@ -76,6 +78,8 @@ class TarRef(ImageRef):
         return self.size
 
     def read(self) -> bytes:
+        if is_url(self.archive):
+            return read_range(self.archive, self.offset, self.offset + self.size)
         with open(self.archive, "rb") as stream:
             stream.seek(self.offset)
             content = stream.read(self.size)
@@ -117,6 +121,8 @@ def _cut_short(found: int, size: int) -> str:
 
 def _version(archive: str) -> tuple[int, int, int, int]:
     """Changes when the file does, and in a forked child, which must not share the parent's file position."""
+    if is_url(archive):  # asking a store each time would cost as much as reading
+        return os.getpid(), 0, 0, 0
     status = os.stat(archive)
     return os.getpid(), status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -124,7 +130,7 @@ def _version(archive: str) -> tuple[int, int, int, int]:
 # One open handle per archive: parsing the directory of a large zip for each member would be quadratic.
 @functools.lru_cache(maxsize=16)
 def _open_zip(archive: str, *version: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(archive)
+    return zipfile.ZipFile(open_input(archive) if is_url(archive) else archive)
 
 
 # ---- tar: its directory ----
@@ -139,6 +145,8 @@ class _TarContent:
     tar : TarFile
     plain : bool
         Whether it is not compressed.
+    end : int
+        Bytes of the file.
     members : dict
         By name; of those that were written twice the last one counts. A hard link to a member before it is that member.
     problem : str
@@ -147,6 +155,7 @@ class _TarContent:
 
     tar: tarfile.TarFile
     plain: bool
+    end: int
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     problem: str = ""
 
@@ -175,13 +184,15 @@ class _HeadersOnly:
 
 @functools.lru_cache(maxsize=16)
 def _open_tar(archive: str, *version: int) -> _TarContent:
-    with open(archive, "rb") as file:
-        start = file.read(6)
+    file = open_input(archive, _TAR_AHEAD)
+    start = file.read(6)
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
     opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
 
-    stream = _HeadersOnly(opener(archive) if opener else open(archive, "rb"))  # noqa: SIM115
+    stream = _HeadersOnly(opener(file) if opener else file)
     tar = tarfile.TarFile(archive, fileobj=stream)
-    content = _TarContent(tar, plain=opener is None)
+    content = _TarContent(tar, plain=opener is None, end=end)
     try:
         _list_members(content)
         if any(stream.last):  # tarfile takes a header that makes no sense for the end
@@ -221,14 +232,11 @@ def _follow(content: _TarContent, name: str) -> tarfile.TarInfo:
 # ---- archives as references ----
 
 
-def split_archive(path: str) -> tuple[str, str] | None:
-    """``a/data.zip/train`` -> (``a/data.zip``, ``train/``); None if no part of the path is an archive file."""
-    parts = Path(path).parts
-    for end in range(1, len(parts) + 1):
-        archive = os.path.join(*parts[:end])
-        if archive.lower().endswith(ZIP_SUFFIXES + TAR_SUFFIXES) and os.path.isfile(archive):
-            return archive, "/".join((*parts[end:], ""))
-    return None
+def member_ref(archive: str, member: str, path: str) -> ImageRef:
+    """One member of an archive, by its name in it, which is looked up when it is read."""
+    if archive.lower().endswith(ZIP_SUFFIXES):
+        return ZipRef(path, archive, member)
+    return TarMemberRef(path, archive, member)
 
 
 def archive_refs(archive: str, prefix: str) -> list[ImageRef]:
@@ -237,9 +245,9 @@ def archive_refs(archive: str, prefix: str) -> list[ImageRef]:
     Parameters
     ----------
     archive : str
-        Its file.
+        Its file, or its URL.
     prefix : str
-        A folder or a file inside it; empty for all.
+        A folder, a file or a pattern inside it; empty for all.
 
     Returns
     -------
@@ -269,7 +277,7 @@ def _zip_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
 
 def _tar_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
     content = _open_tar(archive, *_version(archive))
-    end = os.stat(archive).st_size
+    end = content.end
     refs: list[ImageRef] = []
     for name, member in content.members.items():
         if member.isdir() or not _is_wanted(name, prefix):
@@ -297,7 +305,8 @@ def _tar_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
 def _is_wanted(member: str, prefix: str) -> bool:
     """Whether a member is an image below ``prefix`` and not hidden."""
     name = _plain_name(member)
-    if not (name.startswith(prefix) or name == prefix.rstrip("/")):
+    wanted = prefix.rstrip("/")
+    if not (name.startswith(prefix) or name == wanted or (has_magic(wanted) and fnmatch.fnmatchcase(name, wanted))):
         return False
     if _leads_outside(member):
         return has_image_suffix(name.replace("\\", "/"))

@@ -132,6 +132,9 @@ def iter_refs(items: Iterable[object], label: str = "dataset") -> Iterator[Image
         The first item is a tensor that a transform has prepared already.
     """
     for i, item in enumerate(items):
+        if isinstance(item, ImageRef):
+            yield item
+            continue
         if i == 0:
             check_not_prepared(item)
 
@@ -144,6 +147,8 @@ def iter_refs(items: Iterable[object], label: str = "dataset") -> Iterator[Image
 
 def is_image(item: object) -> bool:
     """Whether an item of a stream is one image, of whatever kind; its content may still be bad."""
+    if isinstance(item, ImageRef):
+        return True
     picture = _picture_in(item)
     if is_tensor(picture) and picture.is_floating_point():
         return picture.ndim == 3  # two dimensions would be a batch of vectors

@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from ..exceptions import UnlabelledError, UsageError
+from ..files.remote import is_url
 from .references import ImageRef, MissingRef, list_images, printable, split_archive
 
 _WANTED = "classes are the folders below a folder or an archive that is named (photos/cat/1.png in photos/)"
@@ -67,9 +68,9 @@ def _base(source: object) -> str:
         raise UnlabelledError(f"images given as {type(source).__name__} have no class: {_WANTED}")
 
     path = os.fspath(source)
-    if os.path.isdir(path):
-        return printable(path)
     inside = split_archive(path)
+    if os.path.isdir(path) or (is_url(path) and inside is None):
+        return printable(path)
     if inside is None:
         raise UnlabelledError(f"{printable(path)} is no folder and no archive: {_WANTED}")
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import IO
 
 from ..exceptions import UsageError
-from .archives import TAR_SUFFIXES, ZIP_SUFFIXES, TarMemberRef, TarRef, ZipRef, archive_refs, split_archive
-from .datasets import dataset_refs, is_map_style
+from ..files.remote import is_url
+from .archive_names import TAR_SUFFIXES, ZIP_SUFFIXES, split_archive
+from .archives import TarMemberRef, TarRef, ZipRef, archive_refs, member_ref
+from .datasets import dataset_refs, is_map_style, iter_refs
 from .image_refs import IMAGE_SUFFIXES, FileRef, HeldRef, ImageRef, MissingRef, StreamRef, has_image_suffix, printable
 from .memory import is_file_content, refs_in_memory
+from .parquet_refs import is_parquet, parquet_ref, parquet_refs
+from .remote_refs import RemoteRef, is_pattern, remote_refs
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -22,12 +26,15 @@ __all__ = [
     "HeldRef",
     "ImageRef",
     "MissingRef",
+    "RemoteRef",
     "StreamRef",
     "TarMemberRef",
     "TarRef",
     "ZipRef",
+    "iter_images",
     "list_images",
     "printable",
+    "ref_of",
     "split_archive",
 ]
 
@@ -39,9 +46,10 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
     ----------
     sources : str, Path, bytes, open file, PIL image, array, tensor, dataset, ImageRef, or a list of these
         A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
-        folder inside one (``data.zip/train``), ``-`` (paths on standard input, one a line), the content of an image
-        file (``bytes``, ``bytearray``, ``memoryview``), a binary file that is open (``BytesIO`` too), a PIL image,
-        an array or tensor of uint8 or of floats in [0, 1], or a dataset.
+        folder inside one (``data.zip/train``), a Parquet file with images in its rows, a URL of any of these that
+        fsspec opens, ``-`` (paths on standard input, one a line), the content of an image file (``bytes``,
+        ``bytearray``, ``memoryview``), a binary file that is open (``BytesIO`` too), a PIL image, an array or tensor of
+        uint8 or of floats in [0, 1], or a dataset.
 
         An open file is read when its turn comes, so it must still be open: from its start, wherever it stands; a stream
         that cannot go back is read from where it is, and so only once.
@@ -76,73 +84,177 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
     ['bytes[0]']
     """
     items = list(sources) if isinstance(sources, list | tuple) else [sources]
-    refs: list[ImageRef] = []
-    streamed = False
+    if any(isinstance(item, Iterator) and not is_file_content(item) for item in items):
+        raise UsageError("a generator can be read only once, and these images are needed again: give a dataset")
 
-    for number, item in enumerate(items):
-        if isinstance(item, str) and item == "-":
-            streamed = True
-            for line in (stdin or sys.stdin.buffer).read().splitlines():
-                if line.strip():
-                    refs += _from_path(os.fsdecode(line))
-        elif isinstance(item, str | os.PathLike):
-            refs += _from_path(os.fspath(item))
-        elif isinstance(item, ImageRef):
-            refs.append(item)
-        elif is_file_content(item):
-            refs += refs_in_memory(item, number)
-        elif is_map_style(item):
-            refs += dataset_refs(item, "dataset" if len(items) == 1 else f"dataset[{number}]")
-        elif isinstance(item, Iterator):
-            raise UsageError("a generator can be read only once, and these images are needed again: give a dataset")
-        else:
-            refs += refs_in_memory(item, number)
+    # one file may be named twice
+    refs = list({ref.identity: ref for ref in iter_images(items, stdin)}.values())
 
+    streamed = _is_stdin(items)
     listed = bool(items) and all(isinstance(item, ImageRef) for item in items)  # the rest of an interrupted run, say
     if not (streamed or listed) and all(isinstance(ref, MissingRef) for ref in refs):
         first = refs[0] if refs else None
         raise UsageError(f"{first.path}: {first.reason}" if isinstance(first, MissingRef) else "no images were named")
-
-    # one file may be named twice
-    return list({ref.identity: ref for ref in refs}.values())
+    return refs
 
 
-def _from_path(path: str) -> list[ImageRef]:
-    if os.path.isdir(path):
-        refs = sorted(_from_folder(path), key=lambda ref: ref.path)
-        return refs or [MissingRef(printable(path), "no images in this folder")]
+def iter_images(sources: object, stdin: IO[bytes] | None = None) -> Iterator[ImageRef]:
+    """Every image behind ``sources`` as it is found: the first comes before a long listing ends.
+
+    Parameters
+    ----------
+    sources, stdin
+        As for :func:`list_images`, or generators of images.
+
+    Yields
+    ------
+    ImageRef
+        In the order of :func:`list_images`. Of several sources, each image once; then all names stay in memory.
+        Things that hold no image come too, and where nothing is found, a reference that says so.
+
+    Raises
+    ------
+    UsageError
+        A source is of no kind that can hold images.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from featdiff.data.references import iter_images
+    >>> next(iter_images(np.zeros((2, 8, 8, 3)))).path
+    'array[0][0]'
+    """
+    items = list(sources) if isinstance(sources, list | tuple) else [sources]
+    several = len(items) > 1 or _is_stdin(items)
+    seen: set[Hashable] = set()
+    for number, item in enumerate(items):
+        for ref in _from_item(item, number, len(items), stdin):
+            if several and ref.identity in seen:
+                continue
+            if several:
+                seen.add(ref.identity)
+            yield ref
+
+
+def _is_stdin(items: Iterable[object]) -> bool:
+    return any(isinstance(item, str) and item == "-" for item in items)
+
+
+def _from_item(item: object, number: int, count: int, stdin: IO[bytes] | None) -> Iterator[ImageRef]:
+    """The images of one source."""
+    label = "dataset" if count == 1 else f"dataset[{number}]"
+    if isinstance(item, str) and item == "-":
+        for line in stdin or sys.stdin.buffer:
+            for name in line.splitlines():
+                if name.strip():
+                    yield from _from_path(os.fsdecode(name))
+    elif isinstance(item, str | os.PathLike):
+        yield from _from_path(os.fspath(item))
+    elif isinstance(item, ImageRef):
+        yield item
+    elif is_file_content(item):
+        yield from refs_in_memory(item, number)
+    elif is_map_style(item):
+        yield from dataset_refs(item, label)
+    elif isinstance(item, Iterator):
+        yield from iter_refs(item, label)
+    else:
+        yield from refs_in_memory(item, number)
+
+
+def ref_of(name: str, size: int | None = None) -> ImageRef:
+    """The reference to one image by the name that :func:`iter_images` gave it; nothing is listed.
+
+    Parameters
+    ----------
+    name : str
+        A local file, a URL, a member of an archive at either (``a.zip/b.png``), or a row of a Parquet file
+        (``a.parquet#row=3``).
+    size : int, optional
+        Of a remote object in bytes, where it is known: saves a request.
+
+    Returns
+    -------
+    ImageRef
+        What cannot be found says so when it is read.
+
+    Examples
+    --------
+    >>> from featdiff.data.references import ref_of
+    >>> ref_of("s3://photos/a.jpg", size=5)
+    RemoteRef(path='s3://photos/a.jpg', url='s3://photos/a.jpg', size=5)
+    """
+    row = parquet_ref(name)
+    if row:
+        return row
+    inside = split_archive(name)
+    if inside and inside[1]:
+        return member_ref(inside[0], inside[1].rstrip("/"), printable(name))
+    if is_url(name):
+        return RemoteRef(printable(name), name, size)
+    return FileRef(printable(name), name)
+
+
+def _from_path(path: str) -> Iterator[ImageRef]:
+    url = is_url(path)
+    if not url and os.path.isdir(path):
+        found = False
+        for ref in _from_folder(path):
+            found = True
+            yield ref
+        if not found:
+            yield MissingRef(printable(path), "no images in this folder")
+        return
 
     inside = split_archive(path)
-    if inside:
-        return archive_refs(*inside)
-
-    if os.path.lexists(path):
-        return [FileRef(printable(path), path)]
-
-    if glob.has_magic(path):
-        refs = [ref for name in sorted(glob.glob(path, recursive=True)) for ref in _from_path(name)]
-        return refs or [MissingRef(printable(path), "no file matches this pattern")]
-
-    return [MissingRef(printable(path), "no such file or folder")]
+    if inside and url and is_pattern(inside[0]):
+        for item in remote_refs(inside[0]):
+            yield from [item] if isinstance(item, ImageRef) else archive_refs(item, inside[1])
+    elif inside:
+        yield from archive_refs(*inside)
+    elif is_parquet(path) and (url or os.path.isfile(path)) and not (url and is_pattern(path)):
+        yield from parquet_refs(path)
+    elif url:
+        for item in remote_refs(path):
+            yield from [item] if isinstance(item, ImageRef) else _from_path(item)
+    elif os.path.lexists(path):
+        yield FileRef(printable(path), path)
+    elif glob.has_magic(path):
+        names = sorted(glob.glob(path, recursive=True))
+        for name in names:
+            yield from _from_path(name)
+        if not names:
+            yield MissingRef(printable(path), "no file matches this pattern")
+    else:
+        yield MissingRef(printable(path), "no such file or folder")
 
 
 def _from_folder(root: str) -> Iterator[ImageRef]:
-    """Images below ``root``; links to folders are followed, loops are not."""
+    """Images below ``root``, sorted by path, folder by folder; links to folders are followed, loops are not."""
     seen: set[str] = set()
-    problems: list[OSError] = []
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
-        real = os.path.realpath(folder)
+    waiting: list[tuple[str, bool]] = [(root, True)]  # the next one last
+    while waiting:
+        path, is_folder = waiting.pop()
+        if not is_folder:
+            yield FileRef(printable(path), path)
+            continue
+
+        real = os.path.realpath(path)
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
+        try:
+            waiting += reversed(_entries(path))
+        except OSError as problem:
+            yield MissingRef(printable(path), f"folder cannot be read: {problem.strerror}")
 
-        # sorted, so that a folder with several names is always listed under the same one
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if has_image_suffix(name):
-                path = os.path.join(folder, name)
-                yield FileRef(printable(path), path)
 
-    for problem in problems:
-        yield MissingRef(printable(problem.filename), f"folder cannot be read: {problem.strerror}")
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """Folders and images in a folder, and which is which; as whole paths are sorted, a slash after those of folders."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            if not entry.name.startswith(".") and (is_folder or has_image_suffix(entry.name)):
+                found.append((os.path.join(folder, entry.name), is_folder))
+    return sorted(found, key=lambda entry: printable(entry[0]) + "/" * entry[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..data.decoding import Transform
 from ..data.groups import Groups, label_images, numbered
+from ..data.listing import Listing
 from ..data.loaders import is_loader, read_batches
 from ..data.splits import Plan, Split
 from ..exceptions import KnownImages, NotFittedError, UsageError
@@ -27,11 +28,12 @@ from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .config import Settings
 from .grouping import Grouping, make_checked_plan
+from .pushing import Pushable
 
 S = TypeVar("S", bound=Settings)
 
 
-class BaseDetector(Generic[S]):
+class BaseDetector(Pushable, Generic[S]):
     """A detector is fitted on ordinary images and scores others.
 
     A subclass says how rows of its extractor become scores: :meth:`fit`, :meth:`layer_scores`, :meth:`all_heads`,
@@ -365,7 +367,8 @@ class BaseDetector(Generic[S]):
         rate = self.fpr if fpr is None else fpr
         self.calibration_.check(rate)
         # a loader may be a live stream
-        at_once = 1 if is_loader(images) else self.batches_at_once * self.settings.image_batch
+        live = is_loader(images) and not isinstance(images, Listing)
+        at_once = 1 if live else self.batches_at_once * self.settings.image_batch
         return self._stream(*self.batches(self._ready(images)), at_once, rate, progress, exclude_known)
 
     def score_batches(self, batches: Iterable[Batch], fpr: float | None = None) -> Iterator[Scores]:

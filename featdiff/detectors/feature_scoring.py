@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.listing import Listing
 from ..data.loaders import is_loader
 from ..data.references import list_images
 from ..data.splits import Plan
@@ -78,7 +79,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         """References to the images, after the engine was chosen that runs the backbone for them."""
         if not is_loader(images):
             images = list_images(images)
-        self._choose_engine(images, isinstance(images, list) and len(images) >= WORTH_AN_ENGINE)
+        some = images.first(WORTH_AN_ENGINE) if isinstance(images, Listing) else images
+        self._choose_engine(some, isinstance(some, list) and len(some) >= WORTH_AN_ENGINE)
         return images
 
     def ready_for_many(self) -> None:
@@ -114,7 +116,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         if not self.engine_note_:
             self.engine_note_ = f"torch, for {name} is not installed"
             message = f"this model was fitted in bfloat16 by {name}, and PyTorch rounds otherwise: install {name}"
-            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=4)
+            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=5)
         return ""
 
     def _confirm_engine(self, pixels: Tensor, digests: Sequence[bytes]) -> None:

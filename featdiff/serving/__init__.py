@@ -1,1 +1,1 @@
-"""A model behind HTTP: what is served, how requests become batches, and the answers. Needs the extra ``serve``."""
+"""Scoring past one machine: manifests and blocks of images, Ray clusters, and a server."""

@@ -3,9 +3,10 @@
     python tests/benchmarks/server.py --data FOLDER [--images 300 --rounds 3 --minutes 5]
 
 FOLDER holds flowers.zip as configs/README.md describes it. The clients run on the same cores as the server: eight
-threads of another process, each with a connection of its own. Rates are taken in turns with scoring the same files in
-this process. Then single requests, requests at half the rate at even distances, and minutes of load in which one image
-in a hundred is broken; every answer is compared with the row of this process.
+threads of another process, each with a connection of its own. Rates are taken in turns with ``featdiff score`` of the
+same files by the same engine, whose rate is the one that it prints, without its start. Then requests one after the
+other, requests at half the rate at even distances, and minutes of load in which one image in a hundred is broken; every
+answer is compared with the row of ``featdiff score``.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from featdiff import Detector
-from featdiff.data.references import FileRef
-from featdiff.runtime.allocator import keep_freed_memory
 
+FEATDIFF = str(Path(sys.executable).with_name("featdiff"))
+ENGINE = "openvino"
 CLIENTS = 8
 FITTED = 200
 #: Threads that send at a given rate: more than ever wait at once.
@@ -96,7 +97,7 @@ def at_rate(port: int, contents: list[bytes], rate: float) -> list[Answer]:
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[tuple[int, int]]:
     """(port, process) of ``featdiff serve``."""
-    command = [str(Path(sys.executable).with_name("featdiff")), "serve", "-m", str(model), "--port", "0", *options]
+    command = [FEATDIFF, "serve", "-m", str(model), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -141,63 +142,60 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--minutes", type=float, default=5.0, help="of load with broken images")
     arguments = parser.parse_args()
-    keep_freed_memory()
 
     with tempfile.TemporaryDirectory() as folder:
-        files = unpacked(arguments.data, Path(folder), arguments.images)
-        detector = Detector().fit([str(file) for file in files[:FITTED]])
+        files = unpacked(arguments.data, Path(folder) / "flowers", arguments.images)
         model = Path(folder) / "model"
-        detector.save_pretrained(model)
-        measure(detector, model, files[FITTED:], arguments.rounds, arguments.minutes)
+        Detector().fit([str(file) for file in files[:FITTED]]).save_pretrained(model)
+        for file in files[:FITTED]:
+            file.unlink()
+        measure(model, Path(folder) / "flowers", arguments.rounds, arguments.minutes)
 
 
-def measure(detector: Detector, model: Path, files: list[Path], rounds: int, minutes: float) -> None:
-    detector.ready_for_many()
-    refs = [FileRef(str(file), str(file)) for file in files]
-    contents = [file.read_bytes() for file in files]
+def scored(model: Path, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Images a second, as ``featdiff score`` prints it, and its rows."""
+    command = [FEATDIFF, "score", str(folder), "-m", str(model), "--engine", ENGINE, "--format", "jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (rate,) = re.findall(r"s \(([\d,]+) images/s\)", done.stderr)
+    return float(rate.replace(",", "")), [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def measure(model: Path, folder: Path, rounds: int, minutes: float) -> None:
+    _, rows = scored(model, folder)
+    contents = [Path(row["path"]).read_bytes() for row in rows]
 
     clients = multiprocessing.get_context("spawn").Pool(1)
-    with clients, serving(model) as (port, process):
-        detector.score(refs[:32])
+    with clients, serving(model, "--engine", ENGINE) as (port, process):
         clients.apply(closed_loop, (port, contents[:32], CLIENTS, 0.0))
-        rates: dict[str, list[float]] = {"in this process": [], "by the server": []}
+        rates: dict[str, list[float]] = {"featdiff score": [], "featdiff serve": []}
         for _ in range(rounds):
-            begun = time.perf_counter()
-            rows = list(detector.score(refs).rows())
-            rates["in this process"].append(len(files) / (time.perf_counter() - begun))
+            rates["featdiff score"].append(scored(model, folder)[0])
             begun = time.perf_counter()
             answers = clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))
-            rates["by the server"].append(len(files) / (time.perf_counter() - begun))
+            rates["featdiff serve"].append(len(contents) / (time.perf_counter() - begun))
             assert wrong(answers, rows) == 0
         for name, values in rates.items():
             print(f"{name}: {np.median(values):.1f} images/s ({', '.join(f'{value:.1f}' for value in values)})")
-        ratios = np.array(rates["by the server"]) / np.array(rates["in this process"])
+        ratios = np.array(rates["featdiff serve"]) / np.array(rates["featdiff score"])
         print(f"ratio: {np.median(ratios):.2f} ({', '.join(f'{value:.2f}' for value in ratios)})", flush=True)
-        latencies(detector, refs, contents, clients, port, float(np.median(rates["by the server"])), rounds)
+        latencies(contents, clients, port, float(np.median(rates["featdiff serve"])), rounds)
         soak(rows, contents, clients, port, process, minutes)
 
 
-def latencies(
-    detector: Detector, refs: list[FileRef], contents: list[bytes], clients: Any, port: int, rate: float, rounds: int
-) -> None:
-    """A single pass in this process, single requests, and requests at half the rate, in turns."""
-    single: list[float] = []
-    alone: list[float] = []
-    half: list[float] = []
+def latencies(contents: list[bytes], clients: Any, port: int, rate: float, rounds: int) -> None:
+    """Requests one after the other, each of which is a pass of its own, and requests at half the rate, in turns."""
+    ratios = []
     for _ in range(rounds):
-        for ref in refs[:50]:
-            begun = time.perf_counter()
-            detector.score([ref])
-            single.append(time.perf_counter() - begun)
-        alone += [answer.seconds for answer in clients.apply(closed_loop, (port, contents[:50], 1, 0.0))]
-        half += [answer.seconds for answer in clients.apply(at_rate, (port, contents, rate / 2))]
-    for name, values in (("a single pass", single), ("a request alone", alone), ("at half the rate", half)):
-        points = " / ".join(f"{1e3 * np.percentile(values, point):.1f}" for point in (50, 95, 99))
-        print(f"{name}: {points} ms (median / 95 % / 99 %)")
-    print(
-        f"99 % at half the rate / median of a single pass: {np.percentile(half, 99) / np.median(single):.2f}",
-        flush=True,
-    )
+        seconds = {
+            "one after the other": [a.seconds for a in clients.apply(closed_loop, (port, contents[:100], 1, 0.0))],
+            "at half the rate": [a.seconds for a in clients.apply(at_rate, (port, contents, rate / 2))],
+        }
+        for name, values in seconds.items():
+            points = " / ".join(f"{1e3 * np.percentile(values, point):.1f}" for point in (50, 95, 99))
+            print(f"{name}: {points} ms (median / 95 % / 99 %)")
+        alone, half = seconds.values()
+        ratios.append(np.percentile(half, 99) / np.median(alone))
+    print(f"99 % at half the rate / median alone: {', '.join(f'{ratio:.1f}' for ratio in ratios)}", flush=True)
 
 
 def soak(
