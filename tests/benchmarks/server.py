@@ -3,15 +3,16 @@
     python tests/benchmarks/server.py --data FOLDER [--images 300 --rounds 3 --minutes 5]
 
 FOLDER holds flowers.zip as configs/README.md describes it. The clients run on the same cores as the server: eight
-threads of another process, each with a connection of its own. Rates are taken in turns with ``featdiff score`` of the
-same files by the same engine, whose rate is the one that it prints, without its start. Then requests one after the
-other, requests at half the rate at even distances, and minutes of load in which one image in a hundred is broken; every
-answer is compared with the row of ``featdiff score``.
+threads of another process, each with a connection of its own. Rates are taken in turns with what ``featdiff score``
+does with the same files, by the same engine, in a process that has done it once. Then requests one after the other,
+requests at half the rate at even distances, and minutes of load in which one image in a hundred is broken; every answer
+is compared with the row of that process.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import json
 import multiprocessing
@@ -26,11 +27,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from featdiff import Detector
+from featdiff.runtime.allocator import keep_freed_memory
+from featdiff.runtime.cpus import prepare_threads
+
+if TYPE_CHECKING:
+    from featdiff import Detector
 
 FEATDIFF = str(Path(sys.executable).with_name("featdiff"))
 ENGINE = "openvino"
@@ -143,6 +148,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="of load with broken images")
     arguments = parser.parse_args()
 
+    prepare_threads()  # as the command does, for all processes that are started here
+    from featdiff import Detector
+
     with tempfile.TemporaryDirectory() as folder:
         files = unpacked(arguments.data, Path(folder) / "flowers", arguments.images)
         model = Path(folder) / "model"
@@ -152,33 +160,41 @@ def main() -> None:
         measure(model, Path(folder) / "flowers", arguments.rounds, arguments.minutes)
 
 
+@functools.cache
+def loaded(model: Path) -> Detector:
+    """In the process that scores."""
+    from featdiff import Detector
+
+    keep_freed_memory()
+    return Detector.from_pretrained(model, engine=ENGINE)
+
+
 def scored(model: Path, folder: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Images a second, as ``featdiff score`` prints it, and its rows."""
-    command = [FEATDIFF, "score", str(folder), "-m", str(model), "--engine", ENGINE, "--format", "jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (rate,) = re.findall(r"s \(([\d,]+) images/s\)", done.stderr)
-    return float(rate.replace(",", "")), [json.loads(line) for line in done.stdout.splitlines()]
+    """Images a second without a server, and the rows."""
+    detector = loaded(model)
+    begun = time.perf_counter()
+    rows = list(detector.score(folder).rows())
+    return len(rows) / (time.perf_counter() - begun), rows
 
 
 def measure(model: Path, folder: Path, rounds: int, minutes: float) -> None:
-    _, rows = scored(model, folder)
-    contents = [Path(row["path"]).read_bytes() for row in rows]
-
-    clients = multiprocessing.get_context("spawn").Pool(1)
-    with clients, serving(model, "--engine", ENGINE) as (port, process):
-        clients.apply(closed_loop, (port, contents[:32], CLIENTS, 0.0))
-        rates: dict[str, list[float]] = {"featdiff score": [], "featdiff serve": []}
+    spawned = multiprocessing.get_context("spawn")
+    with spawned.Pool(1) as clients, spawned.Pool(1) as scorer, serving(model, "--engine", ENGINE) as (port, process):
+        _, rows = scorer.apply(scored, (model, folder))
+        contents = [Path(row["path"]).read_bytes() for row in rows]
+        clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))
+        rates: dict[str, list[float]] = {"without a server": [], "by the server": []}
         for _ in range(rounds):
-            rates["featdiff score"].append(scored(model, folder)[0])
+            rates["without a server"].append(scorer.apply(scored, (model, folder))[0])
             begun = time.perf_counter()
             answers = clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))
-            rates["featdiff serve"].append(len(contents) / (time.perf_counter() - begun))
+            rates["by the server"].append(len(contents) / (time.perf_counter() - begun))
             assert wrong(answers, rows) == 0
         for name, values in rates.items():
             print(f"{name}: {np.median(values):.1f} images/s ({', '.join(f'{value:.1f}' for value in values)})")
-        ratios = np.array(rates["featdiff serve"]) / np.array(rates["featdiff score"])
+        ratios = np.array(rates["by the server"]) / np.array(rates["without a server"])
         print(f"ratio: {np.median(ratios):.2f} ({', '.join(f'{value:.2f}' for value in ratios)})", flush=True)
-        latencies(contents, clients, port, float(np.median(rates["featdiff serve"])), rounds)
+        latencies(contents, clients, port, float(np.median(rates["by the server"])), rounds)
         soak(rows, contents, clients, port, process, minutes)
 
 
