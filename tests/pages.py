@@ -26,6 +26,7 @@ PLUGIN = "that folder, in a process of its own: the block registers a score (tes
 # ... or where something is missing, and the error says what:
 HUB = "without a hub (test_docs_other)"
 DOWNLOAD = "without a download (test_docs_other)"
+SERVER = "of and to a server (serving/test_serve_pages)"
 NO_DATA = "without the data that it measures (test_docs_other)"
 # ... or it is about the checkout:
 SETUP = "compared with .ci/run (test_docs_other)"
@@ -39,6 +40,7 @@ INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
 RAY = "on a cluster of two nodes (serving/test_ray)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
+CONTAINER = "its user, health check and command (serving/test_serve_pages)"
 CONFIG = "featdiff train --config (test_docs_other)"
 PIPELINE = "in a folder with photos and images (cli/test_pipelines)"
 ON_HUB = "with a hub on loopback (files/test_hub)"
@@ -70,6 +72,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
         (r"^featdiff (manifest|merge) ", DEFAULT),
         (r"^find images ", DEFAULT),
+        (r"^featdiff serve|^curl .*127\.0\.0\.1:8000", SERVER),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
     "python": (
@@ -77,6 +80,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"s3://", STORE),
         (r"push_to_hub", ON_HUB),
         (r"pyod_detector", SMALL),
+        (r"127\.0\.0\.1:8000", SERVER),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
@@ -84,6 +88,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "makefile": ((r"featdiff score", PIPELINE),),
     "sh": ((r"^#SBATCH ", SBATCH),),
     "yaml": ((r"^stages:", PIPELINE), (r"^kind: Job$", INDEXED_JOB)),
+    "dockerfile": ((r"^FROM ", CONTAINER),),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from .bodies import read_images
 from .gate import GONE, RETRY_AFTER, Gate, answer
 from .in_time import in_time
 from .inference import add_inference
-from .metrics import CONTENT_TYPE, Metrics, process_ends
+from .metrics import CONTENT_TYPE, Metrics, forget_process
 from .pages import ABOUT, EXPLAINED, IMAGES, SCORED
 from .served import Served, open_served
 from .settings import Settings
@@ -57,7 +58,7 @@ def make_app(served: Served, settings: Settings) -> FastAPI:
         batcher.start()
         yield
         await batcher.stop()
-        process_ends()
+        forget_process(os.getpid())
 
     app = FastAPI(title="featdiff", version=version("featdiff"), description=ABOUT, lifespan=living, redoc_url=None)
     app.add_middleware(Gate, settings=settings, metrics=metrics)

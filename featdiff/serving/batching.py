@@ -56,6 +56,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._held = 0  # images that are accepted and not answered
+        self._decoding = 0  # those of them that are not waiting for the model yet
         self._worker: asyncio.Task[None] | None = None
 
     @property
@@ -116,10 +117,14 @@ class Batcher:
 
     async def _row(self, ref: ImageRef) -> Row:
         loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._decoders, self._served.load, ref)
+        self._decoding += 1
+        try:
+            image = await loop.run_in_executor(self._decoders, self._served.load, ref)
+        finally:
+            self._decoding -= 1
+            self._arrived.set()
         waiting = _Waiting(image, loop.create_future())
         self._waiting.append(waiting)
-        self._arrived.set()
         return await waiting.row
 
     async def _work(self) -> None:
@@ -134,19 +139,14 @@ class Batcher:
 
     async def _gather(self) -> None:
         """Wait for an image, and then for others that are on their way."""
-        await self._next()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.max_wait):
-                while len(self._waiting) < min(self._held, self._settings.max_batch):
-                    seen = len(self._waiting)
-                    while len(self._waiting) == seen:
-                        self._arrived.clear()
-                        await self._arrived.wait()
-
-    async def _next(self) -> None:
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.max_wait):
+                while self._decoding and len(self._waiting) < self._settings.max_batch:
+                    self._arrived.clear()
+                    await self._arrived.wait()
 
     def _run(self, batch: list[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
         """Score a batch on the thread of the model, and hand out its rows."""

@@ -110,10 +110,10 @@ class Metrics:
         return generate_latest(together)
 
 
-def process_ends() -> None:
-    """The gauges of this process are no longer shown beside those of others."""
-    if SHARED in os.environ:
-        mark_process_dead(os.getpid())
+def forget_process(number: int | None) -> None:
+    """The gauges of a process that has ended are no longer shown; its counters stay in the sums."""
+    if SHARED in os.environ and number is not None:
+        mark_process_dead(number)
 
 
 def distance(scores: np.ndarray, calibration: np.ndarray) -> float:

@@ -10,14 +10,15 @@ from PIL import Image
 
 from ..data.batches import Batch, LoadedImage, iter_batches, load
 from ..data.references import HeldRef, ImageRef
+from ..exported import ExportedDetector
 from ..verdicts.calibration import Calibration
 from ..verdicts.explanation import Explanation
 from ..verdicts.results import Scores, columns_of
+from .models import load_model
 from .settings import Settings
 
 if TYPE_CHECKING:
     from ..detectors import Detector, PixelDetector
-    from ..exported import ExportedDetector
 
 # The picture with which a model runs once before it is asked.
 _FIRST = (256, 256)
@@ -79,32 +80,20 @@ def open_served(settings: Settings) -> Served:
         As for :func:`featdiff.load_detector` and :class:`featdiff.ExportedDetector`; a rate that the calibration
         images cannot support.
     """
-    from ..exported.layout import is_exported
-
-    if is_exported(settings.model):
-        from ..exported import ExportedDetector
-
-        exported = ExportedDetector(settings.model, **settings.options)
-        limits = (exported.max_pixels, exported.max_bytes)
-        served = _served(exported, settings, exported.transform, limits, exported.engine)
+    detector = load_model(settings.model, settings.options)
+    if isinstance(detector, ExportedDetector):
+        limits = (detector.max_pixels, detector.max_bytes)
+        served = _served(detector, settings, detector.transform, limits, detector.engine)
     else:
-        served = _saved(settings)
+        served = _saved(detector, settings)
 
     grey = served.load(HeldRef("first", Image.new("RGB", _FIRST, (128, 128, 128))))
     served.score([grey])
     return served
 
 
-def _saved(settings: Settings) -> Served:
-    from ..detectors import Detector, load_detector
-    from ..hardening.layout import is_hardened
-
-    if is_hardened(settings.model):
-        from ..hardening.harden import load_hardened
-
-        detector: Any = load_hardened(settings.model, **settings.options)[1].detector
-    else:
-        detector = load_detector(settings.model, **settings.options)
+def _saved(detector: Detector | PixelDetector, settings: Settings) -> Served:
+    from ..detectors import Detector
 
     engine = "torch"
     if isinstance(detector, Detector):

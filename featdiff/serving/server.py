@@ -136,12 +136,20 @@ def _run_many(settings: Settings, place: socket.socket, ready: Callable[[], None
             place.close()  # or connections would still be accepted, and never answered
             super().terminate_all()
 
+        def keep_subprocess_alive(self) -> None:
+            before = {process.pid for process in self.processes}
+            super().keep_subprocess_alive()
+            for dead in before - {process.pid for process in self.processes}:
+                forget_process(dead)
+
     if not any(name in os.environ for name in THREAD_COUNTS):
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // settings.processes))
     open_served(settings)
 
     with tempfile.TemporaryDirectory(prefix="featdiff-metrics-") as folder:
-        os.environ[_SHARED] = folder
+        os.environ[_SHARED] = folder  # before the package is imported that looks for it
+        from .metrics import forget_process
+
         config = _config(settings, partial(_create, settings), factory=True, workers=settings.processes)
         place.listen(_BACKLOG)  # who comes before the processes have loaded the model waits for them
         supervisor = Supervisor(config, sockets=[place])

@@ -1,4 +1,4 @@
-"""A saved and an exported tiny model, pictures, and a server for each model that all tests of a file share."""
+"""A saved and an exported tiny model, pictures, and a server for each model that many tests share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pictures(sample_folders: dict[str, Path], tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tiny_model: Path) -> Iterator[Server]:
     """Serves the saved model; by PyTorch, as the command line scores so few images."""
     with Server(tiny_model, "--engine", "torch", "--name", "tiny") as running:

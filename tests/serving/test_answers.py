@@ -193,6 +193,13 @@ def test_an_empty_body_is_an_unreadable_image(server: Server) -> None:
     assert server.score(b"")["reason"] == "empty file (0 bytes)"
 
 
+def test_a_picture_that_would_fill_the_memory_is_not_opened(server: Server) -> None:
+    stream = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(stream, "PNG")
+    row = server.score(stream.getvalue())
+    assert row["status"] == "unreadable" and "more than the limit of 89,478,485 pixels" in row["reason"]
+
+
 # ---- the Open Inference Protocol ----
 
 

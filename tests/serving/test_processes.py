@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import socket
 import sys
@@ -78,6 +79,29 @@ def test_processes_share_the_work_and_their_numbers_add_up(exported_model: Path,
         assert server.metric("featdiff_batch_images_sum") == 4 * len(rows)
         page = server.client.get("/metrics").text
         assert len([line for line in page.splitlines() if line.startswith("featdiff_drift_statistic{pid=")]) == 2
+
+
+def workers(server: Server) -> set[int]:
+    """The processes that it has started to answer."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return {int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()}
+
+
+def test_a_process_that_is_killed_is_started_again(exported_model: Path, tile: bytes) -> None:
+    with Server(exported_model, "--processes", 2) as server:
+        server.score(tile)
+        first = workers(server)
+        os.kill(killed := min(first), signal.SIGKILL)
+        until = time.monotonic() + 60
+        while len(now := workers(server)) < 2 or killed in now:
+            assert time.monotonic() < until, server.log
+            time.sleep(0.1)
+        for _ in range(10):
+            answer = httpx.post(f"{server.url}/v1/score", content=tile, timeout=60, trust_env=False)
+            assert answer.json()["images"][0]["status"] == "ok"
+        page = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
+        assert f'pid="{killed}"' not in page
+        assert 'featdiff_images_total{verdict="normal"} 11.0' in page
 
 
 def test_a_key(exported_model: Path, tile: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
