@@ -157,6 +157,23 @@ def test_trainings_and_warnings_of_libraries_are_logged(
         assert 0 < entry["step"] <= entry["steps"]
 
 
+def test_progress_has_numbers(
+    featdiff_cli: Cli, tiny_model: Path, sample_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines that logs have every half minute, here many times a second."""
+    from featdiff_cli import progress
+
+    monkeypatch.setattr(progress, "_FIRST_LINE", 0.01)
+    monkeypatch.setenv("FEATDIFF_LOG_SECONDS", "0.01")
+    line = ["score", sample_folders["train"], "-m", tiny_model, "--batch-size", "8"]
+    found = entries(featdiff_cli(*line, "--log-format", "json").stderr)
+    scoring = [entry for entry in found if entry.get("stage") == "scoring"]
+    assert scoring
+    counts = [entry["done"] for entry in scoring]
+    assert counts == sorted(counts) and 0 < counts[0] <= 390
+    assert all(entry["total"] == 390 and entry["rate"] >= 0 for entry in scoring)
+
+
 def test_a_warning_of_another_library_is_an_entry(featdiff_cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
     from featdiff.files import model_folder
 
