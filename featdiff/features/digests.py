@@ -91,7 +91,7 @@ class DigestIndex:
         lengths = [len(content) // DIGEST_BYTES for content in contents]
         places = np.empty((sum(lengths), 2), np.int32)
         places[:, 0] = np.repeat(numbers, lengths)
-        places[:, 1] = np.concatenate([np.arange(length) for length in lengths] or [np.empty(0)])
+        places[:, 1] = np.concatenate([np.arange(length) for length in (*lengths, 0)])
         self._merge(b"".join(contents), places)
 
     def forget(self, shard: int) -> None:
