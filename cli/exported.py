@@ -19,15 +19,16 @@ _REFUSED = {
 _READING = ("image_batch", "workers", "max_pixels", "max_bytes", "engine")
 
 
-def exported_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, as arguments of an exported detector."""
-    return {name: options[name] for name in _READING if options.get(name) is not None}
-
-
 def open_exported(model: str, options: Mapping[str, Any]) -> ExportedDetector:
     """An exported model; ``UsageError`` for options that need the saved one."""
-    from featdiff.exceptions import UsageError
     from featdiff.exported import ExportedDetector
+
+    return ExportedDetector(model, **exported_arguments(model, options))
+
+
+def exported_arguments(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that an exported model takes; ``UsageError`` for those that need the saved one."""
+    from featdiff.exceptions import UsageError
 
     refused = [option for name, option in _REFUSED.items() if options.get(name)]
     if refused:
@@ -36,7 +37,7 @@ def open_exported(model: str, options: Mapping[str, Any]) -> ExportedDetector:
     if options.get("device") not in (None, "auto", "cpu"):
         raise UsageError(f"{model} is an exported model, which runs on the CPU", argument="device")
 
-    return ExportedDetector(model, **exported_arguments(options))
+    return {name: options[name] for name in _READING if options.get(name) is not None}
 
 
 def describe(detector: ExportedDetector) -> dict[str, str]:

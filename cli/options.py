@@ -165,6 +165,10 @@ def groups_option(default: str) -> Callable[[F], F]:
     )
 
 
+engine_option = click.option("--engine", type=click.Choice(_ENGINES), help="What runs the backbone on a CPU [auto].")
+device_option = click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto].")
+
+
 def runtime_options(function: F) -> F:
     """How to run: device, batch size, threads, limits, cache, quiet. While the command starts, a word says so."""
 
@@ -181,8 +185,8 @@ def runtime_options(function: F) -> F:
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
         click.option("--workers", type=click.IntRange(1), help="Decoding threads [one per usable CPU]."),
         click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images at once [32; pixel mode 8]."),
-        click.option("--engine", type=click.Choice(_ENGINES), help="What runs the backbone on a CPU [auto]."),
-        click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto]."),
+        engine_option,
+        device_option,
     ):
         wrapped = option(wrapped)
     return wrapped

@@ -357,7 +357,7 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     counts = run.counts
     seconds = bars.seconds.get("scoring", 0.0)
     speed = f" in {seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
-    say(in_words(counts, work.what, work.fpr, speed), quiet)
+    say(in_words(counts, work.what, work.fpr, speed), quiet, fpr=work.fpr, **asdict(counts))
     if waited := bars.waits.in_words("scoring", seconds):
         say(waited, quiet)
 

@@ -106,7 +106,7 @@ def _asked(options: dict[str, Any]) -> Asked:
     detector: Detector | PixelDetector | ExportedDetector
     if is_exported(model):
         detector = open_exported(model, here)
-        arguments = exported_arguments(options)
+        arguments = exported_arguments(model, here)
     else:
         detector = load_model(model, here).detector
         arguments = model_arguments(options)

@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from ..exceptions import UnreadableImage, UsageError, first_line
-from ..files.remote import open_input
+from ..files.remote import open_input, version_of
 from .image_refs import ImageRef, MissingRef, printable
-from .parquet_refs import version_of
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),

@@ -1,1 +1,1 @@
-"""Scoring past one machine: the names of many images in one file, and blocks of them that are scored anywhere."""
+"""Scoring past one machine: manifests and blocks of images, Ray clusters, and a server."""
