@@ -103,7 +103,8 @@ def part_index(folder: Path, count: int) -> None:
     before = psutil.Process().memory_info().rss
     store = FeatureStore(folder, 4, np.float16)
     assert len(store) == count
-    print(f"{(psutil.Process().memory_info().rss - before) / 1e6:.0f} MB more than without it")
+    after = psutil.Process().memory_info().rss
+    print(f"{before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after")
 
 
 def make_store(folder: Path, count: int) -> None:
