@@ -52,6 +52,8 @@ class Task:
         How the model runs, as for :func:`featdiff.serving.models.load_model`.
     fpr : float
     exclude_known : bool
+    working_folder : str
+        What relative names in the manifest are seen from, where a machine has such a folder.
     """
 
     out: str
@@ -62,6 +64,7 @@ class Task:
     arguments: Mapping[str, Any]
     fpr: float
     exclude_known: bool = False
+    working_folder: str = ""
 
     def open(self) -> Run:
         """The run, as this machine sees it."""
@@ -153,6 +156,8 @@ class Scorer:
     def _score(self, number: int) -> Counts:
         if self._opened is None:
             task = self._task
+            if os.path.isdir(task.working_folder):
+                os.chdir(task.working_folder)
             detector = load_model(task.model, task.arguments)
             self._opened = task.open(), scoring(detector, task.fpr, task.exclude_known)
         run, score = self._opened

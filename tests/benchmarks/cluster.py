@@ -214,7 +214,7 @@ def print_ray_blocks(place: Path, counts: tuple[int, int]) -> None:
     found = []
     for count in counts:
         write_manifest((MissingRef(f"gone/{i:06}.png", "") for i in range(count)), str(place / "gone.parquet"))
-        more = ["--manifest", place / "gone.parquet", "--out", place / f"gone{count}", "--block", 1, "--ray"]
+        more = ["--manifest", place / "gone.parquet", "--out", place / f"gone{count}", "--block", 1, "--ray", "local"]
         found.append(measured([*score, *more]))
     blocks = counts[1] - counts[0]
     print(
