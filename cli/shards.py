@@ -226,6 +226,7 @@ def _on_ray(run: Run, blocks: range, asked: Asked, options: dict[str, Any]) -> I
         asked.arguments,
         asked.fpr,
         asked.exclude_known,
+        os.getcwd(),
     )
     address = None if options["ray"] == _HERE else options["ray"]
     return score_on(Cluster(address, options["actors"], options["gpus_per_actor"]), task, blocks)

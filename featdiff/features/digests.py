@@ -83,30 +83,33 @@ class DigestIndex:
 
     def add_shards(self, shards: Iterable[tuple[int, bytes]]) -> None:
         """Add whole shards: the number of each, and the digests of its rows, end to end."""
-        numbers: list[int] = []
-        contents: list[bytes] = []
+        heads, tails, places = ([column] for column in self._table)
         for number, content in shards:
-            numbers.append(number)
-            contents.append(content)
-        lengths = [len(content) // DIGEST_BYTES for content in contents]
-        places = np.empty((sum(lengths), 2), np.int32)
-        places[:, 0] = np.repeat(numbers, lengths)
-        places[:, 1] = np.concatenate([np.arange(length) for length in lengths] or [np.empty(0)])
-        self._merge(b"".join(contents), places)
+            halves = np.frombuffer(content, _HALF).reshape(-1, 2)
+            heads.append(halves[:, 0].astype(np.uint64))
+            tails.append(halves[:, 1].astype(np.uint64))
+            place = np.full((len(halves), 2), number, np.int32)
+            place[:, 1] = np.arange(len(halves))
+            places.append(place)
+        self._sort(heads, tails, places)
 
     def forget(self, shard: int) -> None:
         """Drop what is in a shard; what another shard holds as well is found there."""
         self._forgotten.add(shard)
 
     def _fold(self) -> None:
-        places = np.array(list(self._new.values()), np.int32).reshape(-1, 2)
-        self._merge(b"".join(self._new), places)
+        halves = np.frombuffer(b"".join(self._new), _HALF).reshape(-1, 2).astype(np.uint64)
+        places = np.array(list(self._new.values()), np.int32)
+        self._sort(*([old, new] for old, new in zip(self._table, (*halves.T, places), strict=True)))
         self._new = {}  # last: until now they are found here
 
-    def _merge(self, content: bytes, places: np.ndarray) -> None:
-        halves = np.frombuffer(content, _HALF).reshape(-1, 2)
-        before, before_second, before_places = self._table
-        first = np.concatenate([before, halves[:, 0].astype(np.uint64)])
-        second = np.concatenate([before_second, halves[:, 1].astype(np.uint64)])
-        order = np.lexsort((second, first))  # stable: what was added first stays first
-        self._table = first[order], second[order], np.concatenate([before_places, places])[order]
+    def _sort(self, heads: list[np.ndarray], tails: list[np.ndarray], places: list[np.ndarray]) -> None:
+        """Make the table of all these; the lists are emptied, lest all be in memory twice."""
+        columns = []
+        for parts in (heads, tails, places):
+            columns.append(np.concatenate(parts))
+            parts.clear()
+        order = np.lexsort((columns[1], columns[0]))  # stable: what was added first stays first
+        for i, column in enumerate(columns):
+            columns[i] = column[order]
+        self._table = columns[0], columns[1], columns[2]

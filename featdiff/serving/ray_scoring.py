@@ -26,6 +26,8 @@ from .models import load_model, scoring
 
 # Blocks that may fail, each on its own, before the whole work stops.
 _MOST_FAILURES = 10
+# Actors that may die one after the other while they start, as one does that finds no place any more.
+_MOST_DEATHS = 20
 # Blocks that wait at an actor while it works; with one there would be no sign that the pool may grow.
 _AT_ACTOR = 2
 # How long a cluster may take to answer.
@@ -50,6 +52,8 @@ class Task:
         How the model runs, as for :func:`featdiff.serving.models.load_model`.
     fpr : float
     exclude_known : bool
+    working_folder : str
+        What relative names in the manifest are seen from, where a machine has such a folder.
     """
 
     out: str
@@ -60,6 +64,7 @@ class Task:
     arguments: Mapping[str, Any]
     fpr: float
     exclude_known: bool = False
+    working_folder: str = ""
 
     def open(self) -> Run:
         """The run, as this machine sees it."""
@@ -151,6 +156,8 @@ class Scorer:
     def _score(self, number: int) -> Counts:
         if self._opened is None:
             task = self._task
+            if os.path.isdir(task.working_folder):
+                os.chdir(task.working_folder)
             detector = load_model(task.model, task.arguments)
             self._opened = task.open(), scoring(detector, task.fpr, task.exclude_known)
         run, score = self._opened
@@ -166,9 +173,12 @@ def _answers(ray: Any, cluster: Cluster, task: Task, blocks: list[int]) -> Itera
     import ray.data as ray_data
 
     context = ray_data.DataContext.get_current()
-    before = context.enable_progress_bars, context.print_on_execution_start
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet = {"enable_progress_bars": False, "print_on_execution_start": False}
+    settings = quiet | {"max_consecutive_actor_init_deaths": _MOST_DEATHS}  # for them, Ray would end the whole work
+    before = {name: getattr(context, name) for name in settings if hasattr(context, name)}
+    for name in before:
+        setattr(context, name, settings[name])
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends the work is said below
     try:
         actors, cpus, gpus = _sizes(ray.nodes(), cluster, len(blocks))
         arguments = {"workers": int(cpus), **task.arguments}
@@ -185,8 +195,14 @@ def _answers(ray: Any, cluster: Cluster, task: Task, blocks: list[int]) -> Itera
             num_gpus=gpus,
         )  # Ray starts actors that die again, and gives them their blocks again, as often as it takes
         yield from answers.iter_rows()
+    except FeatdiffError:
+        raise
+    except Exception as error:
+        message = f"Ray ended the work ({first_line(error)}): the same command does what is left"
+        raise FeatdiffError(message) from error
     finally:
-        context.enable_progress_bars, context.print_on_execution_start = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _sizes(nodes: list[dict[str, Any]], cluster: Cluster, blocks: int) -> tuple[int, float, float]:

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -26,6 +28,7 @@ from featdiff.data.image_refs import ImageRef, MissingRef
 from featdiff.data.references import iter_images
 from featdiff.exceptions import FeatdiffError
 from featdiff.report.rows import ReportRows
+from featdiff.report.writers import open_writer
 from featdiff.serving.cluster import Run
 from featdiff.serving.manifest import Manifest, write_manifest
 from featdiff.serving.merging import TableWriter, blocks_of, scores_of
@@ -36,6 +39,8 @@ MADE_WITH = {"model": "a stand-in"}
 #: Bytes of a name, as in a bucket with folders.
 NAME = "s3://bucket-of-images/2026/{:04}/{:06}/{:012}.jpg"
 PAUSE = 0.1
+#: Rows of a file of a feature store.
+SHARD = 500_000
 
 
 def names(count: int) -> Iterator[ImageRef]:
@@ -98,20 +103,48 @@ def part_index(folder: Path, count: int) -> None:
     before = psutil.Process().memory_info().rss
     store = FeatureStore(folder, 4, np.float16)
     assert len(store) == count
-    print(f"{(psutil.Process().memory_info().rss - before) / 1e6:.0f} MB more than without it")
+    after = psutil.Process().memory_info().rss
+    print(f"{before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after")
 
 
 def make_store(folder: Path, count: int) -> None:
-    """A store of short vectors whose shards are as large as those of long ones."""
-    from featdiff.features.store import FeatureStore
+    """A store of short vectors, in the files that it would write itself."""
+    from featdiff.files.sealed import checksum, write_sealed
 
-    store = FeatureStore(folder, 4, np.float16)
+    folder.mkdir()
     rng = np.random.default_rng(0)
-    digests = rng.bytes(16 * count)
-    vector = np.zeros(4, np.float16)
-    for i in range(count):
-        store.add(digests[16 * i : 16 * i + 16], vector)
-    store.flush()
+    for start in range(0, count, SHARD):
+        rows = min(SHARD, count - start)
+        file = folder / f"{uuid.uuid4().hex}.digests"
+        vectors = file.with_suffix(".vectors.npy")
+        np.save(vectors, np.zeros((rows, 4), np.float16))
+        write_sealed(file, rng.bytes(16 * rows) + checksum(vectors.read_bytes()))
+
+
+def part_score(folder: Path, count: int) -> None:
+    """Processor time of an image in one run and in blocks, in turn, in one process."""
+    from featdiff import load_detector
+
+    detector = load_detector(folder / "model", device="cpu", engine="torch")
+    manifest = Manifest(str(folder / "images.parquet"))
+    refs = list(iter_images(str(folder / "images")))
+    used: dict[str, list[float]] = {"one run": [], "blocks of 512": []}
+    for number in range(5):
+        start = time.process_time()
+        with (folder / f"{number}.parquet").open("wb") as stream:
+            writer = open_writer("parquet", stream)
+            for scores in detector.iter_scores(refs):
+                writer.write(scores)
+            writer.close()
+        middle = time.process_time()
+        run = Run(str(folder / f"scored{number}"), manifest, MADE_WITH, 512)
+        run.begin()
+        for block in run.left(run.shard(1, 1)):
+            run.score(block, detector.iter_scores)
+        used["one run"].append(middle - start)
+        used["blocks of 512"].append(time.process_time() - middle)
+    for name, seconds in used.items():
+        print(f"{name}: {1000 * min(seconds) / count:.2f} ms an image, median {1000 * median(seconds) / count:.2f}")
 
 
 # ---- measuring ----
@@ -168,40 +201,11 @@ def tiny_model(folder: Path, train: Path) -> Path:
     return folder / "model"
 
 
-def print_scoring(place: Path, counts: tuple[int, int], rounds: int) -> None:
-    """Processor time of an image in a plain run, in shards and on Ray; two numbers of images tell it from the start."""
+def prepare(place: Path, count: int) -> None:
+    """A tiny model, ``count`` tiles and their manifest."""
     folders = samples.write(place / "samples")
-    model = tiny_model(place, folders["train"])
-    score = [sys.executable, "-m", "featdiff_cli", "score", "-q", "-m", model, "--device", "cpu", "--engine", "torch"]
-    ways: dict[str, Callable[[Path, Path], list[object]]] = {
-        "plain": lambda images, out: [*score, images, "-o", f"{out}.parquet"],
-        "--manifest": lambda images, out: [*score, "--manifest", f"{images}.parquet", "--out", out, "--block", 1000],
-        "--ray": lambda images, out: [
-            *score,
-            "--manifest",
-            f"{images}.parquet",
-            "--out",
-            out,
-            "--block",
-            1000,
-            "--ray",
-        ],
-    }
-    images = [tiles(place / f"images{count}", folders["test"], count) for count in counts]
-    for folder in images:
-        write_manifest(iter_images(str(folder)), f"{folder}.parquet")
-
-    print(
-        "| way | processor ms of an image | beside the plain run | processor seconds of the start |\n|---|---|---|---|"
-    )
-    plain = 0.0
-    for name, command in ways.items():
-        best = [min(measured(command(f, place / f"{name}-{f.name}-{i}"))[0] for i in range(rounds)) for f in images]
-        each = (best[1] - best[0]) / (counts[1] - counts[0])
-        plain = plain or each
-        print(
-            f"| {name} | {1000 * each:.2f} | {each / plain - 1:+.1%} | {best[0] - counts[0] * each:.1f} |", flush=True
-        )
+    tiny_model(place, folders["train"])
+    write_manifest(iter_images(str(tiles(place / "images", folders["test"], count))), str(place / "images.parquet"))
 
 
 def print_ray_blocks(place: Path, counts: tuple[int, int]) -> None:
@@ -210,11 +214,11 @@ def print_ray_blocks(place: Path, counts: tuple[int, int]) -> None:
     found = []
     for count in counts:
         write_manifest((MissingRef(f"gone/{i:06}.png", "") for i in range(count)), str(place / "gone.parquet"))
-        more = ["--manifest", place / "gone.parquet", "--out", place / f"gone{count}", "--block", 1, "--ray"]
+        more = ["--manifest", place / "gone.parquet", "--out", place / f"gone{count}", "--block", 1, "--ray", "local"]
         found.append(measured([*score, *more]))
     blocks = counts[1] - counts[0]
     print(
-        f"Ray: {1000 * (found[1][1] - found[0][1]) / blocks:.1f} ms a block, "
+        f"Ray: {1000 * (found[1][0] - found[0][0]) / blocks:.1f} ms of processors a block, "
         f"largest process {found[0][2]:.0f} MB at {counts[0]:,} blocks, {found[1][2]:.0f} MB at {counts[1]:,}"
     )
 
@@ -223,9 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--digests", type=int, default=10_000_000)
-    parser.add_argument("--images", type=int, nargs=2, default=(2_000, 6_000))
-    parser.add_argument("--ray-blocks", type=int, nargs=2, default=(500, 2_500))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--images", type=int, default=1_024)
+    parser.add_argument("--ray-blocks", type=int, nargs=2, default=(100, 600))
     parser.add_argument("--only", nargs="+", default=["rows", "scoring", "index"])
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -244,7 +247,8 @@ def main() -> None:
             for file in (place / "names.parquet", place / "merged.parquet"):
                 print(f"{file.name}: {file.stat().st_size / arguments.rows:.1f} bytes a row", flush=True)
         if "scoring" in arguments.only:
-            print_scoring(place, tuple(arguments.images), arguments.rounds)
+            prepare(place, arguments.images)
+            print(part("score", place, arguments.images)[3], end="", flush=True)
             print_ray_blocks(place, tuple(arguments.ray_blocks))
         if "index" in arguments.only:
             make_store(place / "store", arguments.digests)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,19 @@ def test_what_an_actor_cannot_do_is_an_answer(manifest: Path, tiny_model: Path, 
     first, again = scorer(batch), scorer(batch)  # a block that an actor had done before it died
     assert first == again
     assert first["rows"] == [BLOCK] and first["error"] == [""]
+
+
+def test_relative_names_are_seen_from_the_folder_of_the_command(
+    few_images: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    monkeypatch.chdir(few_images)  # and back, when the test ends
+    write_manifest(iter_images(["a.png", "b.png"]), "m.parquet")
+    task = task_of(few_images / "m.parquet", tmp_path / "out", tiny_model)
+    os.chdir("/")
+    answer = Scorer(replace(task, working_folder=str(few_images)))({"block": np.array([0])})
+    assert (answer["rows"], answer["unreadable"], answer["error"]) == ([2], [0], [""])
 
 
 def test_failures_are_one_line(
