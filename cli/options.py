@@ -124,6 +124,13 @@ def file_option(help: str) -> Callable[[F], F]:
     return click.option("-o", "--output", type=click.Path(path_type=Path), callback=without_dash, help=help)
 
 
+class _Output(click.Path):
+    """A file or a URL for rows; None for ``-``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return output_file(value)
+
+
 raw_csv_option = click.option(
     "--raw-csv", is_flag=True, help="Text into CSV as it is, also what a spreadsheet takes for a formula."
 )
@@ -133,13 +140,7 @@ def output_options(function: F) -> F:
     """Format and file of the rows."""
     for option in (
         raw_csv_option,
-        click.option(
-            "-o",
-            "--output",
-            type=output_file,
-            metavar="PATH",
-            help="File or URL for the rows, - for standard output [-].",
-        ),
+        click.option("-o", "--output", type=_Output(), help="File or URL for the rows, - for standard output [-]."),
         click.option(
             "--format",
             "format_",

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @choice_options
 @flagged_options
 @click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
+@click.option("--every", type=float, metavar="SECONDS", help="Of videos, one frame in so many seconds [each frame].")
 @click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
 @click.option(
     "--exclude-known", is_flag=True, help="Do not compare training images with themselves; see also featdiff audit."
@@ -80,6 +81,7 @@ def command(
     only_ood: bool,
     undo_manifest: Path | None,
     resume: bool,
+    every: float | None,
     fpr: float | None,
     exclude_known: bool,
     figure: Path | None,
@@ -89,8 +91,8 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Score IMAGES: files, folders, globs, zip or tar archives, URLs (s3://, https:// ...) of any of these, or - for
-    paths on stdin; or the rows of a file of vectors, with --features.
+    """Score IMAGES: files, folders, globs, zip or tar archives, Parquet files, videos, URLs (s3://, https:// ...) of
+    any of these, or - for paths on stdin; or the rows of a file of vectors, with --features.
 
     One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
     is_ood means p_value <= fpr: of images like those trained on, this share is flagged. A model with a local score adds
@@ -134,7 +136,7 @@ def command(
     reported = ReportRows() if report else None
 
     bars = Bars(quiet or (output is None and sys.stdout.isatty()))
-    named = Named(images, whole=bool(figure or report or flagged))
+    named = Named(images, bool(figure or report or flagged), every)
     if features:
         options |= {"figure": figure, "exclude_known": exclude_known}
         work = _vectors(features, images, model, fpr, options, bars)
@@ -355,7 +357,7 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     counts = run.counts
     seconds = bars.seconds.get("scoring", 0.0)
     speed = f" in {seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
-    say(in_words(counts, work.what, work.fpr, speed), quiet)
+    say(in_words(counts, work.what, work.fpr, speed), quiet, fpr=work.fpr, **asdict(counts))
     if waited := bars.waits.in_words("scoring", seconds):
         say(waited, quiet)
 

@@ -240,8 +240,7 @@ def _say(run: Run, blocks: range, counts: Counts, asked: Asked, bars: Bars, opti
         say(f"WARNING: {counts.known:,} of these images were in training, so they look ordinary.", quiet)
 
     out = run.folder.name
-    whose = "all" if len(blocks) == run.blocks else "this shard's"
-    say(f"{whose} {len(blocks):,} block{'' if len(blocks) == 1 else 's'} of {run.blocks:,} are in {out}", quiet)
+    say(f"done: {len(blocks):,} of {run.blocks:,} blocks, in {out}", quiet)
     if len(blocks) == run.blocks:
         say(f"Next: featdiff merge {out} -o scores.parquet", quiet)
 

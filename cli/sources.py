@@ -24,11 +24,13 @@ UNKNOWN = sys.maxsize
 class Named:
     """Images as they were named on the command line.
 
-    ``whole``: something needs the list of all of them, so that even remote ones are listed first.
+    ``whole``: something needs the list of all of them, so that even remote ones are listed first; ``every``: of videos,
+    one frame in so many seconds.
     """
 
     images: tuple[str, ...]
     whole: bool
+    every: float | None = None
     refs: list[ImageRef] = field(default_factory=list)
     listing: Listing | None = None
 
@@ -50,10 +52,10 @@ class Named:
         from featdiff.files.remote import is_url
 
         if any(map(is_url, self.images)) and not self.whole:
-            self.listing = Listing(iter_images(list(self.images)))
+            self.listing = Listing(iter_images(list(self.images), every=self.every))
             self.listing.check()
             return
-        self.refs = list_images(list(self.images))
+        self.refs = list_images(list(self.images), every=self.every)
         if not self.refs:
             raise UsageError("there are no paths on standard input")
 

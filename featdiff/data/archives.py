@@ -6,6 +6,7 @@ Whatever is wrong with an archive, what can be read of it is read, and the rest 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import fnmatch
 import functools
 import gzip
@@ -22,7 +23,7 @@ from glob import has_magic
 from typing import IO, Any, ClassVar
 
 from ..exceptions import UnreadableImage, one_line
-from ..files.remote import is_url, open_input, read_range
+from ..files.remote import is_url, open_input, read_range, version_of
 from .archive_names import ZIP_SUFFIXES
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 
@@ -32,6 +33,7 @@ _AT_ONCE = 1 << 20
 _AT_ONCE_OF_OTHERS = 128
 # What is read ahead of a remote tar, whose headers lie between its members.
 _TAR_AHEAD = 8 << 20
+_NOT_THERE = "not in the archive"
 _OUTSIDE = "its name leads out of the archive"
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 _SEPARATORS = re.compile(r"[/\\]")
@@ -47,11 +49,11 @@ class ZipRef(ImageRef):
     member: str
 
     def bytes_to_read(self) -> int:
-        return self._zip().getinfo(self.member).file_size
+        return self._info().file_size
 
     def read(self) -> bytes:
         archive = self._zip()
-        info = archive.getinfo(self.member)
+        info = self._info()
         parts = []
         with archive.open(info) as stream:
             at_once = _AT_ONCE
@@ -62,8 +64,14 @@ class ZipRef(ImageRef):
                 parts.append(part)
         return b"".join(parts)
 
+    def _info(self) -> zipfile.ZipInfo:
+        for name in (self.member, f"./{self.member}"):  # the latter in archives of the folder "."
+            with contextlib.suppress(KeyError):
+                return self._zip().getinfo(name)
+        raise UnreadableImage(_NOT_THERE)
+
     def _zip(self) -> zipfile.ZipFile:
-        return _open_zip(self.archive, *_version(self.archive))
+        return _open_zip(self.archive, *version_of(self.archive))
 
 
 @dataclass(frozen=True)
@@ -112,19 +120,11 @@ class TarMemberRef(ImageRef):
         return _follow(self._content(), self.member)
 
     def _content(self) -> _TarContent:
-        return _open_tar(self.archive, *_version(self.archive))
+        return _open_tar(self.archive, *version_of(self.archive))
 
 
 def _cut_short(found: int, size: int) -> str:
     return f"the archive ends in the middle of it, after {found:,} of {size:,} bytes"
-
-
-def _version(archive: str) -> tuple[int, int, int, int]:
-    """Changes when the file does, and in a forked child, which must not share the parent's file position."""
-    if is_url(archive):  # asking a store each time would cost as much as reading
-        return os.getpid(), 0, 0, 0
-    status = os.stat(archive)
-    return os.getpid(), status.st_ino, status.st_mtime_ns, status.st_size
 
 
 # One open handle per archive: parsing the directory of a large zip for each member would be quadratic.
@@ -213,7 +213,10 @@ def _list_members(content: _TarContent) -> None:
 
 def _follow(content: _TarContent, name: str) -> tarfile.TarInfo:
     """The member that a name leads to, through links (``UnreadableImage`` if to none)."""
-    member = content.members[name]
+    found = content.members.get(name) or content.by_plain_name.get(posixpath.normpath(name))
+    if found is None:
+        raise UnreadableImage(_NOT_THERE)
+    member = found
     seen: set[str] = set()
     while member.issym() or member.islnk():
         name = posixpath.normpath(member.name)
@@ -265,7 +268,7 @@ def archive_refs(archive: str, prefix: str) -> list[ImageRef]:
 
 
 def _zip_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
-    infos = _open_zip(archive, *_version(archive)).infolist()
+    infos = _open_zip(archive, *version_of(archive)).infolist()
     names = sorted({info.filename for info in infos if not info.is_dir() and _is_wanted(info.filename, prefix)})
 
     refs: list[ImageRef] = []
@@ -276,7 +279,7 @@ def _zip_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
 
 
 def _tar_refs(archive: str, label: str, prefix: str) -> list[ImageRef]:
-    content = _open_tar(archive, *_version(archive))
+    content = _open_tar(archive, *version_of(archive))
     end = content.end
     refs: list[ImageRef] = []
     for name, member in content.members.items():

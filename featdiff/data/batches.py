@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..exceptions import UnreadableImage, one_line
+from ..files.retries import no_more_tries
 from ..runtime.cpus import available_cpus
 from ..runtime.waiting import WAITED
 from .decoding import MAX_PIXELS, Transform, decode, open_image, reduce
@@ -237,7 +238,11 @@ def iter_loaded(
 
         while pending:
             yield WAITED.during(pending.popleft()[0].result)
-    finally:  # also on Ctrl-C and when the caller stops early
+    except BaseException:  # Ctrl-C, or the caller stops early
+        with no_more_tries():
+            pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 

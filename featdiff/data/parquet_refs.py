@@ -5,7 +5,6 @@ bytes. Rows are read in order, some at a time; of the other columns only one wit
 from __future__ import annotations
 
 import functools
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..exceptions import UnreadableImage, UsageError, one_line
-from ..files.remote import is_url, open_input
+from ..files.remote import open_input, version_of
 from .datasets import PICTURE_KEYS
 from .image_refs import ImageRef, MissingRef, printable
 from .limits import MAX_BYTES, check_bytes
@@ -43,7 +42,7 @@ class ParquetRef(ImageRef):
 
     def read_within(self, max_bytes: int) -> bytes:
         with _READING:
-            content = _open_rows(self.archive, *_version(self.archive)).at(self.row)
+            content = _open_rows(self.archive, *version_of(self.archive)).at(self.row)
         check_bytes(len(content), max_bytes)
         return content
 
@@ -81,7 +80,7 @@ def parquet_refs(path: str) -> Iterator[ImageRef]:
     label = printable(path)
     row = 0
     try:
-        rows = _open_rows(path, *_version(path))
+        rows = _open_rows(path, *version_of(path))
         for name in rows.names():
             behind = f"/{printable(name)}" if name else ""
             yield ParquetRef(f"{label}{behind}#row={row}", path, row)
@@ -97,14 +96,6 @@ def parquet_refs(path: str) -> Iterator[ImageRef]:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-
-
-def _version(file: str) -> tuple[int, int, int, int]:
-    """Changes when the file does, and in a forked child."""
-    if is_url(file):
-        return os.getpid(), 0, 0, 0
-    status = os.stat(file)
-    return os.getpid(), status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=4)

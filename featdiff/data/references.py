@@ -17,6 +17,7 @@ from .image_refs import IMAGE_SUFFIXES, FileRef, HeldRef, ImageRef, MissingRef, 
 from .memory import is_file_content, refs_in_memory
 from .parquet_refs import is_parquet, parquet_ref, parquet_refs
 from .remote_refs import RemoteRef, is_pattern, remote_refs
+from .videos import frame_ref, frame_refs, is_video
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -39,15 +40,15 @@ __all__ = [
 ]
 
 
-def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRef]:
+def list_images(sources: object, stdin: IO[bytes] | None = None, every: float | None = None) -> list[ImageRef]:
     """Every image behind ``sources``, each path once, in a fixed order.
 
     Parameters
     ----------
     sources : str, Path, bytes, open file, PIL image, array, tensor, dataset, ImageRef, or a list of these
         A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
-        folder inside one (``data.zip/train``), a Parquet file with images in its rows, a URL of any of these that
-        fsspec opens, ``-`` (paths on standard input, one a line), the content of an image file (``bytes``,
+        folder inside one (``data.zip/train``), a Parquet file with images in its rows, a video, a URL of any of
+        these that fsspec opens, ``-`` (paths on standard input, one a line), the content of an image file (``bytes``,
         ``bytearray``, ``memoryview``), a binary file that is open (``BytesIO`` too), a PIL image, an array or tensor of
         uint8 or of floats in [0, 1], or a dataset.
 
@@ -63,6 +64,8 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
         that hold one under ``image`` or ``img``, bytes of image files, open files, paths, or arrays of one image.
     stdin : binary stream, default ``sys.stdin.buffer``
         Read for ``-``.
+    every : float, optional
+        Of videos, one frame in so many seconds; default: every frame.
 
     Returns
     -------
@@ -88,7 +91,7 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
         raise UsageError("a generator can be read only once, and these images are needed again: give a dataset")
 
     # one file may be named twice
-    refs = list({ref.identity: ref for ref in iter_images(items, stdin)}.values())
+    refs = list({ref.identity: ref for ref in iter_images(items, stdin, every)}.values())
 
     streamed = _is_stdin(items)
     listed = bool(items) and all(isinstance(item, ImageRef) for item in items)  # the rest of an interrupted run, say
@@ -98,12 +101,12 @@ def list_images(sources: object, stdin: IO[bytes] | None = None) -> list[ImageRe
     return refs
 
 
-def iter_images(sources: object, stdin: IO[bytes] | None = None) -> Iterator[ImageRef]:
+def iter_images(sources: object, stdin: IO[bytes] | None = None, every: float | None = None) -> Iterator[ImageRef]:
     """Every image behind ``sources`` as it is found: the first comes before a long listing ends.
 
     Parameters
     ----------
-    sources, stdin
+    sources, stdin, every
         As for :func:`list_images`, or generators of images.
 
     Yields
@@ -128,7 +131,7 @@ def iter_images(sources: object, stdin: IO[bytes] | None = None) -> Iterator[Ima
     several = len(items) > 1 or _is_stdin(items)
     seen: set[Hashable] = set()
     for number, item in enumerate(items):
-        for ref in _from_item(item, number, len(items), stdin):
+        for ref in _from_item(item, number, len(items), stdin, every):
             if several and ref.identity in seen:
                 continue
             if several:
@@ -140,16 +143,18 @@ def _is_stdin(items: Iterable[object]) -> bool:
     return any(isinstance(item, str) and item == "-" for item in items)
 
 
-def _from_item(item: object, number: int, count: int, stdin: IO[bytes] | None) -> Iterator[ImageRef]:
+def _from_item(
+    item: object, number: int, count: int, stdin: IO[bytes] | None, every: float | None
+) -> Iterator[ImageRef]:
     """The images of one source."""
     label = "dataset" if count == 1 else f"dataset[{number}]"
     if isinstance(item, str) and item == "-":
         for line in stdin or sys.stdin.buffer:
             for name in line.splitlines():
                 if name.strip():
-                    yield from _from_path(os.fsdecode(name))
+                    yield from _from_path(os.fsdecode(name), every)
     elif isinstance(item, str | os.PathLike):
-        yield from _from_path(os.fspath(item))
+        yield from _from_path(os.fspath(item), every)
     elif isinstance(item, ImageRef):
         yield item
     elif is_file_content(item):
@@ -168,8 +173,8 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
     Parameters
     ----------
     name : str
-        A local file, a URL, a member of an archive at either (``a.zip/b.png``), or a row of a Parquet file
-        (``a.parquet#row=3``).
+        A local file, a URL, a member of an archive at either (``a.zip/b.png``), a row of a Parquet file
+        (``a.parquet#row=3``), or a frame of a video (``a.mp4#t=3.000``).
     size : int, optional
         Of a remote object in bytes, where it is known: saves a request.
 
@@ -184,9 +189,9 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
     >>> ref_of("s3://photos/a.jpg", size=5)
     RemoteRef(path='s3://photos/a.jpg', url='s3://photos/a.jpg', size=5)
     """
-    row = parquet_ref(name)
-    if row:
-        return row
+    part = _part_of(name)
+    if part:
+        return part
     inside = split_archive(name)
     if inside and inside[1]:
         return member_ref(inside[0], inside[1].rstrip("/"), printable(name))
@@ -195,7 +200,7 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
     return FileRef(printable(name), name)
 
 
-def _from_path(path: str) -> Iterator[ImageRef]:
+def _from_path(path: str, every: float | None) -> Iterator[ImageRef]:
     url = is_url(path)
     if not url and os.path.isdir(path):
         found = False
@@ -206,27 +211,39 @@ def _from_path(path: str) -> Iterator[ImageRef]:
             yield MissingRef(printable(path), "no images in this folder")
         return
 
+    part = None if os.path.lexists(path) else _part_of(path)
     inside = split_archive(path)
-    if inside and url and is_pattern(inside[0]):
+    if part:
+        yield part
+    elif inside and url and is_pattern(inside[0]):
         for item in remote_refs(inside[0]):
             yield from [item] if isinstance(item, ImageRef) else archive_refs(item, inside[1])
     elif inside:
         yield from archive_refs(*inside)
-    elif is_parquet(path) and (url or os.path.isfile(path)) and not (url and is_pattern(path)):
-        yield from parquet_refs(path)
+    elif _holds_many(path) and not is_pattern(path) if url else os.path.isfile(path) and _holds_many(path):
+        yield from parquet_refs(path) if is_parquet(path) else frame_refs(path, every)
     elif url:
         for item in remote_refs(path):
-            yield from [item] if isinstance(item, ImageRef) else _from_path(item)
+            yield from [item] if isinstance(item, ImageRef) else _from_path(item, every)
     elif os.path.lexists(path):
         yield FileRef(printable(path), path)
     elif glob.has_magic(path):
         names = sorted(glob.glob(path, recursive=True))
         for name in names:
-            yield from _from_path(name)
+            yield from _from_path(name, every)
         if not names:
             yield MissingRef(printable(path), "no file matches this pattern")
     else:
         yield MissingRef(printable(path), "no such file or folder")
+
+
+def _part_of(name: str) -> ImageRef | None:
+    """The row of a Parquet file or the frame of a video that a name means."""
+    return parquet_ref(name) or frame_ref(name)
+
+
+def _holds_many(path: str) -> bool:
+    return is_parquet(path) or is_video(path)
 
 
 def _from_folder(root: str) -> Iterator[ImageRef]:

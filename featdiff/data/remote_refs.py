@@ -15,9 +15,10 @@ from .archive_names import TAR_SUFFIXES, ZIP_SUFFIXES
 from .image_refs import ImageRef, MissingRef, has_image_suffix, printable
 from .limits import MAX_BYTES, check_bytes
 from .parquet_refs import PARQUET_SUFFIXES
+from .videos import VIDEO_SUFFIXES
 
 # Files of many images, which a pattern may match.
-_OF_MANY = (*ZIP_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)
+_OF_MANY = (*ZIP_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES, *VIDEO_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,20 @@ def remote_refs(url: str) -> Iterator[ImageRef | str]:
 
 def _only(url: str) -> ImageRef:
     """What a URL is that has no images below it."""
-    if is_pattern(url):
-        return MissingRef(printable(url), "no object matches this pattern")
     try:
         entry = ask(url, lambda system, path: system.info(path))
     except OSError as error:
-        return MissingRef(printable(url), error.strerror or one_line(error))
+        unmatched = isinstance(error, FileNotFoundError) and is_pattern(url)
+        reason = "no object matches this pattern" if unmatched else error.strerror or one_line(error)
+        return MissingRef(printable(url), reason)
     if entry["type"] == "file":
         return RemoteRef(printable(url), url, entry.get("size"))
     return MissingRef(printable(url), "no images in this folder")
 
 
 def is_pattern(url: str) -> bool:
-    """Whether a URL has a wildcard; the question mark of a web address is none."""
-    return has_magic(url.partition("?")[0] if url.startswith("http") else url)
+    """Whether a URL has a wildcard; of a web address only a star is one."""
+    return "*" in url.partition("?")[0] if url.startswith("http") else has_magic(url)
 
 
 def _listed(system: Any, url: str, path: str) -> Iterator[tuple[str, int | None]]:

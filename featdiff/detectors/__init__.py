@@ -10,9 +10,10 @@ from ..files.model_folder import load, locate
 from .base import BaseDetector
 from .feature import Detector
 from .pixel import PixelDetector
+from .pushing import Pushable
 from .saved import VECTORS, saved_mode
 
-__all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "load_detector"]
+__all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "Pushable", "load_detector"]
 
 #: Detectors of images by mode, as saved models name it.
 MODES: dict[str, type[Detector] | type[PixelDetector]] = {Detector.mode: Detector, PixelDetector.mode: PixelDetector}

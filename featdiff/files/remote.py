@@ -87,7 +87,9 @@ def _options(scheme: str) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": limits}}
     if scheme in ("s3", "s3a"):
         config = {"connect_timeout": min(_CONNECT, seconds), "read_timeout": seconds, "retries": {"max_attempts": 0}}
-        return {"use_listings_cache": False, "config_kwargs": config}
+        # as boto3 does, but known to fsspec, which keeps a client for each set of options
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return {"use_listings_cache": False, "config_kwargs": config, "endpoint_url": endpoint}
     if scheme in ("gs", "gcs", "abfs", "abfss", "az"):
         return {"use_listings_cache": False}
     return {}
@@ -267,6 +269,14 @@ async def _download_range(system: Any, url: str, start: int, end: int) -> bytes:
 
 
 # ---- what is there ----
+
+
+def version_of(file: str) -> tuple[int, int, int, int]:
+    """Numbers that change when a file does, and in a forked child, which must not share the parent's file position."""
+    if is_url(file):  # asking a store each time would cost as much as reading
+        return os.getpid(), 0, 0, 0
+    status = os.stat(file)
+    return os.getpid(), status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def exists(url: str) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import random
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from ..exceptions import FeatdiffError, UsageError, one_line
@@ -44,6 +45,20 @@ _SET_CREDENTIALS = {
 }
 
 
+# Somebody waits for all requests to end.
+_leaving = threading.Event()
+
+
+@contextmanager
+def no_more_tries() -> Iterator[None]:
+    """Inside the block, requests of all threads that fail are not made again: after Ctrl-C nobody wants to wait."""
+    _leaving.set()
+    try:
+        yield
+    finally:
+        _leaving.clear()
+
+
 def retried(url: str, action: Callable[[], _Result]) -> _Result:
     """What ``action`` gives, tried again where the failure may pass.
 
@@ -68,9 +83,9 @@ def retried(url: str, action: Callable[[], _Result]) -> _Result:
             raise
         except Exception as error:  # each client has errors of its own
             failure = error
-        if number == TRIES or not is_passing(failure):
+        if number == TRIES or _leaving.is_set() or not is_passing(failure):
             raise explained(url, failure, number) from failure
-        time.sleep(_pause(failure, number))
+        _leaving.wait(_pause(failure, number))
     raise AssertionError("unreachable")
 
 

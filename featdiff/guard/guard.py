@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..data.groups import Groups
 from ..data.loaders import is_batch
 from ..data.splits import Split
-from ..detectors import Detector
-from ..detectors.pushing import Pushable
+from ..detectors import Detector, Pushable
 from ..detectors.saved import check_config
 from ..exceptions import NotFittedError, UsageError
 from ..features.layers import Layers, is_auto, resolve_layers, stage_names

@@ -1,8 +1,8 @@
 """The names of many images in one Parquet file, sorted: what is to be scored, and in which order.
 
-Columns: ``id`` (int64, the number of the image), ``uri`` (string) and ``size`` (int64, bytes; missing if not known). Ids
-and names ascend, so none occurs twice. Writing takes as much memory as a million names, however many there are, and
-reading as much as a row group.
+Columns: ``id`` (int64, the number of the image), ``uri`` (string) and ``size`` (int64, bytes; missing if not known).
+Ids and names ascend, so none occurs twice. Writing takes as much memory as a million names, however many there are,
+and reading as much as a row group.
 """
 
 from __future__ import annotations

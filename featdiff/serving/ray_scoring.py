@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,8 @@ from .models import load_model, scoring
 _MOST_FAILURES = 10
 # Blocks that wait at an actor while it works; with one there would be no sign that the pool may grow.
 _AT_ACTOR = 2
+# How long a cluster may take to answer.
+_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,7 @@ def _answers(ray: Any, cluster: Cluster, task: Task, blocks: list[int]) -> Itera
             compute=pool,
             num_cpus=cpus,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
+        )  # Ray starts actors that die again, and gives them their blocks again, as often as it takes
         yield from answers.iter_rows()
     finally:
         context.enable_progress_bars, context.print_on_execution_start = before
@@ -207,6 +208,13 @@ def _sizes(nodes: list[dict[str, Any]], cluster: Cluster, blocks: int) -> tuple[
     return actors, max(1, min(sum(cpus) // actors, *cpus)), per_actor
 
 
+def _knock(address: str | None) -> None:
+    """``OSError`` if nobody listens there; Ray itself would try for a quarter of an hour."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+
+
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """Ray, connected; a connection that was there before stays."""
@@ -221,6 +229,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         try:
+            _knock(address)
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:
             where = address or "this machine"

@@ -7,8 +7,11 @@ import io
 import json
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +21,12 @@ import pyarrow.parquet
 import pytest
 from click.testing import Result
 from helpers import FEATDIFF, fails
-from moto.core import DEFAULT_ACCOUNT_ID
+from moto.core import DEFAULT_ACCOUNT_ID, set_initial_no_auth_action_count
 from moto.s3.models import s3_backends
 from stores import FaultyServer, faulty_server, s3_store
 
 from featdiff import Detector
+from featdiff.data.labels import list_labelled
 from featdiff.data.references import iter_images
 from featdiff.files import retries
 
@@ -139,22 +143,74 @@ def test_nothing_there(featdiff_cli: Cli, tiny_model: Path, bucket: str, source:
     fails(featdiff_cli(command, source.format(bucket), *arguments), 2, words)
 
 
-def test_wrong_credentials(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
-    """A store that checks them; moto does so when it is told to."""
-    script = f"""
-import boto3, os, subprocess, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-os.environ["INITIAL_NO_AUTH_ACTION_COUNT"] = "1"
-from stores import s3_store
-with s3_store() as client:
-    client.create_bucket(Bucket="closed")
-    done = subprocess.run([{FEATDIFF!r}, "score", "s3://closed/a.png", "s3://closed/x", "-m", {str(tiny_model)!r}],
-                          capture_output=True, text=True)
-print(done.returncode, done.stdout, done.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.startswith("3 ")
-    assert done.stdout.count("access is refused: ") == 2
+def test_wrong_credentials(featdiff_cli: Cli, tiny_model: Path, s3: Any) -> None:
+    """The store checks them from now on, and knows of none."""
+    s3.create_bucket(Bucket="closed")
+
+    @set_initial_no_auth_action_count(0)
+    def run() -> Result:
+        return featdiff_cli("score", "s3://closed/a.png", "s3://closed/x", "-m", tiny_model)
+
+    result = run()
+    assert result.exit_code == 3, result.output
+    rows = rows_of(result.stdout)
+    assert [row["path"] for row in rows] == ["s3://closed/a.png", "s3://closed/x"]
+    assert all("access is refused: " in row["reason"] for row in rows)
+
+
+def test_ctrl_c_does_not_wait_for_a_silent_server(tiny_model: Path, server: FaultyServer) -> None:
+    urls = [f"{server.url}/stalls/a.png?{i}" for i in range(8)]
+    command = [FEATDIFF, "score", *urls, "-m", str(tiny_model), "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"FEATDIFF_TIMEOUT": "4"}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not server.asked["/stalls/a.png"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert time.monotonic() - start < 12  # one request, not four
+
+
+def test_a_name_with_brackets(featdiff_cli: Cli, tiny_model: Path, bucket: str, s3: Any, few_images: Path) -> None:
+    s3.put_object(Bucket=bucket, Key="photo[1].png", Body=(few_images / "a.png").read_bytes())
+    (row,) = rows_of(featdiff_cli("score", f"s3://{bucket}/photo[1].png", "-m", tiny_model).stdout)
+    assert (row["path"], row["status"]) == (f"s3://{bucket}/photo[1].png", "ok")
+
+
+def test_other_commands(
+    featdiff_cli: Cli, tiny_model: Path, s3: Any, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    s3.create_bucket(Bucket="others")
+    files = sorted(sample_folders["test"].iterdir())[:30]
+    (tmp_path / "local").mkdir()
+    for i, file in enumerate(files):
+        shutil.copy(file, tmp_path / "local")
+        s3.put_object(Bucket="others", Key=f"set/{'cat' if i % 2 else 'dog'}/{file.name}", Body=file.read_bytes())
+
+    audited = [
+        {
+            Path(row["path"]).name: row["ood_score"]
+            for row in map(json.loads, featdiff_cli("audit", source, "--format", "jsonl").stdout.splitlines())
+        }
+        for source in ("s3://others/set", tmp_path / "local")
+    ]
+    assert len(audited[0]) == 30
+    assert audited[0] == pytest.approx(audited[1], abs=1e-4)
+
+    result = featdiff_cli("explain", f"s3://others/set/dog/{files[0].name}", "-m", tiny_model, "-o", tmp_path / "why")
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "why").glob("*.png"))) == 1
+
+    refs, labels, classes = list_labelled("s3://others/set")
+    assert classes == ["cat", "dog"]
+    assert len(refs) == 30
+    assert labels.tolist() == [0] * 15 + [1] * 15
 
 
 # ---- archives ----

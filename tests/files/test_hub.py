@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from fake_hub import READER, WRITER, Hub, serving_hub
 from helpers import ROOT, fails
+from pages import ON_HUB, blocks_at, commands_at
 
 from featdiff import Detector, FeatureDiffusion
 from featdiff.detectors.model_card import model_card
@@ -162,6 +164,23 @@ def test_a_card_of_ones_own_and_foreign_files_stay(hub: Hub, tiny_model: Path, t
     assert files[".gitattributes"].startswith(b"*.safetensors")
 
 
+def test_the_pages(hub: Hub, tiny_model: Path, few_images: Path, tmp_path: Path) -> None:
+    """Their commands in order, and then the block of Python, with a model and images of these names."""
+    shutil.copytree(tiny_model, tmp_path / "my-model")
+    shutil.copytree(few_images, tmp_path / "test")
+    lines = [shlex.split(line)[1:] for line in commands_at(ON_HUB)]
+    assert [line[0] for line in lines] == ["push", "push", "score"]
+    for line, done in zip(lines, commands(hub, tmp_path, *lines, token=WRITER), strict=True):
+        assert done["code"] == 0, (line, done)
+    assert len((tmp_path / "from-the-hub.csv").read_text().splitlines()) == 7
+
+    card = hub.repositories["org/name"]
+    assert header_of(card.commits[card.branches["main"]]["README.md"].decode())["license"] == "apache-2.0"
+    (block,) = blocks_at(ON_HUB, language="python")
+    login = f"import os; os.environ['HF_TOKEN'] = {WRITER[:6]!r} + {WRITER[6:]!r}\n"
+    assert process(hub, tmp_path, login + block.text).startswith(f"{hub.url}/org/name/commit/")
+
+
 # ---- what is refused ----
 
 
@@ -289,7 +308,7 @@ def test_the_card_says_how_many_images_and_which_rates(config: dict[str, Any]) -
     card = model_card(config, "org/name", held="paths")
     for words in (
         "| trained on | 390 different images",
-        "ranks among 78 held-out images. So false-alarm rates from 0.013 up",
+        "ranks among 78 held-out images. So false-alarm rates from\n0.013 up",
         "the default is 0.05",
         config["digest"],
         'Detector.from_pretrained("org/name")',
