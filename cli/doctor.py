@@ -18,6 +18,7 @@ _EXTRAS = {
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
     "openvino": ["openvino"],
     "pixel": ["accelerate", "lpips", "torchmetrics"],
+    "serve": ["fastapi", "uvicorn", "httptools", "prometheus-client", "python-multipart"],
 }
 
 

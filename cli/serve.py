@@ -28,7 +28,7 @@ from .speech import say
 @click.option(
     "--max-wait-ms",
     type=click.FloatRange(0),
-    default=5.0,
+    default=20.0,
     show_default=True,
     help="How long a batch waits for images that are being read.",
 )

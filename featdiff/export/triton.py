@@ -13,8 +13,8 @@ CONFIG = "config.pbtxt"
 FILE = "1/model.onnx"
 # ONNX's names of types -> Triton's, where they differ.
 _TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "DOUBLE": "FP64"}
-# Microseconds that Triton waits for a batch to fill, as featdiff serve does.
-_WAIT = 5000
+# Microseconds that Triton waits for a batch to fill, as featdiff serve does at most.
+_WAIT = 20_000
 
 
 def write_repository(file: Path, folder: Path, name: str, max_batch: int = 32) -> Path:

@@ -56,11 +56,11 @@ def training_threads(network: nn.Module, batch_size: int, sample: Tensor) -> Ite
         yield before
         return
 
-    _set_own_threads(threads)
+    set_own_threads(threads)
     try:
         yield threads
     finally:
-        _set_own_threads(before)
+        set_own_threads(before)
 
 
 def choose_threads(work: float) -> int:
@@ -103,8 +103,8 @@ def operation_work(network: nn.Module, batch_size: int, sample: Tensor) -> float
     return batch_size * positions * sum(matrices) / max(1, len(matrices))
 
 
-def _set_own_threads(number: int) -> None:
-    """Set the number of threads for work that this thread starts.
+def set_own_threads(number: int) -> None:
+    """Set the number of threads of PyTorch for work that this thread starts.
 
     ``torch.set_num_threads`` does so, and also sets with how many all threads begin that first use torch afterwards.
     That is put back at once; no lasting harm is done to a server that starts threads while it trains.

@@ -52,7 +52,7 @@ class Batcher:
         self._metrics = metrics
         decoders = settings.options.get("workers") or min(available_cpus(), 16)
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="featdiff-decode")
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="featdiff-model")
+        self._model = ThreadPoolExecutor(1, "featdiff-model", served.begin)
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._held = 0  # images that are accepted and not answered

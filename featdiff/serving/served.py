@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -45,6 +46,8 @@ class Served:
         Decoded images -> their rows, in their order, whatever they are batched with.
     explain : callable, optional
         An image and how many similar ones -> its explanation; None for a model that cannot.
+    begin : callable
+        Called on the thread that will run the model.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Served:
     load: Callable[[ImageRef], LoadedImage]
     score: Callable[[Sequence[LoadedImage]], Scores]
     explain: Callable[[ImageRef, int], Explanation] | None
+    begin: Callable[[], None] = lambda: None
 
     @property
     def columns(self) -> list[str]:
@@ -100,7 +104,14 @@ def _saved(detector: Detector | PixelDetector, settings: Settings) -> Served:
         detector.ready_for_many()
         engine = detector.engine_note_ or engine
     limits = (detector.settings.max_pixels, detector.settings.max_bytes)
-    return _served(detector, settings, detector.extractor_.transform, limits, engine)
+    served = _served(detector, settings, detector.extractor_.transform, limits, engine)
+    if engine.startswith("torch"):
+        return served
+
+    from ..runtime.threads import set_own_threads
+
+    # PyTorch has only the small networks of a few images to run, which cost two threads thrice the time of one
+    return replace(served, begin=partial(set_own_threads, 1))
 
 
 def _served(

@@ -36,7 +36,7 @@ class Settings:
         Each holds the model.
     max_batch : int, default 32
         Images of one pass.
-    max_wait : float, default 0.005
+    max_wait : float, default 0.02
         Seconds that a batch waits for images that are being read.
     max_queue : int, default 128
         Images, and requests, that a process holds at once; what comes beyond is refused with 503.
@@ -62,7 +62,7 @@ class Settings:
     port: int = 8000
     processes: int = 1
     max_batch: int = 32
-    max_wait: float = 0.005
+    max_wait: float = 0.02
     max_queue: int = 128
     max_request: int = MAX_REQUEST
     timeout: float = 30.0

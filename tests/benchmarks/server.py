@@ -16,6 +16,7 @@ import functools
 import http.client
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +119,12 @@ def memory(process: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[0]) / 1e3
 
 
+def seconds_of(process: int) -> float:
+    """CPU time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def unpacked(data: Path, folder: Path, count: int) -> list[Path]:
     with zipfile.ZipFile(data / "flowers.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
@@ -184,12 +191,18 @@ def measure(model: Path, folder: Path, rounds: int, minutes: float) -> None:
         contents = [Path(row["path"]).read_bytes() for row in rows]
         clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))
         rates: dict[str, list[float]] = {"without a server": [], "by the server": []}
+        took = dict.fromkeys(["clients", "scorer", "server"], 0.0)
+        numbers = {"clients": clients.apply(os.getpid), "scorer": scorer.apply(os.getpid), "server": process}
         for _ in range(rounds):
+            before = {name: seconds_of(number) for name, number in numbers.items()}
             rates["without a server"].append(scorer.apply(scored, (model, folder))[0])
             begun = time.perf_counter()
             answers = clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))
             rates["by the server"].append(len(contents) / (time.perf_counter() - begun))
             assert wrong(answers, rows) == 0
+            took = {name: took[name] + seconds_of(number) - before[name] for name, number in numbers.items()}
+        each = {name: 1e3 * total / rounds / len(contents) for name, total in took.items()}
+        print("CPU time: " + ", ".join(f"{name} {value:.1f}" for name, value in each.items()) + " ms an image")
         for name, values in rates.items():
             print(f"{name}: {np.median(values):.1f} images/s ({', '.join(f'{value:.1f}' for value in values)})")
         ratios = np.array(rates["by the server"]) / np.array(rates["without a server"])
