@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,27 +39,40 @@ FOLDER = "featdiff-export"
     metavar="IMAGES",
     help="Compare both files with torch on these images; repeat for more. Exit code 1 if they disagree.",
 )
+@click.option("--triton", type=click.Path(path_type=Path), help="Also a model repository for NVIDIA Triton, here.")
 @runtime_options
-def command(model: str, output: Path, formats: str, images: tuple[str, ...], quiet: bool, **options: Any) -> int:
+def command(
+    model: str,
+    output: Path,
+    formats: str,
+    images: tuple[str, ...],
+    triton: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> int:
     """Write a saved model and its backbone as one file each for ONNX Runtime and for torch.export.
 
     Both take preprocessed images, pixels (B, 3, H, W), and return ood_score (B,), p_value (B,) and layer_scores (B, L)
     for any B, and for every H and W that the model's pictures may have. Sizes, threshold, preprocessing and more are in
     their metadata. Files are made on the CPU. Those of a hardened student also return its logits.
 
-    featdiff score IMAGES -m FOLDER scores with the ONNX file, without PyTorch.
+    featdiff score IMAGES -m FOLDER scores with the ONNX file, without PyTorch, and featdiff serve -m FOLDER answers
+    over HTTP. --triton writes the ONNX file once more, where Triton looks for it, with a config.pbtxt.
 
     \b
     Example: featdiff export -m featdiff-model --verify photos_test/
     """
     from featdiff.data.references import list_images
-    from featdiff.exceptions import ModelError
+    from featdiff.exceptions import ModelError, UsageError
     from featdiff.export.export import check_exportable, export, facts, need
+    from featdiff.export.triton import write_repository
     from featdiff.export.verify import verify
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    if triton and "onnx" not in wanted:
+        raise UsageError("--triton needs an ONNX file: add onnx to --format")
     if images and "onnx" in wanted:
         need("onnxruntime")
     options["device"] = options["device"] or "cpu"
@@ -71,6 +85,9 @@ def command(model: str, output: Path, formats: str, images: tuple[str, ...], qui
     files = export(exported, output, wanted, loaded.classes)
     for file in files.values():
         say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)", quiet)
+    if triton:
+        name = re.sub(r"[^\w.-]+", "-", Path(model).resolve().name)
+        say(f"{write_repository(files['onnx'], triton, name)} (for Triton)", quiet)
     _summary(facts(exported), loaded.classes if loaded.guard else (), quiet)
     if not images:
         return 0

@@ -21,8 +21,14 @@ _READING = ("image_batch", "workers", "max_pixels", "max_bytes", "engine")
 
 def open_exported(model: str, options: Mapping[str, Any]) -> ExportedDetector:
     """An exported model; ``UsageError`` for options that need the saved one."""
-    from featdiff.exceptions import UsageError
     from featdiff.exported import ExportedDetector
+
+    return ExportedDetector(model, **exported_arguments(model, options))
+
+
+def exported_arguments(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that an exported model takes; ``UsageError`` for those that need the saved one."""
+    from featdiff.exceptions import UsageError
 
     refused = [option for name, option in _REFUSED.items() if options.get(name)]
     if refused:
@@ -31,8 +37,7 @@ def open_exported(model: str, options: Mapping[str, Any]) -> ExportedDetector:
     if options.get("device") not in (None, "auto", "cpu"):
         raise UsageError(f"{model} is an exported model, which runs on the CPU", argument="device")
 
-    arguments = {name: options[name] for name in _READING if options.get(name) is not None}
-    return ExportedDetector(model, **arguments)
+    return {name: options[name] for name in _READING if options.get(name) is not None}
 
 
 def describe(detector: ExportedDetector) -> dict[str, str]:

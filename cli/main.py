@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 from .completion import complete_paths
+from .environment import name_variables, warn_of_unknown
+from .log import end, log_options, record_traceback
 from .speech import plain_warnings, say
 
 # command name -> (module, one line for the overview); the overview must not import torch
@@ -22,9 +24,13 @@ COMMANDS = {
     "audit": ("audit", "Find the odd images of a folder; no model is needed."),
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
+    "manifest": ("manifest", "List images in a file that many machines score from."),
+    "merge": ("merge", "Check that a manifest is scored whole, and join its blocks."),
     "explain": ("explain", "Show why an image is judged as it is, beside the most similar normal images."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
+    "serve": ("serve", "Answer over HTTP: scores, explanations, metrics."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
+    "push": ("push", "Put a saved model on the Hugging Face hub, with a model card."),
     "outliers": ("outliers", "Make synthetic outliers just beyond images, in a model's feature space."),
     "harden": ("harden", "Fine-tune a classifier with a teacher and outliers, and put a guard on it."),
     "bench": ("bench", "Compare featdiff, its heads and baselines on a suite of image sets."),
@@ -42,6 +48,7 @@ PARAMETERS = {
     "keep_paths": "no_paths",
     "keep_thumbnails": "thumbnails",
     "format": "format_",
+    "max_wait": "max_wait_ms",
     "random_state": "seed",
     "replace": "force",
 }
@@ -76,8 +83,9 @@ class Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f".{COMMANDS[name][0]}", __package__).command
         if not any(option.name == "debug" for option in command.params):
-            command.params.append(_debug_option())  # after the name of the command, too
+            command.params += [_debug_option(), *log_options()]  # after the name of the command, too
             complete_paths(command)
+            name_variables(name, command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -90,7 +98,10 @@ class Commands(click.Group):
             from featdiff.exceptions import did_you_mean
 
             ctx.fail(f"no such command {name!r}{did_you_mean(name, list(COMMANDS))}")
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        if found[1] is not None and not ctx.resilient_parsing:
+            warn_of_unknown(str(found[0]), found[1], COMMANDS)
+        return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])  # click would raise the help as an error
@@ -143,7 +154,9 @@ class Commands(click.Group):
             code = _report(error)
             if isinstance(error, OSError):
                 _discard_output()
-        sys.exit(code if isinstance(code, int) else 0)
+        code = code if isinstance(code, int) else 0
+        end(code)
+        sys.exit(code)
 
 
 def _discard_output() -> None:
@@ -167,7 +180,7 @@ def _report(error: Exception, command: click.Command | None = None) -> int:
     """Print an error as one line on standard error; returns the exit code."""
     from featdiff.exceptions import FeatdiffError, UsageError
 
-    if os.environ.get("FEATDIFF_DEBUG"):
+    if os.environ.get("FEATDIFF_DEBUG") and not record_traceback():
         for line in traceback.format_exc().splitlines():
             say(line)
 
@@ -226,7 +239,7 @@ def _debug_option() -> click.Option:
     },
     epilog="Exit codes: 0 fine, 1 failed, 2 usage, 3 images without a score, 4 OOD found (--fail-on-ood), 130 Ctrl-C.",
 )
-@click.version_option(package_name="featdiff")
+@click.version_option(package_name="featdiff", allow_from_autoenv=False)  # images often set FEATDIFF_VERSION
 @click.option("--debug", is_flag=True, help="Show a traceback with every error.")
 def main(debug: bool) -> None:
     """Tell when an image is something your model was never made for.

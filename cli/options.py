@@ -152,6 +152,9 @@ def output_options(function: F) -> F:
     return function
 
 
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+
+
 def groups_option(default: str) -> Callable[[F], F]:
     """``--groups``: which images belong together; ``default`` says what happens without it."""
     return click.option(
@@ -160,6 +163,10 @@ def groups_option(default: str) -> Callable[[F], F]:
         help="Which images belong together, as in bursts: auto (near-copies), none, folder, gap:N (a gap in the last "
         f"number of the name), a regular expression with brackets, or a .csv of path,group [{default}].",
     )
+
+
+engine_option = click.option("--engine", type=click.Choice(_ENGINES), help="What runs the backbone on a CPU [auto].")
+device_option = click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto].")
 
 
 def runtime_options(function: F) -> F:
@@ -172,14 +179,14 @@ def runtime_options(function: F) -> F:
 
     wrapped: Any = run
     for option in (
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        quiet_option,
         click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features [user cache]."),
         click.option("--max-bytes", type=click.IntRange(1), help="Refuse larger files unread [512,000,000]."),
         click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger pictures unopened [89,478,485]."),
         click.option("--workers", type=click.IntRange(1), help="Decoding threads [one per usable CPU]."),
         click.option("--batch-size", "image_batch", type=click.IntRange(1), help="Images at once [32; pixel mode 8]."),
-        click.option("--engine", type=click.Choice(_ENGINES), help="What runs the backbone on a CPU [auto]."),
-        click.option("--device", help="auto, cpu, cuda, cuda:1, mps [auto]."),
+        engine_option,
+        device_option,
     ):
         wrapped = option(wrapped)
     return wrapped

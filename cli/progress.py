@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .log import replaces_lines
+from .rounds import Round, per_second
 from .speech import is_first_process, say, say_warning
 from .waiting import Waits
 
@@ -47,13 +49,16 @@ class Lines:
     ----------
     text : callable
         The line at this moment.
+    fields : callable, optional
+        The same for programs, by name.
     """
 
     # When the last line was printed, by whichever object: they are about one command.
     _printed: ClassVar[float] = float("-inf")
 
-    def __init__(self, text: Callable[[], str]) -> None:
+    def __init__(self, text: Callable[[], str], fields: Callable[[], dict[str, Any]] = dict) -> None:
         self._text = text
+        self._fields = fields
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._print, daemon=True)
 
@@ -71,7 +76,7 @@ class Lines:
             return
         pause = max(_FIRST_LINE, Lines._printed + seconds - time.monotonic())
         while not self._over.wait(pause):
-            say(self._text())
+            say(self._text(), **self._fields())
             Lines._printed = time.monotonic()
             pause = seconds
 
@@ -147,7 +152,7 @@ def _started() -> None:
 
 
 def _is_terminal(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal
+    return console.is_terminal and not console.is_dumb_terminal and not replaces_lines()
 
 
 class Bars:
@@ -185,7 +190,7 @@ class Bars:
             disable=quiet or not on_terminal,
         )
         self._spinner = Spinner(_BACKBONE, console) if on_terminal and not quiet else None
-        self._lines = None if on_terminal or quiet else Lines(self.line)
+        self._lines = None if on_terminal or quiet else Lines(self.line, self.fields)
         self._warnings = telling_warnings(quiet)
         self._tasks: dict[str, TaskID] = {}
         self._rounds: dict[str, Round] = {}
@@ -220,7 +225,7 @@ class Bars:
             from featdiff.files.text import for_terminal
 
             self._tasks[stage] = self._bars.add_task(for_terminal(stage), total=total or None, rate="")
-        self._bars.update(self._tasks[stage], completed=done, total=total or None, rate=_per_second(self.rate(stage)))
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, rate=per_second(self.rate(stage)))
 
     def rate(self, stage: str) -> float:
         """Items per second of a stage."""
@@ -231,6 +236,11 @@ class Bars:
         if not self._stage:
             return _BACKBONE
         return f"{self._stage}: {self._rounds[self._stage].in_words(self.rate(self._stage))}"
+
+    def fields(self) -> dict[str, Any]:
+        """The same for programs."""
+        latest = self._rounds.get(self._stage) or Round(0.0, 0)
+        return {"stage": self._stage, "done": latest.done, "total": latest.total, "rate": self.rate(self._stage)}
 
     def __enter__(self) -> Self:
         _started()
@@ -252,66 +262,13 @@ class Bars:
         self._warnings.__exit__(kind, value, trace)
 
 
-class Round:
-    """How far a stage is with its items; the next round of the same stage has others.
-
-    Parameters
-    ----------
-    now : float
-        Time of the first report.
-    done : int
-        Items that were done by then.
-    """
-
-    def __init__(self, now: float, done: int) -> None:
-        self._first = (now, done)
-        self._now = now
-        self.done = 0
-        self.total = 0
-
-    def is_over(self, done: int, total: int, is_present: bool) -> bool:
-        """Whether a report is about other items; ``is_present``: no other stage has reported since."""
-        return done < self.done or (total != self.total and not is_present)
-
-    def reach(self, now: float, done: int, total: int) -> None:
-        self._now = now
-        self.done = done
-        self.total = total
-
-    def in_words(self, rate: float) -> str:
-        """What is done, how fast, and the time left; ``rate`` counts as long as there was one report only."""
-        start, first = self._first
-        if self._now > start and self.done > first:
-            rate = (self.done - first) / (self._now - start)
-
-        of = f" of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""  # 0: not known
-        text = f"{self.done:,}{of}, {_per_second(rate)}"
-        if rate > 0 and self.total > self.done:
-            text += f", about {_duration((self.total - self.done) / rate)} left"
-        return text
-
-
-def _per_second(rate: float) -> str:
-    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-
-
-def _duration(seconds: float) -> str:
-    """A time in words: ``40 s``, ``12 min``, ``3 h 5 min``."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
 @contextmanager
 def telling_warnings(quiet: bool = False) -> Iterator[None]:
     """featdiff's own warnings as lines for people, with the command's options; shown when the work is done or fails."""
-    from featdiff.exceptions import DamagedCache, NearCopiesFound, OtherEngine
+    from featdiff.exceptions import DamagedCache, LogStopped, NearCopiesFound, OtherEngine
 
     with warnings.catch_warnings(record=True) as caught:
-        for category in (DamagedCache, NearCopiesFound, OtherEngine):
+        for category in (DamagedCache, LogStopped, NearCopiesFound, OtherEngine):
             warnings.simplefilter("always", category)
         try:
             yield
@@ -347,7 +304,7 @@ def list_unreadable(
 ) -> None:
     """Print which images were left out, and why; of many, the first ``most`` and the file that lists all."""
     for path, reason in unreadable[:most]:
-        say(f"  left out: {path}: {reason}", quiet)
+        say(f"  left out: {path}: {reason}", quiet, path=path, reason=reason)
 
     if len(unreadable) > most:
         where = f", all listed in {all_in}" if all_in else ""

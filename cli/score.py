@@ -29,10 +29,11 @@ from .report import (
     write_report,
 )
 from .rows import Rows, open_rows
+from .shards import check_alone, score_manifest, shard_options
 from .signals import Stop, catching_stop
 from .sources import UNKNOWN, Named
 from .speech import say
-from .summary import FEW, Counts, Strangest, is_seen_as_table
+from .summary import FEW, Strangest, in_words, is_seen_as_table
 from .vectors import features_option, open_vectors, score_vectors
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from featdiff import Detector, ExportedDetector, PixelDetector, Scores
     from featdiff.data.references import ImageRef
     from featdiff.report.rows import ReportRows
+    from featdiff.verdicts.counts import Counts
 
 
 @click.command("score")
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 )
 @report_option
 @report_images_option
+@shard_options
 @click.option("--fail-on-ood", is_flag=True, help="Leave with exit code 4 if any image is flagged.")
 @runtime_options
 def command(
@@ -104,12 +107,17 @@ def command(
     Example: featdiff score images/ --copy-to flagged
     Example: featdiff score --undo flagged/manifest.csv
     Example: featdiff score --features embeddings.npy -o scores.csv
+    Example: featdiff score --manifest manifest.parquet --out scored --shard 1/8
     """
     from featdiff.exceptions import UsageError
     from featdiff.exported.layout import is_exported
     from featdiff.report.rows import ReportRows
     from featdiff.runtime.allocator import keep_freed_memory
+    from featdiff.verdicts.counts import Counts
 
+    if options["manifest"] is not None:
+        return score_manifest(click.get_current_context())
+    check_alone(options)
     if undo_manifest is not None:
         if images or features:
             raise UsageError("--undo takes back what was done, and scores nothing: give it alone")
@@ -348,11 +356,8 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     work = run.work
     counts = run.counts
     seconds = bars.seconds.get("scoring", 0.0)
-    speed = f"{seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
-    bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
-    bad += f", {counts.failed:,} failed" if counts.failed else ""
-    what = work.what.removesuffix("s") if counts.rows == 1 else work.what
-    say(f"{counts.rows:,} {what} in {speed}: {counts.flagged:,} OOD at fpr {work.fpr:g}{bad}", quiet)
+    speed = f" in {seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
+    say(in_words(counts, work.what, work.fpr, speed), quiet, fpr=work.fpr, **asdict(counts))
     if waited := bars.waits.in_words("scoring", seconds):
         say(waited, quiet)
 

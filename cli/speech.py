@@ -11,16 +11,19 @@ from typing import Any
 
 import click
 
+from .log import record_line, replaces_lines
+
 
 def is_first_process() -> bool:
     """Whether to talk and to write: of the processes of ``accelerate launch`` only one does."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str, quiet: bool = False) -> None:
-    """Print a line for people on standard error."""
-    if not quiet:
+def say(text: str, quiet: bool = False, **fields: Any) -> None:
+    """Print a line for people on standard error, and log it; ``fields`` are what it says, for programs."""
+    if not quiet and not replaces_lines():
         show(text, err=True)
+    record_line(text, quiet, **fields)
 
 
 def show(text: str, err: bool = False) -> None:
@@ -45,6 +48,9 @@ def say_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
     """Print a warning in Python's own words, a line at a time; they may hold names of files."""
+    if replaces_lines():
+        say(f"WARNING: {message}", category=category.__name__, file=f"{filename}:{lineno}")
+        return
     for line in warnings.formatwarning(message, category, filename, lineno).splitlines():
         say(line)
 

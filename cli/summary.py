@@ -17,6 +17,7 @@ from .speech import say
 
 if TYPE_CHECKING:
     from featdiff import Scores
+    from featdiff.verdicts.counts import Counts
 
 #: How many of the strangest rows are named.
 FEW = 5
@@ -24,26 +25,12 @@ FEW = 5
 _WIDTH = 80
 
 
-@dataclass
-class Counts:
-    """Rows that were scored, and how many of them were flagged, could not be read, failed, or are training images."""
-
-    rows: int = 0
-    flagged: int = 0
-    unreadable: int = 0
-    failed: int = 0
-    known: int = 0
-
-    def add(self, part: Scores) -> None:
-        """Count a part."""
-        from featdiff.verdicts.results import ERROR, UNREADABLE
-
-        self.rows += len(part)
-        self.flagged += part.flagged
-        self.unreadable += part.status.count(UNREADABLE)
-        self.failed += part.status.count(ERROR)
-        if part.known is not None:
-            self.known += int(part.known.sum())
+def in_words(counts: Counts, what: str, fpr: float, speed: str = "") -> str:
+    """Counts of rows, of which one is called ``what`` without its s, on one line."""
+    bad = f", {counts.unreadable:,} unreadable" if counts.unreadable else ""
+    bad += f", {counts.failed:,} failed" if counts.failed else ""
+    what = what.removesuffix("s") if counts.rows == 1 else what
+    return f"{counts.rows:,} {what}{speed}: {counts.flagged:,} OOD at fpr {fpr:g}{bad}"
 
 
 @dataclass

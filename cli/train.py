@@ -43,6 +43,12 @@ INPAINTINGS = "inpaintings.png"
 @click.option("--local/--no-local", default=None, help="Look at places of a picture, too [if the images are alike].")
 @click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the model (for featdiff explain).")
 @click.option("--thumbnails", is_flag=True, help="Keep small pictures of training images in the model, 16 MB at most.")
+@click.option(
+    "--log-to",
+    multiple=True,
+    metavar="KIND:PLACE",
+    help="Losses to tensorboard:FOLDER or mlflow:URI; repeat for more.",
+)
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
 @click.option(
     "-o",
@@ -76,11 +82,14 @@ def command(
     Example: featdiff train --features embeddings.npy -o my-model
     """
     from featdiff.runtime.allocator import keep_freed_memory
+    from featdiff.runtime.run_log import logged_to
 
     from .config import Config, load_config
 
     keep_freed_memory()
-    quiet = quiet or not is_first_process()
+    if not is_first_process():
+        quiet = True
+        options["log_to"] = ()
     _check_free(output, force)
     if options["features"]:
         options["no_pretrained"] = no_pretrained
@@ -93,7 +102,7 @@ def command(
     source: object = list(images) or config.images or _sample_set()
 
     try:
-        with Bars(quiet) as bars:
+        with Bars(quiet) as bars, logged_to(options["log_to"], detector.settings.saved()):
             detector.fit(source, _tell_where(bars, detector, quiet), groups=groups or config.groups)
         if not is_first_process():
             return 0

@@ -60,6 +60,7 @@ def train_on_vectors(
     from featdiff import FeatureDiffusion
     from featdiff.data.vector_files import open_arrays
     from featdiff.exceptions import TooFewRows
+    from featdiff.runtime.run_log import logged_to
 
     _refuse_images(images, options)
     arrays = open_arrays(file)
@@ -74,7 +75,7 @@ def train_on_vectors(
 
     bars = Bars(quiet)
     try:
-        with bars, warnings.catch_warnings():
+        with bars, logged_to(options["log_to"], detector.get_params()), warnings.catch_warnings():
             warnings.simplefilter("error", TooFewRows)
             rows, names, unreadable = _good_rows(arrays)
             detector.fit(rows, progress=bars, groups=_row_groups(groups, names))

@@ -61,6 +61,10 @@ class OtherEngine(FeatdiffError, UserWarning):
     """A warning: a model that was fitted in bfloat16 is run by another engine, whose rounding moves scores a little."""
 
 
+class LogStopped(FeatdiffError, UserWarning):
+    """A warning: TensorBoard or MLflow takes no more numbers of a training, which goes on."""
+
+
 class UnreadableImage(FeatdiffError, ValueError):
     """One image could not be decoded. Never ends a run: it becomes a row with a reason."""
 

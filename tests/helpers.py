@@ -113,6 +113,19 @@ def noise_pictures(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
+def same_rows(rows: dict[str, list[object]], others: dict[str, list[object]]) -> bool:
+    """Whether columns of rows hold the same; in other batches, the last digit of a number may be another."""
+    assert list(rows) == list(others)
+    for name, column in rows.items():
+        numbers = any(isinstance(value, float) for value in column)
+        if numbers:
+            found, expected = (np.array(values, dtype=float) for values in (column, others[name]))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6, err_msg=name)
+        else:
+            assert column == others[name], name
+    return True
+
+
 def stopped(
     arguments: Sequence[object], ready: Callable[[], object], pause: float = 0.0, number: int = signal.SIGINT
 ) -> tuple[int, str, str]:

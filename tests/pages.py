@@ -26,6 +26,7 @@ PLUGIN = "that folder, in a process of its own: the block registers a score (tes
 # ... or where something is missing, and the error says what:
 HUB = "without a hub (test_docs_other)"
 DOWNLOAD = "without a download (test_docs_other)"
+SERVER = "of and to a server (serving/test_serve_pages)"
 NO_DATA = "without the data that it measures (test_docs_other)"
 # ... or it is about the checkout:
 SETUP = "compared with .ci/run (test_docs_other)"
@@ -34,9 +35,15 @@ PYTEST = "the files that it names are looked up (test_docs_other)"
 LINT = "on the checkout (test_code)"
 SCRIPT = "with --help (test_code)"
 COMPLETION = "typed with a home of its own (cli/test_completion)"
+SBATCH = "as each task of the array (serving/test_schedulers)"
+INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
+RAY = "on a cluster of two nodes (serving/test_ray)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
+CONTAINER = "its user, health check and command (serving/test_serve_pages)"
 CONFIG = "featdiff train --config (test_docs_other)"
+PIPELINE = "in a folder with photos and images (cli/test_pipelines)"
+ON_HUB = "with a hub on loopback (files/test_hub)"
 SUITE = "read as a suite (test_docs_other)"
 ENTRY_POINTS = "compared with the score that it names (test_docs_other)"
 ANSWER = "compared with what featdiff score prints (test_docs)"
@@ -54,22 +61,34 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^\.venv/bin/python tests/(benchmarks|fuzz)/", SCRIPT),
         (r"^\.venv/bin/python tests/api_pages", API),
         (r"^\.venv/bin/featdiff .*FOLDER", NO_DATA),
+        (r"^featdiff score --manifest .* --ray", RAY),
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff .*s3://", STORE),
+        (r"^featdiff train .*--log-to ", PIPELINE),
+        (r"^featdiff (push|score .*-m org/)", ON_HUB),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
+        (r"^featdiff (manifest|merge) ", DEFAULT),
         (r"^find images ", DEFAULT),
+        (r"^featdiff serve|^curl .*127\.0\.0\.1:8000", SERVER),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
     "python": (
         (r"^@register", PLUGIN),
         (r"s3://", STORE),
+        (r"push_to_hub", ON_HUB),
+        (r"pyod_detector", SMALL),
+        (r"127\.0\.0\.1:8000", SERVER),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),
     ),
+    "makefile": ((r"featdiff score", PIPELINE),),
+    "sh": ((r"^#SBATCH ", SBATCH),),
+    "yaml": ((r"^stages:", PIPELINE), (r"^kind: Job$", INDEXED_JOB)),
+    "dockerfile": ((r"^FROM ", CONTAINER),),
     "toml": (
         (r"^\[detector\]", CONFIG),
         (r"^\[\[tasks\]\]", SUITE),
@@ -91,7 +110,11 @@ EXPECTED = {
     "featdiff score images/ -m my-model --report report.html -o reported.csv": 3,
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
+    "featdiff score images/ -m my-model -o logged.csv --log-format json": 3,
+    "featdiff score images/ -m my-model -o logged.csv -q --log-file run.log": 3,
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
+    "featdiff score --manifest manifest.parquet --out scored --shard 2/2 -m my-model": 3,
+    "featdiff merge scored -o scores.parquet --report scores.html": 3,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }
 

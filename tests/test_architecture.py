@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "export": {"data", "detectors", "exported", "features", "files", "guard", "runtime", "scores", "verdicts"},
     "hardening": {"data", "detectors", "diffusion", "features", "files", "guard", "outliers", "runtime", "verdicts"},
     "evaluation": {"data", "detectors", "features", "files", "hardening", "outliers", "runtime", "scores"},
+    "serving": {"data", "detectors", "exported", "files", "hardening", "report", "runtime", "verdicts"},
 }
 #: inside these rooms: file -> files beside it that it may import
 FILES: dict[str, dict[str, set[str]]] = {

@@ -10,25 +10,35 @@ from ..files.model_folder import load, locate
 from .base import BaseDetector
 from .feature import Detector
 from .pixel import PixelDetector
+from .pushing import Pushable
 from .saved import VECTORS, saved_mode
 
-__all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "load_detector"]
+__all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "Pushable", "load_detector"]
 
 #: Detectors of images by mode, as saved models name it.
 MODES: dict[str, type[Detector] | type[PixelDetector]] = {Detector.mode: Detector, PixelDetector.mode: PixelDetector}
 
 
 def load_detector(
-    name: str | os.PathLike[str], *, local_files_only: bool = False, **options: Any
+    name: str | os.PathLike[str],
+    *,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
 ) -> Detector | PixelDetector:
     """Load a saved detector of images, of any mode.
 
     Parameters
     ----------
     name : path or str
-        A folder, or a hub repository ``org/name``.
+        A folder, or a hub repository ``org/name`` or ``org/name@revision``.
     local_files_only : bool, default False
         Never ask the hub for the detector.
+    revision : str, optional
+        Branch, tag or commit on the hub; default: the main branch.
+    token : str or bool, optional
+        Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``.
     **options
         As for :meth:`featdiff.Detector.from_pretrained`, or that of its mode.
 
@@ -37,7 +47,7 @@ def load_detector(
     ModelError
         No model, a damaged one, or one of vectors.
     """
-    folder = locate(name, local_files_only)
+    folder = locate(name, local_files_only, revision, token)
     config, tensors = load(folder)
     mode = saved_mode(config, folder)
     if mode == VECTORS:

@@ -28,11 +28,12 @@ from ..verdicts.judge import judge
 from ..verdicts.results import Scores
 from .config import Settings
 from .grouping import Grouping, make_checked_plan
+from .pushing import Pushable
 
 S = TypeVar("S", bound=Settings)
 
 
-class BaseDetector(Generic[S]):
+class BaseDetector(Pushable, Generic[S]):
     """A detector is fitted on ordinary images and scores others.
 
     A subclass says how rows of its extractor become scores: :meth:`fit`, :meth:`layer_scores`, :meth:`all_heads`,
@@ -369,6 +370,22 @@ class BaseDetector(Generic[S]):
         live = is_loader(images) and not isinstance(images, Listing)
         at_once = 1 if live else self.batches_at_once * self.settings.image_batch
         return self._stream(*self.batches(self._ready(images)), at_once, rate, progress, exclude_known)
+
+    def score_batches(self, batches: Iterable[Batch], fpr: float | None = None) -> Iterator[Scores]:
+        """Score images that are decoded already.
+
+        Parameters
+        ----------
+        batches : iterable of Batch
+        fpr : float, optional
+            As for :meth:`score`.
+
+        Yields
+        ------
+        Scores
+            One for each batch.
+        """
+        return self._stream(batches, 0, 1, self.fpr if fpr is None else fpr, None, False)
 
     def _stream(
         self,

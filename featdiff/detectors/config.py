@@ -19,8 +19,8 @@ from ..data.splits import CALIBRATION
 from ..diffusion.training import Recipe
 from ..exceptions import UsageError, did_you_mean
 from ..features.engines import AUTO, TORCH
-from ..features.extractor import PRECISIONS
 from ..features.layers import Layers
+from ..features.networks import PRECISIONS
 from ..features.views import check_view
 from ..features.weights import DEFAULT_BACKBONE
 from ..scores.coreset import CORESETS

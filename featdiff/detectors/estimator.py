@@ -31,6 +31,7 @@ from .estimator_checks import check_settings, draw_seed, first_of_each, layers_f
 from .estimator_scores import PreparedRows, VectorHeads, find_columns
 from .fitting import Bank, fit_heads
 from .grouping import Grouping
+from .pushing import Pushable
 from .saved import VECTORS, building, check_config, check_rates, load_tensors
 
 #: Why a row has no score.
@@ -41,7 +42,7 @@ _VALIDATION = 0.05
 _SCALE_ROWS = 10_000
 
 
-class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Feature diffusion on rows of numbers: embeddings of CLIP, DINO or anything else, as a scikit-learn estimator.
 
     The method of :class:`featdiff.Detector` without its backbone: a small denoiser for each layer (after DLSR, Yang et
@@ -392,7 +393,14 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         return 0
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *, local_files_only: bool = False) -> FeatureDiffusion:
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> FeatureDiffusion:
         """Load a saved estimator, strictly.
 
         Parameters
@@ -401,6 +409,10 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
             Folder, or hub repository ``org/name``.
         local_files_only : bool, default False
             Never ask the hub.
+        revision : str, optional
+            Branch, tag or commit on the hub; also as ``org/name@revision``. Default: the main branch.
+        token : str or bool, optional
+            Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``. It is not stored.
 
         Returns
         -------
@@ -411,7 +423,7 @@ class FeatureDiffusion(OutlierMixin, TransformerMixin, BaseEstimator):  # type: 
         ModelError
             No model, a damaged or newer one, or one of images.
         """
-        folder = locate(name, local_files_only)
+        folder = locate(name, local_files_only, revision, token)
         config, tensors = load(folder)
         check_config(config, folder, cls.mode)
         check_rates(config, folder)

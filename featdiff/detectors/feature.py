@@ -467,6 +467,8 @@ class Detector(FeatureScoring):
         transform: Transform | None = None,
         weights: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
         **runtime: Any,
     ) -> Detector:
         """Load a saved detector, strictly.
@@ -481,6 +483,10 @@ class Detector(FeatureScoring):
             Where the backbone's weights file lies now.
         local_files_only : bool, default False
             Never ask the hub for the detector.
+        revision : str, optional
+            Branch, tag or commit on the hub; also as ``org/name@revision``. Default: the main branch.
+        token : str or bool, optional
+            Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``. It is not stored.
         **runtime
             ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``max_bytes``, ``cache``.
 
@@ -491,7 +497,7 @@ class Detector(FeatureScoring):
         WeightsError
             The backbone's weights cannot be had.
         """
-        folder = locate(name, local_files_only)
+        folder = locate(name, local_files_only, revision, token)
         config, tensors = load(folder)
         given: dict[str, Any] = {"backbone": backbone, "transform": transform, "weights": weights, **runtime}
         return cls.from_loaded(folder, config, tensors, **given)

@@ -80,16 +80,23 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         if not is_loader(images):
             images = list_images(images)
         some = images.first(WORTH_AN_ENGINE) if isinstance(images, Listing) else images
-        wanted = self._wanted_engine(some)
+        self._choose_engine(some, isinstance(some, list) and len(some) >= WORTH_AN_ENGINE)
+        return images
+
+    def ready_for_many(self) -> None:
+        """Choose the engine as for many images, before any of them is there."""
+        self._choose_engine(None, True)
+
+    def _choose_engine(self, images: object, many: bool) -> None:
+        wanted = self._wanted_engine(many)
         if wanted and not self.engine_note_:
-            pixels, digests = self._some(some)
+            pixels, digests = self._some(images)
             folder = self.settings.cache_folder / "engines"
             self.engine_note_ = self.extractor_.choose_engine(wanted, pixels, folder)
             if self.is_fitted:
                 self._confirm_engine(pixels, digests)
-        return images
 
-    def _wanted_engine(self, images: object) -> str:
+    def _wanted_engine(self, many: bool) -> str:
         """What is to run the backbone, or to be chosen from; empty: what runs it now."""
         if self.settings.engine != AUTO:
             return self.settings.engine
@@ -97,8 +104,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
             return ""
         if self.is_fitted and self.settings.precision == "bf16":
             return self._engine_of_fit()
-        few = not isinstance(images, list) or len(images) < WORTH_AN_ENGINE
-        return "" if few else AUTO
+        return AUTO if many else ""
 
     def _engine_of_fit(self) -> str:
         """In bfloat16 each engine rounds in its own way, and the calibration images were seen through one of them."""
@@ -110,7 +116,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         if not self.engine_note_:
             self.engine_note_ = f"torch, for {name} is not installed"
             message = f"this model was fitted in bfloat16 by {name}, and PyTorch rounds otherwise: install {name}"
-            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=4)
+            warnings.warn(OtherEngine(message, argument="engine"), stacklevel=5)
         return ""
 
     def _confirm_engine(self, pixels: Tensor, digests: Sequence[bytes]) -> None:

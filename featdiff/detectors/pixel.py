@@ -363,7 +363,13 @@ class PixelDetector(BaseDetector[PixelSettings]):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, local_files_only: bool = False, **runtime: Any
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **runtime: Any,
     ) -> PixelDetector:
         """Load a saved detector, strictly.
 
@@ -373,6 +379,10 @@ class PixelDetector(BaseDetector[PixelSettings]):
             Folder, or hub repository ``org/name``.
         local_files_only : bool, default False
             Never ask the hub for the detector.
+        revision : str, optional
+            Branch, tag or commit on the hub; also as ``org/name@revision``. Default: the main branch.
+        token : str or bool, optional
+            Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``. It is not stored.
         **runtime
             ``device``, ``image_batch``, ``workers``, ``max_pixels``, ``max_bytes``, ``cache``.
 
@@ -385,7 +395,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
         ModelError
             No model, a damaged or newer one, or one of another mode.
         """
-        folder = locate(name, local_files_only)
+        folder = locate(name, local_files_only, revision, token)
         config, tensors = load(folder)
         return cls.from_loaded(folder, config, tensors, **runtime)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import SchedulerMixin
 
+#: Its records carry ``fields``: step, steps, epoch, loss, lr, and val_loss at the end of an epoch, when it is measured.
+LOG = logging.getLogger(__name__)
 #: Called after each optimiser step with its record and the state of the training.
 Watch = Callable[[Step, TrainingState], None]
 
@@ -98,6 +102,8 @@ def fit_denoiser(
     with training_threads(denoiser, recipe.batch_size, validation[0]):
         for step in train(state, read, count, validation, scheduler, recipe, seed, augment, accelerator):
             checkpointer.after_step(step.val_loss is not None)
+            if is_main:
+                _log(step)
             if watch and is_main:
                 watch(step, state)
             if progress and is_main:
@@ -106,3 +112,11 @@ def fit_denoiser(
     checkpointer.finish()
     denoiser.requires_grad_(False)
     return state
+
+
+def _log(step: Step) -> None:
+    """A record of a step: at the level DEBUG, at the end of an epoch at INFO."""
+    level = logging.DEBUG if step.val_loss is None else logging.INFO
+    if LOG.isEnabledFor(level):
+        measured = {name: value for name, value in asdict(step).items() if value is not None}
+        LOG.log(level, "step %d of %d, loss %.4g", step.step, step.steps, step.loss, extra={"fields": measured})

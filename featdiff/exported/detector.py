@@ -177,6 +177,10 @@ class ExportedDetector:
         )
         return self._stream(batches, total, rate, progress)
 
+    def score_batches(self, batches: Iterable[Batch], fpr: float | None = None) -> Iterator[Scores]:
+        """Score images that are decoded already, a part for each batch; see :meth:`score`."""
+        return self._stream(batches, 0, self.fpr if fpr is None else fpr, None)
+
     def _stream(
         self, batches: Iterable[Batch], total: int, fpr: float, progress: Progress | bool | None
     ) -> Iterator[Scores]:

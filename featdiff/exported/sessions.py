@@ -15,6 +15,7 @@ import numpy as np
 
 from ..exceptions import ModelError, UsageError, did_you_mean, first_line
 from ..runtime.cpus import thread_count
+from ..runtime.sessions import onnxruntime_session, openvino_program
 from .layout import INPUT, check_format
 
 AUTO = "auto"
@@ -95,13 +96,7 @@ def _chosen(engine: str) -> str:
 
 
 def _open_onnxruntime(file: Path) -> tuple[Run, dict[str, str]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = thread_count()
-    options.log_severity_level = 3  # errors are raised anyway
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take CPUs from decoding
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(file, thread_count())
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -113,15 +108,11 @@ def _open_onnxruntime(file: Path) -> tuple[Run, dict[str, str]]:
 def _open_openvino(file: Path) -> tuple[Run, dict[str, str]]:
     import openvino
 
-    core = openvino.Core()
-    model = core.read_model(file)
+    model = openvino.Core().read_model(file)
     metadata = dict(model.get_rt_info().items()).get("framework", {})
     texts = {key: str(text.value) for key, text in metadata.items()}
 
-    # in full precision: some processors would round to bfloat16 by default
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    options["INFERENCE_NUM_THREADS"] = str(thread_count())
-    compiled = core.compile_model(model, "CPU", options)
+    compiled = openvino_program(model, thread_count())
     names = [output.get_any_name() for output in compiled.outputs]
     request = compiled.create_infer_request()
     lock = threading.Lock()  # a request runs once at a time

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..files.atomic import filling
 from ..files.sealed import checksum, read_sealed, write_sealed
+from ..runtime.sessions import onnxruntime_session, openvino_program
 
 #: What another engine may run; ``auto`` chooses among those that are installed, and ``torch`` is PyTorch as it is.
 OPENVINO = "openvino"
@@ -117,14 +118,8 @@ def _write_openvino(traced: nn.Module, example: Tensor, folder: Path) -> None:
 def _start_openvino(folder: Path, bfloat16: bool) -> Run:
     import openvino
 
-    core = openvino.Core()
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-        # said in so many words: some processors would round to bfloat16 by default
-        "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
-    }
-    program = core.compile_model(core.read_model(folder / "model.xml"), "CPU", options)
+    model = openvino.Core().read_model(folder / "model.xml")
+    program = openvino_program(model, torch.get_num_threads(), bfloat16)
     requests = threading.local()
 
     def run(pixels: Tensor) -> Sequence[Tensor]:
@@ -145,12 +140,7 @@ def _write_onnx(traced: nn.Module, example: Tensor, folder: Path) -> None:
 
 
 def _start_onnxruntime(folder: Path, bfloat16: bool) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(folder / "model.onnx", torch.get_num_threads())
 
     def run(pixels: Tensor) -> Sequence[Tensor]:
         return [torch.from_numpy(values) for values in session.run(None, {"pixels": pixels.numpy()})]

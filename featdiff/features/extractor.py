@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from ..data.decoding import Transform
 from ..exceptions import UsageError
 from .backbones import Backbone
-from .engines import COMPILE, TORCH, Choice, Engine, Pass, again, choose
+from .conversions import COMPILE
+from .engines import TORCH, Choice, Engine, Pass, again, choose
 from .layers import Layers
 from .layout import LOCAL, FeatureLayout, Key, Kind
-from .networks import identity
+from .networks import identity, mixed_precision
 from .patches import choose_maps, map_hooks
 from .readers import ModuleReader, checked, make_reader
 from .stages import maps_with_channels_last, watch
 from .transfer import moved
 
-#: What ``precision`` may be.
-PRECISIONS = ("auto", "fp32", "bf16")
 #: How the name of a mixed precision ends.
 AUTOCAST = " autocast"
 #: Maps (B, C, h, w), the finest first -> a score of each image (B,), and of each of its places (B, h, w).
@@ -95,7 +94,7 @@ class FeatureExtractor:
         self.backbone = backbone if isinstance(backbone, Backbone) else _wrap(backbone, transform, input_size)
         own = self.backbone.source == "module"
         self._given_device = torch.device(device)
-        self._autocast = None if own else _autocast(precision, self._given_device)
+        self._autocast = None if own else mixed_precision(precision, self._given_device)
         self.model = self.backbone.model.to(self._given_device)
 
         probe = self.probe()
@@ -399,13 +398,6 @@ class FeatureExtractor:
             score, heat = self._local(self._maps_in(features))
             parts.append(score[:, None])
         return torch.cat(parts, dim=1), heat
-
-
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    """What a backbone by name computes in, where that is not what its weights are."""
-    if precision == "bf16":
-        return torch.bfloat16
-    return torch.float16 if precision == "auto" and device.type == "cuda" else None
 
 
 def _wrap(model: nn.Module, transform: Transform | None, input_size: Sequence[int] | None) -> Backbone:

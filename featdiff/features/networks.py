@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ..exceptions import UsageError
 from .layout import LOGITS
 
+#: What ``precision`` may be.
+PRECISIONS = ("auto", "fp32", "bf16")
+
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, types and bytes of a module's parameters and buffers.
@@ -115,3 +118,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def mixed_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """What a backbone by name computes in under autocast; None: in the type of its weights.
+
+    Parameters
+    ----------
+    precision : str
+        One of :data:`PRECISIONS`.
+    device : torch.device
+
+    Returns
+    -------
+    torch.dtype, optional
+    """
+    if precision == "bf16":
+        return torch.bfloat16
+    return torch.float16 if precision == "auto" and device.type == "cuda" else None

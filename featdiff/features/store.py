@@ -26,6 +26,7 @@ from ..exceptions import FeatdiffError
 from ..files.atomic import write_atomically
 from ..files.cache import cache_errors
 from ..files.sealed import CHECKSUM_BYTES, checksum, drop_damaged, read_sealed, write_sealed
+from .digests import DIGEST_BYTES, DigestIndex
 
 Content = TypeVar("Content")
 
@@ -33,7 +34,6 @@ _SHARD_BYTES = 4 << 20
 _MAPPED_BYTES = 1 << 19
 _FEW_SHARDS = 100  # more may not fit under the usual limit of open files
 _VECTORS, _DIGESTS = ".vectors.npy", ".digests"
-_DIGEST_BYTES = 16
 # Errors of a dying disk, and of NumPy on a damaged file.
 _DAMAGED = (errno.EIO, errno.EINVAL, None)
 # Other files in the folder are not ours.
@@ -59,27 +59,30 @@ class FeatureStore:
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._shards: list[np.ndarray] = []  # memory maps (n, width)
         self._unverified: dict[int, _Unverified] = {}  # shards that this run has not used yet
-        self._where: dict[bytes, tuple[int, int]] = {}
+        self._index = DigestIndex()
         self._lock = threading.Lock()  # decoding threads ask for digests
         with cache_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(self.folder.glob(_OUR_NAMES)):
-            self._open(file)
+        opened = map(self._open, sorted(self.folder.glob(_OUR_NAMES)))
+        self._index.add_shards(shard for shard in opened if shard is not None)
 
     def __contains__(self, digest: object) -> bool:
-        place = self._where.get(digest)  # type: ignore[call-overload]
-        if place is not None and place[0] in self._unverified:
+        if not isinstance(digest, bytes):
+            return False
+        place = self._index.find(digest)
+        while place is not None and place[0] in self._unverified:
             self._verify(place[0])
-        return digest in self._where
+            place = self._index.find(digest)  # if that shard was damaged, another may hold it as well
+        return place is not None
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._index)
 
     def add(self, digest: bytes, vector: np.ndarray) -> None:
         """Keep one vector (width,); written to disk when a shard is full, or by :meth:`flush`."""
         if digest in self:
             return
-        self._where[digest] = (len(self._shards), len(self._pending))
+        self._index.add(digest, (len(self._shards), len(self._pending)))
         self._pending.append((digest, np.array(vector, dtype=self.dtype)))  # a copy: callers reuse their buffers
         if len(self._pending) == self._capacity:
             self.flush()
@@ -120,28 +123,25 @@ class FeatureStore:
                 "the same again, and they are computed anew",
                 argument="cache",
             )
-        where = np.array([self._where[digest] for digest in digests], dtype=np.int32).reshape(-1, 2)
-        return FeatureTable(self._shards, where, self.width, self.dtype)
+        return FeatureTable(self._shards, self._index.find_all(digests), self.width, self.dtype)
 
-    def _open(self, file: Path) -> None:
-        """Add a shard; the checksum of its vectors is compared when they are first asked for."""
+    def _open(self, file: Path) -> tuple[int, bytes] | None:
+        """Number and digests of a shard; the checksum of its vectors is compared when they are first asked for."""
         content = _read_or_drop(read_sealed, file)
         vectors = _read_or_drop(_read, _vectors_of(file)) if content is not None else None
         if content is None or vectors is None:
-            return
+            return None
 
         digests, expected = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
-        rows = [digests[start : start + _DIGEST_BYTES] for start in range(0, len(digests), _DIGEST_BYTES)]
-        shard = _Unverified(_vectors_of(file), rows, expected)
-        if vectors.dtype != self.dtype or vectors.shape != (len(rows), self.width):
+        shard = _Unverified(_vectors_of(file), expected)
+        if vectors.dtype != self.dtype or vectors.shape != (len(digests) / DIGEST_BYTES, self.width):
             _read_or_drop(shard.check, shard.file)  # it is damaged, or holds vectors of another width
-            return
+            return None
 
         number = len(self._shards)
-        for row, digest in enumerate(rows):
-            self._where.setdefault(digest, (number, row))
         self._unverified[number] = shard
         self._keep(vectors)
+        return number, digests
 
     def _verify(self, number: int) -> None:
         """Compare the checksum of a shard; a damaged one is removed and forgotten."""
@@ -150,9 +150,7 @@ class FeatureStore:
             if shard is None:  # another thread has done it
                 return
             if _read_or_drop(shard.check, shard.file) is None:
-                for digest in shard.digests:
-                    if self._where.get(digest, (-1, 0))[0] == number:  # an older shard may hold it as well
-                        del self._where[digest]
+                self._index.forget(number)
             del self._unverified[number]  # last: until now, others wait
 
     def _keep(self, shard: np.ndarray) -> None:
@@ -169,13 +167,11 @@ class _Unverified:
     ----------
     file : Path
         Of the vectors.
-    digests : list of bytes
     expected : bytes
         Checksum of the file.
     """
 
     file: Path
-    digests: list[bytes]
     expected: bytes
 
     def check(self, file: Path) -> bool:

@@ -283,21 +283,34 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folde
             raise ModelError(f"the model at {folder} is damaged: {TENSORS} {kind} {names[0]}")
 
 
-def locate(name: str | os.PathLike[str], local_files_only: bool = False) -> Path:
+def locate(
+    name: str | os.PathLike[str],
+    local_files_only: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
     """A folder as it is, or the local copy of a repository on the hub, downloaded when it is not cached.
 
     Parameters
     ----------
     name : str or Path
-        A folder, or ``org/name``.
+        A folder, ``org/name`` or ``org/name@revision``.
     local_files_only : bool, default False
         Nothing is downloaded.
+    revision : str, optional
+        Branch, tag or commit; default: the main branch.
+    token : str or bool, optional
+        Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``.
 
     Raises
     ------
     ModelError
         Neither a folder nor a repository that can be downloaded.
     """
-    if not is_repository(name):
+    if revision is None and not is_repository(name):
         return Path(name)  # who reads it says what is wrong with it, if anything
-    return find_folder(name, [CONFIG, TENSORS], lambda why: ModelError(f"no model {name}: {why}"), local_files_only)
+
+    def refuse(why: str) -> ModelError:
+        return ModelError(f"no model {name}{f' at revision {revision}' if revision else ''}: {why}")
+
+    return find_folder(name, [CONFIG, TENSORS], refuse, local_files_only, revision, token)

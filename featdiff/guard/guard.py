@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.groups import Groups
 from ..data.loaders import is_batch
 from ..data.splits import Split
-from ..detectors import Detector
+from ..detectors import Detector, Pushable
 from ..detectors.saved import check_config
 from ..exceptions import NotFittedError, UsageError
 from ..features.layers import Layers, is_auto, resolve_layers, stage_names
@@ -70,7 +70,7 @@ class Verdict:
     p_values: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Guard(nn.Module):
+class Guard(Pushable, nn.Module):
     """Wraps a classifier: ``logits, verdict = guard(images)``, from one pass through it.
 
     The classifier runs as it would without the guard: same mode, precision, gradients and logits to the last bit. Its
@@ -416,6 +416,8 @@ class Guard(nn.Module):
         fpr: float | None = None,
         abstain: bool = False,
         local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
         **runtime: Any,
     ) -> Guard:
         """Load a guard, or a detector fitted on the classifier's backbone.
@@ -432,6 +434,10 @@ class Guard(nn.Module):
             Predict class -1 for flagged images.
         local_files_only : bool, default False
             Never ask the hub.
+        revision : str, optional
+            Branch, tag or commit on the hub; also as ``org/name@revision``. Default: the main branch.
+        token : str or bool, optional
+            Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``. It is not stored.
         **runtime
             Further keywords of :meth:`featdiff.Detector.from_pretrained`.
 
@@ -447,7 +453,7 @@ class Guard(nn.Module):
         network = _unwrapped(classifier)
         options: dict[str, Any] = {"device": str(device_of(network)), **runtime}
 
-        folder = locate(name, local_files_only)
+        folder = locate(name, local_files_only, revision, token)
         config, tensors = load(folder)
         check_config(config, folder, Detector.mode)
         if config["backbone"]["source"] == "module":

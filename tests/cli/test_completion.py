@@ -22,6 +22,8 @@ MAIN: click.Group = _script.load()
 
 #: Parameters of plain text that are no paths.
 WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern"}
+WORDS |= {"license", "log_to", "message", "ray", "revision", "shard"}
+WORDS |= {"api_key", "host", "name"}  # of serve
 OTHERS = (click.Choice, click.IntRange, type(click.INT), type(click.FLOAT))
 
 

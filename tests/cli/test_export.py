@@ -8,10 +8,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from click.testing import Result
+from google.protobuf import text_format
 from helpers import fails
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 Cli = Callable[..., Result]
 
@@ -75,3 +78,30 @@ def test_no_model_and_a_backbone_of_other_weights(featdiff_cli: Cli, tiny_model:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     result = featdiff_cli("export", "-m", model, "--weights", tmp_path / "other.safetensors", "-q")
     fails(result, 1, "has other weights than this detector was fitted with")
+
+
+def test_a_repository_for_triton(featdiff_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """Its config is one by Triton's own description of it, and says what the file takes and gives."""
+    repository = tmp_path / "models"
+    options = ["--format", "onnx", "-o", tmp_path / "out", "--triton", repository]
+    result = featdiff_cli("export", "-m", tiny_model, *options)
+    assert result.exit_code == 0, result.stderr
+    place = repository / tiny_model.name
+    assert f"{place} (for Triton)" in result.stderr
+    assert (place / "1" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+
+    config = text_format.Parse((place / "config.pbtxt").read_text(), ModelConfig())
+    assert (config.name, config.platform, config.max_batch_size) == (tiny_model.name, "onnxruntime_onnx", 32)
+    assert config.HasField("dynamic_batching")
+    session = onnxruntime.InferenceSession(place / "1" / "model.onnx")
+    for given, tensors in ((session.get_inputs(), config.input), (session.get_outputs(), config.output)):
+        assert [tensor.name for tensor in tensors] == [each.name for each in given]
+        for tensor, each in zip(tensors, given, strict=True):
+            assert DataType.Name(tensor.data_type) == "TYPE_FP32" and each.type == "tensor(float)"
+            sides = [side if isinstance(side, int) else -1 for side in each.shape[1:]]
+            assert list(tensor.dims) == (sides or [1])
+            assert tensor.HasField("reshape") == (not sides)
+    assert list(config.input[0].dims)[0] == 3
+
+    refused = featdiff_cli("export", "-m", tiny_model, "--format", "pt2", "--triton", repository, "-q")
+    fails(refused, 2, "--triton needs an ONNX file")

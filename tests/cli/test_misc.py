@@ -34,6 +34,7 @@ COMMANDS = [
     "explain",
     "eval",
     "export",
+    "push",
     "outliers",
     "harden",
     "bench",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -71,3 +72,17 @@ def test_one_image_is_scored_without_what_only_training_needs(
     another, modules = score(model, tmp_path, other)  # of the same size
     assert another != first
     assert not modules & NETWORK
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_an_engine_runs_a_model_whose_pass_is_kept(
+    engine: str, model: Path, sample_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    images = sorted(map(str, sample_folders["digits"].iterdir()))[:8]
+    expected, _ = score(model, tmp_path / "cache", *images)  # keeps the pass
+    for cache in ("cache", "empty"):
+        rows, modules = score(model, tmp_path / cache, "--engine", engine, *images)
+        assert engine in modules
+        for given, wanted in zip(csv.DictReader(rows.splitlines()), csv.DictReader(expected.splitlines()), strict=True):
+            assert (given["path"], given["is_ood"]) == (wanted["path"], wanted["is_ood"])
+            assert float(given["ood_score"]) == pytest.approx(float(wanted["ood_score"]), abs=1e-4)
