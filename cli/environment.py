@@ -11,7 +11,14 @@ from .speech import is_first_process, say
 
 PREFIX = "FEATDIFF_"
 #: Those that are no option of a command.
-VARIABLES = ("FEATDIFF_CACHE", "FEATDIFF_DEBUG", "FEATDIFF_LOG_FILE", "FEATDIFF_LOG_FORMAT", "FEATDIFF_LOG_SECONDS")
+VARIABLES = (
+    "FEATDIFF_CACHE",
+    "FEATDIFF_DEBUG",
+    "FEATDIFF_LOG_FILE",
+    "FEATDIFF_LOG_FORMAT",
+    "FEATDIFF_LOG_SECONDS",
+    "FEATDIFF_TIMEOUT",
+)
 # Set by images and build scripts for themselves.
 _IGNORED = ("FEATDIFF_VERSION",)
 
