@@ -127,7 +127,7 @@ def _times(file: str) -> tuple[list[float], str]:
     stamps = []
     problem = ""
     with container:
-        unit, promised = stream.time_base, stream.frames  # not to be asked for later
+        unit, promised, start = stream.time_base, stream.frames, stream.start_time  # not to be asked for later
         seconds, end = _length(container), 0.0
         try:
             for packet in container.demux():
@@ -147,8 +147,9 @@ def _times(file: str) -> tuple[list[float], str]:
 
     if not stamps and not problem:
         raise UnreadableImage("no frames in it")
-    first = min(stamps, default=0)
-    return sorted({round(float((stamp - first) * unit), 3) for stamp in stamps}), problem
+    first = min(stamps, default=0) if start is None else start
+    # what comes before the start is decoded for others, and not shown
+    return sorted({round(float((stamp - first) * unit), 3) for stamp in stamps if stamp >= first}), problem
 
 
 def _length(container: Any) -> float:
@@ -167,13 +168,13 @@ class _Frames:
 
     def __init__(self, file: str) -> None:
         self._container, self._stream = _opened(file)
-        self._start: int | None = None  # time stamp of the first frame
+        self._start: int | None = self._stream.start_time  # None: that of the first frame
         self._problem = ""
-        self._begin(0.0)
+        self._restart(0.0)
 
     def at(self, time: float) -> Image.Image:
         """The frame at a time (``UnreadableImage`` if it cannot be decoded)."""
-        if time < self._before - _SAME or time > self._now + _FAR:
+        if time < self._before - _SAME or time > max(self._now, 0.0) + _FAR:
             self._begin(time)
             if self._advance() and self._now > time + _SAME and time > 0:  # no key frame where the file says so
                 self._begin(0.0)
@@ -188,11 +189,11 @@ class _Frames:
 
     def _begin(self, time: float) -> None:
         """Go to the last key frame before a time."""
-        if time > 0 and self._start is not None:
-            stamp = self._start + round(time / float(self._stream.time_base))
-            self._container.seek(stamp, stream=self._stream, backward=True)
-        elif self._start is not None:
-            self._container.seek(self._start, stream=self._stream, backward=True)
+        stamp = (self._start or 0) + round(time / float(self._stream.time_base))
+        self._container.seek(stamp, stream=self._stream, backward=True)
+        self._restart(time)
+
+    def _restart(self, time: float) -> None:
         self._decoded = self._decode()
         # between these two times all frames are known
         self._before = time

@@ -87,9 +87,10 @@ def _options(scheme: str) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": limits}}
     if scheme in ("s3", "s3a"):
         config = {"connect_timeout": min(_CONNECT, seconds), "read_timeout": seconds, "retries": {"max_attempts": 0}}
-        # as boto3 does, but known to fsspec, which keeps a client for each set of options
+        options: dict[str, Any] = {"use_listings_cache": False, "config_kwargs": config}
+        # boto3 looks there, too; but fsspec keeps a client for each set of options, and must know of another store
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return {"use_listings_cache": False, "config_kwargs": config, "endpoint_url": endpoint}
+        return options | ({"endpoint_url": endpoint} if endpoint else {})
     if scheme in ("gs", "gcs", "abfs", "abfss", "az"):
         return {"use_listings_cache": False}
     return {}

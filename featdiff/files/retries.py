@@ -79,7 +79,7 @@ def retried(url: str, action: Callable[[], _Result]) -> _Result:
     for number in range(1, TRIES + 1):
         try:
             return action()
-        except FeatdiffError:
+        except (FeatdiffError, MemoryError):
             raise
         except Exception as error:  # each client has errors of its own
             failure = error

@@ -101,6 +101,16 @@ def test_a_total_that_grows_is_no_new_round(clock: Clock) -> None:
     assert bars.counts == {"features": 70}
 
 
+def test_without_a_total_the_count_is_told(clock: Clock) -> None:
+    """As of a listing that goes on."""
+    bars = Bars(quiet=True)
+    for done in (10, 20, 30):
+        clock.now += 1
+        bars("scoring", done, 0)
+    assert bars.line() == "scoring: 30, 10/s"
+    assert bars.counts == {"scoring": 30}
+
+
 # ---- waiting for images ----
 
 

@@ -23,6 +23,8 @@ from PIL import Image
 from small_detectors import MODULE, stack, tiny_net, to_tensor
 
 from featdiff import Detector, ExportedDetector, Scores
+from featdiff.data.listing import Listing
+from featdiff.data.references import iter_images
 from featdiff.exceptions import ModelError, UsageError
 from featdiff.export.export import LIMIT, export
 from featdiff.exported.layout import FORMAT_VERSION, is_exported
@@ -177,6 +179,15 @@ def test_parts_come_in_order_and_tell_how_far_they_are(exported: Path, pictures:
     assert len(parts) > 2
     assert told[-1] == ("scoring", count, count) and len(told) == len(parts)
     same(Scores.concatenate(parts), ExportedDetector(exported).score(pictures))
+
+
+def test_a_listing_is_scored_like_its_list(exported: Path, pictures: Path) -> None:
+    detector = ExportedDetector(exported)
+    expected = detector.score(pictures)
+    for source in (iter_images(pictures), Listing(iter_images(pictures))):
+        found = Scores.concatenate(detector.iter_scores(source))
+        assert found.path == expected.path
+        np.testing.assert_allclose(found.ood_score, expected.ood_score, rtol=1e-5)
 
 
 def test_arrays_and_pictures_in_memory(tiny_detector: Detector, exported: Path, pictures: Path) -> None:
