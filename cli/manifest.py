@@ -49,5 +49,5 @@ def command(images: tuple[str, ...], output: str, quiet: bool) -> int:
     say(f"{written.rows:,} {'entry' if written.rows == 1 else 'entries'} in {output}{copies}", quiet)
     if written.missing_count:
         say(f"{written.missing_count:,} of them hold no image; scoring gives them a row with a reason:", quiet)
-        list_unreadable(written.missing, quiet)
+        list_unreadable(written.missing, quiet, what="")
     return EXIT_UNREADABLE if written.missing_count else 0

@@ -300,11 +300,15 @@ def calibrated(calibration: Calibration, grouping: Grouping, what: str) -> str:
 
 
 def list_unreadable(
-    unreadable: list[tuple[str, str]], quiet: bool = False, all_in: Path | None = None, most: int = 10
+    unreadable: list[tuple[str, str]],
+    quiet: bool = False,
+    all_in: Path | None = None,
+    most: int = 10,
+    what: str = "left out: ",
 ) -> None:
     """Print which images were left out, and why; of many, the first ``most`` and the file that lists all."""
     for path, reason in unreadable[:most]:
-        say(f"  left out: {path}: {reason}", quiet, path=path, reason=reason)
+        say(f"  {what}{path}: {reason}", quiet, path=path, reason=reason)
 
     if len(unreadable) > most:
         where = f", all listed in {all_in}" if all_in else ""

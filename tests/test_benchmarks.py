@@ -29,8 +29,17 @@ def test_the_gpu_script_runs_where_there_is_none(
     told = capsys.readouterr().out
     assert told.startswith("a CPU, torch ")
     rows = re.findall(r"^\| test_resnet \| (.+) \| ([\d.,]+) x \| (?:at least|at most) [\d.,]+ x \|$", told, re.M)
-    assert len(rows) == 6
+    assert len(rows) == 8
     what = " ".join(name for name, _ in rows)
-    for word in ("from memory", "from files", "`train`, 32 images", "guard, batch 1", "guard, batch 4", "(LMD)"):
+    for word in (
+        "from memory, torch,",
+        "from files, torch,",
+        "from memory, compile ",
+        "from files, compile ",
+        "`train`, 32 images",
+        "guard, batch 1",
+        "guard, batch 4",
+        "(LMD)",
+    ):
         assert word in what
     assert all(float(ratio.replace(",", "")) > 0 for _, ratio in rows)
