@@ -44,7 +44,7 @@ def test_the_command_lists_what_score_would_read(featdiff_cli: Cli, few_images: 
 def test_what_holds_no_image_is_a_row_and_is_told(featdiff_cli: Cli, few_images: Path, tmp_path: Path) -> None:
     done = featdiff_cli("manifest", few_images, tmp_path / "gone", "-o", tmp_path / "m.parquet")
     assert done.exit_code == 3
-    assert f"left out: {tmp_path / 'gone'}: no such file or folder" in done.stderr
+    assert f"  {tmp_path / 'gone'}: no such file or folder" in done.stderr
     uris = rows(tmp_path / "m.parquet")["uri"]
     assert len(uris) == 7 and str(tmp_path / "gone") in uris
     fails(featdiff_cli("manifest", few_images, "-o", tmp_path / "no" / "m.parquet"), 2, "--output", "no folder")
