@@ -174,7 +174,7 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(tiny_model: Path, server: Faul
     finally:
         process.kill()
     assert process.returncode == 130
-    assert time.monotonic() - start < 12  # one request, not four
+    assert time.monotonic() - start < 30  # one request of each thread; four tries of all would take a minute
 
 
 def test_a_name_with_brackets(featdiff_cli: Cli, tiny_model: Path, bucket: str, s3: Any, few_images: Path) -> None:
