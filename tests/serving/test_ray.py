@@ -23,7 +23,8 @@ from featdiff.data.references import iter_images
 from featdiff.detectors import load_detector
 from featdiff.serving.cluster import Run
 from featdiff.serving.manifest import Manifest, write_manifest
-from featdiff.serving.ray_scoring import Cluster, Scorer, Task, _sizes, score_on
+from featdiff.serving.ray_pool import Cluster, _sizes
+from featdiff.serving.ray_scoring import Scorer, Task, score_on
 
 Cli = Callable[..., Result]
 BLOCK = 32
@@ -87,7 +88,15 @@ def merged(featdiff_cli: Cli, out: Path) -> dict[str, list[object]]:
 def task_of(manifest: Path, out: Path, model: Path) -> Task:
     """As the command makes it."""
     made_with = {"featdiff": "x", "model": "m", "fpr": 0.05, "exclude-known": False, "max-pixels": 1, "max-bytes": 1}
-    task = Task(str(out), str(manifest), made_with, BLOCK, str(model), {"device": "cpu"}, 0.05)
+    task = Task(
+        manifest=str(manifest),
+        block=BLOCK,
+        arguments={"device": "cpu"},
+        out=str(out),
+        made_with=made_with,
+        model=str(model),
+        fpr=0.05,
+    )
     hints = {"manifest": str(manifest), "model folder": str(model)}
     Run(str(out), Manifest(str(manifest)), made_with, BLOCK, hints).begin()
     return task
