@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
     "manifest": ("manifest", "List images in a file that many machines score from."),
+    "features": ("features", "Compute training features ahead of train, on many machines."),
     "merge": ("merge", "Check that a manifest is scored whole, and join its blocks."),
     "explain": ("explain", "Show why an image is judged as it is, beside the most similar normal images."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),

@@ -24,6 +24,7 @@ from .summary import in_words
 if TYPE_CHECKING:
     from featdiff import Detector, ExportedDetector, PixelDetector
     from featdiff.serving.cluster import Run
+    from featdiff.serving.ray_pool import Cluster
     from featdiff.verdicts.counts import Counts
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,8 +40,8 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 _HERE = "here"
 
 
-def shard_options(function: F) -> F:
-    """``--manifest`` and what belongs to it."""
+def part_options(function: F) -> F:
+    """Which blocks of a manifest, and where: one shard here, or all on a Ray cluster."""
     for option in (
         click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="G", help="[1; without GPUs 0]"),
         click.option(
@@ -51,10 +52,19 @@ def shard_options(function: F) -> F:
             is_flag=False,
             flag_value=_HERE,
             metavar="[ADDRESS]",
-            help="Score the manifest on a Ray cluster, or without an address on the one of this machine.",
+            help="Do the manifest on a Ray cluster, or without an address on the one of this machine.",
         ),
         click.option("--block", type=click.IntRange(1), metavar="N", help="Images of a block [10,000]."),
-        click.option("--shard", metavar="I/N", help="Score part I of N, counted from 1 [1/1]."),
+        click.option("--shard", metavar="I/N", help="Do part I of N, counted from 1 [1/1]."),
+    ):
+        function = option(function)
+    return function
+
+
+def shard_options(function: F) -> F:
+    """``--manifest`` and what belongs to it."""
+    for option in (
+        part_options,
         click.option("--out", metavar="DIR", help="Folder or URL for the blocks of rows of --manifest."),
         click.option("--manifest", metavar="FILE", help="Score what featdiff manifest has listed, in place of IMAGES."),
     ):
@@ -69,14 +79,14 @@ def score_manifest(context: click.Context) -> int:
 
     options = context.params
     _check(context)
-    number, count = _shard(options["shard"])
+    number, count = shard_of(options["shard"])
     bars = Bars(options["quiet"])
 
     manifest = Manifest(options["manifest"])
     asked = _asked(options)
     hints = {
-        "manifest": _lasting(options["manifest"]),
-        "model folder": _lasting(options["model"]),
+        "manifest": lasting(options["manifest"]),
+        "model folder": lasting(options["model"]),
         "shards": count,
     }
     run = Run(options["out"], manifest, asked.made_with, options["block"] or BLOCK, hints)
@@ -143,10 +153,25 @@ def _check(context: click.Context) -> None:
         raise UsageError(f"{', '.join(unfit)} cannot be given with --manifest: {hint}")
     if not options["out"]:
         raise UsageError("--manifest needs --out DIR, a folder or URL for the blocks of rows")
+    check_part(options)
+
+
+def check_part(options: dict[str, Any]) -> None:
+    """Refuse options of shards and of Ray that do not go together (``UsageError``)."""
+    from featdiff.exceptions import UsageError
+
     if options["ray"] is None and (options["actors"] or options["gpus_per_actor"] is not None):
         raise UsageError("--actors and --gpus-per-actor belong to --ray")
     if options["ray"] is not None and options["shard"]:
         raise UsageError("--ray shares out the blocks itself: drop --shard")
+
+
+def cluster_of(options: dict[str, Any]) -> Cluster:
+    """Where ``--ray`` wants the work done."""
+    from featdiff.serving.ray_pool import Cluster
+
+    address = None if options["ray"] == _HERE else options["ray"]
+    return Cluster(address, options["actors"], options["gpus_per_actor"])
 
 
 def check_alone(options: dict[str, Any]) -> None:
@@ -158,7 +183,8 @@ def check_alone(options: dict[str, Any]) -> None:
             raise UsageError("belongs to --manifest FILE, which featdiff manifest writes", argument=name)
 
 
-def _shard(text: str | None) -> tuple[int, int]:
+def shard_of(text: str | None) -> tuple[int, int]:
+    """Number and count of ``I/N`` (``UsageError`` if it is not that)."""
     from featdiff.exceptions import UsageError
 
     match = _SHARD.fullmatch(text or "1/1")
@@ -168,7 +194,7 @@ def _shard(text: str | None) -> tuple[int, int]:
     return number, count
 
 
-def _lasting(name: str) -> str:
+def lasting(name: str) -> str:
     """A name that means the same in another folder."""
     return os.path.abspath(name) if Path(name).exists() else name
 
@@ -215,21 +241,20 @@ def _here(run: Run, blocks: range, asked: Asked, bars: Bars, there: int, rows: i
 
 
 def _on_ray(run: Run, blocks: range, asked: Asked, options: dict[str, Any]) -> Iterable[Counts]:
-    from featdiff.serving.ray_scoring import Cluster, Task, score_on
+    from featdiff.serving.ray_scoring import Task, score_on
 
     task = Task(
-        _lasting(run.folder.name),
-        _lasting(run.manifest.name),
-        asked.made_with,
-        run.block_rows,
-        _lasting(options["model"]),
-        asked.arguments,
-        asked.fpr,
-        asked.exclude_known,
-        os.getcwd(),
+        manifest=lasting(run.manifest.name),
+        block=run.block_rows,
+        arguments=asked.arguments,
+        working_folder=os.getcwd(),
+        out=lasting(run.folder.name),
+        made_with=asked.made_with,
+        model=lasting(options["model"]),
+        fpr=asked.fpr,
+        exclude_known=asked.exclude_known,
     )
-    address = None if options["ray"] == _HERE else options["ray"]
-    return score_on(Cluster(address, options["actors"], options["gpus_per_actor"]), task, blocks)
+    return score_on(cluster_of(options), task, blocks)
 
 
 def _say(run: Run, blocks: range, counts: Counts, asked: Asked, bars: Bars, options: dict[str, Any]) -> int:

@@ -32,6 +32,7 @@ COMMANDS = [
     "train",
     "score",
     "manifest",
+    "features",
     "merge",
     "explain",
     "eval",

@@ -19,11 +19,16 @@ from pages import RAY, commands_at
 
 pytest.importorskip("ray.data")
 
+from featdiff import Detector
 from featdiff.data.references import iter_images
 from featdiff.detectors import load_detector
+from featdiff.detectors.filling import Filled
+from featdiff.serving import ray_pool
 from featdiff.serving.cluster import Run
 from featdiff.serving.manifest import Manifest, write_manifest
-from featdiff.serving.ray_scoring import Cluster, Scorer, Task, _sizes, score_on
+from featdiff.serving.ray_pool import Cluster, _sizes
+from featdiff.serving.ray_scoring import Scorer, Task, score_on
+from featdiff.serving.training_features import fill_on
 
 Cli = Callable[..., Result]
 BLOCK = 32
@@ -87,7 +92,15 @@ def merged(featdiff_cli: Cli, out: Path) -> dict[str, list[object]]:
 def task_of(manifest: Path, out: Path, model: Path) -> Task:
     """As the command makes it."""
     made_with = {"featdiff": "x", "model": "m", "fpr": 0.05, "exclude-known": False, "max-pixels": 1, "max-bytes": 1}
-    task = Task(str(out), str(manifest), made_with, BLOCK, str(model), {"device": "cpu"}, 0.05)
+    task = Task(
+        manifest=str(manifest),
+        block=BLOCK,
+        arguments={"device": "cpu"},
+        out=str(out),
+        made_with=made_with,
+        model=str(model),
+        fpr=0.05,
+    )
     hints = {"manifest": str(manifest), "model folder": str(model)}
     Run(str(out), Manifest(str(manifest)), made_with, BLOCK, hints).begin()
     return task
@@ -151,6 +164,33 @@ def test_a_node_is_removed_and_one_added(
     assert removed
     assert rows == 270
     assert same_rows(merged(featdiff_cli, out), plain)
+
+
+def test_training_features_are_computed_on_all_nodes(
+    featdiff_cli: Cli, manifest: Path, seeded_backbone: Path, cluster: Any, tmp_path: Path
+) -> None:
+    """A fit reads them without a pass, though a worker was killed in the middle."""
+    cache = tmp_path / "cache"
+    settings = {"backbone": "test_resnet", "weights": str(seeded_backbone), "layers": "layer1,layer2", "device": "cpu"}
+    task = ray_pool.Task(manifest=str(manifest), block=BLOCK, arguments=settings | {"cache": str(cache)})
+    total = Filled()
+    for part in fill_on(Cluster(cluster.address, 2), task, range(9)):
+        if not total.images:
+            workers()[0].send_signal(signal.SIGKILL)
+        total.add(part)
+    assert (total.images, total.unreadable, len(total.named)) == (270, 2, 2)
+    assert list(total.stores.values()) == ["float32 by torch"]
+
+    images = Manifest(str(manifest)).block(0, 1000).refs()
+    extraction, _ = Detector(**settings, cache=cache).read(images)
+    assert (extraction.computed, len(extraction.paths)) == (0, 268)
+
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    line = ("features", "--manifest", manifest, "--block", 100, *options, "--cache", cache)
+    again = featdiff_cli(*line, "--ray", cluster.address)
+    assert again.exit_code == 3, again.stderr
+    assert again.stderr.startswith("270 images: features of 0 computed, 268 were there, 2 unreadable; ")
+    assert "--engine torch" in again.stderr
 
 
 def test_what_an_actor_cannot_do_is_an_answer(manifest: Path, tiny_model: Path, tmp_path: Path) -> None:
