@@ -162,7 +162,12 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(tiny_model: Path, server: Faul
     urls = [f"{server.url}/stalls/a.png?{i}" for i in range(8)]
     command = [FEATDIFF, "score", *urls, "-m", str(tiny_model), "--workers", "2"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"FEATDIFF_TIMEOUT": "4"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"FEATDIFF_TIMEOUT": "4"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # it may be ignored here
     )
     try:
         deadline = time.monotonic() + 60
