@@ -76,7 +76,7 @@ def command(
     strangest.say(quiet)
     strangest.say_next(model, quiet)
     if report is not None and reported is not None:
-        write_report(report, reported, facts["fpr"], source, report_images, bars.seconds.get("merging", 0.0), quiet)
+        write_report(report, reported, facts["fpr"], source, report_images, None, quiet)
     if fail_on_ood and (counts.flagged or counts.failed):
         return EXIT_OOD
     return EXIT_UNREADABLE if counts.unreadable or counts.failed else 0

@@ -118,12 +118,13 @@ def _pictures(refs: Sequence[ImageRef], limits: dict[str, Any]) -> Callable[[lis
 
 
 def write_report(
-    file: Path, rows: ReportRows, fpr: float, source: Source, images: int | None, seconds: float, quiet: bool
+    file: Path, rows: ReportRows, fpr: float, source: Source, images: int | None, seconds: float | None, quiet: bool
 ) -> None:
     """Write the page on scored images, and say where it is."""
     from featdiff.report.html import save_report
 
-    facts = source.facts | {"Duration": f"{seconds:,.1f} s"} | _now()
+    duration = {} if seconds is None else {"Duration": f"{seconds:,.1f} s"}
+    facts = source.facts | duration | _now()
     with saying(_WRITING, quiet):
         save_report(file, rows, fpr, source.calibration, facts, images, source.pictures, source.explain)
     _say_where(file, quiet)
