@@ -78,7 +78,7 @@ def _fill(
     """Compute what these blocks lack."""
     from featdiff.detectors.filling import Filled
 
-    rows = sum(min(size, images.rows - block * size) for block in blocks)
+    rows = sum(images.rows_of(block, size) for block in blocks)
     total = Filled()
     work: Iterable[Filled]
     with bars, catching_stop() as stop:

@@ -141,7 +141,7 @@ class Run:
 
     def rows_of(self, block: int) -> int:
         """How many rows it has."""
-        return min(self.block_rows, self.manifest.rows - block * self.block_rows)
+        return self.manifest.rows_of(block, self.block_rows)
 
     def left(self, blocks: Iterable[int]) -> Iterator[int]:
         """Those that have no file yet; it is looked for again before each."""

@@ -154,6 +154,10 @@ class Manifest:
         """How many blocks of so many rows there are; the last may be shorter."""
         return -(-self.rows // size)
 
+    def rows_of(self, number: int, size: int) -> int:
+        """How many rows one of them has."""
+        return min(size, self.rows - number * size)
+
     def block(self, number: int, size: int) -> Block:
         """One of them.
 

@@ -108,7 +108,7 @@ def placing(name: str) -> Iterator[IO[bytes]]:
                 stream.flush()
                 os.fsync(stream.fileno())
             if is_url:
-                remote.ask(name, lambda system, path: system.put_file(str(temporary), path))
+                remote.put_file(temporary, name)
             else:
                 temporary.replace(target)
         finally:  # also after Ctrl-C
