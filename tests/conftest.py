@@ -106,6 +106,14 @@ def tiny_detector(sample_folders: dict[str, Path], tiny_arguments: dict[str, Any
     return Detector(**tiny_arguments).fit(sample_folders["train"])
 
 
+@pytest.fixture(autouse=True)
+def _tiny_detector_keeps_its_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Scoring 1,000 images chooses one, and with it another feature cache, for all tests that come later."""
+    yield
+    if "tiny_detector" in request.fixturenames:
+        assert not request.getfixturevalue("tiny_detector").engine_note_
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tiny_detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the saved tiny detector; do not change it."""

@@ -131,7 +131,7 @@ class Manifest:
         try:
             self._stream = open_input(name)
             self.digest = _digest_of(self._stream)
-            self._file = arrow().parquet.ParquetFile(self._stream)
+            self._file = arrow().parquet.ParquetFile(self._stream, pre_buffer=False)
         except FeatdiffError:
             raise
         except OSError as error:
@@ -190,7 +190,8 @@ class Manifest:
         last = int(np.searchsorted(self._starts, stop, side="left"))
         for group in range(first, last):
             if self._read is None or self._read[0] != group:
-                self._read = group, self._file.read_row_group(group, columns=list(COLUMNS))
+                # an Arrow thread that frees Python's bytes while Python ends aborts the process (apache/arrow#34314)
+                self._read = group, self._file.read_row_group(group, columns=list(COLUMNS), use_threads=False)
             begin = int(self._starts[group])
             low = max(start - begin, 0)
             yield self._read[1].slice(low, min(stop - begin, self._read[1].num_rows) - low)

@@ -107,7 +107,9 @@ def table_of(run: Run, block: Block) -> Table:
     if content is None:
         raise FeatdiffError(f"{name} is gone: score that block again")
     try:
-        table = arrow().parquet.read_table(io.BytesIO(content))
+        table = (
+            arrow().parquet.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
+        )  # see Manifest
         paths = table["path"].to_pylist()
     except Exception as error:  # of pyarrow, on a damaged file
         raise FeatdiffError(f"{name} is damaged ({first_line(error)}): delete it and score that block again") from None

@@ -132,8 +132,9 @@ def test_a_listing_is_scored_like_its_list(tiny_detector: Detector, tree: Path) 
         np.testing.assert_allclose(np.concatenate([part.ood_score for part in parts]), expected.ood_score, rtol=1e-5)
 
 
-def test_an_engine_is_chosen_by_the_first_of_a_listing(tiny_detector: Detector) -> None:
+def test_an_engine_is_chosen_by_the_first_of_a_listing(tiny_model: Path) -> None:
     """As for a list: from 1,000 images on; not more of them are listed before the first row."""
+    detector = Detector.from_pretrained(tiny_model)
     seen = 0
 
     def endless() -> Iterator[ImageRef]:
@@ -143,7 +144,8 @@ def test_an_engine_is_chosen_by_the_first_of_a_listing(tiny_detector: Detector) 
             seen += 1
             yield picture
 
-    parts = tiny_detector.iter_scores(Listing(endless()))
+    parts = detector.iter_scores(Listing(endless()))
     assert next(parts).status[0] == "ok"
     assert 1000 <= seen < 1500
+    assert detector.engine_note_
     parts.close()

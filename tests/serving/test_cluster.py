@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -306,6 +307,42 @@ def test_options_that_do_not_fit(
     said = (words,) if isinstance(words, str) else words
     fails(featdiff_cli(*command(manifest, tmp_path / "out", tiny_model, "-q", *more)), 2, *said)
     assert not (tmp_path / "out").exists()
+
+
+_READS = """
+import sys
+from pathlib import Path
+import pyarrow, pyarrow.parquet
+from featdiff import load_detector
+from featdiff.data.references import iter_images
+from featdiff.serving.cluster import Run
+from featdiff.serving.manifest import Manifest
+from featdiff.serving.merging import blocks_of
+
+def threads():
+    return {task.name for task in Path("/proc/self/task").iterdir() if "jemalloc" not in (task / "comm").read_text()}
+
+folder, model, manifest = sys.argv[1:]
+detector = load_detector(model)
+detector.score(folder)
+before = threads()
+pictures = [file.read_bytes() for file in sorted(Path(folder).glob("digit*"))[:9]]
+pyarrow.parquet.write_table(pyarrow.table({"image": pictures}), "pictures.parquet")
+assert [ref.read() for ref in iter_images("pictures.parquet")] == pictures
+run = Run("out", Manifest(manifest), {}, block=200)
+run.begin()
+for number in run.shard(1, 1):
+    run.score(number, detector.iter_scores)
+assert sum(table.num_rows for table in blocks_of(run)) == 334
+print(len(threads() - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_reading_starts_no_thread_of_arrow(images: Path, manifest: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """It would let go of Python's memory while Python ends, which aborts one process in twelve."""
+    words = [sys.executable, "-c", _READS, images, tiny_model, manifest]
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "0\n"
 
 
 def test_a_manifest_needs_an_out_and_an_out_a_manifest(featdiff_cli: Cli, manifest: Path, images: Path) -> None:
