@@ -87,7 +87,8 @@ def _options(scheme: str) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": limits}}
     if scheme in ("s3", "s3a"):
         config = {"connect_timeout": min(_CONNECT, seconds), "read_timeout": seconds, "retries": {"max_attempts": 0}}
-        options: dict[str, Any] = {"use_listings_cache": False, "config_kwargs": config}
+        # with more at once, s3fs asks for the size of each object before it reads it: twice the requests
+        options: dict[str, Any] = {"use_listings_cache": False, "config_kwargs": config, "max_concurrency": 1}
         # boto3 looks there, too; but fsspec keeps a client for each set of options, and must know of another store
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return options | ({"endpoint_url": endpoint} if endpoint else {})

@@ -364,6 +364,25 @@ def test_the_first_row_comes_before_the_listing_ends(tiny_model: Path, s3: Any, 
         log.removeHandler(watching)
 
 
+def test_an_object_is_read_by_one_request(s3: Any, few_images: Path) -> None:
+    """A store asks money for each, also for that for the size."""
+    s3.create_bucket(Bucket="paid")
+    for file in few_images.iterdir():
+        s3.upload_file(str(file), "paid", file.name)
+    refs = list(iter_images("s3://paid"))
+
+    asked: list[str] = []
+    log = logging.getLogger("werkzeug")
+    watching = Watching(asked.append)
+    log.addHandler(watching)
+    try:
+        assert [ref.read() for ref in refs] == [file.read_bytes() for file in sorted(few_images.iterdir())]
+    finally:
+        log.removeHandler(watching)
+    assert len(asked) == 6
+    assert all("GET /paid/" in line for line in asked)
+
+
 class Watching(logging.Handler):
     """Gives each line of a log to a function."""
 

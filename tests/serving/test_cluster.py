@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from helpers import FEATDIFF, fails, same_rows, stopped
 from PIL import Image
+from stores import s3_store
 
 from featdiff.data.image_refs import MissingRef
 from featdiff.serving.cluster import Run
@@ -278,6 +279,43 @@ def test_blocks_behind_a_url(featdiff_cli: Cli, manifest: Path, tiny_model: Path
     assert featdiff_cli("merge", "-q", out, "-o", merged).exit_code == 3
     assert same(merged, plain)
     assert featdiff_cli("merge", "-q", out, "-o", "memory://runs/merged.parquet").exit_code == 3
+
+
+def test_all_of_it_in_a_store(featdiff_cli: Cli, images: Path, tiny_model: Path, plain: Path, tmp_path: Path) -> None:
+    """Images, manifest, blocks and merged rows lie in an S3 store; a killed process is taken over from there."""
+    with s3_store() as client:
+        for bucket in ("pictures", "work"):
+            client.create_bucket(Bucket=bucket)
+        for file in images.iterdir():
+            client.upload_file(str(file), "pictures", f"day 1/{file.name}")
+
+        manifest, out = "s3://work/m.parquet", "s3://work/scored"
+        assert featdiff_cli("manifest", "-q", "s3://pictures/day 1", "-o", manifest).exit_code == 0
+        arguments = command(manifest, out, tiny_model, "-q")
+
+        def blocks() -> list[str]:
+            listed = client.list_objects_v2(Bucket="work", Prefix="scored/").get("Contents", [])
+            return [entry["Key"] for entry in listed if entry["Key"].endswith(".parquet")]
+
+        assert stopped(arguments, lambda: len(blocks()) >= 2, number=signal.SIGKILL)[0] == -signal.SIGKILL
+        assert 2 <= len(blocks()) < 6
+        assert featdiff_cli(*arguments).exit_code in (0, 3)
+        assert len(blocks()) == 6
+        assert featdiff_cli(*arguments).exit_code == 0  # nothing is left to do
+        assert featdiff_cli("merge", "-q", out, "-o", "s3://work/merged.parquet").exit_code == 3
+
+        client.download_file("work", "merged.parquet", str(tmp_path / "merged.parquet"))
+        names = [file.name for file in sorted(images.iterdir())]
+        rows, expected = (pq.read_table(file).to_pydict() for file in (tmp_path / "merged.parquet", plain))
+        assert rows.pop("path") == [f"s3://pictures/day 1/{name}" for name in names]
+        assert [Path(path).name for path in expected.pop("path")] == names
+        assert same_rows(rows, expected)
+
+        for name in [entry["Key"] for entry in client.list_objects_v2(Bucket="work")["Contents"]]:
+            client.delete_object(Bucket="work", Key=name)
+        client.delete_bucket(Bucket="work")
+        fails(featdiff_cli("merge", "-q", out), 2, out)
+        fails(featdiff_cli(*command(manifest, out, tiny_model)), 1, manifest, "cannot be read")
 
 
 @pytest.mark.parametrize(
