@@ -36,9 +36,7 @@ def command(manifest: str, quiet: bool, **options: Any) -> int:
     \b
     Example: featdiff features --manifest manifest.parquet --backbone resnet50 --cache /shared/cache
     """
-    import numpy as np
-
-    from featdiff.serving.cluster import BLOCK
+    from featdiff.serving.cluster import BLOCK, shard
     from featdiff.serving.manifest import Manifest
 
     check_part(options)
@@ -46,7 +44,7 @@ def command(manifest: str, quiet: bool, **options: Any) -> int:
     arguments = _arguments(options)
     images = Manifest(manifest)
     size = options["block"] or BLOCK
-    blocks = np.array_split(np.arange(images.blocks(size)), count)[number - 1].tolist()
+    blocks = shard(images.blocks(size), number, count)
 
     bars = Bars(quiet)
     total = _fill(images, size, blocks, arguments, bars, options)
@@ -73,7 +71,7 @@ def _arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill(
-    images: Manifest, size: int, blocks: list[int], arguments: dict[str, Any], bars: Bars, options: dict[str, Any]
+    images: Manifest, size: int, blocks: range, arguments: dict[str, Any], bars: Bars, options: dict[str, Any]
 ) -> Filled:
     """Compute what these blocks lack."""
     from featdiff.detectors.filling import Filled
@@ -96,7 +94,7 @@ def _fill(
 
 
 def _here(
-    images: Manifest, size: int, blocks: list[int], arguments: dict[str, Any], bars: Bars, rows: int
+    images: Manifest, size: int, blocks: range, arguments: dict[str, Any], bars: Bars, rows: int
 ) -> Iterable[Filled]:
     from featdiff.serving.training_features import filling
 
@@ -115,7 +113,7 @@ def _here(
 
 
 def _on_ray(
-    images: Manifest, size: int, blocks: list[int], arguments: dict[str, Any], options: dict[str, Any]
+    images: Manifest, size: int, blocks: range, arguments: dict[str, Any], options: dict[str, Any]
 ) -> Iterable[Filled]:
     from featdiff.serving.ray_pool import Task
     from featdiff.serving.training_features import fill_on

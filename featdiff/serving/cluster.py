@@ -133,7 +133,7 @@ class Run:
 
     def shard(self, number: int, count: int) -> range:
         """Blocks of one of ``count`` shards, counted from 1; each block belongs to exactly one."""
-        return range((number - 1) * self.blocks // count, number * self.blocks // count)
+        return shard(self.blocks, number, count)
 
     def shard_of(self, block: int, count: int) -> int:
         """The shard, counted from 1, that a block belongs to."""
@@ -203,6 +203,18 @@ class Run:
             raise FeatdiffError(f"{self.folder.place(RECORD)} is gone: the folder was emptied while this run went on")
         self.folder.write(self.name_of(block), stream.getvalue())
         return counts
+
+
+def shard(blocks: int, number: int, count: int) -> range:
+    """Which of so many blocks belong to shard ``number`` of ``count``, counted from 1; each belongs to exactly one.
+
+    Examples
+    --------
+    >>> from featdiff.serving.cluster import shard
+    >>> [list(shard(5, number, 3)) for number in (1, 2, 3)]
+    [[0], [1, 2], [3, 4]]
+    """
+    return range((number - 1) * blocks // count, number * blocks // count)
 
 
 def read_record(folder: Folder) -> dict[str, Any] | None:

@@ -1,12 +1,13 @@
 """What a server costs beside scoring in one's own process, and how it holds out; the tables of RESULTS.md.
 
-    python tests/benchmarks/server.py --data FOLDER [--images 300 --rounds 3 --minutes 5]
+    python tests/benchmarks/server.py --data FOLDER [--images 300 --rounds 3 --minutes 5 --size 256]
 
 FOLDER holds flowers.zip as configs/README.md describes it. The clients run on the same cores as the server: eight
 threads of another process, each with a connection of its own. Rates are taken in turns with what ``featdiff score``
 does with the same files, by the same engine, in a process that has done it once. Then requests one after the other,
 requests at half the rate at even distances, and minutes of load in which one image in a hundred is broken; every answer
-is compared with the row of that process.
+is compared with the row of that process. With ``--size`` the photographs are cut to squares, as one camera takes them.
+Where wrk is installed, its rate and five minutes of its load are printed as well; it does not look at answers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from featdiff.runtime.allocator import keep_freed_memory
 from featdiff.runtime.cpus import prepare_threads
@@ -100,6 +103,31 @@ def at_rate(port: int, contents: list[bytes], rate: float) -> list[Answer]:
         return list(pool.map(client, range(len(contents))))
 
 
+_LUA = """
+local bodies, sent = {}, 0
+function init(args)
+   for i, name in ipairs(args) do
+      local file = io.open(name, "rb"); bodies[i] = file:read("*a"); file:close()
+   end
+end
+function request()
+   sent = sent + 1
+   return wrk.format("POST", nil, nil, bodies[sent % #bodies + 1])
+end
+"""
+
+
+def by_wrk(port: int, files: list[str], seconds: float) -> tuple[float, str]:
+    """Requests a second of as many connections in wrk, and what it says of failures; it checks no answer."""
+    script = Path(files[0]).with_name(".wrk.lua")
+    script.write_text(_LUA)
+    url = f"http://127.0.0.1:{port}/v1/score"
+    command = ["wrk", "-t1", f"-c{CLIENTS}", f"-d{seconds:.0f}s", "-s", str(script), "--timeout", "60s", url, "--"]
+    told = subprocess.run([*command, *files], capture_output=True, text=True, check=True).stdout
+    failures = "; ".join(line.strip() for line in told.splitlines() if "Non-2xx" in line or "errors" in line)
+    return float(re.findall(r"Requests/sec:\s+([\d.]+)", told)[0]), failures or "no failures"
+
+
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[tuple[int, int]]:
     """(port, process) of ``featdiff serve``."""
@@ -125,11 +153,15 @@ def seconds_of(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def unpacked(data: Path, folder: Path, count: int) -> list[Path]:
+def unpacked(data: Path, folder: Path, count: int, size: int) -> list[Path]:
+    """Photographs; with a size, the middle square of each at that size."""
     with zipfile.ZipFile(data / "flowers.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         chosen = np.random.default_rng(0).permutation(len(names))[: count + FITTED]
-        return [Path(archive.extract(names[i], folder)) for i in chosen]
+        files = [Path(archive.extract(names[i], folder)) for i in chosen]
+    for file in files if size else ():
+        ImageOps.fit(Image.open(file), (size, size)).save(file, quality=90)
+    return files
 
 
 def wrong(answers: list[Answer], rows: list[dict[str, Any]]) -> int:
@@ -153,13 +185,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="images of a round")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--minutes", type=float, default=5.0, help="of load with broken images")
+    parser.add_argument("--size", type=int, default=0, help="pixels of a side, all alike; 0: as they are")
     arguments = parser.parse_args()
 
     prepare_threads()  # as the command does, for all processes that are started here
     from featdiff import Detector
 
     with tempfile.TemporaryDirectory() as folder:
-        files = unpacked(arguments.data, Path(folder) / "flowers", arguments.images)
+        files = unpacked(arguments.data, Path(folder) / "flowers", arguments.images, arguments.size)
         model = Path(folder) / "model"
         Detector().fit([str(file) for file in files[:FITTED]]).save_pretrained(model)
         for file in files[:FITTED]:
@@ -191,6 +224,7 @@ def measure(model: Path, folder: Path, rounds: int, minutes: float) -> None:
         contents = [Path(row["path"]).read_bytes() for row in rows]
         clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))
         rates: dict[str, list[float]] = {"without a server": [], "by the server": []}
+        wrk = shutil.which("wrk") is not None
         took = dict.fromkeys(["clients", "scorer", "server"], 0.0)
         numbers = {"clients": clients.apply(os.getpid), "scorer": scorer.apply(os.getpid), "server": process}
         for _ in range(rounds):
@@ -201,14 +235,21 @@ def measure(model: Path, folder: Path, rounds: int, minutes: float) -> None:
             rates["by the server"].append(len(contents) / (time.perf_counter() - begun))
             assert wrong(answers, rows) == 0
             took = {name: took[name] + seconds_of(number) - before[name] for name, number in numbers.items()}
+            if wrk:
+                rates.setdefault("by the server, wrk", []).append(by_wrk(port, [row["path"] for row in rows], 15)[0])
         each = {name: 1e3 * total / rounds / len(contents) for name, total in took.items()}
         print("CPU time: " + ", ".join(f"{name} {value:.1f}" for name, value in each.items()) + " ms an image")
         for name, values in rates.items():
             print(f"{name}: {np.median(values):.1f} images/s ({', '.join(f'{value:.1f}' for value in values)})")
-        ratios = np.array(rates["by the server"]) / np.array(rates["without a server"])
-        print(f"ratio: {np.median(ratios):.2f} ({', '.join(f'{value:.2f}' for value in ratios)})", flush=True)
+        for name in list(rates)[1:]:
+            ratios = np.array(rates[name]) / np.array(rates["without a server"])
+            print(f"{name}: {np.median(ratios):.2f} x ({', '.join(f'{value:.2f}' for value in ratios)})", flush=True)
         latencies(contents, clients, port, float(np.median(rates["by the server"])), rounds)
-        soak(rows, contents, clients, port, process, minutes)
+        if wrk and minutes:
+            rate, failures = by_wrk(port, [row["path"] for row in rows], 60 * minutes)
+            print(f"wrk, {minutes:g} minutes: {rate * 60 * minutes:,.0f} requests, {failures}", flush=True)
+        if minutes:
+            soak(rows, contents, clients, port, process, minutes)
 
 
 def latencies(contents: list[bytes], clients: Any, port: int, rate: float, rounds: int) -> None:
