@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from ..verdicts.calibration import Calibration
+from ..verdicts.drift import distance
 from ..verdicts.results import OK, Scores
 
 #: Names the folder through which processes share their numbers.
@@ -114,28 +115,3 @@ def forget_process(number: int | None) -> None:
     """The gauges of a process that has ended are no longer shown; its counters stay in the sums."""
     if SHARED in os.environ and number is not None:
         mark_process_dead(number)
-
-
-def distance(scores: np.ndarray, calibration: np.ndarray) -> float:
-    """How far apart two samples are, as Kolmogorov and Smirnov measure it.
-
-    Parameters
-    ----------
-    scores : (N,) float
-    calibration : (M,) float
-        Ascending.
-
-    Returns
-    -------
-    float
-        In [0, 1]: the largest difference of their distribution functions.
-
-    Examples
-    --------
-    >>> distance(np.array([1.0, 2.0]), np.array([1.0, 2.0])), distance(np.array([5.0]), np.array([1.0, 2.0]))
-    (0.0, 1.0)
-    """
-    ordered = np.sort(scores)
-    places = np.concatenate([ordered, calibration])
-    shares = [np.searchsorted(sample, places, side="right") / len(sample) for sample in (ordered, calibration)]
-    return float(np.abs(shares[0] - shares[1]).max())

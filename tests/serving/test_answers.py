@@ -16,7 +16,7 @@ from http_servers import Server, rows_of, same
 from PIL import Image
 
 from featdiff import Detector
-from featdiff.serving.metrics import distance
+from featdiff.verdicts.drift import distance
 
 
 @pytest.fixture(scope="module")
