@@ -41,8 +41,9 @@ class DigestIndex:
     def __len__(self) -> int:
         """How many different digests there are."""
         first, second, places = self._table
-        lives = ~np.isin(places[:, 0], list(self._forgotten))
-        first, second = first[lives], second[lives]
+        if self._forgotten:
+            lives = ~np.isin(places[:, 0], list(self._forgotten))
+            first, second = first[lives], second[lives]
         repeated = (first[1:] == first[:-1]) & (second[1:] == second[:-1])
         return len(first) - int(repeated.sum()) + sum(self._sorted(digest) is None for digest in self._new)
 
@@ -83,15 +84,15 @@ class DigestIndex:
 
     def add_shards(self, shards: Iterable[tuple[int, bytes]]) -> None:
         """Add whole shards: the number of each, and the digests of its rows, end to end."""
-        heads, tails, places = ([column] for column in self._table)
+        table = [column.copy() for column in self._table]  # other threads look up in the old one
         for number, content in shards:
             halves = np.frombuffer(content, _HALF).reshape(-1, 2)
-            heads.append(halves[:, 0].astype(np.uint64))
-            tails.append(halves[:, 1].astype(np.uint64))
-            place = np.full((len(halves), 2), number, np.int32)
-            place[:, 1] = np.arange(len(halves))
-            places.append(place)
-        self._sort(heads, tails, places)
+            start = len(table[0])
+            for column in table:  # grown where it lies; many small parts would leave holes as large as themselves
+                column.resize((start + len(halves), *column.shape[1:]), refcheck=False)
+            table[0][start:], table[1][start:] = halves.T
+            table[2][start:] = np.stack([np.full(len(halves), number), np.arange(len(halves))], axis=1)
+        self._sort(table)
 
     def forget(self, shard: int) -> None:
         """Drop what is in a shard; what another shard holds as well is found there."""
@@ -100,16 +101,28 @@ class DigestIndex:
     def _fold(self) -> None:
         halves = np.frombuffer(b"".join(self._new), _HALF).reshape(-1, 2).astype(np.uint64)
         places = np.array(list(self._new.values()), np.int32)
-        self._sort(*([old, new] for old, new in zip(self._table, (*halves.T, places), strict=True)))
+        new = (halves[:, 0], halves[:, 1], places)
+        self._sort([np.concatenate((self._table[i], new[i])) for i in range(len(new))])
         self._new = {}  # last: until now they are found here
 
-    def _sort(self, heads: list[np.ndarray], tails: list[np.ndarray], places: list[np.ndarray]) -> None:
-        """Make the table of all these; the lists are emptied, lest all be in memory twice."""
-        columns = []
-        for parts in (heads, tails, places):
-            columns.append(np.concatenate(parts))
-            parts.clear()
-        order = np.lexsort((columns[1], columns[0]))  # stable: what was added first stays first
-        for i, column in enumerate(columns):
-            columns[i] = column[order]
-        self._table = columns[0], columns[1], columns[2]
+    def _sort(self, table: list[np.ndarray]) -> None:
+        """Make the table of these heads, tails and places; the list gives them up, lest all be in memory twice."""
+        order = _ascending(table[0], table[1])
+        for i in range(len(table)):
+            table[i] = table[i][order]
+        self._table = table[0], table[1], table[2]
+
+
+def _ascending(heads: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """The order in which digests ascend; of equal ones, that which was added first comes first.
+
+    Sorting by heads alone takes a sixth of the time, and hardly any memory; few of them are equal.
+    """
+    order = np.argsort(heads)
+    ascending = heads[order]
+    equal = ascending[1:] == ascending[:-1]
+    if equal.any():
+        tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
+        some = order[tied]
+        order[tied] = some[np.lexsort((some, tails[some], heads[some]))]
+    return order
