@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from .rates import Batch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,17 +22,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows that are wanted: all in their order, or the strangest first, the ``top`` strangest, the flagged ones."""
+    """Rows that are wanted: all in their order, or the strangest first, the ``top`` strangest, the flagged ones.
+
+    ``batch``: marks some of the rows when all are there.
+    """
 
     sort: bool = False
     top: int | None = None
     only_ood: bool = False
+    batch: Batch | None = None
 
     def __str__(self) -> str:
         """The options, as they are typed."""
         words = ["--sort"] if self.sort else []
         words += ["--top", str(self.top)] if self.top else []
         words += ["--only-ood"] if self.only_ood else []
+        words += [f"--fdr {self.batch.level:g}"] if self.batch else []
         return " ".join(words) or "all rows"
 
     @property
@@ -40,8 +47,19 @@ class Choice:
 
     @property
     def in_order_of_strangeness(self) -> bool:
-        """Whether the first row is known only when all are scored."""
+        """Whether the strangest row is the first."""
         return self.sort or self.top is not None
+
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether the first row is known only when all are scored."""
+        return self.in_order_of_strangeness or self.batch is not None
+
+    def columns(self, columns: Sequence[str]) -> list[str]:
+        """Those of the rows that are written."""
+        from featdiff.verdicts.results import FDR_FLAG
+
+        return [*columns, *([FDR_FLAG] if self.batch else [])]
 
     def of_part(self, part: Scores) -> Scores:
         """The rows of a part that are wanted, in their order."""
@@ -49,9 +67,17 @@ class Choice:
 
     def of_lines(self, source: IO[bytes]) -> Iterator[dict[str, Any]]:
         """The wanted rows of a file of JSON lines."""
-        if self.in_order_of_strangeness:
-            yield from self._strangest(source)
-            return
+        from featdiff.verdicts.calibration import ROUNDING
+        from featdiff.verdicts.results import FDR_FLAG
+
+        threshold = self.batch.threshold() + ROUNDING if self.batch else 0.0
+        for row in self._strangest(source) if self.in_order_of_strangeness else self._in_order(source):
+            if self.batch:
+                p_value = row["p_value"]
+                row[FDR_FLAG] = None if p_value is None else threshold > ROUNDING and p_value <= threshold
+            yield row
+
+    def _in_order(self, source: IO[bytes]) -> Iterator[dict[str, Any]]:
         for line in source:
             row = json.loads(line)
             if row["is_ood"] or not self.only_ood:

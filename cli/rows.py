@@ -87,7 +87,7 @@ class StreamRows:
         self._writer = open_writer(format_, self._stream, raw_csv=raw_csv)
 
         self._choice = choice
-        self._columns = columns
+        self._columns = choice.columns(columns)
         self._waiting = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
         self._lines = open_writer("jsonl", self._waiting)
 
@@ -108,7 +108,7 @@ class StreamRows:
         return iter(())
 
     def write(self, part: Scores, counts: Mapping[str, int]) -> None:
-        if self._choice.in_order_of_strangeness:
+        if self._choice.waits_for_all:
             self._keep(part)
             return
         with self._named_errors():
@@ -116,7 +116,7 @@ class StreamRows:
 
     def finish(self) -> None:
         with self._named_errors():
-            if self._choice.in_order_of_strangeness:
+            if self._choice.waits_for_all:
                 self._waiting.seek(0)
                 self._writer.write_rows(self._choice.of_lines(self._waiting), self._columns)
             self._writer.close()
@@ -129,7 +129,7 @@ class StreamRows:
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
 
     def kept(self, count: int) -> str:
-        if self._choice.in_order_of_strangeness:
+        if self._choice.waits_for_all:
             return f"no rows are written: {self._choice} needs all of them first"
         if self._choice.only_ood:
             return f"the flagged ones of {count:,} rows are written"
@@ -170,7 +170,7 @@ class FileRows:
         self._final = format_
         self._format = "jsonl" if self._converted else format_
         self._raw_csv = raw_csv
-        self._columns = columns
+        self._columns = choice.columns(columns)
         self._choice = choice
         decisive = {
             "format": format_,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,34 +12,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .choice import Choice, choice_options
-from .exported import open_exported
 from .flagged import Flagged, flagged_options, open_flagged, undo
 from .main import EXIT_OOD, EXIT_UNREADABLE
-from .options import identity, load_model, model_option, output_options, runtime_options, weights_option
+from .options import identity, model_option, output_options, runtime_options, weights_option
 from .output import choose_format, deliver, is_stream
 from .progress import Bars
-from .report import (
-    Source,
-    check_report,
-    report_images_option,
-    report_option,
-    source_of_images,
-    source_of_vectors,
-    write_report,
-)
+from .rates import Batch, Rate, rate_options
+from .report import check_report, report_images_option, report_option, write_report
 from .rows import Rows, open_rows
 from .shards import check_alone, score_manifest, shard_options
 from .signals import Stop, catching_stop
 from .sources import UNKNOWN, Named
 from .speech import say
 from .summary import FEW, Strangest, in_words, is_seen_as_table
-from .vectors import features_option, open_vectors, score_vectors
+from .vectors import features_option
+from .work import Work, work_of_exported, work_on_images, work_on_vectors
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from featdiff import Detector, ExportedDetector, PixelDetector, Scores
-    from featdiff.data.references import ImageRef
+    from featdiff import Scores
     from featdiff.report.rows import ReportRows
     from featdiff.verdicts.counts import Counts
 
@@ -55,7 +46,10 @@ if TYPE_CHECKING:
 @flagged_options
 @click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
 @click.option("--every", type=float, metavar="SECONDS", help="Of videos, one frame in so many seconds [each frame].")
-@click.option("--fpr", type=float, help="False-alarm rate [the one given at training].")
+@rate_options
+@click.option(
+    "--fdr", type=float, metavar="Q", help="Mark a share of the batch of which at most Q is normal, in fdr_flag."
+)
 @click.option(
     "--exclude-known", is_flag=True, help="Do not compare training images with themselves; see also featdiff audit."
 )
@@ -82,7 +76,7 @@ def command(
     undo_manifest: Path | None,
     resume: bool,
     every: float | None,
-    fpr: float | None,
+    fdr: float | None,
     exclude_known: bool,
     figure: Path | None,
     report: Path | None,
@@ -95,7 +89,8 @@ def command(
     any of these, or - for paths on stdin; or the rows of a file of vectors, with --features.
 
     One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
-    is_ood means p_value <= fpr: of images like those trained on, this share is flagged. A model with a local score adds
+    is_ood means p_value <= fpr: of images like those trained on, this share is flagged. --fdr looks at all images
+    together, and bounds the share of normal ones among those it marks. A model with a local score adds
     p_value_global and p_value_local: of the picture as a whole, and of its strangest places.
 
     -m may also be what featdiff export wrote: that needs no PyTorch, and starts several times faster.
@@ -114,6 +109,7 @@ def command(
     from featdiff.report.rows import ReportRows
     from featdiff.runtime.allocator import keep_freed_memory
     from featdiff.verdicts.counts import Counts
+    from featdiff.verdicts.fdr import check_fdr
 
     if options["manifest"] is not None:
         return score_manifest(click.get_current_context())
@@ -125,7 +121,9 @@ def command(
 
     keep_freed_memory()
     chosen = choose_format(output, format_)
-    choice = Choice(sort, top, only_ood)
+    batch = None if fdr is None else Batch(check_fdr(fdr))
+    choice = Choice(sort, top, only_ood, batch)
+    asked = Rate.of(options)
     flagged = open_flagged(options, images, features)
     if resume and is_stream(output):
         raise UsageError("--resume needs -o FILE: only what is in a file can be continued")
@@ -139,12 +137,12 @@ def command(
     named = Named(images, bool(figure or report or flagged), every)
     if features:
         options |= {"figure": figure, "exclude_known": exclude_known}
-        work = _vectors(features, images, model, fpr, options, bars)
+        work = work_on_vectors(features, images, model, asked, options, bars)
     elif is_exported(model):
         options |= {"figure": figure, "exclude_known": exclude_known, "report": report}
-        work = _exported(named, model, fpr, options, bars)
+        work = work_of_exported(named, model, asked, options, bars)
     else:
-        work = _images(named, model, fpr, options, figure, bars, exclude_known)
+        work = work_on_images(named, model, asked, options, figure, bars, exclude_known)
 
     if not is_stream(output):
         work.made_with |= {"featdiff": version("featdiff"), "model": identity(model), "fpr": work.fpr}
@@ -153,7 +151,7 @@ def command(
         if resume:
             left = "" if work.total == UNKNOWN else f", {work.total - counts.rows:,} are left"
             say(f"{counts.rows:,} rows are there from an interrupted run{left}", quiet)
-        run = Run(work, counts, flagged, reported)
+        run = Run(work, counts, flagged, reported, batch)
         run.look_at_rows(rows.before())
         _write(run, rows)
     deliver(output, quiet)
@@ -172,30 +170,6 @@ def command(
 
 
 @dataclass
-class Work:
-    """What is scored.
-
-    ``total``: how many rows, or ``UNKNOWN``; ``names``: of the first so many; ``score``: the parts of the rows from a
-    number on, as they come; ``columns``: of the rows; ``what``: what a row is called; ``made_with``: what decides the
-    rows, by a name for people; ``source``: what a report shows beside the rows; ``excluded``: training images are not
-    compared with themselves; ``refs``: the images, if there are any; ``explained``: the model can explain its scores.
-    """
-
-    total: int
-    names: Callable[[int], Iterator[str]]
-    score: Callable[[int], Iterator[Scores]]
-    columns: Sequence[str]
-    fpr: float
-    what: str
-    made_with: dict[str, Any]
-    source: Source
-    draw: Callable[[list[np.ndarray]], None] | None = None
-    excluded: bool = False
-    refs: Sequence[ImageRef] = ()
-    explained: bool = False
-
-
-@dataclass
 class Run:
     """What is known of the rows so far.
 
@@ -206,6 +180,7 @@ class Run:
     counts: Counts
     flagged: Flagged | None
     reported: ReportRows | None = None
+    batch: Batch | None = None
     strangest: Strangest | None = None
     scores: list[np.ndarray] = field(default_factory=list)
 
@@ -218,6 +193,8 @@ class Run:
             self.strangest.add(part)
         if self.reported is not None:
             self.reported.add(part)
+        if self.batch:
+            self.batch.add(part)
         if self.work.draw:
             self.scores.append(part.ood_score)
 
@@ -234,97 +211,11 @@ class Run:
                 self.flagged.add_row(number, row)
             if self.reported is not None:
                 self.reported.add_written(row)
+            if self.batch:
+                self.batch.add_row(row)
             scores.append(np.nan if row["ood_score"] is None else row["ood_score"])
         if self.work.draw:
             self.scores.append(np.array(scores))
-
-
-def _vectors(
-    file: str, images: tuple[str, ...], model: str, fpr: float | None, options: dict[str, Any], bars: Bars
-) -> Work:
-    from featdiff.verdicts.results import columns_of
-
-    estimator, arrays = open_vectors(file, images, model, options)
-    rate = estimator.fpr_ if fpr is None else fpr
-    estimator.calibration_.check(rate)
-    status = os.stat(file)
-
-    return Work(
-        len(arrays),
-        lambda count: map(arrays.name, range(count)),
-        lambda start: score_vectors(estimator, arrays, fpr, bars, start),
-        columns_of(estimator.layers_),
-        rate,
-        "rows",
-        {f"content of {file}": [status.st_size, status.st_mtime_ns]},
-        source_of_vectors(estimator, file, model),
-    )
-
-
-def _images(
-    images: Named,
-    model: str,
-    fpr: float | None,
-    options: dict[str, Any],
-    figure: Path | None,
-    bars: Bars,
-    exclude_known: bool,
-) -> Work:
-    from featdiff import Detector
-    from featdiff.verdicts.results import columns_of
-
-    images.check()
-    detector = load_model(model, options).detector
-    rate = _asked(detector, fpr, images)
-    refs = images.refs
-
-    return Work(
-        images.total,
-        images.names,
-        lambda start: detector.iter_scores(images.rest(start), fpr, images.progress(bars), exclude_known),
-        columns_of(detector.layers, (), detector.parts),
-        rate,
-        "images",
-        {
-            "exclude-known": exclude_known,
-            "max-pixels": detector.settings.max_pixels,
-            "max-bytes": detector.settings.max_bytes,
-        },
-        source_of_images(detector, refs, model, rate),
-        _figure(detector, refs, figure) if figure else None,
-        exclude_known,
-        refs,
-        isinstance(detector, Detector),
-    )
-
-
-def _exported(images: Named, model: str, fpr: float | None, options: dict[str, Any], bars: Bars) -> Work:
-    """The same for an exported model, without PyTorch."""
-    from featdiff.verdicts.results import columns_of
-
-    images.check()
-    detector = open_exported(model, options)
-    rate = _asked(detector, fpr, images)
-
-    return Work(
-        images.total,
-        images.names,
-        lambda start: detector.iter_scores(images.rest(start), fpr, images.progress(bars)),
-        columns_of(detector.layers, (), detector.parts),
-        rate,
-        "images",
-        {"max-pixels": detector.max_pixels, "max-bytes": detector.max_bytes},
-        Source(detector.calibration_),
-        refs=images.refs,
-    )
-
-
-def _asked(detector: Detector | PixelDetector | ExportedDetector, fpr: float | None, images: Named) -> float:
-    """The rate, if the calibration supports it; then the images are looked for."""
-    rate = detector.fpr if fpr is None else fpr
-    detector.calibration_.check(rate)
-    images.find()
-    return rate
 
 
 def _write(run: Run, rows: Rows) -> None:
@@ -358,6 +249,8 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     seconds = bars.seconds.get("scoring", 0.0)
     speed = f" in {seconds:.1f} s ({bars.rate('scoring'):,.0f} {work.what}/s)"
     say(in_words(counts, work.what, work.fpr, speed), quiet, fpr=work.fpr, **asdict(counts))
+    if run.batch:
+        say(run.batch.in_words(work.groups), quiet)
     if waited := bars.waits.in_words("scoring", seconds):
         say(waited, quiet)
 
@@ -369,32 +262,3 @@ def _summary(run: Run, bars: Bars, model: str, seen: bool, quiet: bool) -> None:
     moved = run.flagged is not None and run.flagged.action == "move"  # its path is not for long
     if run.strangest and work.explained and not moved:
         run.strangest.say_next(model, quiet)
-
-
-def _figure(
-    detector: Detector | PixelDetector, refs: Sequence[ImageRef], file: Path
-) -> Callable[[list[np.ndarray]], None]:
-    """A function of all scores that draws the least and the most strange images; checked before the long work."""
-    from featdiff.detectors import PixelDetector
-    from featdiff.exceptions import UsageError
-
-    if not isinstance(detector, PixelDetector):
-        raise UsageError("--figure shows inpaintings, and this model makes none: train one with --mode pixel")
-    if file.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--figure {file}: the file must end in .png, .svg or .pdf")
-    if not file.parent.is_dir():
-        raise UsageError(f"no folder {file.parent} for {file.name}")
-    pixels: PixelDetector = detector
-
-    def draw(scores: list[np.ndarray]) -> None:
-        import numpy as np
-
-        from featdiff.detectors.pixel import least_and_most
-        from featdiff.report.figures import save_inpaintings
-
-        # inpainted once more: the same noise gives the same picture
-        shown = [refs[i] for i in least_and_most(np.concatenate(scores))]
-        if shown:
-            save_inpaintings(file, *pixels.inpaintings(shown))
-
-    return draw

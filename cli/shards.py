@@ -17,6 +17,7 @@ from .exported import exported_arguments, open_exported
 from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import identity, load_model, model_arguments
 from .progress import Bars
+from .rates import Rate
 from .signals import catching_stop
 from .speech import say
 from .summary import in_words
@@ -32,7 +33,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 # What may be given with --manifest; other options of score need all rows in one place.
 _FITTING = {
     *("manifest", "out", "shard", "block", "ray", "actors", "gpus_per_actor"),
-    *("model", "weights", "fpr", "exclude_known", "fail_on_ood", "quiet", "cache", "max_bytes", "max_pixels"),
+    *(
+        "model",
+        "weights",
+        "fpr",
+        "alarms_per_day",
+        "rate",
+        "exclude_known",
+        "fail_on_ood",
+        "quiet",
+        "cache",
+        "max_bytes",
+        "max_pixels",
+    ),
     *("workers", "image_batch", "engine", "device", "debug"),
 }
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -121,8 +134,7 @@ def _asked(options: dict[str, Any]) -> Asked:
         detector = load_model(model, here).detector
         arguments = model_arguments(options)
 
-    fpr = detector.fpr if options["fpr"] is None else options["fpr"]
-    detector.calibration_.check(fpr)
+    fpr = Rate.of(options).supported_by(detector.calibration_, detector.fpr)
     limits = detector if isinstance(detector, ExportedDetector) else detector.settings
     made_with = {
         "featdiff": version("featdiff"),

@@ -11,7 +11,7 @@ from typing import IO, Any, Protocol
 
 from ..exceptions import UsageError
 from ..files.text import columns_on_screen, for_json, for_spreadsheet, for_terminal, from_spreadsheet
-from ..verdicts.results import COLUMNS, OK, Scores
+from ..verdicts.results import COLUMNS, FDR_FLAG, OK, Scores
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
 # Column in which paths begin in a table.
@@ -214,7 +214,7 @@ class ParquetWriter(_RowWriter):
     def _write_group(self) -> None:
         arrow = self._arrow
         kinds = {name: arrow.string() for name in ("path", "status", "reason", *self._texts)}
-        kinds["is_ood"] = arrow.bool_()
+        kinds |= {"is_ood": arrow.bool_(), FDR_FLAG: arrow.bool_()}
         schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in self._columns])
 
         if self._writer is None:
@@ -250,6 +250,7 @@ class TableWriter(_RowWriter):
             else:
                 line = f"{row['status']:<10} {'':>9} {'':>8}  {row['path']}  ({row['reason']})"
             further = [f"{name.replace('_', ' ')} {row[name]}" for name in texts if row[name]]
+            further += ["fdr"] if row.get(FDR_FLAG) else []
             self._line(line, f"({', '.join(further)})" if further else "")
         self._stream.flush()
 

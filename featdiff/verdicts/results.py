@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from ..exceptions import UsageError
+from .fdr import fdr_threshold
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 #: Columns of every table that featdiff writes; ``p_value_<name>`` follow where the verdict joins several scores, then
 #: ``layer_<name>``, one per layer.
 COLUMNS = ("path", "status", "reason", "ood_score", "p_value", "is_ood")
+#: A further column, where the flags of a whole batch were asked for; see :meth:`Scores.fdr_flags`.
+FDR_FLAG = "fdr_flag"
 OK = "ok"
 UNREADABLE = "unreadable"
 ERROR = "error"
@@ -221,6 +224,29 @@ class Scores:
         images come last, and errors before others of the same p-value.
         """
         return self._take(strangest_first(self.ood_score, self.p_value, self._unreadable()))
+
+    def fdr_flags(self, level: float) -> np.ndarray:
+        """Flags of the whole batch, among which the share of false ones is at most ``level`` on average.
+
+        Where ``is_ood`` bounds the share of normal images that are flagged, this bounds the share of normal images
+        among the flagged ones; see :func:`featdiff.verdicts.fdr.fdr_threshold`.
+
+        Parameters
+        ----------
+        level : float
+            In (0, 1).
+
+        Returns
+        -------
+        (N,) bool
+            False for unreadable images.
+
+        Raises
+        ------
+        UsageError
+            A level outside (0, 1).
+        """
+        return np.asarray(self.p_value <= fdr_threshold(self.p_value, level))
 
     # ---- tables ----
 

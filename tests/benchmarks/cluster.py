@@ -1,6 +1,7 @@
 """What manifests, shards and Ray add to scoring, and what they need for very many images; the table of RESULTS.md.
 
     python tests/benchmarks/cluster.py
+    python tests/benchmarks/cluster.py --only wall --data FOLDER
 
 Each part runs in processes of its own. Times are processor seconds of a process and of all below it, so that busy
 neighbours count little; memory is the largest resident set. Scoring is measured with a tiny backbone, to which all
@@ -223,6 +224,23 @@ def print_ray_blocks(place: Path, counts: tuple[int, int]) -> None:
     )
 
 
+def print_wall(place: Path, data: Path) -> None:
+    """Wall time of the same images in this process and on Ray, in turn; Ray's includes its start."""
+    images, model = data / "cifar10.zip" / "test", place / "model"
+    score = [sys.executable, "-m", "featdiff_cli", "score", "-q", "-m", model, "--device", "cpu"]
+    measured([sys.executable, "-m", "featdiff_cli", "train", "-q", images, "-o", model, "--calibration", 0.2])
+    write_manifest(iter_images(str(data / "cifar10.zip")), str(place / "m.parquet"))
+    for number in range(2):
+        seconds = []
+        for name, more in (("plain", []), ("ray", ["--ray", "local"])):
+            out = ["--manifest", place / "m.parquet", "--out", place / f"{name}{number}", "--block", 1_000]
+            seconds.append(measured([*score, *out, *more])[1])
+        print(
+            f"10,000 images: plain {seconds[0]:.0f} s, Ray {seconds[1]:.0f} s, {seconds[1] / seconds[0]:.2f} x",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -230,6 +248,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_024)
     parser.add_argument("--ray-blocks", type=int, nargs=2, default=(100, 600))
     parser.add_argument("--only", nargs="+", default=["rows", "scoring", "index"])
+    parser.add_argument("--data", type=Path, help="folder with cifar10.zip, for --only wall")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
@@ -250,6 +269,8 @@ def main() -> None:
             prepare(place, arguments.images)
             print(part("score", place, arguments.images)[3], end="", flush=True)
             print_ray_blocks(place, tuple(arguments.ray_blocks))
+        if "wall" in arguments.only:
+            print_wall(place, arguments.data)
         if "index" in arguments.only:
             make_store(place / "store", arguments.digests)
             used, _, memory, output = part("index", place / "store", arguments.digests)
