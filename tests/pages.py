@@ -108,6 +108,8 @@ EXPECTED = {
     "featdiff score images/ -m my-model --fpr 0.05 -o scores.csv": 3,
     "featdiff score images/ -m my-model --top 5 --copy-to flagged": 3,
     "featdiff score images/ -m my-model --report report.html -o reported.csv": 3,
+    "featdiff score images/ -m my-model --fdr 0.2 -o marked.csv": 3,
+    "featdiff score images/ -m my-model --alarms-per-day 100 --rate 2000": 3,
     "featdiff score images/ -m my-model -o long.csv --resume": 3,
     "featdiff score images/ -m my-model --raw-csv -o raw.csv": 3,
     "featdiff score images/ -m my-model -o logged.csv --log-format json": 3,

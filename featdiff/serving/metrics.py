@@ -18,7 +18,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from ..verdicts.calibration import Calibration
-from ..verdicts.drift import distance
+from ..verdicts.drift import FEWEST, SIDES, DriftTest, distance
 from ..verdicts.results import OK, Scores
 
 #: Names the folder through which processes share their numbers.
@@ -76,6 +76,14 @@ class Metrics:
             registry=registry,
             multiprocess_mode="liveall",
         )
+        self._evidence = Gauge(
+            "featdiff_drift_evidence",
+            "Evidence that images have changed, by side: too many strange ones, or too few (normal); 1: an alarm.",
+            ["side"],
+            registry=registry,
+            multiprocess_mode="liveall",
+        )
+        self._test = DriftTest(calibration.groups, sides=SIDES) if calibration.groups >= FEWEST else None
         self._calibration = calibration
         self._latest: deque[float] = deque(maxlen=WINDOW)
 
@@ -97,6 +105,10 @@ class Metrics:
             if row.status == OK:
                 self._p_values.observe(row.p_value)
                 self._latest.append(row.ood_score)
+        if self._test:
+            self._test.update([row.p_value for row in scores if row.status == OK])
+            for side, evidence in self._test.evidence.items():
+                self._evidence.labels(side).set(max(evidence, side in self._test.alarms))
         if len(self._latest) >= _FEWEST:
             self._drift.set(distance(np.array(self._latest), self._calibration.scores))
             sizes = len(self._latest), len(self._calibration)

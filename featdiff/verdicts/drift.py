@@ -29,6 +29,8 @@ _VERSION = 1
 # The logarithm of no money; JSON has no infinity.
 _NOTHING = -1e9
 _AT_ONCE = 10_000
+#: Held-out images that one level at least needs.
+FEWEST = math.ceil(1 / max(_LEVELS[STRANGE])) - 1
 #: Latest p-values that are kept, to say how far a stream has gone.
 WINDOW = 1000
 
@@ -68,7 +70,7 @@ class DriftTest:
     Raises
     ------
     UsageError
-        Settings outside their range; too few held-out images for any level.
+        Settings outside their range; fewer held-out images than :data:`FEWEST`.
 
     Examples
     --------
@@ -90,10 +92,9 @@ class DriftTest:
                 raise UsageError(f"{name} must lie between 0 and 1, not {value}", argument=name)
         if not sides or not set(sides) <= set(SIDES):
             raise UsageError(f"sides must be one or both of {', '.join(SIDES)}, not {sides}", argument="sides")
-        if held_out < min(_least(side) for side in sides):
+        if held_out < FEWEST:
             raise UsageError(
-                f"a test of drift needs at least {min(_least(side) for side in sides)} held-out images, and there are "
-                f"{held_out:,}: train on more images",
+                f"a test of drift needs at least {FEWEST} held-out images, and there are {held_out:,}: train on more",
                 argument="held_out",
             )
         self.held_out = held_out
@@ -282,11 +283,6 @@ def _log_laid_out(counts: np.ndarray) -> np.ndarray:
     grown = np.log1p(1 / (counts + 2.0)) / math.log(2)  # second - first, without losing digits
     laid_out: np.ndarray = np.log(grown) - np.log(first * second)
     return laid_out
-
-
-def _least(side: str) -> int:
-    """Held-out images that the largest level needs."""
-    return math.ceil(1 / max(_LEVELS[side])) - 1
 
 
 def distance(sample: np.ndarray, reference: np.ndarray) -> float:
