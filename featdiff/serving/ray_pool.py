@@ -24,6 +24,9 @@ _MOST_FAILURES = 10
 _MOST_DEATHS = 20
 # Blocks that wait at an actor while it works; with one there would be no sign that the pool may grow.
 _AT_ACTOR = 2
+# Portions of work that Ray knows of at most: its driver needs memory and time for each. An actor does the blocks of a
+# portion one after the other; after a death, those that are done are only looked at again.
+_PORTIONS = 2_000
 # How long a cluster may take to answer.
 _SECONDS = 10.0
 
@@ -169,7 +172,8 @@ def _answers(
         pool = ray_data.ActorPoolStrategy(
             min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=_AT_ACTOR
         )
-        items = ray_data.from_items([{"block": number} for number in blocks], override_num_blocks=len(blocks))
+        portions = min(len(blocks), _PORTIONS)
+        items = ray_data.from_items([{"block": number} for number in blocks], override_num_blocks=portions)
         done = items.map_batches(
             worker,
             fn_constructor_args=(replace(task, arguments=arguments),),

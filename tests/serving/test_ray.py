@@ -131,9 +131,19 @@ def test_rows_are_those_of_a_plain_run(
     assert {file.name: file.read_bytes() for file in out.glob("*.parquet")} == before
 
 
+@pytest.mark.parametrize("portions", [2_000, 4])
 def test_a_worker_is_killed_in_the_middle(
-    featdiff_cli: Cli, manifest: Path, tiny_model: Path, plain: dict[str, list[object]], cluster: Any, tmp_path: Path
+    featdiff_cli: Cli,
+    manifest: Path,
+    tiny_model: Path,
+    plain: dict[str, list[object]],
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    portions: int,
 ) -> None:
+    """Also while it has several blocks to do, of which some are done."""
+    monkeypatch.setattr(ray_pool, "_PORTIONS", portions)
     out = tmp_path / "out"
     killed = 0
     rows = 0
