@@ -193,8 +193,9 @@ def name_a_key_twice(folder: Path, other: Path, source: random.Random) -> str:
 
 def edit_text(folder: Path, other: Path, source: random.Random) -> str:
     text = (folder / CONFIG).read_text()
-    place = source.randrange(len(text))
-    piece = source.choice(["", "0", "1", "9", "-", ".", "e", '"', ",", "{", "[", "}", "\\", "NaN", "null", "é", "\t"])
+    place = source.choice([i for i, letter in enumerate(text) if not letter.isspace()])  # spaces do not count
+    pieces = ["", "0", "1", "9", "-", ".", "e", '"', ",", "{", "[", "}", "\\", "NaN", "null", "é", "\t"]
+    piece = source.choice([piece for piece in pieces if piece != text[place]])
     (folder / CONFIG).write_text(text[:place] + piece + text[place + 1 :])
     return f"{text[place]!r} -> {piece!r} at {place}"
 
