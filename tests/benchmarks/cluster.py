@@ -228,7 +228,7 @@ def print_wall(place: Path, data: Path) -> None:
     """Wall time of the same images in this process and on Ray, in turn; Ray's includes its start."""
     images, model = data / "cifar10.zip" / "test", place / "model"
     score = [sys.executable, "-m", "featdiff_cli", "score", "-q", "-m", model, "--device", "cpu"]
-    measured([sys.executable, "-m", "featdiff_cli", "train", "-q", images, "-o", model, "--calibration", 0.2])
+    measured([sys.executable, "-m", "featdiff_cli", "train", "-q", images, "-o", model])
     write_manifest(iter_images(str(data / "cifar10.zip")), str(place / "m.parquet"))
     for number in range(2):
         seconds = []
