@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -98,14 +98,27 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 
+def open_parquet(stream: BinaryIO, **options: Any) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` that reads a stream of Python without threads of Arrow.
+
+    A thread that frees Python's bytes while Python ends aborts the process (apache/arrow#34314).
+    """
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(stream, pre_buffer=False, **options)
+    for name in ("read", "read_row_group", "iter_batches"):
+        setattr(file, name, functools.partial(getattr(file, name), use_threads=False))
+    return file
+
+
 @functools.lru_cache(maxsize=4)
 def _open_rows(file: str, *version: int) -> _Rows:
+    stream = open_input(file)
     try:
-        from pyarrow.parquet import ParquetFile
+        table = open_parquet(stream, buffer_size=1 << 20)
     except ImportError:
         raise UsageError(f"{file}: reading Parquet needs PyArrow: pip install 'featdiff[parquet]'") from None
 
-    table = ParquetFile(open_input(file), buffer_size=1 << 20, pre_buffer=False)
     groups = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
     picture, name = _columns(table.schema_arrow)
     return _Rows(table, picture, name, np.cumsum([0, *groups]))
@@ -132,15 +145,10 @@ class _Rows:
         if not self.name:
             yield from ("" for _ in range(int(self.starts[-1])))
             return
-        for batch in self._read(columns=[self.name]):
+        for batch in self.table.iter_batches(columns=[self.name]):
             for value in batch.column(0).to_pylist():
                 found = value.get("path") if isinstance(value, dict) else value
                 yield "" if found is None else str(found)
-
-    def _read(self, **what: Any) -> Iterator[Any]:
-        # an Arrow thread that frees Python's bytes while Python ends aborts the process (apache/arrow#34314)
-        batches: Iterator[Any] = self.table.iter_batches(**what, use_threads=False)
-        return batches
 
     def at(self, row: int) -> bytes:
         """The bytes in a row; going on is cheap, going back begins the row group anew."""
@@ -158,7 +166,7 @@ class _Rows:
         return _bytes_of(self._held[row - self._first])
 
     def _begin(self, group: int) -> None:
-        self._batches = self._read(batch_size=_AT_ONCE, row_groups=[group], columns=[self.picture])
+        self._batches = self.table.iter_batches(_AT_ONCE, row_groups=[group], columns=[self.picture])
         self._first = int(self.starts[group])
         self._held = []
 

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.image_refs import HeldRef, ImageRef, MissingRef, StreamRef
+from ..data.parquet_refs import open_parquet
 from ..data.references import ref_of
 from ..exceptions import FeatdiffError, UnreadableImage, UsageError, first_line
 from ..files.remote import open_input
@@ -131,7 +132,8 @@ class Manifest:
         try:
             self._stream = open_input(name)
             self.digest = _digest_of(self._stream)
-            self._file = arrow().parquet.ParquetFile(self._stream, pre_buffer=False)
+            arrow()  # or it says how to install it
+            self._file = open_parquet(self._stream)
         except FeatdiffError:
             raise
         except OSError as error:
@@ -190,8 +192,7 @@ class Manifest:
         last = int(np.searchsorted(self._starts, stop, side="left"))
         for group in range(first, last):
             if self._read is None or self._read[0] != group:
-                # an Arrow thread that frees Python's bytes while Python ends aborts the process (apache/arrow#34314)
-                self._read = group, self._file.read_row_group(group, columns=list(COLUMNS), use_threads=False)
+                self._read = group, self._file.read_row_group(group, columns=list(COLUMNS))
             begin = int(self._starts[group])
             low = max(start - begin, 0)
             yield self._read[1].slice(low, min(stop - begin, self._read[1].num_rows) - low)

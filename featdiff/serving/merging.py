@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.parquet_refs import open_parquet
 from ..exceptions import FeatdiffError, UsageError, first_line, some_of
 from ..report.writers import open_writer
 from ..verdicts.counts import Counts
@@ -107,9 +108,7 @@ def table_of(run: Run, block: Block) -> Table:
     if content is None:
         raise FeatdiffError(f"{name} is gone: score that block again")
     try:
-        table = (
-            arrow().parquet.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
-        )  # see Manifest
+        table = open_parquet(io.BytesIO(content)).read()
         paths = table["path"].to_pylist()
     except Exception as error:  # of pyarrow, on a damaged file
         raise FeatdiffError(f"{name} is damaged ({first_line(error)}): delete it and score that block again") from None
