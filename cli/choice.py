@@ -67,14 +67,13 @@ class Choice:
 
     def of_lines(self, source: IO[bytes]) -> Iterator[dict[str, Any]]:
         """The wanted rows of a file of JSON lines."""
-        from featdiff.verdicts.calibration import ROUNDING
         from featdiff.verdicts.results import FDR_FLAG
 
-        threshold = self.batch.threshold() + ROUNDING if self.batch else 0.0
+        largest = self.batch.largest() if self.batch else 0.0
         for row in self._strangest(source) if self.in_order_of_strangeness else self._in_order(source):
             if self.batch:
                 p_value = row["p_value"]
-                row[FDR_FLAG] = None if p_value is None else threshold > ROUNDING and p_value <= threshold
+                row[FDR_FLAG] = None if p_value is None else p_value <= largest
             yield row
 
     def _in_order(self, source: IO[bytes]) -> Iterator[dict[str, Any]]:

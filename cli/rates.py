@@ -96,30 +96,29 @@ class Batch:
         """A row that an earlier run has written."""
         self._p_values.append(math.nan if row["p_value"] is None else row["p_value"])
 
-    def threshold(self) -> float:
-        """Largest p-value that is flagged."""
+    def largest(self) -> float:
+        """The largest p-value that is marked, and what it may gain by being written; below all of them if none is."""
         import numpy as np
 
+        from featdiff.verdicts.calibration import ROUNDING
         from featdiff.verdicts.fdr import fdr_threshold
 
-        return fdr_threshold(np.array(self._p_values), self.level)
+        return fdr_threshold(np.array(self._p_values), self.level) + ROUNDING
 
     def in_words(self, groups: int) -> str:
         """What was flagged; if nothing was, what it would have taken."""
         import numpy as np
 
-        from featdiff.verdicts.calibration import ROUNDING
         from featdiff.verdicts.fdr import fewest_flags
         from featdiff.verdicts.results import FDR_FLAG
 
         p_values = np.array(self._p_values)
         count = int((~np.isnan(p_values)).sum())
-        threshold = self.threshold()
-        if threshold:
-            flagged = int((p_values <= threshold + ROUNDING).sum())
+        marked = p_values[p_values <= self.largest()]
+        if len(marked):
             return (
-                f"fdr {self.level:g}: {flagged:,} of {count:,} are marked in {FDR_FLAG}, those with a p-value up to "
-                f"{threshold:.2g}; on average at most {100 * self.level:g} % of such marks are false"
+                f"fdr {self.level:g}: {len(marked):,} of {count:,} are marked in {FDR_FLAG}, those with a p-value up "
+                f"to {marked.max():.2g}; on average at most {100 * self.level:g} % of such marks are false"
             )
         fewest = fewest_flags(count, self.level, groups)
         return (
