@@ -99,14 +99,16 @@ class Metrics:
     def scored(self, scores: Scores) -> None:
         """A batch has its rows."""
         self._batches.observe(len(scores))
+        p_values = []
         for row in scores:
             verdict = row.status if row.status != OK else "ood" if row.is_ood else "normal"
             self._images.labels(verdict).inc()
             if row.status == OK:
                 self._p_values.observe(row.p_value)
+                p_values.append(row.p_value)
                 self._latest.append(row.ood_score)
         if self._test:
-            self._test.update([row.p_value for row in scores if row.status == OK])
+            self._test.update(p_values)
             for side, evidence in self._test.evidence.items():
                 self._evidence.labels(side).set(max(evidence, side in self._test.alarms))
         if len(self._latest) >= _FEWEST:

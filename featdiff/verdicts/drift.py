@@ -153,10 +153,7 @@ class DriftTest:
     @property
     def evidence(self) -> dict[str, float]:
         """Side -> share of what an alarm needs, on a scale of orders of magnitude: 0 none, 1 or more an alarm."""
-        return {
-            side: max(0.0, bets.log_wealth(self.count) / self._enough) if self.count else 0.0
-            for side, bets in self._bets.items()
-        }
+        return {side: max(0.0, bets.log_wealth(self.count) / self._enough) for side, bets in self._bets.items()}
 
     @property
     def distance(self) -> float:
