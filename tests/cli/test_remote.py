@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -343,25 +344,23 @@ def test_the_first_row_comes_before_the_listing_ends(tiny_model: Path, s3: Any, 
     for i in range(10_000):
         store.put_object("many", f"{i:05d}.png", content)
 
-    pages = []
-    log = logging.getLogger("werkzeug")
-    watching = Watching(lambda line: pages.append(line) if "list-type=2" in line else None)
-    log.addHandler(watching)
-    try:
+    with requests_seen() as asked:
+
+        def pages() -> int:
+            return sum("list-type=2" in line for line in asked)
+
         detector = Detector.from_pretrained(tiny_model)  # its own: so many images change what runs the backbone
         parts = detector.iter_scores(iter_images("s3://many"))
         first = next(parts)
-        assert len(pages) == 1
+        assert pages() == 1
         assert first.path[0] == "s3://many/00000.png"
         assert first.status[0] == "ok"
         parts.close()
 
-        pages.clear()
+        asked.clear()
         names = [ref.path for ref in iter_images("s3://many")]
         assert names == [f"s3://many/{i:05d}.png" for i in range(10_000)]
-        assert len(pages) == 10
-    finally:
-        log.removeHandler(watching)
+        assert pages() == 10
 
 
 def test_an_object_is_read_by_one_request(s3: Any, few_images: Path) -> None:
@@ -371,24 +370,21 @@ def test_an_object_is_read_by_one_request(s3: Any, few_images: Path) -> None:
         s3.upload_file(str(file), "paid", file.name)
     refs = list(iter_images("s3://paid"))
 
-    asked: list[str] = []
-    log = logging.getLogger("werkzeug")
-    watching = Watching(asked.append)
-    log.addHandler(watching)
-    try:
+    with requests_seen() as asked:
         assert [ref.read() for ref in refs] == [file.read_bytes() for file in sorted(few_images.iterdir())]
-    finally:
-        log.removeHandler(watching)
     assert len(asked) == 6
     assert all("GET /paid/" in line for line in asked)
 
 
-class Watching(logging.Handler):
-    """Gives each line of a log to a function."""
-
-    def __init__(self, see: Callable[[str], None]) -> None:
-        super().__init__()
-        self.see = see
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.see(record.getMessage())
+@contextlib.contextmanager
+def requests_seen() -> Iterator[list[str]]:
+    """Lines of the store's log, as they come."""
+    asked: list[str] = []
+    watching = logging.Handler()
+    watching.emit = lambda record: asked.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("werkzeug")
+    log.addHandler(watching)
+    try:
+        yield asked
+    finally:
+        log.removeHandler(watching)
