@@ -103,12 +103,16 @@ def open_parquet(stream: BinaryIO, **options: Any) -> Any:
 
     A thread that frees Python's bytes while Python ends aborts the process (apache/arrow#34314).
     """
+    return _without_threads()(stream, pre_buffer=False, **options)
+
+
+@functools.cache
+def _without_threads() -> Any:
     from pyarrow.parquet import ParquetFile
 
-    file = ParquetFile(stream, pre_buffer=False, **options)
-    for name in ("read", "read_row_group", "iter_batches"):
-        setattr(file, name, functools.partial(getattr(file, name), use_threads=False))
-    return file
+    names = ("read", "read_row_group", "iter_batches")
+    methods = {name: functools.partialmethod(getattr(ParquetFile, name), use_threads=False) for name in names}
+    return type("ParquetFile", (ParquetFile,), methods)
 
 
 @functools.lru_cache(maxsize=4)
