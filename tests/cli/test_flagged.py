@@ -7,14 +7,18 @@ import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flag_images
 import pytest
 from click.testing import Result
+from flag_images import place
 from helpers import fails
 
 from featdiff.data.references import list_images
@@ -26,18 +30,6 @@ from featdiff_cli.main import Stopped
 
 Cli = Callable[..., Result]
 EACH = pytest.mark.parametrize("action", ["copy", "link", "move"])
-
-
-def place(action: str, folder: Path, *images: object, only: tuple[str, ...] = ()) -> int:
-    """As ``score`` does it, with all images flagged, or those whose names end so."""
-    refs = list_images([str(image) for image in images])
-    flagged = Flagged(action, folder, [str(image) for image in images])
-    for number, ref in enumerate(refs):
-        is_ood = ref.path.endswith(only) if only else True
-        flagged.add_row(
-            number, {"path": ref.path, "status": "ok", "ood_score": -1.5, "p_value": 0.01, "is_ood": is_ood}
-        )
-    return flagged.place(refs, quiet=False)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -447,32 +439,12 @@ def test_ctrl_c(photos: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 #: What changes a name on the disk.
-STEPS = ("link", "symlink", "unlink", "replace", "mkdir", "fsync")
-
-
 def killed_at(number: int, action: str, folder: Path, photos: Path) -> bool:
     """Whether a process that does it was killed before its step of this number, or ended before that."""
-    child = os.fork()
-    if child == 0:
-        steps = 0
-
-        def counted(step: Callable[..., Any]) -> Callable[..., Any]:
-            def count(*arguments: Any, **options: Any) -> Any:
-                nonlocal steps
-                steps += 1
-                if steps == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return step(*arguments, **options)
-
-            return count
-
-        for name in STEPS:
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            place(action, folder, photos)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    command = [sys.executable, flag_images.__file__, str(number), action, str(folder), str(photos)]
+    code = subprocess.run(command, check=False, timeout=60).returncode
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 @EACH
