@@ -97,6 +97,23 @@ class BankImages:
         refs = [images[extraction.positions[i]] for i in rows]
         return cls(digests, paths, tuple(make_thumbnails(refs, digests, settings, progress)))
 
+    @classmethod
+    def together(cls, digests: np.ndarray, parts: Sequence[BankImages]) -> BankImages:
+        """What several banks keep of these images (n, 16), in this order; small pictures while there is space."""
+        place = {digest.tobytes(): (part, row) for part in parts for row, digest in enumerate(part.digests)}
+        paths = []
+        thumbnails = []
+        left = MOST_BYTES
+        for i, digest in enumerate(digests):
+            part, row = place.get(digest.tobytes(), (None, 0))
+            paths.append(part.paths[row] if part and part.paths else f"image {i + 1}")
+            picture = part.thumbnails[row] if part and part.thumbnails else b""
+            thumbnails.append(picture if len(picture) <= left else b"")
+            left -= len(thumbnails[-1])
+        with_paths = any(part.paths for part in parts)
+        with_thumbnails = any(part.thumbnails for part in parts)
+        return cls(digests, tuple(paths) if with_paths else (), tuple(thumbnails) if with_thumbnails else ())
+
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored."""
         tensors = {}

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from ..features.engines import TORCH
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.networks import device_of, identity
-from ..features.store import FeatureStore, FeatureTable
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..features.views import settings_of
 from ..files.model_folder import load, locate
 from ..runtime.progress import Progress, shown
@@ -40,6 +39,7 @@ from .explanation import Explanation, explain_each, explain_one
 from .feature_scoring import FeatureScoring
 from .fitting import Bank, as_digests, fit_heads
 from .grouping import Grouping
+from .kept_images import KeptImages
 from .local_part import LocalPart, saved_maps
 from .same_network import check_same_features, check_same_weights
 from .saved import (
@@ -167,7 +167,6 @@ class Detector(FeatureScoring):
     mode = "feature"
     # on few rows the heads would mostly wait for memory
     batches_at_once = 4
-    bank_digests_: np.ndarray
     bank_images_: BankImages
     precision_: str
 
@@ -252,6 +251,10 @@ class Detector(FeatureScoring):
         self.bank_digests_ = as_digests(digests, fitted.bank)
         self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
+        numbers = self.grouping_.numbers if split is None else None
+        self.kept_ = (
+            None if self.local_ else KeptImages.of_split(digests, features, plan.final, numbers, self.heads_.layout)
+        )
         self.calibration_ = Calibration(scores, plan.groups)
         if self.extractor_.engine != TORCH:
             self._confirm_engine(*self._some(images))
@@ -298,7 +301,7 @@ class Detector(FeatureScoring):
         return images, self.settings.input_size
 
     def _context(
-        self, features: FeatureTable, digests: list[bytes], split: Split, store: FeatureStore, progress: Progress | None
+        self, features: Features, digests: list[bytes], split: Split, store: FeatureStore, progress: Progress | None
     ) -> Context:
         key = self._training_key(digests, split, _TRAINING_VERSION, _TRAINING_SETTINGS)
         return Context(
@@ -399,6 +402,7 @@ class Detector(FeatureScoring):
             "calibration_",
             "bank_digests_",
             "bank_images_",
+            "kept_",
             "n_images_",
             "precision_",
             "engine_",
@@ -408,13 +412,6 @@ class Detector(FeatureScoring):
         for name in learned:
             setattr(other, name, getattr(self, name))
         return other
-
-    # ---- score ----
-
-    def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
-        """Which row of the bank holds each content (B,), -1: none."""
-        rows = _row_of_each(self.bank_digests_.tobytes())
-        return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
 
     # ---- explain ----
 
@@ -434,7 +431,8 @@ class Detector(FeatureScoring):
         """The heads, the calibration scores, and what identifies and shows the images in the bank."""
         bank = {"bank_digests": torch.from_numpy(self.bank_digests_)} | self.bank_images_.tensors()
         local = self.local_.tensors() if self.local_ else {}
-        return self.heads_.state_dict() | bank | local | super().tensors()
+        kept = self.kept_.tensors() if self.kept_ else {}
+        return self.heads_.state_dict() | bank | local | kept | super().tensors()
 
     def config(self) -> dict[str, Any]:
         """All that ``config.json`` says besides the format."""
@@ -536,6 +534,7 @@ class Detector(FeatureScoring):
             ).to(detector.device)
         detector.bank_digests_ = take_digests(tensors, config["images"]["bank"], folder)
         detector.bank_images_ = BankImages.take(tensors, detector.bank_digests_, detector.settings, folder)
+        detector.kept_ = KeptImages.take(tensors, detector.extractor_.layout, config["images"], folder)
         with building(folder):
             detector.heads_ = detector._make_heads(len(detector.bank_digests_))
         detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
@@ -545,9 +544,3 @@ class Detector(FeatureScoring):
         detector.precision_ = config["backbone"]["precision"]
         detector.engine_ = config["backbone"]["engine"]
         return detector
-
-
-@functools.lru_cache(maxsize=4)
-def _row_of_each(bank: bytes) -> dict[bytes, int]:
-    """Digests of 16 bytes, end to end -> the row of each; kept, for it is asked for with every batch."""
-    return {bank[start : start + 16]: start // 16 for start in range(0, len(bank), 16)}

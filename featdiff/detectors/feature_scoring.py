@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Self
@@ -25,6 +26,7 @@ from ..scores.fused import Heads
 from ..scores.joint import GLOBAL, NAMES
 from .base import BaseDetector
 from .config import FeatureSettings
+from .kept_images import KeptImages
 from .local_fit import LocalFit
 from .local_part import LocalPart, decide
 
@@ -54,6 +56,10 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         What runs the backbone, and why; empty before anything ran.
     engine_ : str
         What ran it when it was fitted: ``torch``, or another engine and its version.
+    bank_digests_ : ndarray of shape (n, 16) of uint8
+        Contents of the training images that the heads keep.
+    kept_ : KeptImages, optional
+        What an update needs to know of the images it was fitted on; None with a local score, and in older models.
     """
 
     extractor_: FeatureExtractor
@@ -62,6 +68,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     local_note_: str = ""
     engine_note_: str = ""
     engine_: str
+    bank_digests_: np.ndarray
+    kept_: KeptImages | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -198,6 +206,11 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
 
     # ---- score ----
 
+    def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray:
+        """Which row of the bank holds each content (B,), -1: none."""
+        rows = _row_of_each(self.bank_digests_.tobytes())
+        return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
+
     def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of features -> scores.
 
@@ -273,3 +286,9 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         scores.pop(self.settings.head, None)
         scores |= {f"layer_{name}": layers[:, i] for i, name in enumerate(self.heads_.layers)}
         return {name: values.double().cpu().numpy() for name, values in scores.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _row_of_each(bank: bytes) -> dict[bytes, int]:
+    """Digests of 16 bytes, end to end -> the row of each; kept, for it is asked for with every batch."""
+    return {bank[start : start + 16]: start // 16 for start in range(0, len(bank), 16)}

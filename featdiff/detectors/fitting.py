@@ -121,6 +121,38 @@ def fit_heads(
     else:
         measured = measure(heads, features.select(final.calibration))
 
+    scores = calibrated(heads, measured, features[final.training[:SAMPLE]], measure)
+    return Fitted(heads, kept, scores, state.best_loss, seconds + state.seconds)
+
+
+def calibrated(
+    heads: Heads,
+    measured: Measured,
+    some: Tensor,
+    measure: Callable[[Heads, Features], Measured] = Heads.measure_all,
+) -> np.ndarray:
+    """The end of every fit: the scale of the scores, from the rows that calibrate, and a check of what was fitted.
+
+    Parameters
+    ----------
+    heads : Heads
+    measured : Measured
+        Of the rows that calibrate.
+    some : Tensor of shape (B, D)
+        Rows that train.
+    measure : callable, optional
+        As for :func:`fit_heads`.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        Scores of the rows that calibrate.
+
+    Raises
+    ------
+    FeatdiffError
+        What was fitted cannot tell strange rows from ordinary ones.
+    """
     unscaled = heads.combined(measured)
     heads.fit_scale(unscaled)
     scores = heads.rescaled(unscaled)[:, 0].double().cpu().numpy()
@@ -131,8 +163,8 @@ def fit_heads(
     check_spread(scores)
     own = heads.scores.get(heads.head)
     if own is None or not own.reads_logits:
-        check_sensitive(features[final.training[:SAMPLE]], heads.layout, score, scores)
-    return Fitted(heads, kept, scores, state.best_loss, seconds + state.seconds)
+        check_sensitive(some, heads.layout, score, scores)
+    return scores
 
 
 def _fit(

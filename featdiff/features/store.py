@@ -276,6 +276,30 @@ class Rows(Features):
         return self._rows[indices]
 
 
+class Joined(Features):
+    """Rows of several sets of features, end to end.
+
+    Parameters
+    ----------
+    parts : sequence of Features
+        Of one width; empty ones count for nothing.
+    """
+
+    def __init__(self, parts: Sequence[Features]) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._parts else 0
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Tensor:
+        rows = np.arange(len(self))[indices]
+        places = np.searchsorted(self._ends, rows, side="right")
+        found = [part[rows[places == i] - (self._ends[i] - len(part))] for i, part in enumerate(self._parts)]
+        order = np.argsort(np.argsort(places, kind="stable"), kind="stable")
+        return torch.cat(found)[torch.from_numpy(order)]
+
+
 class _Selected(Features):
     def __init__(self, features: Features, indices: np.ndarray) -> None:
         self._features = features

@@ -23,7 +23,9 @@ from .hub import find_folder, is_repository
 from .strict_json import parse_json
 
 #: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
+#: The oldest that is read: it lacks what an update needs.
+OLDEST_VERSION = 10
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 #: Key of ``config.json`` for the digest of the whole model.
@@ -259,7 +261,7 @@ def _tensors_of(data: bytes, folder: Path) -> dict[str, Tensor]:
 
 def _check_version(version: object, folder: Path) -> None:
     """Refuse older and newer formats, each with the way out."""
-    if isinstance(version, int) and version < FORMAT_VERSION:
+    if isinstance(version, int) and version < OLDEST_VERSION:
         raise ModelError(
             f"the model at {folder} has the old format {version}, this featdiff writes {FORMAT_VERSION}: train it again"
         )

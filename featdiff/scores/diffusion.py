@@ -113,6 +113,21 @@ class Diffusion(nn.Module):
 
     def fit(self, context: Context) -> TrainingState:
         """Train the denoiser, or take it from the checkpoint, and set the statistics from the validation rows."""
+        state = self._train(context)
+        if self.early is None:
+            self.early = copy.deepcopy(self.denoiser)
+        self.early.load_state_dict(state.early)
+        _round_to_half(self.early)
+        return state
+
+    def fit_further(self, older: Diffusion, context: Context) -> TrainingState:
+        """Train the denoiser of an older model on, from where it is; its early network stays as it is."""
+        if older.early is None:
+            self.early = None
+        self.load_state_dict(older.state_dict())
+        return self._train(context)
+
+    def _train(self, context: Context) -> TrainingState:
         validation = self.stages(context.validation[:])
         with full_precision(self.noise):
             state = fit_denoiser(
@@ -126,11 +141,7 @@ class Diffusion(nn.Module):
                 context.checkpoint,
                 context.progress,
             )
-            if self.early is None:
-                self.early = copy.deepcopy(self.denoiser)
-            self.early.load_state_dict(state.early)
             _round_to_half(self.denoiser)
-            _round_to_half(self.early)
             with torch.inference_mode():
                 self.fit_statistics(torch.cat([self.errors(part) for part in validation.split(1024)]))
         return state

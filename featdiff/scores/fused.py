@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -155,6 +156,34 @@ class Heads(nn.Module):
         state = self.diffusion.fit(context)
         for score in self._scores:
             score.fit(features, replace(context, checkpoint=None))  # that file is the denoisers'
+        self.fit_statistics(self.measure_all(context.validation))
+        return state
+
+    def fit_further(
+        self, older: Heads, kept: np.ndarray, added: Features, bank: Features | None, context: Context
+    ) -> TrainingState:
+        """Go on from older heads of the same settings with further rows, in place of :meth:`fit`.
+
+        Parameters
+        ----------
+        older : Heads
+        kept : ndarray of int
+            Which of the rows that its members keep count still, ascending.
+        added : Features
+            Further rows that members may keep.
+        bank : Features or None
+            Both, end to end; None where the older rows are not at hand.
+        context : Context
+            Older and further rows to train on and to validate with.
+
+        Returns
+        -------
+        TrainingState
+            What came of training on.
+        """
+        state = self.diffusion.fit_further(older.diffusion, context)
+        for score, before in zip(self._scores, older._scores, strict=True):
+            score.fit_further(before, kept, added, bank, replace(context, checkpoint=None))
         self.fit_statistics(self.measure_all(context.validation))
         return state
 

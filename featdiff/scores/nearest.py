@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,13 +69,30 @@ class NearestNeighbors(Score):
     @torch.inference_mode()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Keep in-domain features (rows, D)."""
+        self._keep(features, slice(None))
+        return self
+
+    @torch.inference_mode()
+    def fit_further(
+        self, older: Self, kept: np.ndarray, added: Features, bank: Features | None, context: Context | None = None
+    ) -> Self:
+        """Keep some of the older vectors as they are, and those of further rows; the older rows are not needed."""
+        rows = torch.from_numpy(kept).to(older.scales.device)
+        self.vectors[: len(kept)] = older.vectors[rows]
+        self.scales[: len(kept)] = older.scales[rows]
+        self._keep(added, slice(len(kept), None))
+        return self
+
+    def _keep(self, features: Features, place: slice) -> None:
+        """Round the vectors of rows, and put them in their place."""
+        if not len(features):
+            return
         vectors = self.view(features[:].to(self.scales.device))
         levels = _LEVELS_WIDE if self._in_pairs else _LEVELS
         scales = vectors.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / levels
-        self.vectors.copy_((vectors / scales).round())
-        self.scales.copy_(scales)
+        self.vectors[place] = (vectors / scales).round().to(torch.int8)
+        self.scales[place] = scales
         self._index = ()
-        return self
 
     @torch.inference_mode()
     def forward(self, features: Tensor) -> Tensor:

@@ -126,6 +126,37 @@ class Score(nn.Module):
         """Learn from in-domain features (N, D). Nothing is learned by default."""
         return self
 
+    def fit_further(
+        self, older: Self, kept: np.ndarray, added: Features, bank: Features | None, context: Context | None = None
+    ) -> Self:
+        """Learn from rows that an older score of the same kind has learned from, and from further ones.
+
+        Here by :meth:`fit` on all rows; a score that keeps its rows one by one needs the further ones only.
+
+        Parameters
+        ----------
+        older : Score
+        kept : ndarray of int
+            Which of its rows count still, ascending.
+        added : Features
+            Further in-domain rows.
+        bank : Features or None
+            Both, end to end; None where the older rows are not at hand.
+        context : Context, optional
+
+        Raises
+        ------
+        UsageError
+            The score needs the older rows, and they are not at hand.
+        """
+        if bank is None:
+            raise UsageError(
+                f"the score {self.name!r} is fitted on all rows, and the features of the older images are gone from "
+                "the cache: give the older images too (old=IMAGES)",
+                argument="old",
+            )
+        return self.fit(bank, context)
+
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more out-of-distribution."""
         raise NotImplementedError

@@ -1,0 +1,150 @@
+"""The images that a detector was fitted on, as far as they are at hand for an update: features, sides and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.loaders import is_loader
+from ..data.references import list_images
+from ..exceptions import UsageError
+from ..features.store import Features, FeatureStore, Rows
+from ..runtime.progress import Progress
+from .feature import Detector
+
+#: Where features come from: the cache, images that were given again, or the model, which keeps a few.
+CACHE, GIVEN, MODEL = "cache", "given", "model"
+#: Sides of a split.
+TRAINING, VALIDATION, CALIBRATION = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class OldImages:
+    """Different images that a detector was fitted on.
+
+    Parameters
+    ----------
+    digests : list of bytes
+        Contents of all N of them.
+    sides : ndarray of shape (N,) of int
+        ``TRAINING``, ``VALIDATION`` or ``CALIBRATION``.
+    groups : ndarray of shape (N,) of int, optional
+        Images of one number belong together; None where each is a group of its own.
+    by_folds : bool
+        Whether those that trained calibrated, too.
+    at_hand : ndarray of shape (n,) of int
+        Images with features, ascending.
+    features : Features
+        Their rows.
+    source : str
+        Where these come from.
+    """
+
+    digests: list[bytes]
+    sides: np.ndarray
+    groups: np.ndarray | None
+    by_folds: bool
+    at_hand: np.ndarray
+    features: Features
+    source: str
+
+    def on(self, side: int) -> Features:
+        """Rows of one side, as far as they are at hand."""
+        return self.features.select(np.flatnonzero(self.sides[self.at_hand] == side))
+
+    def share_at_hand(self, side: int) -> float:
+        """Share of the images of one side that are at hand."""
+        return float((self.sides[self.at_hand] == side).sum() / max(1, (self.sides == side).sum()))
+
+    def rows_of(self, digests: np.ndarray) -> Features | None:
+        """Rows of these contents (n, 16), in this order; None unless all are at hand."""
+        rows = {self.digests[image]: row for row, image in enumerate(self.at_hand)}
+        found = [rows.get(digest.tobytes(), -1) for digest in digests]
+        return self.features.select(np.array(found, dtype=np.int64)) if min(found, default=0) >= 0 else None
+
+
+def find_old_images(detector: Detector, old: object, progress: Progress | None) -> OldImages:
+    """What is at hand of the images that a detector was fitted on.
+
+    Parameters
+    ----------
+    detector : Detector
+    old : object
+        The images themselves; None where they are not given.
+    progress : callable (stage, done, total), optional
+
+    Raises
+    ------
+    UsageError
+        Nothing to go on from, or ``old`` images that are not those it was fitted on.
+    """
+    if old is not None:
+        return _given(detector, old, progress)
+    kept = detector.kept_
+    if kept is None:
+        raise UsageError(
+            "the model was saved by an older featdiff and does not say which images it was fitted on: give them again "
+            "(old=IMAGES)",
+            argument="old",
+        )
+
+    digests = kept.contents
+    for store in (detector.training_store(), detector.feature_store()):
+        if all(digest in store for digest in digests):
+            every = np.arange(len(digests))
+            return OldImages(digests, kept.sides, kept.groups, kept.by_folds, every, store.table(digests), CACHE)
+
+    if kept.by_folds and len(kept.chosen) < len(digests):
+        raise UsageError(
+            f"the model is calibrated by folds, and needs features of all {len(digests):,} images that it was fitted "
+            "on, which are gone from the cache: give these images too (old=IMAGES)",
+            argument="old",
+        )
+    rows = Rows(kept.rows(detector.extractor_.layout))
+    return OldImages(digests, kept.sides, kept.groups, kept.by_folds, kept.chosen, rows, MODEL)
+
+
+def _given(detector: Detector, old: object, progress: Progress | None) -> OldImages:
+    """Features of images that are given again."""
+    images = old if is_loader(old) else list_images(old)
+    extraction, store = detector._extract(images, progress)
+    if detector.kept_ is None:
+        return _told_apart(detector, list(dict.fromkeys(extraction.digests)), store)
+
+    kept = detector.kept_
+    digests = kept.contents
+    _check_all_there(set(extraction.digests), digests)
+    every = np.arange(len(digests))
+    return OldImages(digests, kept.sides, kept.groups, kept.by_folds, every, store.table(digests), GIVEN)
+
+
+def _told_apart(detector: Detector, digests: list[bytes], store: FeatureStore) -> OldImages:
+    """The sides of images of a model that does not keep them.
+
+    Its bank holds those that trained, if it has space for more; the others did not. Which of these validated is not
+    known, so they are shared out by chance: what has validated has trained nothing.
+    """
+    bank = {digest.tobytes() for digest in detector.bank_digests_}
+    _check_all_there(set(digests), list(bank))
+    if len(bank) >= detector.settings.bank_size:
+        raise UsageError(
+            "the model was saved by an older featdiff, and its bank does not hold all images that trained it, so that "
+            "nobody knows which may calibrate: train anew, on old and new images"
+        )
+
+    by_folds = len(detector.calibration_) + len(bank) > detector.n_images_
+    sides = np.array([TRAINING if digest in bank else CALIBRATION for digest in digests])
+    held_out = np.random.default_rng(detector.settings.seed).permutation(np.flatnonzero(sides == CALIBRATION))
+    sides[held_out[len(detector.calibration_) :]] = VALIDATION
+    return OldImages(digests, sides, None, by_folds, np.arange(len(digests)), store.table(digests), GIVEN)
+
+
+def _check_all_there(given: set[bytes], wanted: Sequence[bytes]) -> None:
+    missing = sum(digest not in given for digest in wanted)
+    if missing:
+        raise UsageError(
+            f"{missing:,} of the {len(wanted):,} images that the model was fitted on are not among the old images",
+            argument="old",
+        )

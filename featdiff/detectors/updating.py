@@ -1,0 +1,455 @@
+"""A fitted detector and further good images -> a detector of both, without starting anew.
+
+Only the new images go through the backbone. Features of the older ones come from the cache, or a few of them from the
+model itself. Banks get the new rows. The denoisers train on from where they are, on older and new rows alike, so that
+they forget nothing. The older held-out images are measured again, for with other scores their old ones mean nothing,
+and a part of the new images is held out beside them. No image changes sides: what has trained never calibrates.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..data.groups import AUTO, Groups, check_groups, connected, is_word, label_images, numbered
+from ..data.loaders import is_loader
+from ..data.references import list_images
+from ..data.splits import CALIBRATION as SHARE
+from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, evenly, split
+from ..diffusion.training import Recipe
+from ..exceptions import UsageError
+from ..features.extraction import Extraction
+from ..features.store import Features, FeatureStore, Joined
+from ..runtime.progress import Progress, shown
+from ..scores.fused import Heads
+from ..scores.registry import Context
+from ..verdicts.calibration import Calibration, is_supported
+from .bank_images import BankImages
+from .base import BaseDetector
+from .checks import make_recipe
+from .feature import Detector
+from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads
+from .grouping import Grouping, make_checked_plan
+from .kept_images import KeptImages
+from .old_images import CALIBRATION, TRAINING, VALIDATION, OldImages, find_old_images
+from .soundness import SAMPLE
+
+#: Fewer new images cannot be divided into some that train and some that are held out.
+FEWEST = 20
+#: If a larger share of the new images is strange to the detector, they are taken for a mistake unless accepted.
+MOSTLY = 0.5
+# Training on takes this share of the steps of a training anew, at this share of its learning rate. Set once, on
+# CIFAR-10 (tests/benchmarks/RESULTS.md).
+_STEPS = 0.25
+_RATE = 0.5
+# So often the held-out loss is measured.
+_CHECKS = 4
+# The side of an image that may be on any.
+_FREE = 3
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an update has changed.
+
+    Attributes
+    ----------
+    added : int
+        New images: different ones, which the detector did not know.
+    known : int
+        Images that were left out, for the detector was fitted on the same contents.
+    unreadable : list of (path, reason)
+    strange : float
+        Share of the new images that the detector flagged before.
+    source : str
+        Where features of the older images came from: ``cache``, ``given``, or ``model``, which keeps a few.
+    old_images, at_hand : int
+        Older images, and how many of them had features.
+    anew : bool
+        Whether the scores were fitted anew on features: what is calibrated by folds has no held-out images to keep.
+    fpr : float
+        False-alarm rate of the thresholds and rates.
+    held_out : (int, int)
+        Older and new images that calibrate now.
+    threshold : (float, float)
+        Before and after; each is in standard deviations of its own held-out images.
+    false_alarms : dict of str to (float, float)
+        Shares of the held-out images that are flagged, before and after: of the ``old`` and the ``new`` ones. NaN where
+        there are none.
+    seconds : float
+    """
+
+    added: int
+    known: int
+    unreadable: list[tuple[str, str]]
+    strange: float
+    source: str
+    old_images: int
+    at_hand: int
+    anew: bool
+    fpr: float
+    held_out: tuple[int, int]
+    threshold: tuple[float, float]
+    false_alarms: dict[str, tuple[float, float]]
+    seconds: float
+
+
+def update(
+    detector: BaseDetector[Any],
+    images: object,
+    *,
+    accept: bool = False,
+    old: object = None,
+    groups: Groups | None = None,
+    progress: Progress | bool | None = None,
+) -> tuple[Detector, Changes]:
+    """Add good images to what a detector takes for normal.
+
+    Parameters
+    ----------
+    detector : Detector
+        Fitted, without a local score. It stays as it is.
+    images : object
+        At least 20 new images, as for :meth:`featdiff.Detector.fit`. Those whose contents it was fitted on are left
+        out.
+    accept : bool, default False
+        Add them though most of them are out-of-distribution to the detector.
+    old : object, optional
+        The images it was fitted on, should their features be gone from the cache: they are computed again. Otherwise,
+        the few hundred rows of features that the detector keeps stand for them.
+    groups : str, path, sequence or mapping, optional
+        Which of the new images belong together, as for :meth:`featdiff.Detector.fit`. By default near-copies are looked
+        for among older and new images.
+    progress : bool or callable (stage, done, total), optional
+        True shows bars.
+
+    Returns
+    -------
+    Detector
+        A new one, fitted on older and new images.
+    Changes
+        What is different about it.
+
+    Raises
+    ------
+    NotFittedError
+    UsageError
+        A detector that cannot be updated, too few new images, most of them out-of-distribution (unless accepted), or
+        ``old`` images that are not those it was fitted on.
+    FeatdiffError
+        The cache cannot be written, or training diverged.
+    """
+    check_groups(groups)
+    before = _checked(detector)
+    after = copy.copy(before)
+    began = time.monotonic()
+    with shown(progress) as report:
+        past = find_old_images(after, old, report)
+        fresh = _read(after, images, past, report)
+        flagged = before.calibration_.flags(_scores(before, fresh.features), before.fpr)[1]
+        _check_ordinary(flagged, before.fpr, accept)
+
+        numbers = _joint_groups(after, past, fresh, groups)
+        fit = _fit_anew if past.by_folds else _fit_further
+        scores, old_count, held_out = fit(after, past, fresh, numbers, report)
+        given = BankImages.of(fresh.images, fresh.extraction, _added(after, fresh), after.settings, report)
+        after.bank_images_ = BankImages.together(after.bank_digests_, [before.bank_images_, given])
+    after.n_images_ = len(past.digests) + len(fresh.digests)
+
+    now = after.calibration_.flags(scores, after.fpr)[1]
+    was = before.calibration_.flags(before.calibration_.scores, before.fpr)[1]
+    changes = Changes(
+        added=len(fresh.digests),
+        known=fresh.known,
+        unreadable=after.unreadable_,
+        strange=float(flagged.mean()),
+        source=past.source,
+        old_images=len(past.digests),
+        at_hand=len(past.at_hand),
+        anew=past.by_folds,
+        fpr=after.fpr,
+        held_out=(old_count, len(scores) - old_count),
+        threshold=(before.calibration_.threshold(before.fpr), after.calibration_.threshold(after.fpr)),
+        false_alarms={
+            "old": (_share(was), _share(now[:old_count])),
+            "new": (_share(flagged[held_out]), _share(now[old_count:])),
+        },
+        seconds=time.monotonic() - began,
+    )
+    return after, changes
+
+
+def _checked(detector: BaseDetector[Any]) -> Detector:
+    """The detector, if it is one that can be updated."""
+    detector.check_fitted()
+    if not isinstance(detector, Detector):
+        raise UsageError("a detector of the pixel mode cannot be updated: train anew, on old and new images")
+    if detector.local_ is not None:
+        raise UsageError(
+            "a detector with a local score cannot be updated, for the places of its old images are not kept: train "
+            "anew, on old and new images"
+        )
+    return detector
+
+
+# ---- new images ----
+
+
+@dataclass(frozen=True, eq=False)
+class _Fresh:
+    """Different new images: what was given, what was read of it, and contents and features of those to add."""
+
+    images: object
+    extraction: Extraction
+    store: FeatureStore
+    digests: list[bytes]
+    features: Features
+    known: int
+
+
+def _read(detector: Detector, images: object, past: OldImages, progress: Progress | None) -> _Fresh:
+    if not is_loader(images):
+        images = list_images(images)
+    extraction, store = detector._extract(images, progress)
+    known = {*past.digests, *(digest.tobytes() for digest in detector.bank_digests_)}
+    digests = [digest for digest in dict.fromkeys(extraction.digests) if digest not in known]
+    count = sum(digest in known for digest in extraction.digests)
+    detector.n_duplicates_ = len(extraction.digests) - count - len(digests)
+
+    if len(digests) < FEWEST:
+        besides = f", besides {count:,} that the model was fitted on" if count else ""
+        raise UsageError(f"an update needs at least {FEWEST} new images that can be read, not {len(digests)}{besides}")
+    return _Fresh(images, extraction, store, digests, store.table(digests), count)
+
+
+def _check_ordinary(flagged: np.ndarray, fpr: float, accept: bool) -> None:
+    """Refuse images of which the detector flags most: they may be the wrong folder."""
+    if not accept and flagged.mean() > MOSTLY:
+        raise UsageError(
+            f"{flagged.mean():.0%} of the {len(flagged):,} new images are out-of-distribution to the model (at fpr "
+            f"{fpr:g}): look at them; if they are good all the same, accept them",
+            argument="accept",
+        )
+
+
+def _joint_groups(detector: Detector, past: OldImages, fresh: _Fresh, groups: Groups | None) -> np.ndarray:
+    """A group number for each older image at hand, then for each new one.
+
+    Near-copies of older images stay on their side: as held-out images, they would look too ordinary.
+    """
+    count = len(past.at_hand)
+    total = count + len(fresh.digests)
+    numbers = np.arange(total)
+    if past.groups is not None:
+        numbers[:count] = total + past.groups[past.at_hand]
+    asked = is_word(groups, AUTO)
+    if groups is None or asked:
+        both = Joined([past.features, fresh.features])
+        detector.grouping_ = Grouping.found(both, detector.extractor_.layout, asked)
+        found = detector.grouping_.numbers
+    else:
+        extraction = fresh.extraction
+        labels = label_images(groups, extraction.paths, extraction.positions, extraction.total)
+        of_content = dict(zip(dict.fromkeys(extraction.digests), numbered(labels, extraction.digests), strict=True))
+        found = np.arange(total)
+        found[count:] = [total + of_content[digest] for digest in fresh.digests]
+        detector.grouping_ = Grouping.of(found, groups)
+    return numbers if found is None else _merged(numbers, found)
+
+
+def _merged(numbers: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Groups of images that belong together by either number (n,)."""
+    every = np.arange(len(numbers))
+    columns = [len(every) + np.unique(numbers, return_inverse=True)[1]]
+    columns.append(columns[0].max() + 1 + np.unique(others, return_inverse=True)[1])
+    size = int(columns[1].max()) + 1
+    return connected(size, np.tile(every, 2), np.concatenate(columns))[: len(every)]
+
+
+# ---- fits ----
+
+
+def _fit_further(
+    detector: Detector, past: OldImages, fresh: _Fresh, numbers: np.ndarray, progress: Progress | None
+) -> tuple[np.ndarray, int, np.ndarray]:
+    """Go on from the detector's heads.
+
+    Returns scores of the images that calibrate, older ones first; how many are older; and which new images they are.
+    """
+    settings = detector.settings
+    count = len(past.at_hand)
+    sides = _sides(past, numbers, settings.calibration, settings.validation, settings.seed)
+    old_sides = past.sides[past.at_hand]
+
+    def joined(side: int, most: int) -> tuple[Features, np.ndarray]:
+        rows = np.flatnonzero(np.concatenate([old_sides, sides]) == side)
+        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[:most])
+        return Joined([past.features, fresh.features]).select(rows), rows
+
+    training, _ = joined(TRAINING, len(numbers))
+    validation, _ = joined(VALIDATION, MOST_VALIDATION)
+    calibration, rows = joined(CALIBRATION, MOST_CALIBRATION)
+    groups = len(np.unique(numbers[rows]))
+    if not is_supported(detector.fpr, groups):
+        raise UsageError(
+            f"fpr {detector.fpr:g} needs more held-out images than the {groups:,} that are at hand: give the images "
+            "that the model was fitted on, too (old=IMAGES)",
+            argument="old",
+        )
+
+    context = Context(
+        training=training,
+        validation=validation,
+        recipe=further(make_recipe(settings.recipe), len(training)),
+        seed=settings.seed,
+        classifier=detector._classifier(),
+        progress=progress,
+    )
+    heads, seconds = _heads_from(detector, past, fresh, np.flatnonzero(sides == TRAINING), context)
+    detector.training_seconds_ += seconds
+    some = training[evenly(np.arange(len(training)), SAMPLE)]
+    scores = calibrated(heads, heads.measure_all(calibration), some)
+    detector.heads_ = heads
+    detector.calibration_ = Calibration(scores, groups)
+
+    held_out = rows[rows >= count] - count
+    detector.calibration_digests_ = [*(past.digests[past.at_hand[i]] for i in rows[rows < count])]
+    detector.calibration_digests_ += [fresh.digests[i] for i in held_out]
+    detector.kept_ = _kept(detector, past, fresh, sides, numbers)
+    return scores, int((rows < count).sum()), held_out
+
+
+def _sides(past: OldImages, numbers: np.ndarray, calibration: float | str, validation: float, seed: int) -> np.ndarray:
+    """The side of each new image: that of older ones of its group, or by chance.
+
+    Of older images that are at hand in part, only so many new ones are held out that old and new ones have their due.
+    """
+    count = len(past.at_hand)
+    bound = np.full(numbers.max() + 1, _FREE)
+    np.minimum.at(bound, numbers[:count], past.sides[past.at_hand])
+    sides = bound[numbers[count:]]
+
+    free = np.flatnonzero(sides == _FREE)
+    groups = numbers[count:][free]
+    if len(np.unique(groups)) < FEWEST:  # nearly all are near-copies of older images
+        sides[free] = TRAINING
+        return sides
+    share = SHARE if calibration == "auto" else float(calibration)
+    parts = split(len(free), share * past.share_at_hand(CALIBRATION), validation, seed, groups)
+    for side, chosen in ((TRAINING, parts.training), (VALIDATION, parts.validation), (CALIBRATION, parts.calibration)):
+        sides[free[chosen]] = side
+    sides[sides == _FREE] = VALIDATION  # beyond the most that calibrate
+    return sides
+
+
+def further(recipe: Recipe, count: int) -> Recipe:
+    """How to train on from where a training of ``count`` samples has ended."""
+    epochs, per_epoch = recipe.plan(count)
+    steps = max(1, round(_STEPS * epochs * per_epoch))
+    return replace(
+        recipe,
+        epochs=1,
+        learning_rate=_RATE * recipe.learning_rate,
+        min_steps=steps,
+        max_steps=steps,
+        epoch_steps=max(1, steps // _CHECKS),
+    )
+
+
+def _heads_from(
+    detector: Detector, past: OldImages, fresh: _Fresh, new: np.ndarray, context: Context
+) -> tuple[Heads, float]:
+    """Heads that go on from the detector's, and the seconds of training; sets the digests of their bank."""
+    settings = detector.settings
+    bank = detector.bank_digests_
+    old_rows = past.rows_of(bank)
+    every = Joined([old_rows or past.features, fresh.features.select(new)])
+    size = min(settings.bank_size, len(bank) + len(new))
+    heads = detector._make_heads(size)
+    method = settings.coreset if old_rows is not None else "random"  # others look at the rows
+    chosen = choose_bank(every, np.arange(len(bank) + len(new)), size, method, settings.seed, heads.diffusion.stages)
+
+    kept = chosen[chosen < len(bank)]
+    added = new[chosen[chosen >= len(bank)] - len(bank)]
+    rows = None if old_rows is None else every.select(chosen)
+    state = heads.fit_further(detector.heads_, kept, fresh.features.select(added), rows, context)
+    detector.bank_digests_ = np.concatenate([bank[kept], as_digests(fresh.digests, added)])
+    detector.validation_loss_ = state.best_loss
+    return heads, state.seconds
+
+
+def _kept(detector: Detector, past: OldImages, fresh: _Fresh, sides: np.ndarray, numbers: np.ndarray) -> KeptImages:
+    """What the next update needs: all older images, at hand or not, and the new ones."""
+    old = len(past.digests)
+    count = len(past.at_hand)
+    groups = np.arange(old) if past.groups is None else past.groups
+    if len(np.unique(numbers)) == len(numbers) and past.groups is None:
+        joint = None
+    else:  # a new image takes the number of an older one of its group
+        number_of = dict(zip(numbers[:count].tolist(), groups[past.at_hand].tolist(), strict=True))
+        beyond = int(groups.max()) + 1
+        joint = np.concatenate([groups, [number_of.get(n, beyond + n) for n in numbers[count:].tolist()]])
+    return KeptImages.of(
+        [*past.digests, *fresh.digests],
+        np.concatenate([past.sides, sides]),
+        joint,
+        np.concatenate([past.at_hand, old + np.arange(len(fresh.digests))]),
+        Joined([past.features, fresh.features]),
+        detector.extractor_.layout,
+    )
+
+
+def _fit_anew(
+    detector: Detector, past: OldImages, fresh: _Fresh, numbers: np.ndarray, progress: Progress | None
+) -> tuple[np.ndarray, int, np.ndarray]:
+    """Fit on the features of all images: by folds each image has trained, so that none is left to calibrate again.
+
+    Returns as :func:`_fit_further`.
+    """
+    settings = detector.settings
+    features = Joined([past.features, fresh.features])
+    digests = [*(past.digests[i] for i in past.at_hand), *fresh.digests]
+    groups = None if len(np.unique(numbers)) == len(numbers) else numbers
+    plan = make_checked_plan(
+        len(digests), settings.calibration, settings.validation, settings.seed, groups, detector.fpr
+    )
+    fitted = fit_heads(
+        features,
+        plan,
+        Bank(settings.bank_size, settings.coreset, settings.seed),
+        detector._make_heads,
+        lambda part: detector._context(features, digests, part, fresh.store, progress),
+    )
+    detector.heads_ = fitted.heads
+    detector.bank_digests_ = as_digests(digests, fitted.bank)
+    detector.validation_loss_ = fitted.validation_loss
+    detector.training_seconds_ = fitted.seconds
+    detector.calibration_ = Calibration(fitted.calibration, plan.groups)
+    detector.calibration_digests_ = [digests[i] for i in plan.final.calibration]
+    detector.kept_ = KeptImages.of_split(digests, features, plan.final, groups, detector.extractor_.layout)
+
+    rows = plan.calibration
+    order = np.argsort(rows >= len(past.at_hand), kind="stable")
+    held_out = rows[order][rows[order] >= len(past.at_hand)] - len(past.at_hand)
+    return fitted.calibration[order], len(rows) - len(held_out), held_out
+
+
+# ---- small parts ----
+
+
+def _scores(detector: Detector, features: Features) -> np.ndarray:
+    return np.concatenate([detector.score_features(part) for part in features.chunks()])
+
+
+def _added(detector: Detector, fresh: _Fresh) -> np.ndarray:
+    """Contents (n, 16) of the bank that are new."""
+    new = set(fresh.digests)
+    return detector.bank_digests_[[digest.tobytes() in new for digest in detector.bank_digests_]]
+
+
+def _share(flags: np.ndarray) -> float:
+    return float(flags.mean()) if len(flags) else float("nan")

@@ -1,0 +1,113 @@
+"""featdiff update beside training anew on everything: AUROC, false alarms and time; the table of RESULTS.md.
+
+    python tests/benchmarks/updating.py --data FOLDER [--steps 0.25] [--rate 0.5]
+
+FOLDER holds cifar10.zip and the other sets of 32 px. A model is fitted on most of the training images, and the others
+are added to it: of the same classes (every fourth image), or two classes that it has not seen. Time is that of the
+processor and includes the features, of all images for a training anew, and of the new ones for an update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from featdiff import Detector
+from featdiff.data.references import ImageRef, list_images
+from featdiff.detectors import updating
+from featdiff.detectors.updating import Changes, update
+from featdiff.evaluation.metrics import auroc
+
+FAR = ("gtsrb_32", "fashion_mnist_32", "tiny_imagenet_32", "dtd_32")
+#: The classes that are added in the second case.
+LATER = ("cat", "ship")
+FPR = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=float, default=updating._STEPS, help="share of the steps of a training anew")
+    parser.add_argument("--rate", type=float, default=updating._RATE, help="share of its learning rate")
+    arguments = parser.parse_args()
+    updating._STEPS, updating._RATE = arguments.steps, arguments.rate
+    with tempfile.TemporaryDirectory() as folder:
+        run(arguments.data, Path(folder))
+
+
+def run(data: Path, folder: Path) -> None:
+    images = list_images(data / "cifar10.zip" / "train")
+    anew, anew_seconds = timed(lambda: Detector(cache=folder / "all").fit(images))
+    sets = Sets(data, anew)
+    print("| | model | AUROC " + " | AUROC ".join(FAR) + " | mean | false alarms, test | time, s | of training anew |")
+    print("|---|---|" + "---|" * (len(FAR) + 4))
+    row("", "anew, on all", sets, anew, anew_seconds, anew_seconds)
+
+    cases: dict[str, Callable[[int, ImageRef], bool]] = {
+        "same classes": lambda i, ref: i % 4 == 3,
+        "two new classes": lambda i, ref: any(f"/{name}/" in ref.path for name in LATER),
+    }
+    for case, is_new in cases.items():
+        old = [ref for i, ref in enumerate(images) if not is_new(i, ref)]
+        new = [ref for i, ref in enumerate(images) if is_new(i, ref)]
+        cache = folder / case
+        before = Detector(cache=cache).fit(old)
+        row(case, "before", sets, before, 0, anew_seconds)
+        before.save_pretrained(folder / "model")
+        size = sum(file.stat().st_size for file in (folder / "model").iterdir())
+
+        for source, place in (("features in the cache", cache), ("cache gone", folder / f"{case} gone")):
+            (after, changes), seconds = timed(lambda place=place: loaded_and_updated(folder / "model", new, place))
+            row(case, f"updated, {source}", sets, after, seconds, anew_seconds)
+            tell(changes, size)
+
+
+def loaded_and_updated(model: Path, images: list[ImageRef], cache: Path) -> tuple[Detector, Changes]:
+    return update(Detector.from_pretrained(model, cache=cache), images, accept=True)
+
+
+def tell(changes: Changes, size: int) -> None:
+    told = {name: f"{was:.1%} -> {now:.1%}" for name, (was, now) in changes.false_alarms.items()}
+    print(
+        f"    {changes.added:,} new, {changes.strange:.0%} flagged before; held out {changes.held_out}, flagged: {told}; "
+        f"features of {changes.at_hand:,} of {changes.old_images:,} old images; model {size / 1e6:.2f} MB",
+        flush=True,
+    )
+
+
+class Sets:
+    """Features of the test images and of the OOD sets: all models here look through one backbone."""
+
+    def __init__(self, data: Path, detector: Detector) -> None:
+        self.test = detector.features(data / "cifar10.zip" / "test")[1]
+        self.far = {name: detector.features(data / f"{name}.zip")[1] for name in FAR}
+
+    def scores(self, detector: Detector) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        def of(table: object) -> np.ndarray:
+            return np.concatenate([detector.score_features(part) for part in table.chunks()])  # type: ignore[attr-defined]
+
+        return of(self.test), {name: of(table) for name, table in self.far.items()}
+
+
+def row(case: str, name: str, sets: Sets, detector: Detector, seconds: float, anew: float) -> None:
+    normal, far = sets.scores(detector)
+    values = [100 * auroc(normal, scores) for scores in far.values()]
+    alarms = detector.calibration_.flags(normal, FPR)[1].mean()
+    cells = " | ".join(f"{value:.2f}" for value in (*values, np.mean(values)))
+    spent = f"{seconds:.1f} | {seconds / anew:.2f}" if seconds else "- | -"
+    print(f"| {case} | {name} | {cells} | {alarms:.1%} | {spent} |", flush=True)
+
+
+def timed(work: Callable[[], object]) -> tuple[object, float]:
+    began = time.process_time()
+    result = work()
+    return result, time.process_time() - began
+
+
+if __name__ == "__main__":
+    main()
