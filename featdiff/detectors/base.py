@@ -175,7 +175,7 @@ class BaseDetector(Pushable, Generic[S]):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that ``model.safetensors`` holds."""
-        return {"calibration": torch.from_numpy(self.calibration_.scores.copy())}
+        return {name: torch.from_numpy(array) for name, array in self.calibration_.arrays().items()}
 
     # ---- images -> features ----
 

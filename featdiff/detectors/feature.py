@@ -255,7 +255,7 @@ class Detector(FeatureScoring):
         self.kept_ = (
             None if self.local_ else KeptImages.of_split(digests, features, plan.final, numbers, self.heads_.layout)
         )
-        self.calibration_ = Calibration(scores, plan.groups)
+        self.calibration_ = Calibration(scores, plan.groups, fitted.layers)
         if self.extractor_.engine != TORCH:
             self._confirm_engine(*self._some(images))
         return self
@@ -537,7 +537,7 @@ class Detector(FeatureScoring):
         detector.kept_ = KeptImages.take(tensors, detector.extractor_.layout, config["images"], folder)
         with building(folder):
             detector.heads_ = detector._make_heads(len(detector.bank_digests_))
-        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder)
+        detector.calibration_ = load_tensors(detector.heads_, tensors, config["images"], folder, detector.heads_.layers)
         if detector.local_:
             detector.local_.attach(detector.extractor_)
         take_facts(detector, config)

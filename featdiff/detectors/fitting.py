@@ -54,6 +54,8 @@ class Fitted:
         Rows that the scores keep.
     calibration : ndarray of shape (n,)
         Scores of the rows that calibrate, higher = more OOD.
+    layers : dict of str to ndarray of shape (n,)
+        Their scores of each layer.
     validation_loss, seconds : float
         Of the training of the denoisers that are kept; time of all trainings.
     """
@@ -61,6 +63,7 @@ class Fitted:
     heads: Heads
     bank: np.ndarray
     calibration: np.ndarray
+    layers: dict[str, np.ndarray]
     validation_loss: float
     seconds: float
 
@@ -121,8 +124,8 @@ def fit_heads(
     else:
         measured = measure(heads, features.select(final.calibration))
 
-    scores = calibrated(heads, measured, features[final.training[:SAMPLE]], measure)
-    return Fitted(heads, kept, scores, state.best_loss, seconds + state.seconds)
+    scores, layers = calibrated(heads, measured, features[final.training[:SAMPLE]], measure)
+    return Fitted(heads, kept, scores, layers, state.best_loss, seconds + state.seconds)
 
 
 def calibrated(
@@ -130,7 +133,7 @@ def calibrated(
     measured: Measured,
     some: Tensor,
     measure: Callable[[Heads, Features], Measured] = Heads.measure_all,
-) -> np.ndarray:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The end of every fit: the scale of the scores, from the rows that calibrate, and a check of what was fitted.
 
     Parameters
@@ -145,8 +148,10 @@ def calibrated(
 
     Returns
     -------
-    ndarray of shape (n,)
-        Scores of the rows that calibrate.
+    scores : ndarray of shape (n,)
+        Of the rows that calibrate.
+    layers : dict of str to ndarray of shape (n,)
+        Their scores of each layer.
 
     Raises
     ------
@@ -155,7 +160,7 @@ def calibrated(
     """
     unscaled = heads.combined(measured)
     heads.fit_scale(unscaled)
-    scores = heads.rescaled(unscaled)[:, 0].double().cpu().numpy()
+    scores, *layers = heads.rescaled(unscaled).T.double().cpu().numpy()
 
     def score(rows: Tensor) -> np.ndarray:
         return heads.rescaled(heads.combined(measure(heads, Rows(rows))))[:, 0].double().cpu().numpy()
@@ -164,7 +169,7 @@ def calibrated(
     own = heads.scores.get(heads.head)
     if own is None or not own.reads_logits:
         check_sensitive(some, heads.layout, score, scores)
-    return scores
+    return scores, dict(zip(heads.layers, layers, strict=True))
 
 
 def _fit(

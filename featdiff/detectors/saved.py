@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -235,16 +235,37 @@ def take_digests(tensors: dict[str, Tensor], rows: int, folder: Path) -> np.ndar
     return digests.numpy()
 
 
-def load_tensors(heads: nn.Module, tensors: dict[str, Tensor], images: Mapping[str, int], folder: Path) -> Calibration:
-    """Load the tensors into ``heads``, strictly, and return the calibration."""
+def load_tensors(
+    heads: nn.Module,
+    tensors: dict[str, Tensor],
+    images: Mapping[str, int],
+    folder: Path,
+    layers: Sequence[str] = (),
+) -> Calibration:
+    """Load the tensors into ``heads``, strictly, and return the calibration, with that of ``layers`` if it is there."""
     scores = tensors.pop("calibration", None)
+    by_layer = _take_layers(tensors, layers, images["calibration"], folder)
     check_tensors(tensors, heads.state_dict(), folder)
-    calibration = as_calibration(scores, images, folder)
+    calibration = as_calibration(scores, images, folder, by_layer)
     heads.load_state_dict(tensors)
     return calibration
 
 
-def as_calibration(scores: Tensor | None, images: Mapping[str, int], folder: Path) -> Calibration:
+def _take_layers(
+    tensors: dict[str, Tensor], layers: Sequence[str], count: int, folder: Path
+) -> dict[str, np.ndarray] | None:
+    """Remove and return the calibration scores (count,) of each layer; None: an older featdiff has not saved them."""
+    scores = tensors.pop("calibration_of_layers", None) if layers else None
+    if scores is None:
+        return None
+    if scores.dtype != torch.float32 or scores.shape != (len(layers), count) or bool((scores.diff() < 0).any()):
+        raise _damaged(folder, "its calibration scores of layers are not those it was saved with")
+    return dict(zip(layers, scores.numpy(), strict=True))
+
+
+def as_calibration(
+    scores: Tensor | None, images: Mapping[str, int], folder: Path, layers: Mapping[str, np.ndarray] | None = None
+) -> Calibration:
     """The calibration that a saved tensor holds; one that cannot be right is refused (``ModelError``)."""
     expected = images["calibration"]
     if scores is None or scores.dtype != torch.float64 or scores.shape != (expected,):
@@ -252,6 +273,6 @@ def as_calibration(scores: Tensor | None, images: Mapping[str, int], folder: Pat
     if bool((scores.diff() < 0).any()):
         raise _damaged(folder, "its calibration scores are not sorted")
     try:
-        return Calibration(scores.numpy(), images["calibration_groups"])
+        return Calibration(scores.numpy(), images["calibration_groups"], layers)
     except UsageError as error:
         raise _damaged(folder, str(error)) from None

@@ -312,9 +312,9 @@ def _fit_further(
     heads, seconds = _heads_from(detector, past, fresh, np.flatnonzero(sides == TRAINING), context)
     detector.training_seconds_ += seconds
     some = training[evenly(np.arange(len(training)), SAMPLE)]
-    scores = calibrated(heads, heads.measure_all(calibration), some)
+    scores, layers = calibrated(heads, heads.measure_all(calibration), some)
     detector.heads_ = heads
-    detector.calibration_ = Calibration(scores, groups)
+    detector.calibration_ = Calibration(scores, groups, layers)
 
     held_out = rows[rows >= count] - count
     detector.calibration_digests_ = [*(past.digests[past.at_hand[i]] for i in rows[rows < count])]
@@ -428,7 +428,7 @@ def _fit_anew(
     detector.bank_digests_ = as_digests(digests, fitted.bank)
     detector.validation_loss_ = fitted.validation_loss
     detector.training_seconds_ = fitted.seconds
-    detector.calibration_ = Calibration(fitted.calibration, plan.groups)
+    detector.calibration_ = Calibration(fitted.calibration, plan.groups, fitted.layers)
     detector.calibration_digests_ = [digests[i] for i in plan.final.calibration]
     detector.kept_ = KeptImages.of_split(digests, features, plan.final, groups, detector.extractor_.layout)
 

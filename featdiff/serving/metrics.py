@@ -19,6 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from ..verdicts.calibration import Calibration
 from ..verdicts.drift import FEWEST, SIDES, DriftTest, distance
+from ..verdicts.layer_drift import LayerDrift
 from ..verdicts.results import OK, Scores
 
 #: Names the folder through which processes share their numbers.
@@ -83,7 +84,16 @@ class Metrics:
             registry=registry,
             multiprocess_mode="liveall",
         )
-        self._test = DriftTest(calibration.groups, sides=SIDES) if calibration.groups >= FEWEST else None
+        self._layer_evidence = Gauge(
+            "featdiff_drift_layer_evidence",
+            "The same by layer: early layers see light and sharpness, late ones what is shown.",
+            ["layer", "side"],
+            registry=registry,
+            multiprocess_mode="liveall",
+        )
+        enough = calibration.groups >= FEWEST
+        self._test = DriftTest(calibration.groups, sides=SIDES) if enough else None
+        self._layers = LayerDrift(calibration, sides=SIDES) if enough and calibration.layers else None
         self._calibration = calibration
         self._latest: deque[float] = deque(maxlen=WINDOW)
 
@@ -109,8 +119,11 @@ class Metrics:
                 self._latest.append(row.ood_score)
         if self._test:
             self._test.update(p_values)
-            for side, evidence in self._test.evidence.items():
-                self._evidence.labels(side).set(max(evidence, side in self._test.alarms))
+            _show(self._test, self._evidence)
+        if self._layers:
+            self._layers.update(scores[np.array(scores.status) == OK].layers)
+            for name, test in self._layers.tests.items():
+                _show(test, self._layer_evidence, name)
         if len(self._latest) >= _FEWEST:
             self._drift.set(distance(np.array(self._latest), self._calibration.scores))
             sizes = len(self._latest), len(self._calibration)
@@ -123,6 +136,12 @@ class Metrics:
         together = CollectorRegistry()
         MultiProcessCollector(together)
         return generate_latest(together)
+
+
+def _show(test: DriftTest, gauge: Gauge, *labels: str) -> None:
+    """Set a gauge to the evidence of each side; it stays at 1 or more after an alarm."""
+    for side, evidence in test.evidence.items():
+        gauge.labels(*labels, side).set(max(evidence, side in test.alarms))
 
 
 def forget_process(number: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -92,6 +92,8 @@ class Calibration:
         Higher = more OOD, in any order; at least one, all finite.
     groups : int, optional
         How many independent groups the scores come from, 1 .. n. Default: each is a group of its own.
+    layers : mapping of str to array of shape (n,), optional
+        The scores of each layer, of the same images.
 
     Attributes
     ----------
@@ -99,6 +101,8 @@ class Calibration:
         Sorted ascending, float64, read-only.
     groups : int
         As above.
+    layers : dict of str to Calibration
+        That of each layer, where it is known.
 
     Raises
     ------
@@ -114,7 +118,12 @@ class Calibration:
     0.3
     """
 
-    def __init__(self, scores: np.ndarray | Sequence[float], groups: int | None = None) -> None:
+    def __init__(
+        self,
+        scores: np.ndarray | Sequence[float],
+        groups: int | None = None,
+        layers: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         values = np.asarray(scores, dtype=np.float64)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise UsageError("calibration needs a list of at least one score, all finite")
@@ -123,6 +132,7 @@ class Calibration:
         self.groups = len(values) if groups is None else groups
         if not 1 <= self.groups <= len(values):
             raise UsageError(f"{len(values)} scores cannot come from {groups} groups", argument="groups")
+        self.layers = {name: Calibration(column, self.groups) for name, column in (layers or {}).items()}
         self._weight = self.groups / len(values)
         self._tensors: dict[Any, Tensor] = {}
 
@@ -140,6 +150,14 @@ class Calibration:
     def smallest_fpr(self) -> float:
         """The smallest false-alarm rate that so many held-out images, or groups of them, support: 1 / (groups + 1)."""
         return 1 / (self.groups + 1)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is saved of it: ``calibration`` (n,) float64 and, if known, ``calibration_of_layers`` (L, n) float32."""
+        arrays = {"calibration": self.scores.copy()}
+        if self.layers:
+            columns = [layer.scores for layer in self.layers.values()]
+            arrays["calibration_of_layers"] = np.array(columns, dtype=np.float32)
+        return arrays
 
     def check(self, fpr: float) -> None:
         """Refuse a false-alarm rate below :attr:`smallest_fpr`; see :func:`check_supported`."""

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from featdiff import Detector
+from featdiff import Detector, Scores
 from featdiff.verdicts.calibration import Calibration
 from featdiff.verdicts.drift import SIDES, STRANGE, DriftTest
+from featdiff.verdicts.layer_drift import LayerDrift
 
 HELD_OUT = (100, 500, 1600)
 SHARES = (0.05, 0.1, 0.3)
@@ -126,19 +127,35 @@ def real_streams(data: Path, model: Path | None, folder: Path, streams: int) -> 
             alarms += bool(first_alarm(stream, held_out, SIDES))
         print(f"{held_out:,} held out: {alarms} of {streams} streams with a false alarm, both sides", flush=True)
 
-    print("\n| change | strength | AUROC | flagged at 0.05 | median delay, found |\n|---|---|---|---|---|")
+    heads = "change | strength | AUROC | flagged at 0.05 | median delay, found | first layer, its median delay"
+    print(f"\n| {heads} |\n{6 * '|---'}|")
     from featdiff.evaluation.metrics import auroc
 
     for name, (strengths, change) in CHANGES.items():
         for strength in strengths:
-            changed = scores_of(detector, [change(picture, strength) for picture in pictures])
-            p_values = detector.calibration_.p_values(changed)
+            changed = detector.score([change(picture, strength) for picture in pictures])
+            p_values = changed.p_value
             found = []
             for seed in range(streams):
                 stream = np.random.default_rng(seed).choice(p_values, LENGTH)
                 found.append(first_alarm(stream, len(detector.calibration_), SIDES))
-            cells = f"{100 * auroc(normal, changed):.1f} | {(p_values <= 0.05).mean():.1%} | {delay_of(found)}"
-            print(f"| {name} | {strength:g} | {cells} |", flush=True)
+            cells = f"{100 * auroc(normal, changed.ood_score):.1f} | {(p_values <= 0.05).mean():.1%}"
+            first = first_layer(detector, changed)
+            print(f"| {name} | {strength:g} | {cells} | {delay_of(found)} | {first} |", flush=True)
+
+
+def first_layer(detector: Detector, changed: Scores, streams: int = 20) -> str:
+    """The layer whose alarm comes first in most streams, and after how many images."""
+    alarms: dict[str, list[int]] = {name: [] for name in detector.calibration_.layers}
+    for seed in range(streams):
+        drift = LayerDrift(detector.calibration_, sides=SIDES)
+        rows = np.random.default_rng(seed).integers(len(changed), size=LENGTH)
+        drift.update({name: scores[rows] for name, scores in changed.layers.items()})
+        for name, test in drift.tests.items():
+            alarms[name].append(min(test.alarms.values(), default=LENGTH + 1))
+    first = min(alarms, key=lambda name: float(np.median(alarms[name])))
+    delay = float(np.median(alarms[first]))
+    return f"{first}, {delay:,.0f}" if delay <= LENGTH else "-"
 
 
 def read(archive: Path, prefix: str) -> Iterator[Image.Image]:

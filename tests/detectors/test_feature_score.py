@@ -97,6 +97,12 @@ def test_scores_of_the_calibration_images_have_mean_0_and_std_1(
     np.testing.assert_allclose(layers.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(layers.std(0), 1, atol=1e-3)
 
+    by_layer = tiny_detector.calibration_.layers
+    assert list(by_layer) == tiny_detector.layers
+    for column, calibration in zip(layers.T, by_layer.values(), strict=True):
+        np.testing.assert_allclose(np.sort(column), calibration.scores, atol=1e-4)
+        assert calibration.groups == tiny_detector.calibration_.groups
+
     fresh = tiny_detector.score(sample_folders["test"])
     for values in (fresh.ood_score, *fresh.layers.values()):
         assert abs(values.mean()) < 0.5

@@ -96,6 +96,15 @@ def test_loaded_detector_gives_the_same_bits(
     assert settings[0] == settings[1]
 
 
+def test_a_model_without_scores_of_layers_is_loaded(tiny_detector: Detector, model: Path) -> None:
+    """As an older featdiff has saved it."""
+    assert list(Detector.from_pretrained(model).calibration_.layers) == tiny_detector.layers
+    edit_tensors(model, lambda tensors: tensors.pop("calibration_of_layers"))
+    calibration = Detector.from_pretrained(model).calibration_
+    np.testing.assert_array_equal(calibration.scores, tiny_detector.calibration_.scores)
+    assert calibration.layers == {}
+
+
 def test_saving_a_loaded_detector_writes_the_same_model(tiny_model: Path, tmp_path: Path) -> None:
     Detector.from_pretrained(tiny_model).save_pretrained(tmp_path / "again")
     (config, tensors), (again, tensors_again) = load(tiny_model), load(tmp_path / "again")
@@ -188,6 +197,9 @@ def poison(name: str, value: float) -> Callable[[Tensors], object]:
         (lambda t: t.update(calibration=t["calibration"][:, None]), "calibration"),
         (lambda t: t.update(calibration=t["calibration"][:0]), "calibration"),
         (poison("calibration", float("nan")), "tensor calibration holds NaN"),
+        (lambda t: t.update(calibration_of_layers=t["calibration_of_layers"][1:]), "calibration scores of layers"),
+        (lambda t: t.update(calibration_of_layers=t["calibration_of_layers"].double()), "calibration scores of layers"),
+        (lambda t: t.update(calibration_of_layers=t["calibration_of_layers"].flip(1)), "calibration scores of layers"),
         (lambda t: t.clear(), "damaged"),
     ],
     ids=[
@@ -210,6 +222,9 @@ def poison(name: str, value: float) -> Callable[[Tensors], object]:
         "calibration-2d",
         "empty-calibration",
         "nan-calibration",
+        "short-layers",
+        "double-layers",
+        "unsorted-layers",
         "nothing",
     ],
 )

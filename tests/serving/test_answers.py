@@ -111,13 +111,16 @@ def test_state_and_numbers(server: Server, pictures: Path) -> None:
     assert server.metric('featdiff_requests_total{path="/v1/score",status="200"}') >= 64
 
 
-def test_drift_shows(server: Server, sample_folders: dict[str, Path]) -> None:
+def test_drift_shows(server: Server, tiny_detector: Detector, sample_folders: dict[str, Path]) -> None:
     """Two hundred digits are like no calibration image; to the tiny network they are all alike, and none is strange."""
+    layers = tiny_detector.layers
     for file in sample_folders["digits"].iterdir():
         server.score(file.read_bytes())
     assert server.metric("featdiff_drift_statistic") > server.metric("featdiff_drift_limit") > 0
     assert server.metric('featdiff_drift_evidence{side="normal"}') >= 1
     assert server.metric('featdiff_drift_evidence{side="strange"}') < 1
+    evidence = [server.metric(f'featdiff_drift_layer_evidence{{layer="{name}",side="normal"}}') for name in layers]
+    assert max(evidence) >= 1
 
 
 def test_drift_is_the_distance_of_kolmogorov_and_smirnov() -> None:
