@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from online_cp.betting import PiecewiseConstantBetting
+from online_cp.martingale import PluginMartingale
 from scipy.stats import beta, binomtest, kstest
 
 from featdiff.exceptions import UsageError
@@ -62,6 +64,25 @@ def test_the_money_is_that_of_all_bets_from_all_times(side: str) -> None:
     test.update(p_values)
     expected = max(0.0, math.log(total) / math.log(1 / alpha))
     assert test.evidence == pytest.approx({side: expected}, rel=1e-9)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_each_bet_is_the_piecewise_martingale_of_online_cp(side: str) -> None:
+    """It bets a share b on [0, a]: here a is the bound of the share of small p-values, and b the rate."""
+    p_values = stream(200, 150, seed=2, share=0.1)
+    bets = drift._Bets(side, 200, 0.01)
+    money = np.zeros(len(p_values))
+    for level, hit, miss in zip(bets._levels, bets._hit, bets._miss, strict=True):
+        bound = (1 - math.exp(miss)) / (math.exp(hit) - math.exp(miss))
+        as_uniform = np.where(p_values <= level, bound / 2, (1 + bound) / 2)
+        for begin in range(len(p_values)):
+            martingale = PluginMartingale(PiecewiseConstantBetting(bound, bound * math.exp(hit)))
+            for p_value in as_uniform[begin:]:
+                martingale.update(p_value)
+            laid_out = 1 / math.log2(begin + 2) - 1 / math.log2(begin + 3)
+            money[begin:] += laid_out * np.exp(martingale.log_martingale_values[-(len(p_values) - begin) :])
+    waiting = 1 / np.log2(np.arange(len(p_values)) + 3)
+    np.testing.assert_allclose(bets.update(p_values, 0), np.log(money / len(bets._levels) + waiting), rtol=1e-9)
 
 
 def test_a_bet_at_the_bound_is_fair() -> None:
