@@ -126,6 +126,11 @@ def same_rows(rows: dict[str, list[object]], others: dict[str, list[object]]) ->
     return True
 
 
+def heed_ctrl_c() -> None:
+    """For a new process, before its program: what runs the tests may ignore Ctrl-C, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def stopped(
     arguments: Sequence[object], ready: Callable[[], object], pause: float = 0.0, number: int = signal.SIGINT
 ) -> tuple[int, str, str]:
@@ -136,7 +141,7 @@ def stopped(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_ctrl_c,
     )
     try:
         until = time.monotonic() + 100

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from helpers import FEATDIFF, typed
+from helpers import FEATDIFF, heed_ctrl_c, typed
 
 
 class Server:
@@ -27,9 +27,7 @@ class Server:
     def __init__(self, model: Path, *options: object) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         command = [FEATDIFF, "serve", "-m", str(model), "--port", "0", *map(str, options)]
-        # what runs the tests may ignore Ctrl-C, and processes inherit that
-        heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-        self.process = subprocess.Popen(command, stderr=self._log, preexec_fn=heed)
+        self.process = subprocess.Popen(command, stderr=self._log, preexec_fn=heed_ctrl_c)
         self.url = ""
 
     def __enter__(self) -> Self:

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 from click.testing import Result
-from helpers import FEATDIFF, fails
+from helpers import FEATDIFF, fails, heed_ctrl_c
 from moto.core import DEFAULT_ACCOUNT_ID, set_initial_no_auth_action_count
 from moto.s3.models import s3_backends
 from stores import FaultyServer, faulty_server, s3_store
@@ -168,7 +168,7 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(tiny_model: Path, server: Faul
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"FEATDIFF_TIMEOUT": "4"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # it may be ignored here
+        preexec_fn=heed_ctrl_c,
     )
     try:
         deadline = time.monotonic() + 60

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import heed_ctrl_c
 
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.files.partial import PartialFile
@@ -211,7 +212,7 @@ def test_killed_at_random_moments(tmp_path: Path, number: signal.Signals) -> Non
             [sys.executable, "-c", WRITER, str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=heed_ctrl_c,
         )
         assert process.stdout is not None
         process.stdout.readline()
