@@ -23,6 +23,7 @@ from .speech import plain_warnings, say
 COMMANDS = {
     "audit": ("audit", "Find the odd images of a folder; no model is needed."),
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
+    "update": ("update", "Add good images to a model without training anew."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
     "manifest": ("manifest", "List images in a file that many machines score from."),
     "features": ("features", "Compute training features ahead of train, on many machines."),

@@ -90,7 +90,7 @@ def command(
     if not is_first_process():
         quiet = True
         options["log_to"] = ()
-    _check_free(output, force)
+    check_free(output, force)
     if options["features"]:
         options["no_pretrained"] = no_pretrained
         return train_on_vectors(options["features"], images, groups, output, quiet, options)
@@ -142,7 +142,7 @@ def _save(detector: Detector | PixelDetector, output: Path) -> None:
         (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
 
 
-def _check_free(output: Path, force: bool) -> None:
+def check_free(output: Path, force: bool) -> None:
     """Whether a model may be written there."""
     from featdiff.exceptions import UsageError
     from featdiff.files.model_folder import check_target, is_model

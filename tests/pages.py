@@ -38,6 +38,7 @@ COMPLETION = "typed with a home of its own (cli/test_completion)"
 SBATCH = "as each task of the array (serving/test_schedulers)"
 INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
 RAY = "on a cluster of two nodes (serving/test_ray)"
+UPDATED = "on a small model (cli/test_update)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONTAINER = "its user, health check and command (serving/test_serve_pages)"
@@ -65,6 +66,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff train --backbone resnet50$", HUB),
         (r"^featdiff train photos/ --mode pixel -o", DOWNLOAD),
         (r"^featdiff .*s3://", STORE),
+        (r"^featdiff update ", UPDATED),
         (r"^featdiff train .*--log-to ", PIPELINE),
         (r"^featdiff (push|score .*-m org/)", ON_HUB),
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
@@ -78,6 +80,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "python": (
         (r"^@register", PLUGIN),
         (r"s3://", STORE),
+        (r"detectors\.updating", UPDATED),
         (r"push_to_hub", ON_HUB),
         (r"pyod_detector", SMALL),
         (r"127\.0\.0\.1:8000", SERVER),

@@ -15,15 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.groups import AUTO, Groups, check_groups, connected, is_word, label_images, numbered
-from ..data.loaders import is_loader
-from ..data.references import list_images
-from ..data.splits import CALIBRATION as SHARE
-from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, evenly, split
+from ..data.groups import Groups, check_groups
+from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, evenly
 from ..diffusion.training import Recipe
 from ..exceptions import UsageError
-from ..features.extraction import Extraction
-from ..features.store import Features, FeatureStore, Joined
+from ..features.store import Features, Joined
 from ..runtime.progress import Progress, shown
 from ..scores.fused import Heads
 from ..scores.registry import Context
@@ -33,23 +29,18 @@ from .base import BaseDetector
 from .checks import make_recipe
 from .feature import Detector
 from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads
-from .grouping import Grouping, make_checked_plan
+from .grouping import make_checked_plan
 from .kept_images import KeptImages
+from .new_images import NewImages, check_ordinary, joint_groups, read_new_images, sides_of
 from .old_images import CALIBRATION, TRAINING, VALIDATION, OldImages, find_old_images
 from .soundness import SAMPLE
 
-#: Fewer new images cannot be divided into some that train and some that are held out.
-FEWEST = 20
-#: If a larger share of the new images is strange to the detector, they are taken for a mistake unless accepted.
-MOSTLY = 0.5
 # Training on takes this share of the steps of a training anew, at this share of its learning rate. Set once, on
 # CIFAR-10 (tests/benchmarks/RESULTS.md).
 _STEPS = 0.25
 _RATE = 0.5
 # So often the held-out loss is measured.
 _CHECKS = 4
-# The side of an image that may be on any.
-_FREE = 3
 
 
 @dataclass(frozen=True)
@@ -149,11 +140,11 @@ def update(
     began = time.monotonic()
     with shown(progress) as report:
         past = find_old_images(after, old, report)
-        fresh = _read(after, images, past, report)
+        fresh = read_new_images(after, images, past, report)
         flagged = before.calibration_.flags(_scores(before, fresh.features), before.fpr)[1]
-        _check_ordinary(flagged, before.fpr, accept)
+        check_ordinary(flagged, before.fpr, accept)
 
-        numbers = _joint_groups(after, past, fresh, groups)
+        numbers = joint_groups(after, past, fresh, groups)
         fit = _fit_anew if past.by_folds else _fit_further
         scores, old_count, held_out = fit(after, past, fresh, numbers, report)
         given = BankImages.of(fresh.images, fresh.extraction, _added(after, fresh), after.settings, report)
@@ -196,85 +187,11 @@ def _checked(detector: BaseDetector[Any]) -> Detector:
     return detector
 
 
-# ---- new images ----
-
-
-@dataclass(frozen=True, eq=False)
-class _Fresh:
-    """Different new images: what was given, what was read of it, and contents and features of those to add."""
-
-    images: object
-    extraction: Extraction
-    store: FeatureStore
-    digests: list[bytes]
-    features: Features
-    known: int
-
-
-def _read(detector: Detector, images: object, past: OldImages, progress: Progress | None) -> _Fresh:
-    if not is_loader(images):
-        images = list_images(images)
-    extraction, store = detector._extract(images, progress)
-    known = {*past.digests, *(digest.tobytes() for digest in detector.bank_digests_)}
-    digests = [digest for digest in dict.fromkeys(extraction.digests) if digest not in known]
-    count = sum(digest in known for digest in extraction.digests)
-    detector.n_duplicates_ = len(extraction.digests) - count - len(digests)
-
-    if len(digests) < FEWEST:
-        besides = f", besides {count:,} that the model was fitted on" if count else ""
-        raise UsageError(f"an update needs at least {FEWEST} new images that can be read, not {len(digests)}{besides}")
-    return _Fresh(images, extraction, store, digests, store.table(digests), count)
-
-
-def _check_ordinary(flagged: np.ndarray, fpr: float, accept: bool) -> None:
-    """Refuse images of which the detector flags most: they may be the wrong folder."""
-    if not accept and flagged.mean() > MOSTLY:
-        raise UsageError(
-            f"{flagged.mean():.0%} of the {len(flagged):,} new images are out-of-distribution to the model (at fpr "
-            f"{fpr:g}): look at them; if they are good all the same, accept them",
-            argument="accept",
-        )
-
-
-def _joint_groups(detector: Detector, past: OldImages, fresh: _Fresh, groups: Groups | None) -> np.ndarray:
-    """A group number for each older image at hand, then for each new one.
-
-    Near-copies of older images stay on their side: as held-out images, they would look too ordinary.
-    """
-    count = len(past.at_hand)
-    total = count + len(fresh.digests)
-    numbers = np.arange(total)
-    if past.groups is not None:
-        numbers[:count] = total + past.groups[past.at_hand]
-    asked = is_word(groups, AUTO)
-    if groups is None or asked:
-        both = Joined([past.features, fresh.features])
-        detector.grouping_ = Grouping.found(both, detector.extractor_.layout, asked)
-        found = detector.grouping_.numbers
-    else:
-        extraction = fresh.extraction
-        labels = label_images(groups, extraction.paths, extraction.positions, extraction.total)
-        of_content = dict(zip(dict.fromkeys(extraction.digests), numbered(labels, extraction.digests), strict=True))
-        found = np.arange(total)
-        found[count:] = [total + of_content[digest] for digest in fresh.digests]
-        detector.grouping_ = Grouping.of(found, groups)
-    return numbers if found is None else _merged(numbers, found)
-
-
-def _merged(numbers: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Groups of images that belong together by either number (n,)."""
-    every = np.arange(len(numbers))
-    columns = [len(every) + np.unique(numbers, return_inverse=True)[1]]
-    columns.append(columns[0].max() + 1 + np.unique(others, return_inverse=True)[1])
-    size = int(columns[1].max()) + 1
-    return connected(size, np.tile(every, 2), np.concatenate(columns))[: len(every)]
-
-
 # ---- fits ----
 
 
 def _fit_further(
-    detector: Detector, past: OldImages, fresh: _Fresh, numbers: np.ndarray, progress: Progress | None
+    detector: Detector, past: OldImages, fresh: NewImages, numbers: np.ndarray, progress: Progress | None
 ) -> tuple[np.ndarray, int, np.ndarray]:
     """Go on from the detector's heads.
 
@@ -282,7 +199,7 @@ def _fit_further(
     """
     settings = detector.settings
     count = len(past.at_hand)
-    sides = _sides(past, numbers, settings.calibration, settings.validation, settings.seed)
+    sides = sides_of(past, numbers, settings.calibration, settings.validation, settings.seed)
     old_sides = past.sides[past.at_hand]
 
     def joined(side: int, most: int) -> tuple[Features, np.ndarray]:
@@ -323,29 +240,6 @@ def _fit_further(
     return scores, int((rows < count).sum()), held_out
 
 
-def _sides(past: OldImages, numbers: np.ndarray, calibration: float | str, validation: float, seed: int) -> np.ndarray:
-    """The side of each new image: that of older ones of its group, or by chance.
-
-    Of older images that are at hand in part, only so many new ones are held out that old and new ones have their due.
-    """
-    count = len(past.at_hand)
-    bound = np.full(numbers.max() + 1, _FREE)
-    np.minimum.at(bound, numbers[:count], past.sides[past.at_hand])
-    sides = bound[numbers[count:]]
-
-    free = np.flatnonzero(sides == _FREE)
-    groups = numbers[count:][free]
-    if len(np.unique(groups)) < FEWEST:  # nearly all are near-copies of older images
-        sides[free] = TRAINING
-        return sides
-    share = SHARE if calibration == "auto" else float(calibration)
-    parts = split(len(free), share * past.share_at_hand(CALIBRATION), validation, seed, groups)
-    for side, chosen in ((TRAINING, parts.training), (VALIDATION, parts.validation), (CALIBRATION, parts.calibration)):
-        sides[free[chosen]] = side
-    sides[sides == _FREE] = VALIDATION  # beyond the most that calibrate
-    return sides
-
-
 def further(recipe: Recipe, count: int) -> Recipe:
     """How to train on from where a training of ``count`` samples has ended."""
     epochs, per_epoch = recipe.plan(count)
@@ -361,7 +255,7 @@ def further(recipe: Recipe, count: int) -> Recipe:
 
 
 def _heads_from(
-    detector: Detector, past: OldImages, fresh: _Fresh, new: np.ndarray, context: Context
+    detector: Detector, past: OldImages, fresh: NewImages, new: np.ndarray, context: Context
 ) -> tuple[Heads, float]:
     """Heads that go on from the detector's, and the seconds of training; sets the digests of their bank."""
     settings = detector.settings
@@ -382,7 +276,7 @@ def _heads_from(
     return heads, state.seconds
 
 
-def _kept(detector: Detector, past: OldImages, fresh: _Fresh, sides: np.ndarray, numbers: np.ndarray) -> KeptImages:
+def _kept(detector: Detector, past: OldImages, fresh: NewImages, sides: np.ndarray, numbers: np.ndarray) -> KeptImages:
     """What the next update needs: all older images, at hand or not, and the new ones."""
     old = len(past.digests)
     count = len(past.at_hand)
@@ -404,7 +298,7 @@ def _kept(detector: Detector, past: OldImages, fresh: _Fresh, sides: np.ndarray,
 
 
 def _fit_anew(
-    detector: Detector, past: OldImages, fresh: _Fresh, numbers: np.ndarray, progress: Progress | None
+    detector: Detector, past: OldImages, fresh: NewImages, numbers: np.ndarray, progress: Progress | None
 ) -> tuple[np.ndarray, int, np.ndarray]:
     """Fit on the features of all images: by folds each image has trained, so that none is left to calibrate again.
 
@@ -445,7 +339,7 @@ def _scores(detector: Detector, features: Features) -> np.ndarray:
     return np.concatenate([detector.score_features(part) for part in features.chunks()])
 
 
-def _added(detector: Detector, fresh: _Fresh) -> np.ndarray:
+def _added(detector: Detector, fresh: NewImages) -> np.ndarray:
     """Contents (n, 16) of the bank that are new."""
     new = set(fresh.digests)
     return detector.bank_digests_[[digest.tobytes() in new for digest in detector.bank_digests_]]

@@ -30,6 +30,7 @@ Cli = Callable[..., Result]
 COMMANDS = [
     "audit",
     "train",
+    "update",
     "score",
     "manifest",
     "features",
