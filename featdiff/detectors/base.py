@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -57,6 +57,8 @@ class BaseDetector(Pushable, Generic[S]):
         Which of these took no part in training (with folds: none); known where the detector was fitted, and not saved.
     grouping_ : Grouping
         Which images were taken to belong together; known where the detector was fitted on a split of its own.
+    recalibrations_ : tuple of mappings
+        What each :func:`featdiff.detectors.recalibration.recalibrate` since the fit has changed.
     n_images_, n_duplicates_ : int
         Different images, and copies that were left out.
     unreadable_ : list of (path, reason)
@@ -78,6 +80,7 @@ class BaseDetector(Pushable, Generic[S]):
     calibration_digests_: list[bytes]
     unreadable_: list[tuple[str, str]]
     grouping_: Grouping
+    recalibrations_: tuple[Mapping[str, Any], ...] = ()
     n_images_: int
     n_duplicates_: int
     validation_loss_: float
@@ -160,6 +163,7 @@ class BaseDetector(Pushable, Generic[S]):
         from importlib.metadata import version
 
         self.check_fitted()
+        recalibrated = {"recalibrations": list(self.recalibrations_)} if self.recalibrations_ else {}
         return {
             "featdiff_version": version("featdiff"),
             "mode": self.mode,
@@ -171,7 +175,7 @@ class BaseDetector(Pushable, Generic[S]):
             "validation_loss": self.validation_loss_,
             "training_seconds": self.training_seconds_,
             "settings": self.settings.saved(),
-        }
+        } | recalibrated
 
     def tensors(self) -> dict[str, Tensor]:
         """All that ``model.safetensors`` holds."""

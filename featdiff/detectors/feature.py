@@ -399,6 +399,7 @@ class Detector(FeatureScoring):
             "calibration_",
             "bank_digests_",
             "bank_images_",
+            "recalibrations_",
             "n_images_",
             "precision_",
             "engine_",

@@ -36,6 +36,7 @@ COMMANDS = [
     "merge",
     "explain",
     "eval",
+    "recalibrate",
     "serve",
     "export",
     "push",
