@@ -163,7 +163,6 @@ class BaseDetector(Pushable, Generic[S]):
         from importlib.metadata import version
 
         self.check_fitted()
-        recalibrated = {"recalibrations": list(self.recalibrations_)} if self.recalibrations_ else {}
         return {
             "featdiff_version": version("featdiff"),
             "mode": self.mode,
@@ -175,7 +174,7 @@ class BaseDetector(Pushable, Generic[S]):
             "validation_loss": self.validation_loss_,
             "training_seconds": self.training_seconds_,
             "settings": self.settings.saved(),
-        } | recalibrated
+        } | ({"recalibrations": list(self.recalibrations_)} if self.recalibrations_ else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """All that ``model.safetensors`` holds."""
@@ -348,11 +347,14 @@ class BaseDetector(Pushable, Generic[S]):
         scores = Scores.concatenate(self.iter_scores(images, fpr, progress, exclude_known))
         count = 0 if scores.known is None else int(scores.known.sum())
         if count and not exclude_known:
-            message = (
-                f"{count:,} of {len(scores):,} images were in training, so they look ordinary: featdiff.audit finds "
-                "odd images in a training set; exclude_known=True does not compare them with themselves"
+            warnings.warn(
+                KnownImages(
+                    f"{count:,} of {len(scores):,} images were in training, so they look ordinary: featdiff.audit "
+                    "finds odd images in a training set; exclude_known=True does not compare them with themselves",
+                    argument="exclude_known",
+                ),
+                stacklevel=2,
             )
-            warnings.warn(KnownImages(message, argument="exclude_known"), stacklevel=2)
         return scores
 
     def iter_scores(
