@@ -36,6 +36,7 @@ COMMANDS = [
     "merge",
     "explain",
     "eval",
+    "compare",
     "recalibrate",
     "serve",
     "export",
