@@ -227,16 +227,14 @@ def test_training_images_are_told(
     assert re.search(r"WARNING: \d+ of the images were in training of B", result.stderr)
 
 
-def test_other_kinds_of_models(
-    featdiff_cli: Cli, tiny_model: Path, tiny_detector: Detector, images: Path, tmp_path: Path
-) -> None:
+def test_other_kinds_of_models(featdiff_cli: Cli, tiny_model: Path, other: Path, images: Path, tmp_path: Path) -> None:
     """An exported model says what its origin says; one of the pixel mode something else."""
-    export(tiny_detector, tmp_path / "exported", ["onnx"])
+    export(Detector.from_pretrained(other), tmp_path / "exported", ["onnx"])
     quick = {"distances": ["mse"], "steps": 2, "repetitions": 1, "recipe": {**PIXEL["recipe"], "epochs": 1}}
     pixels = PixelDetector(**{**PIXEL, **quick}).fit(images / "test")
     pixels.save_pretrained(tmp_path / "pixel")
     sets = ("--id", images / "test", "--ood", images / "odd", "--json", "--fpr", "0.1")
-    found = json.loads(featdiff_cli("compare", tmp_path / "exported", tiny_model, *sets).stdout)
+    found = json.loads(featdiff_cli("compare", tmp_path / "exported", other, *sets).stdout)
     assert found["id"]["only_a"] == found["id"]["only_b"] == []
     assert found["pairs"][0]["auroc"]["difference"] == pytest.approx(0, abs=0.01)
 
