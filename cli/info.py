@@ -157,10 +157,17 @@ def _training_facts(config: dict[str, Any]) -> dict[str, str]:
     what = "rows" if config.get("mode") == "vectors" else "images"
 
     of_groups = f" in {groups:,} groups" if groups < held_out else ""
+    recalibrated = {}
+    for change in config.get("recalibrations", [])[-1:]:
+        told = f"{change['images']:,} images; fpr {change['fpr']:g}: threshold {change['threshold']:.2f}"
+        if change["old_flagged"] is not None:
+            share = change["old_flagged"] / change["images"]
+            told += f", before {change['old_threshold']:.2f}, which flagged {share:.1%} of them"
+        recalibrated["made anew"] = told
     return {
         "trained on": f"{images['different']:,} different {what}, in {config['training_seconds']:.0f} s",
         "calibrated": f"{held_out:,} held-out {what}{of_groups}; fpr {fpr:g}, possible from {smallest_rate(groups)} up",
-    }
+    } | recalibrated
 
 
 def _parameters(tensors: dict[str, Tensor], prefix: str) -> float:

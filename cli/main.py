@@ -30,6 +30,8 @@ COMMANDS = {
     "merge": ("merge", "Check that a manifest is scored whole, and join its blocks."),
     "explain": ("explain", "Show why an image is judged as it is, beside the most similar normal images."),
     "eval": ("evaluate", "Measure how well a model separates an in-domain set from OOD sets."),
+    "recalibrate": ("recalibrate", "Give a model new thresholds from normal images of another place."),
+    "compare": ("compare", "Compare two models on the same images: AUROC, false alarms, changed verdicts."),
     "serve": ("serve", "Answer over HTTP: scores, explanations, metrics."),
     "export": ("export", "Write a model and its backbone as one ONNX and one torch.export file."),
     "push": ("push", "Put a saved model on the Hugging Face hub, with a model card."),

@@ -265,10 +265,10 @@ class Bars:
 @contextmanager
 def telling_warnings(quiet: bool = False) -> Iterator[None]:
     """featdiff's own warnings as lines for people, with the command's options; shown when the work is done or fails."""
-    from featdiff.exceptions import DamagedCache, LogStopped, NearCopiesFound, OtherEngine
+    from featdiff.exceptions import DamagedCache, LargeShift, LogStopped, NearCopiesFound, OtherEngine
 
     with warnings.catch_warnings(record=True) as caught:
-        for category in (DamagedCache, LogStopped, NearCopiesFound, OtherEngine):
+        for category in (DamagedCache, LargeShift, LogStopped, NearCopiesFound, OtherEngine):
             warnings.simplefilter("always", category)
         try:
             yield

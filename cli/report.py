@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from featdiff import Detector, FeatureDiffusion, PixelDetector
     from featdiff.data.references import ImageRef
+    from featdiff.evaluation.comparison import Comparison
     from featdiff.evaluation.protocols import ScoredPair
     from featdiff.report.rows import ReportRows
     from featdiff.verdicts.calibration import Calibration
@@ -164,6 +165,26 @@ def write_evaluation(
             evaluated,
             facts | _now(),
             unreadable,
+            lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
+        )
+    _say_where(file, quiet)
+
+
+def write_comparison(file: Path, compared: Comparison, options: dict[str, Any], seconds: float, quiet: bool) -> None:
+    """Write the page on a comparison of two models, and say where it is."""
+    from featdiff.data.thumbnails import iter_thumbnails
+    from featdiff.report.cards import PICTURE_SIDE
+    from featdiff.report.html_comparison import save_comparison
+
+    result = compared.result
+    facts = {"In-domain": result["id"]["images"], "Left out": f"{len(result['left_out']):,}"}
+    facts["Duration"] = f"{seconds:,.1f} s"
+    with saying(_WRITING, quiet):
+        save_comparison(
+            file,
+            compared.sets,
+            result,
+            facts | _now(),
             lambda refs: iter_thumbnails(refs, PICTURE_SIDE, **_limits(options)),
         )
     _say_where(file, quiet)

@@ -49,6 +49,10 @@ class NearCopiesFound(FeatdiffError, UserWarning):
     """A warning: many images are near-copies of each other, and were kept together without being asked for."""
 
 
+class LargeShift(FeatdiffError, UserWarning):
+    """A warning: most of the images that calibrate a detector anew were strange to it before."""
+
+
 class KnownImages(FeatdiffError, UserWarning):
     """A warning: images that were scored are among the training images, and look ordinary for that reason alone."""
 

@@ -72,7 +72,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
-        (r"^featdiff (manifest|merge|features) ", DEFAULT),
+        (r"^featdiff (manifest|merge|features|recalibrate|compare) ", DEFAULT),
         (r"^find images ", DEFAULT),
         (r"^featdiff serve|^curl .*127\.0\.0\.1:8000", SERVER),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),

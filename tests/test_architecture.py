@@ -30,7 +30,9 @@ ROOMS: dict[str, set[str]] = {
     "outliers": {"data", "detectors", "diffusion", "features", "files", "runtime", "scores"},
     "export": {"data", "detectors", "exported", "features", "files", "guard", "runtime", "scores", "verdicts"},
     "hardening": {"data", "detectors", "diffusion", "features", "files", "guard", "outliers", "runtime", "verdicts"},
-    "evaluation": {"data", "detectors", "features", "files", "hardening", "outliers", "runtime", "scores"},
+    "evaluation": {
+        *("data", "detectors", "features", "files", "hardening", "outliers", "runtime", "scores", "verdicts"),
+    },
     "serving": {"data", "detectors", "exported", "files", "hardening", "report", "runtime", "verdicts"},
 }
 #: inside these rooms: file -> files beside it that it may import

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -57,6 +57,8 @@ class BaseDetector(Pushable, Generic[S]):
         Which of these took no part in training (with folds: none); known where the detector was fitted, and not saved.
     grouping_ : Grouping
         Which images were taken to belong together; known where the detector was fitted on a split of its own.
+    recalibrations_ : tuple of mappings
+        What each :func:`featdiff.detectors.recalibration.recalibrate` since the fit has changed.
     n_images_, n_duplicates_ : int
         Different images, and copies that were left out.
     unreadable_ : list of (path, reason)
@@ -78,6 +80,7 @@ class BaseDetector(Pushable, Generic[S]):
     calibration_digests_: list[bytes]
     unreadable_: list[tuple[str, str]]
     grouping_: Grouping
+    recalibrations_: tuple[Mapping[str, Any], ...] = ()
     n_images_: int
     n_duplicates_: int
     validation_loss_: float
@@ -171,7 +174,7 @@ class BaseDetector(Pushable, Generic[S]):
             "validation_loss": self.validation_loss_,
             "training_seconds": self.training_seconds_,
             "settings": self.settings.saved(),
-        }
+        } | ({"recalibrations": list(self.recalibrations_)} if self.recalibrations_ else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """All that ``model.safetensors`` holds."""
@@ -344,11 +347,14 @@ class BaseDetector(Pushable, Generic[S]):
         scores = Scores.concatenate(self.iter_scores(images, fpr, progress, exclude_known))
         count = 0 if scores.known is None else int(scores.known.sum())
         if count and not exclude_known:
-            message = (
-                f"{count:,} of {len(scores):,} images were in training, so they look ordinary: featdiff.audit finds "
-                "odd images in a training set; exclude_known=True does not compare them with themselves"
+            warnings.warn(
+                KnownImages(
+                    f"{count:,} of {len(scores):,} images were in training, so they look ordinary: featdiff.audit "
+                    "finds odd images in a training set; exclude_known=True does not compare them with themselves",
+                    argument="exclude_known",
+                ),
+                stacklevel=2,
             )
-            warnings.warn(KnownImages(message, argument="exclude_known"), stacklevel=2)
         return scores
 
     def iter_scores(

@@ -403,6 +403,7 @@ class Detector(FeatureScoring):
             "bank_digests_",
             "bank_images_",
             "kept_",
+            "recalibrations_",
             "n_images_",
             "precision_",
             "engine_",

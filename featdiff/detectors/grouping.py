@@ -53,8 +53,10 @@ class Grouping:
         return cls() if how == NONE else cls(how, numbers)
 
     @classmethod
-    def found(cls, features: Features, layout: FeatureLayout, asked: bool) -> Grouping:
+    def found(cls, features: Features, layout: FeatureLayout, asked: bool, divided: bool = True) -> Grouping:
         """Near-copies among different images: always the groups if asked for, else where a split by chance would fail.
+
+        ``divided``: there is to be a split; else all images calibrate, and the warning says so.
 
         Warns
         -----
@@ -71,11 +73,16 @@ class Grouping:
         if not near.spoil_a_split:
             return cls(NONE, None, near.copied, near.false_alarms)
 
+        consequence = "They are no independent evidence, so near-copies count together"
+        if divided:
+            consequence = (
+                f"Divided by chance, about {near.false_alarms:.0%} of ordinary images would be flagged where 5% are "
+                "asked for, so near-copies are kept together"
+            )
         message = (
             f"{near.copied:.0%} of the images have near-copies among the others, as in bursts, videos, or several "
-            f"pictures of one part. Divided by chance, about {near.false_alarms:.0%} of ordinary images would be "
-            "flagged where 5% are asked for, so near-copies are kept together, as with groups=auto. Say which belong "
-            "together if you know, or groups=none"
+            f"pictures of one part. {consequence}, as with groups=auto. Say which belong together if you know, or "
+            "groups=none"
         )
         warnings.warn(NearCopiesFound(message, argument="groups"), stacklevel=_level_of_caller())
         return cls(AUTO, near.groups, near.copied, near.false_alarms)

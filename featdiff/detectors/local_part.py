@@ -31,8 +31,8 @@ from .saved import as_calibration
 # What the tensors of a saved model are called.
 _JOINT = "joint."
 _CALIBRATION = "calibration_"
-# The strangest place of each calibration image.
-_HEAT = "heat"
+#: The calibration by the strangest place of each image.
+HEAT = "heat"
 #: Below this variety, as a share of that of the built-in sample set, ``local="auto"`` counts images as alike.
 ALIKE = 0.5
 # Images that the variety is taken of; of the sample set each sixth, 65 in all.
@@ -78,7 +78,7 @@ class LocalPart:
         both = [torch.from_numpy(values).float().to(place) for values in (global_scores, fitted.scores)]
         scores, parts = joint(*both)
 
-        values = dict(zip(NAMES, parts.T.double().cpu().numpy(), strict=True)) | {_HEAT: fitted.heat}
+        values = dict(zip(NAMES, parts.T.double().cpu().numpy(), strict=True)) | {HEAT: fitted.heat}
         calibrations = {name: Calibration(numbers, groups) for name, numbers in values.items()}
         return cls(joint, calibrations), scores.double().cpu().numpy()
 
@@ -112,7 +112,7 @@ class LocalPart:
 
     def scale_of_heat(self, fpr: float) -> tuple[float, float]:
         """Where heat is strange (``fpr`` of the normal images have such a place), and where its colour scale ends."""
-        heat = self.calibrations[_HEAT]
+        heat = self.calibrations[HEAT]
         middle = float(np.median(heat.scores))
         return heat.threshold(fpr), middle + _ABOVE * max(float(heat.scores[-1]) - middle, 1e-3)
 
@@ -146,7 +146,7 @@ class LocalPart:
         joint.load_state_dict(own)
 
         calibrations = {
-            name: as_calibration(tensors.pop(_CALIBRATION + name, None), images, folder) for name in (*NAMES, _HEAT)
+            name: as_calibration(tensors.pop(_CALIBRATION + name, None), images, folder) for name in (*NAMES, HEAT)
         }
         return cls(joint, calibrations)
 

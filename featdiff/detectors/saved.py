@@ -94,6 +94,9 @@ def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
         if wrong_kind or (path in _LEAST and value < _LEAST[path]):
             raise _damaged(folder, f"config.json lacks {path}, or it is not what it should be")
 
+    changes = config.get("recalibrations", [])
+    if not isinstance(changes, list) or not all(isinstance(change, dict) for change in changes):
+        raise _damaged(folder, "config.json: recalibrations are not what they should be")
     for name, width in config.get("layers", {}).items():
         if not is_whole(width) or width < 1:
             raise _damaged(folder, f"config.json: layer {name!r} has no width")
@@ -203,6 +206,7 @@ def take_facts(detector: BaseDetector[Any], config: Mapping[str, Any]) -> None:
     detector.n_images_ = config["images"]["different"]
     detector.validation_loss_ = config["validation_loss"]
     detector.training_seconds_ = config["training_seconds"]
+    detector.recalibrations_ = tuple(config.get("recalibrations", ()))
 
 
 def check_fingerprint(fingerprint: str, config: dict[str, Any]) -> None:

@@ -184,6 +184,11 @@ def _checked(detector: BaseDetector[Any]) -> Detector:
             "a detector with a local score cannot be updated, for the places of its old images are not kept: train "
             "anew, on old and new images"
         )
+    if detector.recalibrations_:
+        raise UsageError(
+            "this detector was recalibrated, and an update would bring back the held-out images of its training: update "
+            "the one it was made of, then recalibrate that"
+        )
     return detector
 
 

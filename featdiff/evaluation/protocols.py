@@ -193,7 +193,7 @@ def evaluate_detector(
             if scored is not None:
                 scored.append(_scored_pair(detector, name, protocol, id_scores[id_size], ood_scores))
 
-    return {"id": _label(in_domain, len(id_set.refs)), "model": detector.name, "pairs": pairs}
+    return {"id": label_of(in_domain, len(id_set.refs)), "model": detector.name, "pairs": pairs}
 
 
 def measure_accuracy(
@@ -237,7 +237,7 @@ def measure_accuracy(
     return float(np.mean(predicted == expected))
 
 
-def _label(source: object, count: int) -> str:
+def label_of(source: object, count: int) -> str:
     """Name of a set of so many images in a result: its paths, or its number of images."""
     items: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
     if all(isinstance(item, str | os.PathLike) for item in items):

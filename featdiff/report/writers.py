@@ -214,7 +214,7 @@ class ParquetWriter(_RowWriter):
     def _write_group(self) -> None:
         arrow = self._arrow
         kinds = {name: arrow.string() for name in ("path", "status", "reason", *self._texts)}
-        kinds |= {"is_ood": arrow.bool_(), FDR_FLAG: arrow.bool_()}
+        kinds |= {name: arrow.bool_() for name in self._columns if name.startswith("is_ood") or name == FDR_FLAG}
         schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in self._columns])
 
         if self._writer is None:

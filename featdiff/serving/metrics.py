@@ -86,7 +86,7 @@ class Metrics:
         )
         self._layer_evidence = Gauge(
             "featdiff_drift_layer_evidence",
-            "The same by layer: early layers see light and sharpness, late ones what is shown.",
+            "The same by layer: a change may show in one layer long before it does in the whole score.",
             ["layer", "side"],
             registry=registry,
             multiprocess_mode="liveall",

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..exceptions import UsageError
 from .calibration import ROUNDING
+from .shares import interval_of_share
 
 #: Which way a stream can leave what is normal: too many strange images, or too few.
 STRANGE, NORMAL = "strange", "normal"
@@ -173,14 +174,9 @@ class DriftTest:
             In [0, 1]. NaN, 0 and 1 without any. The interval is that of the stream; it leaves out what chance the
             calibration set had.
         """
-        from scipy.stats import beta  # type: ignore[import-untyped]
-
         n = len(self._latest)
-        flagged = int((np.array(self._latest) <= fpr + ROUNDING).sum())
-        rest = (1 - confidence) / 2
-        low = float(beta.ppf(rest, flagged, n - flagged + 1)) if flagged else 0.0
-        high = float(beta.ppf(1 - rest, flagged + 1, n - flagged)) if flagged < n else 1.0
-        return (flagged / n if n else math.nan), low, high
+        share = int((np.array(self._latest) <= fpr + ROUNDING).sum()) / n if n else math.nan
+        return share, *interval_of_share(share if n else 0.0, n, confidence)
 
     # ---- state ----
 
@@ -231,7 +227,7 @@ class _Bets:
     """
 
     def __init__(self, side: str, held_out: int, delta: float) -> None:
-        from scipy.stats import beta
+        from scipy.stats import beta  # type: ignore[import-untyped]
 
         levels = [level for level in _LEVELS[side] if math.floor(level * (held_out + 1)) >= 1]
         rows = []

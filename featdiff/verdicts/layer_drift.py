@@ -1,7 +1,6 @@
 """Scores of each layer -> which layers of a stream have changed. Knows no images.
 
-The first layers see colours, light and sharpness, the last ones what is shown: where evidence lies says whether it is
-the camera that has changed, or what stands before it.
+A change of the camera may leave the score of the whole picture nearly as it was, and show in one layer.
 """
 
 from __future__ import annotations

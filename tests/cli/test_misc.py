@@ -37,6 +37,8 @@ COMMANDS = [
     "merge",
     "explain",
     "eval",
+    "compare",
+    "recalibrate",
     "serve",
     "export",
     "push",

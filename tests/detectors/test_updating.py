@@ -219,6 +219,11 @@ def test_detectors_that_cannot_be_updated(older: Detector, tiles: list[str]) -> 
     with pytest.raises(UsageError, match="with a local score cannot be updated.*train anew"):
         update(local, tiles[OLD:])
 
+    elsewhere = copy.copy(older)
+    elsewhere.recalibrations_ = ({"images": 40},)
+    with pytest.raises(UsageError, match="recalibrated.*update the one it was made of, then recalibrate that"):
+        update(elsewhere, tiles[OLD:])
+
 
 def test_a_rate_that_too_few_images_support(older: Detector, tiles: list[str], tmp_path: Path) -> None:
     updated, _ = update(older, tiles[OLD:])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_pages import CALIBRATION, FPR, HOSTILE, made_up, write_page
+from report_pages import CALIBRATION, FPR, HOSTILE, hostile_comparison, made_up, write_page
 
 from featdiff.evaluation.metrics import evaluate
 from featdiff.report.evaluations import Evaluated
@@ -332,3 +332,15 @@ def test_the_page_of_an_evaluation_runs_nothing_from_names(browser: Any, tmp_pat
     hardest = [HOSTILE[i] for i in np.argsort(ood_scores)[:6]]
     assert texts(browser, ".name")[6:] == [name.replace("\u202e", "\\u202e") for name in hardest]
     assert all(figure.size["height"] > 200 for figure in browser.find_elements("css selector", ".chart"))
+
+
+def test_the_page_of_a_comparison_runs_nothing_from_names(browser: Any, tmp_path: Path) -> None:
+    """Nothing is wrong, all pictures are there, and the page is no wider than the window."""
+    browser.get(hostile_comparison(tmp_path / "comparison.html").as_uri())
+    assert browser.get_log("browser") == []
+    assert len(browser.find_elements("css selector", "script")) == 2
+    widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+    assert widths == [20] * 2 * len(HOSTILE)
+    assert texts(browser, ".name")[0] == HOSTILE[1]
+    width = browser.execute_script("return [document.body.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
