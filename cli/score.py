@@ -22,7 +22,7 @@ from .report import check_report, report_images_option, report_option, write_rep
 from .rows import Rows, open_rows
 from .shards import check_alone, score_manifest, shard_options
 from .signals import Stop, catching_stop
-from .sources import UNKNOWN, Named
+from .sources import UNKNOWN, Named, every_option
 from .speech import say
 from .summary import FEW, Strangest, in_words, is_seen_as_table
 from .vectors import features_option
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @choice_options
 @flagged_options
 @click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
-@click.option("--every", type=float, metavar="SECONDS", help="Of videos, one frame in so many seconds [each frame].")
+@every_option
 @rate_options
 @click.option(
     "--fdr", type=float, metavar="Q", help="Mark a share of the batch of which at most Q is normal, in fdr_flag."

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from featdiff.data.listing import Listing
     from featdiff.data.references import ImageRef
 
+every_option = click.option(
+    "--every", type=float, metavar="SECONDS", help="Of videos, one frame in so many seconds [each frame]."
+)
+
 #: More than any listing has: how many images there will be is not known.
 UNKNOWN = sys.maxsize
 
