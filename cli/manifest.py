@@ -37,12 +37,15 @@ def command(images: tuple[str, ...], output: str, every: float | None, quiet: bo
     from itertools import chain
 
     from featdiff.data.references import iter_images
+    from featdiff.data.streams import is_stream
     from featdiff.exceptions import UsageError
     from featdiff.files.remote import is_url
     from featdiff.serving.manifest import write_manifest
 
     if not is_url(output) and not Path(output).absolute().parent.is_dir():
         raise UsageError(f"no folder {Path(output).parent} for {Path(output).name}", argument="output")
+    if any(map(is_stream, images)):
+        raise UsageError("a camera stream has no end: give it to featdiff score itself")
     with saying("listing images", quiet):
         # one source after the other: of several at once, iter_images would keep all names in memory
         written = write_manifest(chain.from_iterable(iter_images(image, every=every) for image in images), output)

@@ -86,7 +86,8 @@ def command(
     **options: Any,
 ) -> int:
     """Score IMAGES: files, folders, globs, zip or tar archives, Parquet files, videos, URLs (s3://, https:// ...) of
-    any of these, or - for paths on stdin; or the rows of a file of vectors, with --features.
+    any of these, or - for paths on stdin; a camera stream (rtsp:// ..., /dev/video0); or the rows of a file of
+    vectors, with --features.
 
     One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
     is_ood means p_value <= fpr: of images like those trained on, this share is flagged. --fdr looks at all images

@@ -17,6 +17,7 @@ from .image_refs import IMAGE_SUFFIXES, FileRef, HeldRef, ImageRef, MissingRef, 
 from .memory import is_file_content, refs_in_memory
 from .parquet_refs import holds_images, is_parquet, parquet_ref, parquet_refs
 from .remote_refs import RemoteRef, is_pattern, remote_refs
+from .streams import is_stream, stream_refs
 from .videos import frame_ref, frame_refs, is_video
 
 __all__ = [
@@ -91,6 +92,8 @@ def list_images(sources: object, stdin: IO[bytes] | None = None, every: float | 
     items = list(sources) if isinstance(sources, list | tuple) else [sources]
     if any(isinstance(item, Iterator) and not is_file_content(item) for item in items):
         raise UsageError("a generator can be read only once, and these images are needed again: give a dataset")
+    if any(isinstance(item, str) and is_stream(item) for item in items):
+        raise UsageError("a camera stream has no end: featdiff score reads it, or iter_images")
 
     # one file may be named twice
     refs = list({ref.identity: ref for ref in iter_images(items, stdin, every)}.values())
@@ -109,7 +112,8 @@ def iter_images(sources: object, stdin: IO[bytes] | None = None, every: float | 
     Parameters
     ----------
     sources, stdin, every
-        As for :func:`list_images`, or generators of images.
+        As for :func:`list_images`, or generators of images, or a camera stream (see
+        :func:`featdiff.data.streams.stream_refs`), which does not end by itself.
 
     Yields
     ------
@@ -155,6 +159,8 @@ def _from_item(
             for name in line.splitlines():
                 if name.strip():
                     yield from _from_path(os.fsdecode(name), every)
+    elif isinstance(item, str) and is_stream(item):
+        yield from stream_refs(item, every)
     elif isinstance(item, str | os.PathLike):
         yield from _from_path(os.fspath(item), every)
     elif isinstance(item, ImageRef):
@@ -204,6 +210,9 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
 
 def _from_path(path: str, every: float | None) -> Iterator[ImageRef]:
     url = is_url(path)
+    if is_stream(path):
+        yield MissingRef(printable(path), "a camera stream, which can only be read alone")
+        return
     if not url and os.path.isdir(path):
         yield from _or_none(_from_folder(path, every), path)
         return
