@@ -36,6 +36,16 @@ def model_option(function: F) -> F:
     )(function)
 
 
+def log_to_option(function: F) -> F:
+    """``--log-to``: where the curves of trainings go."""
+    return click.option(
+        "--log-to",
+        multiple=True,
+        metavar="KIND:PLACE",
+        help="Losses to tensorboard:FOLDER or mlflow:URI; repeat for more.",
+    )(function)
+
+
 class Model(NamedTuple):
     """What is in a folder: a detector, and where it belongs to a hardened student, the guard and its classes."""
 

@@ -11,8 +11,10 @@ import torch
 from click.testing import Result
 from helpers import copy_labelled, fails
 from stable_pipelines import NOISE, write_pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from featdiff.hardening.harden import load_hardened
+from featdiff.hardening.students import training_facts
 from featdiff.outliers.outlier_file import load_outliers
 
 Cli = Callable[..., Result]
@@ -48,6 +50,36 @@ def hardened(folders: dict[str, Path], seeded_backbone: Path, tmp_path_factory: 
     assert lines[2].startswith("self-check: flags ")
     assert lines[3] == f"student and guard: {output}. Next: featdiff score IMAGES -m {output}"
     return output
+
+
+def test_curves_of_the_student_and_of_its_guard(
+    folders: dict[str, Path], seeded_backbone: Path, tmp_path: Path, featdiff_cli: Cli
+) -> None:
+    """In TensorBoard, and as records of the log: of the student each loss, of the guard what train gives."""
+    options = ["--epochs", 2, "--train-batch", 16, "--weights", seeded_backbone, "--layers", "layer4", "--seed", 78]
+    command = ["harden", folders["train"], "--student", "test_resnet", *options, "-o", tmp_path / "h", "-q"]
+    done = featdiff_cli(*command, "--log-to", f"tensorboard:{tmp_path / 'runs'}", "--log-file", tmp_path / "run.log")
+    assert done.exit_code == 0, done.output
+
+    events = EventAccumulator(str(tmp_path / "runs"), size_guidance={"scalars": 0}).Reload()
+    first = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("training-1/")}
+    assert first == {"loss", "loss_labels", "accuracy", "lr", "epoch"}
+    assert [event.step for event in events.Scalars("training-1/loss")] == list(range(1, 11))
+    assert [event.step for event in events.Scalars("training-1/accuracy")] == [5, 10]
+    assert events.Scalars("training-1/epoch")[-1].value == 2
+    history = training_facts(str(tmp_path / "h"))["epochs"]
+    by_epoch = [event.value for event in events.Scalars("training-1/accuracy")]
+    assert by_epoch == pytest.approx([epoch["accuracy"] for epoch in history])
+    losses = [event.value for event in events.Scalars("training-1/loss_labels")]
+    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+    assert means == pytest.approx([epoch["labels"] for epoch in history], rel=1e-4)
+    assert "training-2/val_loss" in events.Tags()["scalars"]
+
+    records = [json.loads(line) for line in (tmp_path / "run.log").read_text().splitlines()]
+    student = [record for record in records if record["logger"] == "featdiff.hardening.run"]
+    assert [(record["step"], record["accuracy"]) for record in student if record["level"] == "info"] == [
+        (step, pytest.approx(value)) for step, value in zip((5, 10), by_epoch, strict=True)
+    ]
 
 
 def test_score_takes_the_folder(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
