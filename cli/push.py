@@ -28,8 +28,9 @@ from .speech import say, show
 def command(model: str, repository: str, results: Path | None, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Put the saved MODEL on the Hugging Face hub as ORG/NAME, with a model card, in one commit.
 
-    MODEL may also be what featdiff harden wrote. The token is HF_TOKEN, or that of hf auth login. A README.md in the folder of the model is sent as it is; without
-    one, the card is written from what is known. All commands take -m ORG/NAME or ORG/NAME@REVISION.
+    MODEL may also be what featdiff harden wrote. The token is HF_TOKEN, or that of hf auth login. A README.md in the
+    folder of the model is sent as it is; without one, the card is written from what is known. All commands take
+    -m ORG/NAME or ORG/NAME@REVISION.
 
     \b
     Example: featdiff push my-model org/name --private

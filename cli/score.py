@@ -17,7 +17,7 @@ from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import identity, model_option, output_options, runtime_options, weights_option
 from .output import choose_format, deliver, is_stream
 from .progress import Bars
-from .rates import Batch, Rate, rate_options
+from .rates import Batch, Rate, fdr_option, rate_options
 from .report import check_report, report_images_option, report_option, write_report
 from .rows import Rows, open_rows
 from .shards import check_alone, score_manifest, shard_options
@@ -47,9 +47,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
 @every_option
 @rate_options
-@click.option(
-    "--fdr", type=float, metavar="Q", help="Mark a share of the batch of which at most Q is normal, in fdr_flag."
-)
+@fdr_option
 @click.option(
     "--exclude-known", is_flag=True, help="Do not compare training images with themselves; see also featdiff audit."
 )
