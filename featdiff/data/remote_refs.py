@@ -125,7 +125,17 @@ def _listed(system: Any, url: str, path: str) -> Iterator[tuple[str, int | None]
         wanted = has_image_suffix(name) or name.lower().endswith(suffixes)
         if hidden or not wanted or (matches and not matches(name)):
             continue
-        yield chain + system.unstrip_protocol(name), size
+        yield chain + _as_named(url, system.unstrip_protocol(name)), size
+
+
+def _as_named(url: str, listed: str) -> str:
+    """What a client lists, by the scheme and store that people named; adlfs calls ``az://`` objects ``abfs://``."""
+    scheme, _, rest = url.rpartition("::")[2].partition("://")
+    store = rest.partition("/")[0]
+    place = listed.partition("://")[2]
+    if "@" in store and place.partition("/")[0] == store.partition("@")[0]:  # abfs://container@account.host/
+        place = f"{store}/{place.partition('/')[2]}"
+    return f"{scheme}://{place}"
 
 
 def _s3_objects(system: Any, url: str, root: str) -> Iterator[tuple[str, int | None]]:
