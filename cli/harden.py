@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .options import runtime_arguments, runtime_options
+from .options import log_to_option, runtime_arguments, runtime_options
 from .progress import Bars, list_unreadable
 from .speech import is_first_process, say
 from .train import check_itself
@@ -59,6 +59,7 @@ _RECIPE = {
 @click.option("--fpr", type=float, default=0.05, show_default=True, help="False-alarm rate of the guard.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything that is random.")
 @click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the guard.")
+@log_to_option
 @click.option("--force", is_flag=True, help="Replace what is already there.")
 @runtime_options
 def command(
@@ -72,6 +73,7 @@ def command(
     views: int,
     as_published: bool,
     no_paths: bool,
+    log_to: tuple[str, ...],
     force: bool,
     quiet: bool,
     **options: Any,
@@ -91,6 +93,7 @@ def command(
     from featdiff.hardening.run import ALL_LAYERS
     from featdiff.outliers.outlier_file import load_outliers
     from featdiff.runtime.allocator import keep_freed_memory
+    from featdiff.runtime.run_log import logged_to
 
     keep_freed_memory()
     quiet = quiet or not is_first_process()
@@ -109,7 +112,8 @@ def command(
     if layers:
         guard["layers"] = layers
     try:
-        with Bars(quiet) as bars:
+        told = {"student": student, "teacher": teacher or "", "seed": options["seed"], **asdict(recipe)}
+        with Bars(quiet) as bars, logged_to(log_to if is_first_process() else (), told):
             hardened = harden(
                 list(images),
                 student,

@@ -36,10 +36,11 @@ def command(model: str, as_json: bool) -> None:
 
     from featdiff.detectors.saved import check_config, saved_mode
     from featdiff.exceptions import ModelError
-    from featdiff.files.model_folder import load, locate
-    from featdiff.hardening.layout import GUARD, is_hardened
+    from featdiff.files.model_folder import load
+    from featdiff.hardening.layout import GUARD, find_model, is_hardened
 
-    folder = locate(str(Path(model) / GUARD) if is_hardened(model) else model)
+    folder = Path(find_model(model))
+    folder = folder / GUARD if is_hardened(folder) else folder
     config, tensors = load(folder)
     check_config(config, folder, saved_mode(config, folder))
     if as_json:

@@ -12,6 +12,7 @@ from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import identity, load_model, quiet_option, raw_csv_option, weights_option
 from .output import ROWS, choose_format
 from .progress import Bars
+from .rates import Batch, fdr_option
 from .report import Source, check_report, report_images_option, report_option, source_of_images, write_report
 from .speech import say
 from .summary import Strangest, in_words
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", metavar="FILE", help="File or URL for all rows, in the order of the manifest.")
 @click.option("--format", "format_", type=click.Choice(["csv", "jsonl", "parquet"]), help="[by the ending of -o]")
 @raw_csv_option
+@fdr_option
 @report_option
 @report_images_option
 @click.option("-m", "--model", metavar="DIR", help="The model, for --report [where it was when scoring began].")
@@ -40,6 +42,7 @@ def command(
     output: str | None,
     format_: str | None,
     raw_csv: bool,
+    fdr: float | None,
     report: Path | None,
     report_images: int | None,
     model: str | None,
@@ -49,7 +52,8 @@ def command(
 ) -> int:
     """Check that featdiff score --manifest --out DIR has scored every image once, and join its blocks.
 
-    Nothing is scored. If blocks are missing, it says which shards to run again, and writes nothing.
+    Nothing is scored. If blocks are missing, it says which shards to run again, and writes nothing. --fdr looks at the
+    images of all blocks together, as featdiff score --fdr does.
 
     \b
     Example: featdiff merge scored/
@@ -57,10 +61,12 @@ def command(
     """
     from featdiff.report.rows import ReportRows
     from featdiff.serving.merging import open_run
+    from featdiff.verdicts.fdr import check_fdr
 
     endings = {ending: kind for ending, kind in ROWS.items() if kind != "table"}
     chosen = choose_format(Path(output), format_, endings) if output else "csv"
     check_report(report, report_images)
+    batch = None if fdr is None else Batch(check_fdr(fdr))
     bars = Bars(quiet)
     run, facts = open_run(folder, manifest)
     model = model or facts["model folder"]
@@ -69,10 +75,14 @@ def command(
 
     _check_whole(run, facts, quiet)
     with bars:
-        counts, strangest = _join(run, facts["fpr"], output, chosen, raw_csv, reported, bars)
+        if batch:
+            _collect(run, facts["fpr"], batch, bars)
+        counts, strangest = _join(run, facts["fpr"], output, chosen, raw_csv, batch, reported, bars)
 
     blocks = f"{run.blocks:,} block{'' if run.blocks == 1 else 's'}"
     say(f"{in_words(counts, 'images', facts['fpr'])}; each is there once, in {blocks}", quiet)
+    if batch:
+        say(batch.in_words(), quiet)
     strangest.say(quiet)
     strangest.say_next(model, quiet)
     if report is not None and reported is not None:
@@ -94,16 +104,35 @@ def _check_whole(run: Run, facts: dict[str, Any], quiet: bool) -> None:
         raise FeatdiffError(missing_in_words(run, found.missing, facts))
 
 
+def _collect(run: Run, fpr: float, batch: Batch, bars: Bars) -> None:
+    """Look at the p-values of all rows: which of them are marked is known only then."""
+    from featdiff.serving.merging import blocks_of, scores_of
+
+    done = 0
+    for table in blocks_of(run):
+        batch.add(scores_of(table, fpr))
+        done += len(table)
+        bars("looking at p-values", done, run.manifest.rows)
+
+
 def _join(
-    run: Run, fpr: float, output: str | None, format_: str, raw_csv: bool, reported: ReportRows | None, bars: Bars
+    run: Run,
+    fpr: float,
+    output: str | None,
+    format_: str,
+    raw_csv: bool,
+    batch: Batch | None,
+    reported: ReportRows | None,
+    bars: Bars,
 ) -> tuple[Counts, Strangest]:
     """Write all rows; a block at a time is in memory."""
-    from featdiff.serving.merging import TableWriter, blocks_of, scores_of
+    from featdiff.serving.merging import TableWriter, blocks_of, scores_of, with_marks
     from featdiff.serving.places import placing
     from featdiff.verdicts.counts import Counts
 
     counts = Counts()
     strangest = Strangest()
+    largest = batch.largest() if batch else 0.0
     with placing(output) if output else nullcontext() as stream:
         writer = TableWriter(format_, stream, raw_csv) if stream is not None else None
         for table in blocks_of(run):
@@ -111,7 +140,7 @@ def _join(
             counts.add(part)
             strangest.add(part)
             if writer is not None:
-                writer.write(table)
+                writer.write(with_marks(table, largest) if batch else table)
             if reported is not None:
                 reported.add(part)
             bars("merging", counts.rows, run.manifest.rows)

@@ -36,6 +36,16 @@ def model_option(function: F) -> F:
     )(function)
 
 
+def log_to_option(function: F) -> F:
+    """``--log-to``: where the curves of trainings go."""
+    return click.option(
+        "--log-to",
+        multiple=True,
+        metavar="KIND:PLACE",
+        help="Losses to tensorboard:FOLDER or mlflow:URI; repeat for more.",
+    )(function)
+
+
 class Model(NamedTuple):
     """What is in a folder: a detector, and where it belongs to a hardened student, the guard and its classes."""
 
@@ -47,18 +57,19 @@ class Model(NamedTuple):
 def load_model(name: str, options: dict[str, Any]) -> Model:
     """A saved model, or a hardened student with its guard."""
     from featdiff.detectors import load_detector
-    from featdiff.hardening.layout import is_hardened
+    from featdiff.hardening.layout import find_model, is_hardened
 
     arguments = model_arguments(options)
-    if is_hardened(name):
+    folder = find_model(name)
+    if is_hardened(folder):
         from featdiff.exceptions import UsageError
         from featdiff.hardening.harden import load_hardened
 
         if "weights" in arguments:
             raise UsageError(f"--weights belong to a model on a backbone; the student in {name} has its own")
-        classifier, guard = load_hardened(name, **arguments)
+        classifier, guard = load_hardened(folder, **arguments)
         return Model(guard.detector, guard, classifier.classes)
-    return Model(load_detector(name, **arguments))
+    return Model(load_detector(folder, **arguments))
 
 
 def identity(model: str) -> object:
@@ -69,10 +80,11 @@ def identity(model: str) -> object:
         with onnx_file(model).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    from featdiff.files.model_folder import DIGEST, locate, read_config
-    from featdiff.hardening.layout import GUARD, is_hardened
+    from featdiff.files.model_folder import DIGEST, read_config
+    from featdiff.hardening.layout import GUARD, find_model, is_hardened
 
-    return read_config(locate(str(Path(model) / GUARD) if is_hardened(model) else model))[DIGEST]
+    folder = Path(find_model(model))
+    return read_config(folder / GUARD if is_hardened(folder) else folder)[DIGEST]
 
 
 def weights_option(function: F) -> F:

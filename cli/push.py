@@ -28,8 +28,9 @@ from .speech import say, show
 def command(model: str, repository: str, results: Path | None, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Put the saved MODEL on the Hugging Face hub as ORG/NAME, with a model card, in one commit.
 
-    The token is HF_TOKEN, or that of hf auth login. A README.md in the folder of the model is sent as it is; without
-    one, the card is written from what is known. All commands take -m ORG/NAME or ORG/NAME@REVISION.
+    MODEL may also be what featdiff harden wrote. The token is HF_TOKEN, or that of hf auth login. A README.md in the
+    folder of the model is sent as it is; without one, the card is written from what is known. All commands take
+    -m ORG/NAME or ORG/NAME@REVISION.
 
     \b
     Example: featdiff push my-model org/name --private
@@ -38,31 +39,45 @@ def command(model: str, repository: str, results: Path | None, dry_run: bool, qu
     from featdiff.detectors.model_card import model_card
     from featdiff.detectors.pushing import CARD, kept_images, push_model
     from featdiff.detectors.saved import check_config, saved_mode
-    from featdiff.exceptions import UsageError
     from featdiff.files.model_folder import load
     from featdiff.hardening.layout import GUARD, is_hardened
+    from featdiff.hardening.pushing import card_of_hardened, push_hardened
 
-    if is_hardened(model):
-        raise UsageError(f"{model} is a hardened student: push its guard, {Path(model) / GUARD}; the student is timm's")
-    folder = Path(model)
+    hardened = is_hardened(model)
+    folder = Path(model) / GUARD if hardened else Path(model)
     config, tensors = load(folder)
     check_config(config, folder, saved_mode(config, folder))
-    measured = _read(results) if results else None
+    known = {"license": options["license"], "results": _read(results) if results else None}
 
     held = kept_images(tensors)
     if held:
         say(f"the files hold {held} of training images: who can read the repository can read those", quiet)
-    if config["settings"].get("weights"):
-        say(f"config.json names a file of this computer: {config['settings']['weights']}", quiet)
+    for what in _named_files(model, config, hardened):
+        say(f"config.json names a file of this computer: {what}", quiet)
     if dry_run:
-        card = model_card(config, repository, license=options["license"], results=measured, held=held)
-        own = folder / CARD
+        if hardened:
+            card = card_of_hardened(model, repository, **known)
+        else:
+            card = model_card(config, repository, held=held, **known)
+        own = Path(model) / CARD
         for line in (own.read_text(encoding="utf-8") if own.is_file() else card).splitlines():
             show(line)
         return
 
+    push = push_hardened if hardened else push_model
     options["private"] = options["private"] or None
-    say(f"on the hub: {push_model(folder, repository, results=measured, **options)}", quiet)
+    say(f"on the hub: {push(model, repository, **(options | known))}", quiet)
+
+
+def _named_files(model: str, config: dict[str, Any], hardened: bool) -> list[str]:
+    """Files and folders of this computer that go with a model by their names."""
+    from featdiff.hardening.students import training_facts
+
+    named = [config["settings"].get("weights")]
+    if hardened:
+        facts = training_facts(model)
+        named += [facts.get(name) for name in ("student", "teacher")]
+    return [str(name) for name in named if name and (name == named[0] or Path(str(name)).exists())]
 
 
 def _read(file: Path) -> dict[str, Any]:

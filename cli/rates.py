@@ -30,6 +30,11 @@ def rate_options(function: F) -> F:
     return function
 
 
+fdr_option = click.option(
+    "--fdr", type=float, metavar="Q", help="Mark a share of the batch of which at most Q is normal, in fdr_flag."
+)
+
+
 @dataclass(frozen=True)
 class Rate:
     """The false-alarm rate that was asked for, of images or in a day; None of all: the model's own."""
@@ -86,15 +91,24 @@ class Batch:
     """
 
     level: float
-    _p_values: array[float] = field(default_factory=lambda: array("d"))
+    _count: int = 0  # images with a p-value
+    _p_values: array[float] = field(default_factory=lambda: array("d"))  # those that may be flagged
 
     def add(self, part: Scores) -> None:
         """The next rows."""
-        self._p_values.extend(part.p_value)
+        import numpy as np
+
+        from featdiff.verdicts.calibration import ROUNDING
+
+        values = np.asarray(part.p_value)
+        self._count += int((~np.isnan(values)).sum())
+        self._p_values.extend(values[values <= self.level + ROUNDING])
 
     def add_row(self, row: dict[str, Any]) -> None:
         """A row that an earlier run has written."""
-        self._p_values.append(math.nan if row["p_value"] is None else row["p_value"])
+        if row["p_value"] is not None:
+            self._count += 1
+            self._p_values.append(row["p_value"])
 
     def largest(self) -> float:
         """The largest p-value that is marked, and what it may gain by being written; below all of them if none is."""
@@ -103,25 +117,24 @@ class Batch:
         from featdiff.verdicts.calibration import ROUNDING
         from featdiff.verdicts.fdr import fdr_threshold
 
-        return fdr_threshold(np.array(self._p_values), self.level) + ROUNDING
+        return fdr_threshold(np.array(self._p_values), self.level, self._count) + ROUNDING
 
-    def in_words(self, groups: int) -> str:
-        """What was flagged; if nothing was, what it would have taken."""
+    def in_words(self, groups: int = 0) -> str:
+        """What was flagged; if nothing was, what it would have taken, where the held-out ``groups`` are known."""
         import numpy as np
 
         from featdiff.verdicts.fdr import fewest_flags
         from featdiff.verdicts.results import FDR_FLAG
 
         p_values = np.array(self._p_values)
-        count = int((~np.isnan(p_values)).sum())
         marked = p_values[p_values <= self.largest()]
         if len(marked):
             return (
-                f"fdr {self.level:g}: {len(marked):,} of {count:,} are marked in {FDR_FLAG}, those with a p-value up "
-                f"to {marked.max():.2g}; on average at most {100 * self.level:g} % of such marks are false"
+                f"fdr {self.level:g}: {len(marked):,} of {self._count:,} are marked in {FDR_FLAG}, those with a "
+                f"p-value up to {marked.max():.2g}; on average at most {100 * self.level:g} % of such marks are false"
             )
-        fewest = fewest_flags(count, self.level, groups)
-        return (
-            f"fdr {self.level:g}: none of {count:,} is marked in {FDR_FLAG}; with {groups:,} held-out images, at least "
-            f"{fewest:,} must stand out at once"
-        )
+        none = f"fdr {self.level:g}: none of {self._count:,} is marked in {FDR_FLAG}"
+        if not groups:
+            return none
+        fewest = fewest_flags(self._count, self.level, groups)
+        return f"{none}; with {groups:,} held-out images, at least {fewest:,} must stand out at once"

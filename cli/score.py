@@ -17,12 +17,12 @@ from .main import EXIT_OOD, EXIT_UNREADABLE
 from .options import identity, model_option, output_options, runtime_options, weights_option
 from .output import choose_format, deliver, is_stream
 from .progress import Bars
-from .rates import Batch, Rate, rate_options
+from .rates import Batch, Rate, fdr_option, rate_options
 from .report import check_report, report_images_option, report_option, write_report
 from .rows import Rows, open_rows
 from .shards import check_alone, score_manifest, shard_options
 from .signals import Stop, catching_stop
-from .sources import UNKNOWN, Named
+from .sources import UNKNOWN, Named, every_option
 from .speech import say
 from .summary import FEW, Strangest, in_words, is_seen_as_table
 from .vectors import features_option
@@ -45,11 +45,9 @@ if TYPE_CHECKING:
 @choice_options
 @flagged_options
 @click.option("--resume", is_flag=True, help="Go on with the rows of -o that an interrupted run has left.")
-@click.option("--every", type=float, metavar="SECONDS", help="Of videos, one frame in so many seconds [each frame].")
+@every_option
 @rate_options
-@click.option(
-    "--fdr", type=float, metavar="Q", help="Mark a share of the batch of which at most Q is normal, in fdr_flag."
-)
+@fdr_option
 @click.option(
     "--exclude-known", is_flag=True, help="Do not compare training images with themselves; see also featdiff audit."
 )
@@ -86,7 +84,8 @@ def command(
     **options: Any,
 ) -> int:
     """Score IMAGES: files, folders, globs, zip or tar archives, Parquet files, videos, URLs (s3://, https:// ...) of
-    any of these, or - for paths on stdin; or the rows of a file of vectors, with --features.
+    any of these, or - for paths on stdin; a camera stream (rtsp:// ..., /dev/video0); or the rows of a file of
+    vectors, with --features.
 
     One row each: path, status, reason, ood_score (higher = stranger), p_value, is_ood, and one column per layer.
     is_ood means p_value <= fpr: of images like those trained on, this share is flagged. --fdr looks at all images

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from .main import Stopped
+
+# Signals that ask a process to end; Windows lacks the last.
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @dataclass
@@ -32,14 +36,39 @@ def catching_stop() -> Iterator[Stop]:
         stop.signal = number
         raise KeyboardInterrupt
 
-    before = {}
+    with _handled(on_signal, (signal.SIG_DFL, signal.default_int_handler)):
+        yield stop
+
+
+@contextmanager
+def ending_by_signal(end: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first signal calls ``end``, for work that ends so; what the second one does is as before."""
+    handlers: dict[int, Any] = {}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        end()
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+
+    with _handled(on_signal) as before:
+        handlers |= before
+        yield
+
+
+@contextmanager
+def _handled(
+    on_signal: Callable[[int, FrameType | None], None], instead_of: Container[Any] = ()
+) -> Iterator[dict[int, Any]]:
+    """Signals that ask a process to end go to this handler, in place of these or of all; ignored ones stay so."""
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+        numbers = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
+        for number in numbers:
+            handler = signal.getsignal(number)
+            if handler in instead_of or (not instead_of and handler != signal.SIG_IGN):
                 before[number] = signal.signal(number, on_signal)
     try:
-        yield stop
+        yield before
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

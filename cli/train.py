@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .main import EXIT_UNREADABLE, Stopped
-from .options import MODEL_FOLDER, backbone_options, detector_arguments, groups_option, runtime_options, seed_option
+from .options import (
+    MODEL_FOLDER,
+    backbone_options,
+    detector_arguments,
+    groups_option,
+    log_to_option,
+    runtime_options,
+    seed_option,
+)
 from .progress import Bars, calibrated, list_unreadable
 from .speech import is_first_process, say, without_duplicates
 from .vectors import features_option, train_on_vectors
@@ -43,12 +51,7 @@ INPAINTINGS = "inpaintings.png"
 @click.option("--local/--no-local", default=None, help="Look at places of a picture, too [if the images are alike].")
 @click.option("--no-paths", is_flag=True, help="Keep no paths of training images in the model (for featdiff explain).")
 @click.option("--thumbnails", is_flag=True, help="Keep small pictures of training images in the model, 16 MB at most.")
-@click.option(
-    "--log-to",
-    multiple=True,
-    metavar="KIND:PLACE",
-    help="Losses to tensorboard:FOLDER or mlflow:URI; repeat for more.",
-)
+@log_to_option
 @click.option("--force", is_flag=True, help="Replace a model that is already there.")
 @click.option(
     "-o",

@@ -94,7 +94,9 @@ def work_on_images(
     return Work(
         images.total,
         images.names,
-        lambda start: detector.iter_scores(images.rest(start), rate, images.progress(bars), exclude_known),
+        lambda start: images.scored(
+            lambda refs, progress: detector.iter_scores(refs, rate, progress, exclude_known), start, bars
+        ),
         columns_of(detector.layers, (), detector.parts),
         rate,
         "images",
@@ -108,7 +110,7 @@ def work_on_images(
         _figure(detector, refs, figure) if figure else None,
         exclude_known,
         refs,
-        isinstance(detector, Detector),
+        isinstance(detector, Detector) and not images.stream,
     )
 
 
@@ -124,7 +126,7 @@ def work_of_exported(images: Named, model: str, asked: Rate, options: dict[str, 
     return Work(
         images.total,
         images.names,
-        lambda start: detector.iter_scores(images.rest(start), rate, images.progress(bars)),
+        lambda start: images.scored(lambda refs, progress: detector.iter_scores(refs, rate, progress), start, bars),
         columns_of(detector.layers, (), detector.parts),
         rate,
         "images",

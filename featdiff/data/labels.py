@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -39,8 +40,8 @@ def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str
     UsageError
         Nothing there.
     """
-    refs: dict[str, ImageRef] = {}
-    class_of: dict[str, str] = {}
+    refs: dict[Hashable, ImageRef] = {}
+    class_of: dict[Hashable, str] = {}
     for source in sources if isinstance(sources, list | tuple) else [sources]:
         base = _base(source)
         for ref in list_images(source):
@@ -48,15 +49,14 @@ def list_labelled(sources: object) -> tuple[list[ImageRef], np.ndarray, list[str
                 raise UsageError(f"{ref.path}: {ref.reason}")
 
             name = _class_of(ref.path, base)
-            file = getattr(ref, "file", ref.path)
-            refs.setdefault(file, ref)
-            class_of.setdefault(file, name)
+            refs.setdefault(ref.identity, ref)
+            class_of.setdefault(ref.identity, name)
     if not refs:
         raise UsageError("no images were named")
 
     classes = sorted(set(class_of.values()))
     numbers = {name: i for i, name in enumerate(classes)}
-    labels = np.array([numbers[class_of[file]] for file in refs], dtype=np.int64)
+    labels = np.array([numbers[class_of[identity]] for identity in refs], dtype=np.int64)
     return list(refs.values()), labels, classes
 
 

@@ -52,6 +52,22 @@ def is_parquet(path: str) -> bool:
     return path.partition("?")[0].lower().endswith(PARQUET_SUFFIXES)
 
 
+def holds_images(path: str) -> bool:
+    """Whether a Parquet file of a folder has a column of images for certain, which plain bytes are by their name only.
+
+    True as well for a file that cannot be read: :func:`parquet_refs` says why. Raises ``UsageError`` without PyArrow.
+    """
+    try:
+        rows = _open_rows(path, *version_of(path))
+    except UnreadableImage:  # no column that may hold any
+        return False
+    except UsageError:
+        raise
+    except Exception:
+        return True
+    return rows.picture in _PICTURES or rows.table.schema_arrow.field(rows.picture).type.num_fields > 0
+
+
 def parquet_ref(name: str) -> ParquetRef | None:
     """The row that a name means (``a.parquet/cat.jpg#row=3``); None if it means none."""
     match = _ROW.fullmatch(name)

@@ -15,8 +15,9 @@ from .archives import TarMemberRef, TarRef, ZipRef, archive_refs, member_ref
 from .datasets import dataset_refs, is_map_style, iter_refs
 from .image_refs import IMAGE_SUFFIXES, FileRef, HeldRef, ImageRef, MissingRef, StreamRef, has_image_suffix, printable
 from .memory import is_file_content, refs_in_memory
-from .parquet_refs import is_parquet, parquet_ref, parquet_refs
+from .parquet_refs import holds_images, is_parquet, parquet_ref, parquet_refs
 from .remote_refs import RemoteRef, is_pattern, remote_refs
+from .streams import is_stream, stream_refs
 from .videos import frame_ref, frame_refs, is_video
 
 __all__ = [
@@ -46,11 +47,13 @@ def list_images(sources: object, stdin: IO[bytes] | None = None, every: float | 
     Parameters
     ----------
     sources : str, Path, bytes, open file, PIL image, array, tensor, dataset, ImageRef, or a list of these
-        A file, a folder (searched recursively, sorted by path), a glob pattern, a zip or tar archive or a
-        folder inside one (``data.zip/train``), a Parquet file with images in its rows, a video, a URL of any of
-        these that fsspec opens, ``-`` (paths on standard input, one a line), the content of an image file (``bytes``,
-        ``bytearray``, ``memoryview``), a binary file that is open (``BytesIO`` too), a PIL image, an array or tensor of
-        uint8 or of floats in [0, 1], or a dataset.
+        A file, a folder, a glob pattern, a zip or tar archive or a folder inside one (``data.zip/train``), a Parquet
+        file with images in its rows, a video, a URL of any of these that fsspec opens, ``-`` (paths on standard input,
+        one a line), the content of an image file (``bytes``, ``bytearray``, ``memoryview``), a binary file that is open
+        (``BytesIO`` too), a PIL image, an array or tensor of uint8 or of floats in [0, 1], or a dataset.
+
+        A folder is searched recursively, sorted by path, for image files, videos and Parquet files of images; archives
+        are not opened, and Parquet files of anything else are left out.
 
         An open file is read when its turn comes, so it must still be open: from its start, wherever it stands; a stream
         that cannot go back is read from where it is, and so only once.
@@ -89,6 +92,8 @@ def list_images(sources: object, stdin: IO[bytes] | None = None, every: float | 
     items = list(sources) if isinstance(sources, list | tuple) else [sources]
     if any(isinstance(item, Iterator) and not is_file_content(item) for item in items):
         raise UsageError("a generator can be read only once, and these images are needed again: give a dataset")
+    if any(isinstance(item, str) and is_stream(item) for item in items):
+        raise UsageError("a camera stream has no end: featdiff score reads it, or iter_images")
 
     # one file may be named twice
     refs = list({ref.identity: ref for ref in iter_images(items, stdin, every)}.values())
@@ -107,7 +112,8 @@ def iter_images(sources: object, stdin: IO[bytes] | None = None, every: float | 
     Parameters
     ----------
     sources, stdin, every
-        As for :func:`list_images`, or generators of images.
+        As for :func:`list_images`, or generators of images, or a camera stream (see
+        :func:`featdiff.data.streams.stream_refs`), which does not end by itself.
 
     Yields
     ------
@@ -153,6 +159,8 @@ def _from_item(
             for name in line.splitlines():
                 if name.strip():
                     yield from _from_path(os.fsdecode(name), every)
+    elif isinstance(item, str) and is_stream(item):
+        yield from stream_refs(item, every)
     elif isinstance(item, str | os.PathLike):
         yield from _from_path(os.fspath(item), every)
     elif isinstance(item, ImageRef):
@@ -202,13 +210,11 @@ def ref_of(name: str, size: int | None = None) -> ImageRef:
 
 def _from_path(path: str, every: float | None) -> Iterator[ImageRef]:
     url = is_url(path)
+    if is_stream(path):
+        yield MissingRef(printable(path), "a camera stream, which can only be read alone")
+        return
     if not url and os.path.isdir(path):
-        found = False
-        for ref in _from_folder(path):
-            found = True
-            yield ref
-        if not found:
-            yield MissingRef(printable(path), "no images in this folder")
+        yield from _or_none(_from_folder(path, every), path)
         return
 
     part = None if os.path.lexists(path) else _part_of(path)
@@ -223,8 +229,7 @@ def _from_path(path: str, every: float | None) -> Iterator[ImageRef]:
     elif _holds_many(path) and not is_pattern(path) if url else os.path.isfile(path) and _holds_many(path):
         yield from parquet_refs(path) if is_parquet(path) else frame_refs(path, every)
     elif url:
-        for item in remote_refs(path):
-            yield from [item] if isinstance(item, ImageRef) else _from_path(item, every)
+        yield from _or_none(_from_url(path, every), path)
     elif os.path.lexists(path):
         yield FileRef(printable(path), path)
     elif glob.has_magic(path):
@@ -246,14 +251,33 @@ def _holds_many(path: str) -> bool:
     return is_parquet(path) or is_video(path)
 
 
-def _from_folder(root: str) -> Iterator[ImageRef]:
+def _or_none(refs: Iterable[ImageRef], folder: str) -> Iterator[ImageRef]:
+    """The same, or a reference that says there are none."""
+    found = False
+    for ref in refs:
+        found = True
+        yield ref
+    if not found:
+        yield MissingRef(printable(folder), "no images in this folder")
+
+
+def _from_url(url: str, every: float | None) -> Iterator[ImageRef]:
+    """The images below a URL, or of a pattern, which names what it matches."""
+    for item in remote_refs(url):
+        if isinstance(item, ImageRef):
+            yield item
+        else:
+            yield from _from_path(item, every) if is_pattern(url) else _in_folder(item, every)
+
+
+def _from_folder(root: str, every: float | None) -> Iterator[ImageRef]:
     """Images below ``root``, sorted by path, folder by folder; links to folders are followed, loops are not."""
     seen: set[str] = set()
     waiting: list[tuple[str, bool]] = [(root, True)]  # the next one last
     while waiting:
         path, is_folder = waiting.pop()
         if not is_folder:
-            yield FileRef(printable(path), path)
+            yield from _in_folder(path, every) if _holds_many(path) else [FileRef(printable(path), path)]
             continue
 
         real = os.path.realpath(path)
@@ -266,12 +290,28 @@ def _from_folder(root: str) -> Iterator[ImageRef]:
             yield MissingRef(printable(path), f"folder cannot be read: {problem.strerror}")
 
 
+def _in_folder(path: str, every: float | None) -> Iterator[ImageRef]:
+    """The images of a video or a Parquet file that nobody named: a table of other things is none of them, and a
+    package that is missing ends nothing.
+    """
+    try:
+        if is_video(path):
+            yield from frame_refs(path, every)
+        elif holds_images(path):
+            yield from parquet_refs(path)
+    except UsageError as error:
+        if error.argument:  # not about this file
+            raise
+        yield MissingRef(printable(path), str(error).removeprefix(f"{path}: "))
+
+
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """Folders and images in a folder, and which is which; as whole paths are sorted, a slash after those of folders."""
+    """Folders and files of images in a folder, and which is which; as whole paths are sorted, a slash after folders."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
             is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if not entry.name.startswith(".") and (is_folder or has_image_suffix(entry.name)):
+            wanted = is_folder or has_image_suffix(entry.name) or _holds_many(entry.name)
+            if wanted and not entry.name.startswith("."):
                 found.append((os.path.join(folder, entry.name), is_folder))
     return sorted(found, key=lambda entry: printable(entry[0]) + "/" * entry[1])

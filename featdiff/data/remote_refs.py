@@ -17,8 +17,9 @@ from .limits import MAX_BYTES, check_bytes
 from .parquet_refs import PARQUET_SUFFIXES
 from .videos import VIDEO_SUFFIXES
 
-# Files of many images, which a pattern may match.
-_OF_MANY = (*ZIP_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES, *VIDEO_SUFFIXES)
+# Files of many images: those of a folder, and what a pattern may match besides.
+_OF_MANY = (*PARQUET_SUFFIXES, *VIDEO_SUFFIXES)
+_ARCHIVES = (*ZIP_SUFFIXES, *TAR_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def remote_refs(url: str) -> Iterator[ImageRef | str]:
     Yields
     ------
     ImageRef or str
-        Sorted by name. Of a pattern that matches archives or other files of many images, their URLs. A listing that
+        Sorted by name. Of videos and Parquet files, and of archives that a pattern matches, their URLs. A listing that
         breaks off ends with a reference that says why.
 
     Raises
@@ -120,10 +121,21 @@ def _listed(system: Any, url: str, path: str) -> Iterator[tuple[str, int | None]
     below = root.rstrip("/") + "/" if root else ""
     for name, size in objects:
         hidden = any(part.startswith(".") for part in name.removeprefix(below).split("/"))
-        holds_images = has_image_suffix(name) or (matches and name.lower().endswith(_OF_MANY))
-        if hidden or not holds_images or (matches and not matches(name)):
+        suffixes = (*_OF_MANY, *_ARCHIVES) if matches else _OF_MANY
+        wanted = has_image_suffix(name) or name.lower().endswith(suffixes)
+        if hidden or not wanted or (matches and not matches(name)):
             continue
-        yield chain + system.unstrip_protocol(name), size
+        yield chain + _as_named(url, system.unstrip_protocol(name)), size
+
+
+def _as_named(url: str, listed: str) -> str:
+    """What a client lists, by the scheme and store that people named; adlfs calls ``az://`` objects ``abfs://``."""
+    scheme, _, rest = url.rpartition("::")[2].partition("://")
+    store = rest.partition("/")[0]
+    place = listed.partition("://")[2]
+    if "@" in store and place.partition("/")[0] == store.partition("@")[0]:  # abfs://container@account.host/
+        place = f"{store}/{place.partition('/')[2]}"
+    return f"{scheme}://{place}"
 
 
 def _s3_objects(system: Any, url: str, root: str) -> Iterator[tuple[str, int | None]]:

@@ -79,9 +79,7 @@ def frame_refs(path: str, every: float | None = None) -> Iterator[ImageRef]:
     UsageError
         PyAV is not installed, or ``every`` is not above 0.
     """
-    if every is not None and not 0 < every < math.inf:
-        raise UsageError(f"every is a number of seconds above 0, not {every:g}", argument="every")
-
+    check_every(every)
     label = printable(path)
     try:
         times, problem = _times(path)
@@ -100,6 +98,18 @@ def frame_refs(path: str, every: float | None = None) -> Iterator[ImageRef]:
         yield FrameRef(f"{label}#t={time:.3f}", path, time)
     if problem:
         yield MissingRef(label, f"video cannot be read to its end: {problem}")
+
+
+def check_every(every: float | None) -> None:
+    """Refuse what is no time between frames (``UsageError``)."""
+    if every is not None and not 0 < every < math.inf:
+        raise UsageError(f"every is a number of seconds above 0, not {every:g}", argument="every")
+
+
+def picture_of(frame: Any) -> Image.Image:
+    """A decoded frame, upright."""
+    picture: Image.Image = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
 
 
 def _reason(error: Exception) -> str:
@@ -184,8 +194,7 @@ class _Frames:
                 raise UnreadableImage(f"this frame cannot be decoded{self._problem}")
         if self._now > time + _SAME or self._frame.is_corrupt:
             raise UnreadableImage(f"this frame cannot be decoded{self._problem}")
-        picture: Image.Image = self._frame.to_image()
-        return picture.rotate(self._frame.rotation, expand=True) if self._frame.rotation else picture
+        return picture_of(self._frame)
 
     def _begin(self, time: float) -> None:
         """Go to the last key frame before a time."""

@@ -17,7 +17,7 @@ _TEMPLATE = """---
 
 Tells whether {{ things }} are like those that it was trained on (in-domain) or not (out-of-distribution, OOD).
 A model of [featdiff](https://github.com/featdiff/featdiff) {{ version }}: it gives each of them an `ood_score`,
-a conformal p-value and a verdict. It names no classes.
+a conformal p-value and a verdict. {{ names }}
 
 ## Use
 
@@ -27,9 +27,7 @@ featdiff score {{ given }} -m {{ name }}
 ```
 
 ```python
-from featdiff import {{ kind }}
-
-detector = {{ kind }}.from_pretrained("{{ name }}")
+{{ code }}
 ```
 
 Meant for: finding inputs that another model was not made for, sorting out odd {{ things }} before people look at them,
@@ -88,6 +86,11 @@ _WORDS = {
         "source": "network that made the vectors",
     },
 }
+_CODE = 'from featdiff import {kind}\n\ndetector = {kind}.from_pretrained("{name}")'
+_CODE_OF_STUDENT = """from featdiff.hardening.harden import load_hardened
+
+classifier, guard = load_hardened("{name}")
+logits, verdict = guard(images)  # (B, 3, H, W), prepared by classifier.transform"""
 _TAGS = ["featdiff", "out-of-distribution-detection", "anomaly-detection", "conformal-prediction"]
 
 
@@ -98,13 +101,14 @@ def model_card(
     license: str | None = None,
     results: Mapping[str, Any] | None = None,
     held: str = "",
+    student: Mapping[str, str] | None = None,
 ) -> str:
     """Write a model card.
 
     Parameters
     ----------
     config : mapping
-        The ``config.json`` of a saved detector of any mode.
+        The ``config.json`` of a saved detector of any mode, or of a guard.
     name : str
         ``org/name`` on the hub.
     license : str, optional
@@ -113,6 +117,8 @@ def model_card(
         The JSON of ``featdiff eval --json``; ``"self_check"`` may stand beside it, a share in [0, 1].
     held : str, default ""
         What the model holds of its training images beside features, in words.
+    student : mapping, optional
+        Rows of the table about the classifier that the guard belongs to, where it lies beside it.
 
     Returns
     -------
@@ -128,7 +134,8 @@ def model_card(
 
     pairs, self_check = _measured(results or {})
     mode = str(config["mode"])
-    origin = _origin(config)
+    origin: dict[str, Any] = {"timm": True} if student else _origin(config)
+    words = _WORDS[mode]
     header = ModelCardData(
         library_name="featdiff",
         license=license,
@@ -144,7 +151,9 @@ def model_card(
         template_str=_TEMPLATE,
         name=name,
         version=config["featdiff_version"],
-        facts={label: _cell(value) for label, value in _facts(config, origin).items()},
+        facts={label: _cell(value) for label, value in _facts(config, origin, student).items()},
+        names="It guards a classifier, which names classes." if student else "It names no classes.",
+        code=(_CODE_OF_STUDENT if student else _CODE).format(name=name, kind=words["kind"]),
         held=held,
         calibration=f"{calibration:,}",
         in_groups=f" in {groups:,} groups" if groups < calibration else "",
@@ -152,7 +161,7 @@ def model_card(
         fpr=f"{_fpr(config):g}",
         pairs=[_row(pair) for pair in pairs],
         self_check=self_check,
-        **_WORDS[mode],
+        **words,
     )
     return str(card)
 
@@ -182,12 +191,14 @@ def _origin(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"base_model": known.hf_hub_id, "license": known.license, "papers": known.paper_ids, "timm": True}
 
 
-def _facts(config: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, str]:
-    """Rows of the table of facts."""
+def _facts(config: Mapping[str, Any], origin: Mapping[str, Any], student: Mapping[str, str] | None) -> dict[str, str]:
+    """Rows of the table of facts; what a guard looks through is its classifier."""
     images = config["images"]
     what = "rows" if config["mode"] == "vectors" else "images"
     facts = {"mode": str(config["mode"])}
-    if config["mode"] == "feature":
+    if student:
+        facts |= student
+    elif config["mode"] == "feature":
         backbone = config["backbone"]
         facts |= {
             "backbone": f"{backbone['tag']} ({backbone['source']}); its weights are not in this repository",

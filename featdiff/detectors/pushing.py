@@ -127,10 +127,11 @@ def push_model(
         if not (Path(place) / CARD).exists():
             text = model_card(config, name, license=license, results=results, held=kept_images(tensors))
             (Path(place) / CARD).write_text(text, encoding="utf-8")
-        return push_folder(place, _FILES, name, _refused, **options)
+        return push_folder(place, _FILES, name, refused, **options)
 
 
-def _refused(why: str) -> ModelError:
+def refused(why: str) -> ModelError:
+    """The error for what the hub says."""
     return ModelError(f"the model is not on the hub: {why}")
 
 

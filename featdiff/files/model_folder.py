@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +290,7 @@ def locate(
     local_files_only: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    parts: Sequence[str] = (),
 ) -> Path:
     """A folder as it is, or the local copy of a repository on the hub, downloaded when it is not cached.
 
@@ -303,6 +304,8 @@ def locate(
         Branch, tag or commit; default: the main branch.
     token : str or bool, optional
         Of the hub; default: ``HF_TOKEN``, or that of ``hf auth login``.
+    parts : sequence of str, default ()
+        Folders of the repository that may hold such a pair of files, too.
 
     Raises
     ------
@@ -315,4 +318,5 @@ def locate(
     def refuse(why: str) -> ModelError:
         return ModelError(f"no model {name}{f' at revision {revision}' if revision else ''}: {why}")
 
-    return find_folder(name, [CONFIG, TENSORS], refuse, local_files_only, revision, token)
+    files = [f"{place}{file}" for place in ("", *(f"{part}/" for part in parts)) for file in (CONFIG, TENSORS)]
+    return find_folder(name, files, refuse, local_files_only, revision, token)

@@ -34,7 +34,7 @@ from ..runtime.devices import resolve_device
 from ..runtime.progress import Progress
 from .batches import MIN_CLASS_SIZE
 from .dataset import DatasetBuilder, StudentDataset
-from .layout import GUARD, STUDENT, is_hardened
+from .layout import GUARD, STUDENT, find_model, is_hardened
 from .reading import FOLDER, Reader
 from .recipe import HardenRecipe
 from .run import ALL_LAYERS, Networks, choose_devices, first_process_first, load_networks, make_batches, train_student
@@ -128,6 +128,7 @@ def load_hardened(folder: str | os.PathLike[str], **runtime: Any) -> tuple[Class
     Parameters
     ----------
     folder : path
+        Or ``org/name`` or ``org/name@revision`` on the hub.
     **runtime
         As for :meth:`featdiff.Guard.from_pretrained`.
 
@@ -136,6 +137,7 @@ def load_hardened(folder: str | os.PathLike[str], **runtime: Any) -> tuple[Class
     classifier : Classifier
     guard : Guard
     """
+    folder = find_model(folder)
     classifier = load_classifier(Path(folder) / STUDENT)
 
     device = resolve_device(runtime.pop("device", "auto"))

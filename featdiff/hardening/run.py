@@ -6,6 +6,7 @@ cache, so that a stopped run continues and a finished one is not repeated.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,10 +32,13 @@ from .objective import Objective
 from .recipe import HardenRecipe
 from .students import Classifier, load_student
 from .teachers import Teacher, load_teacher
-from .training import LearningState, check_processes, learn, start
+from .training import LearningState, LearningStep, check_processes, learn, start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+#: Its records carry ``fields``: step, steps, epoch, lr, loss and its parts, and accuracy at the end of an epoch.
+LOG = logging.getLogger(__name__)
 
 #: ``train_from`` of a student all of whose layers are trained.
 ALL_LAYERS = ""
@@ -154,6 +158,8 @@ def train_student(
     with training_threads(networks.trained, recipe.batch_size, sample[0]):
         for step in learn(state, batches, len(split.training), held_out, recipe, seed, before_epoch, accelerator):
             checkpointer.after_step(step.accuracy is not None)
+            if is_first:
+                _log(step, state)
             if progress and is_first:
                 progress("training", step.step, step.steps)
     checkpointer.finish()
@@ -164,6 +170,24 @@ def train_student(
         state.network.load_state_dict(state.best)
     networks.classifier.model.requires_grad_(False).eval()
     return state
+
+
+def _log(step: LearningStep, state: LearningState) -> None:
+    """A record of a step: at the level DEBUG, at the end of an epoch at INFO."""
+    level = logging.DEBUG if step.accuracy is None else logging.INFO
+    if not LOG.isEnabledFor(level):
+        return
+    loss = sum(step.losses.values())
+    measured = {
+        "step": step.step,
+        "steps": step.steps,
+        "epoch": state.epoch,  # how many are finished
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "loss": loss,
+        **{f"loss_{name}": value for name, value in step.losses.items()},
+        **({} if step.accuracy is None else {"accuracy": step.accuracy}),
+    }
+    LOG.log(level, "step %d of %d, loss %.4g", step.step, step.steps, loss, extra={"fields": measured})
 
 
 def _unchanged(pixels: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from ..exceptions import LogStopped, UsageError, did_you_mean, first_line
 
-#: Logger whose records have ``fields`` with ``step`` and numbers (:mod:`featdiff.diffusion.fit`).
-TRAININGS = "featdiff.diffusion.fit"
-# Fields of a record that are curves.
-_CURVES = ("loss", "val_loss", "lr", "epoch")
+#: Loggers whose records have ``fields`` with ``step`` and numbers, at the end of an epoch at the level INFO.
+TRAININGS = ("featdiff.diffusion.fit", "featdiff.hardening.run")
+# Fields of a record that are no curves.
+_COUNTS = ("step", "steps")
 # Numbers that are sent to MLflow together, at most.
 _BATCH = 500
 
@@ -59,18 +59,16 @@ def logged_to(targets: Sequence[str], settings: Mapping[str, Any] | None = None)
     >>> with logged_to([]):  # nowhere
     ...     pass
     """
-    logger = logging.getLogger(TRAININGS)
-    before = logger.level
     with ExitStack() as stack:
+        for logger in map(logging.getLogger, TRAININGS):
+            stack.callback(logger.setLevel, logger.level)
         for target in targets:
             handler = _Curves(target, _open(target, settings or {}))
             stack.push(handler.end)
-            logger.addHandler(handler)
-            logger.setLevel(logging.DEBUG)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
+            for logger in map(logging.getLogger, TRAININGS):
+                logger.addHandler(handler)
+                logger.setLevel(logging.DEBUG)
+        yield
 
 
 def _open(target: str, settings: Mapping[str, Any]) -> RunLog:
@@ -96,19 +94,20 @@ class _Curves(logging.Handler):
         self._log: RunLog | None = log
         self._training = 0
         self._step = sys.maxsize
+        self._name = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = getattr(record, "fields", {})
         if self._log is None or "step" not in fields:
             return
-        if fields["step"] <= self._step:  # steps of another training
+        if fields["step"] <= self._step or record.name != self._name:  # steps of another training
             self._training += 1
         self._step = fields["step"]
+        self._name = record.name
         try:
-            for name in _CURVES:
-                if name in fields:
-                    self._log.add(f"training-{self._training}/{name}", float(fields[name]), self._step)
-            if "val_loss" in fields:
+            for name in fields.keys() - set(_COUNTS):
+                self._log.add(f"training-{self._training}/{name}", float(fields[name]), self._step)
+            if record.levelno >= logging.INFO:
                 self._log.flush()
         except Exception as error:
             self._give_up(error)
@@ -119,7 +118,8 @@ class _Curves(logging.Handler):
 
     def end(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the logger, and close the place."""
-        logging.getLogger(TRAININGS).removeHandler(self)
+        for logger in map(logging.getLogger, TRAININGS):
+            logger.removeHandler(self)
         if self._log is None:
             return
         try:

@@ -13,7 +13,7 @@ from ..data.parquet_refs import open_parquet
 from ..exceptions import FeatdiffError, UsageError, first_line, some_of
 from ..report.writers import open_writer
 from ..verdicts.counts import Counts
-from ..verdicts.results import Scores
+from ..verdicts.results import FDR_FLAG, Scores
 from .cluster import RECORD, Run, read_record
 from .manifest import Block, Manifest, arrow
 from .places import Folder
@@ -136,6 +136,13 @@ def scores_of(table: Table, fpr: float) -> Scores:
         fpr=fpr,
         p_values={name.removeprefix(_P_VALUE): numbers(name) for name in names if name.startswith(_P_VALUE)},
     )
+
+
+def with_marks(table: Table, largest: float) -> Table:
+    """The rows of a block with a column ``fdr_flag``: those with a p-value up to ``largest`` are marked."""
+    pa = arrow()
+    p_values = table["p_value"].cast("float64").fill_null(np.nan).to_numpy()
+    return table.append_column(FDR_FLAG, pa.array(p_values <= largest, mask=np.isnan(p_values)))
 
 
 def counts_of(table: Table, fpr: float) -> Counts:

@@ -34,13 +34,14 @@ def load_model(name: str, arguments: Mapping[str, Any]) -> Detector | PixelDetec
         return ExportedDetector(name, **arguments)
 
     from ..detectors import load_detector
-    from ..hardening.layout import is_hardened
+    from ..hardening.layout import find_model, is_hardened
 
-    if is_hardened(name):
+    folder = find_model(name)
+    if is_hardened(folder):
         from ..hardening.harden import load_hardened
 
-        return load_hardened(name, **arguments)[1].detector
-    return load_detector(name, **arguments)
+        return load_hardened(folder, **arguments)[1].detector
+    return load_detector(folder, **arguments)
 
 
 def scoring(detector: Detector | PixelDetector | ExportedDetector, fpr: float, exclude_known: bool = False) -> Score:

@@ -17,7 +17,7 @@ def check_fdr(level: object) -> float:
     return float(level)
 
 
-def fdr_threshold(p_values: np.ndarray, level: float) -> float:
+def fdr_threshold(p_values: np.ndarray, level: float, count: int | None = None) -> float:
     """The largest p-value of a batch that is flagged by the rule of Benjamini and Hochberg (1995).
 
     Let p(1) <= ... <= p(N). All up to p(k) are flagged, for the largest k with p(k) <= level k / N. On average over
@@ -31,6 +31,8 @@ def fdr_threshold(p_values: np.ndarray, level: float) -> float:
         In (0, 1], in any order; NaN for images without a score, which do not count.
     level : float
         In (0, 1).
+    count : int, optional
+        How many images the batch has, where ``p_values`` are only those up to ``level``, above which none is flagged.
 
     Returns
     -------
@@ -53,7 +55,8 @@ def fdr_threshold(p_values: np.ndarray, level: float) -> float:
     """
     check_fdr(level)
     values = np.sort(p_values[~np.isnan(p_values)])
-    within = np.flatnonzero(values <= level * np.arange(1, len(values) + 1) / max(1, len(values)) + ROUNDING)
+    total = max(1, len(values) if count is None else count)
+    within = np.flatnonzero(values <= level * np.arange(1, len(values) + 1) / total + ROUNDING)
     return float(values[within[-1]]) if len(within) else 0.0
 
 

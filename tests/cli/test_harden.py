@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
-from helpers import copy_labelled, fails
+from fake_hub import READER, WRITER, serving_hub
+from helpers import FEATDIFF, copy_labelled, fails
+from PIL import Image
 from stable_pipelines import NOISE, write_pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from featdiff.hardening.harden import load_hardened
+from featdiff.hardening.students import training_facts
 from featdiff.outliers.outlier_file import load_outliers
 
 Cli = Callable[..., Result]
@@ -48,6 +54,36 @@ def hardened(folders: dict[str, Path], seeded_backbone: Path, tmp_path_factory: 
     assert lines[2].startswith("self-check: flags ")
     assert lines[3] == f"student and guard: {output}. Next: featdiff score IMAGES -m {output}"
     return output
+
+
+def test_curves_of_the_student_and_of_its_guard(
+    folders: dict[str, Path], seeded_backbone: Path, tmp_path: Path, featdiff_cli: Cli
+) -> None:
+    """In TensorBoard, and as records of the log: of the student each loss, of the guard what train gives."""
+    options = ["--epochs", 2, "--train-batch", 16, "--weights", seeded_backbone, "--layers", "layer4", "--seed", 78]
+    command = ["harden", folders["train"], "--student", "test_resnet", *options, "-o", tmp_path / "h", "-q"]
+    done = featdiff_cli(*command, "--log-to", f"tensorboard:{tmp_path / 'runs'}", "--log-file", tmp_path / "run.log")
+    assert done.exit_code == 0, done.output
+
+    events = EventAccumulator(str(tmp_path / "runs"), size_guidance={"scalars": 0}).Reload()
+    first = {tag.partition("/")[2] for tag in events.Tags()["scalars"] if tag.startswith("training-1/")}
+    assert first == {"loss", "loss_labels", "accuracy", "lr", "epoch"}
+    assert [event.step for event in events.Scalars("training-1/loss")] == list(range(1, 11))
+    assert [event.step for event in events.Scalars("training-1/accuracy")] == [5, 10]
+    assert events.Scalars("training-1/epoch")[-1].value == 2
+    history = training_facts(str(tmp_path / "h"))["epochs"]
+    by_epoch = [event.value for event in events.Scalars("training-1/accuracy")]
+    assert by_epoch == pytest.approx([epoch["accuracy"] for epoch in history])
+    losses = [event.value for event in events.Scalars("training-1/loss_labels")]
+    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+    assert means == pytest.approx([epoch["labels"] for epoch in history], rel=1e-4)
+    assert "training-2/val_loss" in events.Tags()["scalars"]
+
+    records = [json.loads(line) for line in (tmp_path / "run.log").read_text().splitlines()]
+    student = [record for record in records if record["logger"] == "featdiff.hardening.run"]
+    assert [(record["step"], record["accuracy"]) for record in student if record["level"] == "info"] == [
+        (step, pytest.approx(value)) for step, value in zip((5, 10), by_epoch, strict=True)
+    ]
 
 
 def test_score_takes_the_folder(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
@@ -136,6 +172,69 @@ def test_outliers_of_stable_diffusion_in_the_students_features(
     narrow = write_pipeline(tmp_path / "sd2", 32, "!", DDIMScheduler(**NOISE, clip_sample=False), attention_head_dim=2)
     fails(featdiff_cli(*made, "--force", "--pipeline", narrow), 2, "have 96 numbers", "takes 32")
     fails(featdiff_cli(*made, "--force", "--pipeline", tmp_path / "no"), 1, "Stable Diffusion", "the method diffusion")
+
+
+def test_the_hub_and_back(hardened: Path, folders: dict[str, Path], tmp_path: Path, featdiff_cli: Cli) -> None:
+    """Pushed whole but for the list of what was left out; by its name it gives the rows of the folder."""
+    line = ["score", folders["digits"], "--format", "jsonl", "-q", "-m"]
+    expected = featdiff_cli(*line, hardened).stdout
+    shown = featdiff_cli("push", hardened, "org/hard", "--dry-run", "-q").stdout
+
+    with serving_hub() as hub:
+
+        def typed(*arguments: object, token: str) -> subprocess.CompletedProcess[str]:
+            environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": token}
+            command = [FEATDIFF, *map(str, arguments)]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+        pushed = typed("push", hardened, "org/hard", "--private", token=WRITER)
+        assert pushed.returncode == 0, pushed.stderr
+        assert "hold paths of training images" in pushed.stderr
+        repository = hub.repositories["org/hard"]
+        files = repository.commits[repository.branches["main"]]
+        scored = typed(*line, "org/hard@main", "-o", tmp_path / "rows.jsonl", token=READER)
+        assert scored.returncode == 0, scored.stderr
+        known = typed("info", "org/hard", "--json", token=READER)
+        assert json.loads(known.stdout) == json.loads((hardened / "guard" / "config.json").read_text())
+
+    pairs = {f"{part}/{file}" for part in ("student", "guard") for file in ("config.json", "model.safetensors")}
+    assert set(files) == {".gitattributes", "README.md", *pairs}
+    assert all(files[name] == (hardened / name).read_bytes() for name in pairs)
+    rows = [json.loads(row) for row in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    wanted = [json.loads(row) for row in expected.splitlines()]
+    assert [row["path"] for row in rows] == [row["path"] for row in wanted]
+    assert [row["ood_score"] for row in rows] == pytest.approx([row["ood_score"] for row in wanted], abs=1e-4)
+
+    card = files["README.md"].decode()
+    assert card.strip() == shown.strip()
+    accuracy = training_facts(str(hardened))["accuracy"]
+    for words in (
+        "| classifier | test_resnet.r160_in1k, in `student/` |",
+        "| classes | 2: china, flower |",
+        f"| classifier trained on | 94 images; {accuracy:.1%} right of the 6 that chose among epochs |",
+        'load_hardened("org/hard")',
+        "featdiff score IMAGES -m org/hard",
+        "It guards a classifier, which names classes.",
+    ):
+        assert words in card
+    assert "base_model" not in card
+
+
+def test_the_code_of_the_card_runs(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:
+    card = featdiff_cli("push", hardened, "org/hard", "--dry-run", "-q").stdout
+    code = card.partition("```python\n")[2].partition("```")[0].replace("org/hard", str(hardened))
+    classifier, _ = load_hardened(hardened)
+    files = sorted(folders["digits"].rglob("*.png"))[:2]
+    images = torch.stack([classifier.transform(Image.open(file).convert("RGB")) for file in files])
+    found: dict[str, Any] = {"images": images}
+    exec(code, found)
+    assert found["logits"].shape == (2, 2)
+    scores = [json.loads(row)["ood_score"] for row in _rows(featdiff_cli, folders["digits"], hardened)[:2]]
+    assert found["verdict"].ood_score.tolist() == pytest.approx(scores, abs=1e-3)
+
+
+def _rows(featdiff_cli: Cli, folder: Path, model: Path) -> list[str]:
+    return featdiff_cli("score", folder, "-m", model, "--format", "jsonl", "-q").stdout.splitlines()
 
 
 def test_an_older_student_is_not_replaced_unasked(

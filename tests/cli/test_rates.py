@@ -17,6 +17,8 @@ from helpers import fails, stopped
 from PIL import Image
 from scipy.stats import false_discovery_control
 
+from featdiff.verdicts.fdr import fdr_threshold
+
 Cli = Callable[..., Result]
 
 
@@ -69,6 +71,41 @@ def test_marks_are_those_of_the_whole_batch(featdiff_cli: Cli, mixed: Path, tiny
     shown = featdiff_cli(*command, "-q", "--format", "table", "--top", 3).stdout.splitlines()
     assert len(shown) == 4
     assert all(line.endswith("  (fdr)") for line in shown[1:])
+
+
+def test_merge_marks_all_blocks_together(
+    featdiff_cli: Cli, mixed: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block alone would be marked otherwise."""
+    monkeypatch.chdir(tmp_path)
+    assert featdiff_cli("score", mixed, "-m", tiny_model, "--fdr", 0.2, "-o", "a.parquet").exit_code == 3
+    plain = pq.read_table("a.parquet")
+    featdiff_cli("manifest", mixed, "-q", "-o", "m.parquet")
+    assert (
+        featdiff_cli("score", "--manifest", "m.parquet", "--out", "b", "--block", 20, "-m", tiny_model, "-q").exit_code
+        == 3
+    )
+
+    for file in ("m.csv", "b.parquet"):
+        done = featdiff_cli("merge", "b", "--fdr", 0.2, "-o", file)
+        assert done.exit_code == 3, done.output
+        marked = plain["fdr_flag"].to_pylist()
+        assert f"fdr 0.2: {marked.count(True)} of 150 are marked in fdr_flag" in done.stderr
+    merged = pq.read_table("b.parquet")
+    assert merged.schema.field("fdr_flag").type == pa.bool_()
+    assert merged.column_names == plain.column_names
+    assert merged["path"].to_pylist() == plain["path"].to_pylist()
+    assert merged["fdr_flag"].to_pylist() == marked
+    words = {None: "", True: "true", False: "false"}
+    assert [row["fdr_flag"] for row in rows_of(tmp_path / "m.csv")] == [words[mark] for mark in marked]
+
+    p_values = merged["p_value"].to_numpy()
+    alone = [p_values[i : i + 20] <= fdr_threshold(p_values[i : i + 20], 0.2) for i in range(0, 151, 20)]
+    assert np.concatenate(alone).tolist() != [bool(mark) for mark in marked]
+    assert "fdr_flag" not in featdiff_cli("merge", "b").stderr
+    none = featdiff_cli("merge", "b", "--fdr", 0.001)
+    assert "fdr 0.001: none of 150 is marked in fdr_flag\n" in none.stderr
+    fails(featdiff_cli("merge", "b", "--fdr", 2), 2, "--fdr", "between 0 and 1")
 
 
 def test_it_goes_on_after_an_interruption(featdiff_cli: Cli, mixed: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -11,38 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from PIL import Image
 from stores import faulty_server
+from videos import COUNT, number_of, write_video
 
 from featdiff import Detector
 from featdiff.data.references import MissingRef, iter_images, list_images, ref_of
 from featdiff.exceptions import UsageError
 
 av = pytest.importorskip("av")
-
-COUNT = 90  # frames, 30 a second
-
-
-def write_video(file: Path, codec: str, audio: bool = False) -> Path:
-    """A bar that grows from left to right: how bright a frame is says which it is."""
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.gop_size = 15
-        for i in range(COUNT):
-            pixels = np.zeros((48, 64, 3), np.uint8)
-            pixels[:, : round(64 * (i + 1) / COUNT)] = 255
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return file
-
-
-def number_of(picture: object) -> int:
-    assert isinstance(picture, Image.Image)
-    return round(np.asarray(picture.convert("L")).mean() / 255 * COUNT) - 1
-
 
 KINDS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.webm", "libvpx")]
 

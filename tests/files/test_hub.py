@@ -229,7 +229,7 @@ def test_requests_that_make_no_sense(tiny_model: Path, tmp_path: Path, featdiff_
         locate(tmp_path / "gone", revision="v1")
     (tmp_path / "student").mkdir()
     (tmp_path / "guard").mkdir()
-    fails(featdiff_cli("push", tmp_path, "org/name"), 2, f"push its guard, {tmp_path / 'guard'}")
+    fails(featdiff_cli("push", tmp_path, "org/name"), 1, f"no featdiff model at {tmp_path / 'guard'}")
 
 
 @pytest.mark.parametrize("token", ["", "hf_secret\n", "hf secret", "hf_sécret", "hf_\x00secret"])

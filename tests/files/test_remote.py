@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,10 +153,8 @@ def test_without_credentials_it_says_what_to_set(s3: Any, tmp_path: Path) -> Non
     [("s4://a/b", "s4:// is no known scheme"), ("gs://a/b", "pip install 'featdiff[gcs]'")],
 )
 def test_unknown_schemes_and_missing_clients(url: str, words: str) -> None:
-    if url.startswith("gs"):
-        pytest.importorskip("s3fs")
-        with pytest.raises(ImportError):
-            import gcsfs  # noqa: F401
+    if url.startswith("gs") and importlib.util.find_spec("gcsfs"):
+        pytest.skip("its client is installed here")
     for action in (read_bytes, exists, list_names, open_input, lambda name: write_whole(name, b"")):
         with pytest.raises(UsageError) as refused:
             action(url)

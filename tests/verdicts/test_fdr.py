@@ -27,6 +27,16 @@ def test_images_without_a_score_do_not_count() -> None:
     assert fdr_threshold(np.array([np.nan]), 0.1) == fdr_threshold(np.array([]), 0.1) == 0.0
 
 
+def test_large_p_values_need_only_be_counted() -> None:
+    rng = np.random.default_rng(5)
+    for level in (0.05, 0.2, 0.5):
+        p_values = np.concatenate([rng.random(500), rng.random(60) ** 6, [level, np.nan]])
+        small = p_values[p_values <= level]
+        whole = fdr_threshold(p_values, level)
+        assert 0 < whole <= level
+        assert fdr_threshold(small, level, 561) == whole
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_few_flags_are_false(share: float) -> None:
     """On average over batches, each behind a calibration set of its own, at most the level."""
