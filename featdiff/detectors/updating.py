@@ -186,7 +186,7 @@ def _checked(detector: BaseDetector[Any]) -> Detector:
         )
     if detector.recalibrations_:
         raise UsageError(
-            "this detector was recalibrated, and an update would bring back the held-out images of its training: update "
+            "this detector was recalibrated, and an update would bring back its first held-out images: update "
             "the one it was made of, then recalibrate that"
         )
     return detector
