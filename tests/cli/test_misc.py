@@ -31,6 +31,7 @@ COMMANDS = [
     "audit",
     "train",
     "score",
+    "watch",
     "manifest",
     "features",
     "merge",
