@@ -139,8 +139,9 @@ def _words(on_alarm: str | None) -> list[str]:
         words = shlex.split(on_alarm or "")
     except ValueError as error:
         raise UsageError(f"{on_alarm!r}: {error}", argument="on_alarm") from None
-    if on_alarm is not None and (not words or shutil.which(words[0]) is None):
-        raise UsageError(f"no program {words[0] if words else on_alarm!r}", argument="on_alarm")
+    program = words[0] if words else ""
+    if on_alarm is not None and shutil.which(program) is None:
+        raise UsageError(f"no program {program!r}", argument="on_alarm")
     return words
 
 

@@ -77,16 +77,14 @@ class Alarm:
         """On one line."""
         what = "more small p-values than normal images have"
         if self.side != STRANGE:
-            what = (
-                "fewer small p-values than normal images have, as from a frozen camera or with images of the training"
-            )
-        rows = "row has" if self.uncounted == 1 else "rows have"
-        without = f"; {self.uncounted:,} {rows} no p-value and do not count" if self.uncounted else ""
+            what = "fewer small p-values than normal images have, as with a frozen camera or images of the training"
+        rows = "row without a p-value is" if self.uncounted == 1 else "rows without a p-value are"
+        without = f"; {self.uncounted:,} {rows} not counted" if self.uncounted else ""
         share, low, high, fpr = (f"{100 * value:.1f}" for value in (self.share, self.low, self.high, self.fpr))
         return (
-            f"{what}, found after {self.after:,} images: of the latest {min(WINDOW, self.counted):,}, {share} % have one "
-            f"up to {self.fpr:g} (95 % interval {low} to {high} %), where normal images have {fpr} %; the p-values are "
-            f"{self.distance:.2f} from even ones (0: as of normal images, 1: as far as can be){without}"
+            f"{what}, found after {self.after:,} images: of the latest {min(WINDOW, self.counted):,}, {share} % have "
+            f"one up to {self.fpr:g} (95 % interval {low} to {high} %), where normal images have {fpr} %; the p-values "
+            f"are {self.distance:.2f} from even ones (0: as of normal images, 1: as far as can be){without}"
         )
 
     def as_json(self) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import queue
-import sqlite3
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,11 +17,8 @@ from ..data.references import iter_images, ref_of
 from ..exceptions import FeatdiffError, UsageError, one_line
 from .manifest import Manifest
 from .watch_state import Key
+from .watch_waiting import AT_ONCE, Waiting
 
-# Images that are handed out at once, and rows of a manifest that are read at once.
-_AT_ONCE = 10_000
-# Earlier than any reading of the clock.
-_LONG_AGO = -1e9
 # Paths on standard input that are taken at once.
 _MOST_LINES = 1_000
 
@@ -85,52 +80,6 @@ def open_source(name: str, tell: Tell, pause: float, known: bool = False, stdin:
     if os.path.exists(name):
         return Listed(name, tell, pause)
     raise UsageError(f"no folder or manifest {name}", argument="source")
-
-
-class Waiting:
-    """Files that have been seen and may not be whole; in a temporary file where they are many."""
-
-    def __init__(self, pause: float) -> None:
-        self._pause = pause
-        self._database = sqlite3.connect("", isolation_level=None)
-        self._database.execute(
-            "CREATE TABLE waiting (name BLOB PRIMARY KEY, size INT, changed INT, first REAL, latest REAL) WITHOUT ROWID"
-        )
-
-    def look(self, found: Iterator[tuple[Key, bool]]) -> int:
-        """Compare with the look before: a file that has changed begins to wait anew, one that is gone is forgotten.
-
-        Parameters
-        ----------
-        found : iterator of (Key, bool)
-            What is there and has no row, and whether it must wait.
-
-        Returns
-        -------
-        int
-            How many wait.
-        """
-        now = time.monotonic()
-        self._database.execute("BEGIN")
-        self._database.executemany(
-            "INSERT INTO waiting VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
-            "first = CASE WHEN size = excluded.size AND changed = excluded.changed THEN first ELSE excluded.first END, "
-            "size = excluded.size, changed = excluded.changed, latest = excluded.latest",
-            ((*key, now if waits else _LONG_AGO, now) for key, waits in found),
-        )
-        self._database.execute("DELETE FROM waiting WHERE latest < ?", (now,))
-        self._database.execute("COMMIT")
-        (count,) = self._database.execute("SELECT count(*) FROM waiting").fetchone()
-        return int(count)
-
-    def take(self) -> list[Key]:
-        """The first that two looks have found the same, so many seconds apart; they are forgotten."""
-        keys = self._database.execute(
-            "SELECT name, size, changed FROM waiting WHERE latest - first >= ? ORDER BY first, name LIMIT ?",
-            (self._pause, _AT_ONCE),
-        ).fetchall()
-        self._database.executemany("DELETE FROM waiting WHERE name = ?", ((name,) for name, _, _ in keys))
-        return [Key(*key) for key in keys]
 
 
 class _Polled:
@@ -245,8 +194,8 @@ class Listed(_Polled):
             self._left = True
 
     def _found(self, is_done: IsDone) -> Iterator[tuple[Key, bool]]:
-        for number in range(self._manifest.blocks(_AT_ONCE)):
-            block = self._manifest.block(number, _AT_ONCE)
+        for number in range(self._manifest.blocks(AT_ONCE)):
+            block = self._manifest.block(number, AT_ONCE)
             for uri, size in zip(block.uris, block.sizes.tolist(), strict=True):
                 key = Key(os.fsencode(uri), size, 0)
                 ref = _listed(key)
@@ -292,7 +241,7 @@ class Paths:
         return 0
 
     def take(self) -> list[Arrival]:
-        arrivals = islice(self._found, _AT_ONCE)
+        arrivals = islice(self._found, AT_ONCE)
         return list({arrival.key.name: arrival for arrival in arrivals}.values())  # one may be named twice
 
     def _key(self, ref: ImageRef) -> Key:
