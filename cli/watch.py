@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +100,19 @@ def command(source: str, output: Path, once: bool, quiet: bool, **options: Any) 
         try:
             with _open_state(output, made_with, rotate, options["restart_drift"]) as state:
                 watch = _watch(images, asked, state, test, on_alarm, stop, quiet)
-                say(f"watching {source}: {watch.counts.rows:,} rows are in {output}", quiet)
                 started()
-                before = watch.counts.unreadable + watch.counts.failed
+                before = replace(watch.counts)
+                say(f"watching {source}: {before.rows:,} rows are in {output}", quiet)
                 watch.run(once, _Lines(watch, asked.fpr, quiet))
         except KeyboardInterrupt:
             raise stop.stopped(f"all rows so far are in {output}: the same command goes on from there") from None
 
-    say(f"{in_words(watch.counts, 'images', asked.fpr)}, in {output}", quiet)
+    counts = watch.counts
+    new = f"{counts.rows - before.rows:,} new; all: {in_words(counts, 'images', asked.fpr)}, in {output}"
+    say(new, quiet, fpr=asked.fpr, **asdict(counts))
     if watch.test and watch.test.alarms:
         return EXIT_OOD
-    return EXIT_UNREADABLE if watch.counts.unreadable + watch.counts.failed > before else 0
+    return EXIT_UNREADABLE if counts.unreadable + counts.failed > before.unreadable + before.failed else 0
 
 
 def _check_output(output: Path) -> None:
@@ -183,7 +186,8 @@ def _watch(
             yield part
 
     def tell(alarm: Alarm) -> None:
-        say(f"ALARM: {alarm.in_words()}; it stays until --restart-drift")
+        facts = {name: getattr(alarm, name) for name in ("side", "after", "share", "distance")}
+        say(f"ALARM: {alarm.in_words()}; it stays until --restart-drift", **facts)
         if not on_alarm:
             return
         try:

@@ -64,14 +64,14 @@ def run(
     rotate: int = 0,
     tell: Callable[[str], None] = lambda text: None,
     on_alarm: Callable[[Alarm], None] = lambda alarm: None,
-    after_round: Callable[[], None] = lambda: None,
+    after_each: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Watch:
     """A watch from its beginning to its end."""
     images = open_source(source, tell, poll, known=True, stdin=options.pop("stdin", None))
     with WatchState(output, {"model": "stand-in", "source": source}, rotate, **options) as state:
         watch = Watch(images, score, state, DriftTest(HELD_OUT, sides=SIDES), 0.05, on_alarm, tell)
-        watch.run(once, after_round)
+        watch.run(once, after_each)
     return watch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -68,15 +68,15 @@ class Watch:
         self.counts = state.counts
         self.test = DriftTest.from_json(state.drift) if test and state.drift else test
 
-    def run(self, once: bool = False, after_round: Callable[[], None] = lambda: None) -> None:
+    def run(self, once: bool = False, after_each: Callable[[], None] = lambda: None) -> None:
         """Score what comes.
 
         Parameters
         ----------
         once : bool, default False
             End when all is scored that was there at the first look.
-        after_round : callable, optional
-            Called after each look and the images that it gave.
+        after_each : callable, optional
+            Called after each look, and after each part of the rows.
         """
         self._alarms()  # that were not told when the process before was killed
         looks = 0
@@ -86,15 +86,16 @@ class Watch:
             looked = time.monotonic() - begun
             looks += 1
             while arrivals := self._source.take():
-                self._add(arrivals)
-            after_round()
+                for _ in self._add(arrivals):
+                    after_each()
+            after_each()
 
             if self._source.over or (once and (looks > 1 or not waiting)):
                 return
             if self._source.pause:
                 time.sleep(max(self._source.pause, looked))  # a large folder shall not keep a disk busy
 
-    def _add(self, arrivals: Sequence[Arrival]) -> None:
+    def _add(self, arrivals: Sequence[Arrival]) -> Iterator[None]:
         """Score images that are whole; each part is done when it has its rows."""
         done = 0
         for part in self._score([arrival.ref for arrival in arrivals]):
@@ -103,6 +104,7 @@ class Watch:
             kept = [i for i, arrival in enumerate(batch) if self._source.keeps(arrival, part.status[i] != UNREADABLE)]
             if kept:
                 self._keep(part[kept], [batch[i].key for i in kept])
+            yield
 
     def _keep(self, part: Scores, keys: Sequence[Key]) -> None:
         values = np.asarray(part.p_value, dtype=np.float64)

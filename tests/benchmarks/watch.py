@@ -27,14 +27,9 @@ os.environ["FEATDIFF_LOG_SECONDS"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from conftest import TINY
-from helpers import FEATDIFF, noise_pictures
 from watch_stand_in import HELD_OUT, rows_of
 
-from featdiff import Detector
-from featdiff.data import samples
 from featdiff.data.image_refs import HeldRef, ImageRef
-from featdiff.export.export import export
 from featdiff.serving.watch import Watch
 from featdiff.serving.watch_sources import Arrival
 from featdiff.serving.watch_state import Key, WatchState
@@ -66,6 +61,12 @@ def main() -> None:
 
 def tiny_model(folder: Path) -> Path:
     """A model that looks at 32 x 32 pixels, and starts in a second."""
+    from conftest import TINY
+
+    from featdiff import Detector
+    from featdiff.data import samples
+    from featdiff.export.export import export
+
     images = samples.write(folder / "samples")
     detector = Detector(**{**TINY, "size": 32}, local=False).fit(images["train"])
     export(detector, folder / "model", ["onnx"])
@@ -74,6 +75,8 @@ def tiny_model(folder: Path) -> Path:
 
 def killed(place: Path, model: Path | None, files: int, kills: int) -> int:
     """Let files arrive and kill their watch; the exit code is 1 if a row is lost or doubled."""
+    from helpers import FEATDIFF, noise_pictures
+
     model = model or tiny_model(place)
     incoming, output = place / "incoming", place / "rows.jsonl"
     for folder in (incoming, place / "noise"):
@@ -112,7 +115,7 @@ def killed(place: Path, model: Path | None, files: int, kills: int) -> int:
     lost = len(expected - times.keys())
     doubled = sum(count > 1 for count in times.values())
     print(
-        "| files | kills | rows | lost | doubled | not whole | in the test of drift | files of rows | memory, MB | code |"
+        "| files | kills | rows | lost | doubled | not whole | in the drift test | files of rows | memory, MB | code |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     print(
@@ -206,20 +209,21 @@ class Drawn:
     pause = 0.0
 
     def __init__(self, rows: int) -> None:
+        self._starts = iter(range(0, rows, 1000))
         self._rows = rows
-        self._given = 0
+        self._ready: list[int] = []
         self.over = False
 
     def look(self, is_done: object) -> int:
-        self.over = self._given + 1000 >= self._rows
+        self._ready = [next(self._starts)]
+        self.over = self._ready[0] + 1000 >= self._rows
         return 0
 
     def take(self) -> list[Arrival]:
-        start = self._given
-        if start >= self._rows or start % 1000 and not self.over:
+        if not self._ready:
             return []
-        self._given = min(start + 1000, self._rows)
-        values = np.random.default_rng(start).integers(1, HELD_OUT + 2, self._given - start) / (HELD_OUT + 1)
+        start = self._ready.pop()
+        values = np.random.default_rng(start).integers(1, HELD_OUT + 2, min(1000, self._rows - start)) / (HELD_OUT + 1)
         names = [f"incoming/2026-11/{start + i:09}.png" for i in range(len(values))]
         refs = [HeldRef(name, f"{value:.6f}".encode()) for name, value in zip(names, values, strict=True)]
         return [Arrival(Key(ref.path.encode(), 8, start), ref) for ref in refs]
@@ -242,7 +246,7 @@ def drawn_rows(place: Path, rows: int) -> None:
         test = DriftTest(HELD_OUT, sides=SIDES)
         watch = Watch(Drawn(rows), score, state, test, 0.05, print, print)
 
-        def after_round() -> None:
+        def after_each() -> None:
             if not steps or watch.counts.rows < steps[0]:
                 return
             steps.pop(0)
@@ -252,7 +256,7 @@ def drawn_rows(place: Path, rows: int) -> None:
             cells = (resident, peak_memory(os.getpid()), states, size)
             print(f"| {watch.counts.rows:,} | " + " | ".join(f"{cell / 1e6:,.0f}" for cell in cells) + " |", flush=True)
 
-        watch.run(after_round=after_round)
+        watch.run(after_each=after_each)
 
 
 if __name__ == "__main__":

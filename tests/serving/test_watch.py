@@ -193,23 +193,23 @@ def test_a_folder_that_vanishes_and_comes_back(folder: Path, tmp_path: Path) -> 
     output, away = tmp_path / "rows.jsonl", tmp_path / "away"
     fill(folder, names_of(3), even(3))
     lines: list[str] = []
-    rounds: list[int] = []
+    seen: list[int] = []
 
     class Enough(Exception):
         pass
 
-    def after_round() -> None:
-        rounds.append(len(rows_in(output)) if output.exists() else 0)
-        if rounds[-1] == 3 and folder.exists() and not lines:
+    def after_each() -> None:
+        seen.append(len(rows_in(output)) if output.exists() else 0)
+        if seen[-1] == 3 and folder.exists() and not lines:
             folder.rename(away)
-        elif len(lines) == 1 and rounds[-4:] == [3] * 4 and not folder.exists():
+        elif len(lines) == 1 and seen[-4:] == [3] * 4 and not folder.exists():
             fill(away, ["new.png"], even(1))
             away.rename(folder)
-        elif rounds[-1] == 4 or len(rounds) > 1000:
+        elif seen[-1] == 4 or len(seen) > 1000:
             raise Enough
 
     with pytest.raises(Enough):
-        run(str(folder), output, once=False, poll=PAUSE, tell=lines.append, after_round=after_round)
+        run(str(folder), output, once=False, poll=PAUSE, tell=lines.append, after_each=after_each)
     assert lines == [f"{folder}: No such file or directory; waiting for it", f"{folder} is there again"]
     assert times(output) == {**dict.fromkeys(names_of(3), 1), "new.png": 1}
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from helpers import FEATDIFF, fails, noise_pictures, stopped
+from pages import CRON, blocks_at
 from PIL import Image
 
 from featdiff import Detector
@@ -209,6 +210,22 @@ def test_once_as_cron_runs_it(watch: Cli, incoming: Path, tmp_path: Path, sample
     assert len(rows_in(tmp_path / "rows.jsonl")) == 121
 
 
+def test_the_line_of_the_page_as_cron_runs_it(exported_model: Path, incoming: Path, tmp_path: Path) -> None:
+    """By sh, with hardly any environment; what it prints would be sent as a mail."""
+    (block,) = blocks_at(CRON, language="crontab")
+    *times, command = block.text.strip().split(maxsplit=5)
+    assert len(times) == 5
+    (tmp_path / "my-model").symlink_to(exported_model)
+    environment = {"PATH": f"{Path(FEATDIFF).parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}  # of a checkout
+    line = command.replace("/data", str(tmp_path))
+    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [row["path"] for row in rows_in(tmp_path / "rows.jsonl")] == [
+        f"incoming/{name}" for name in sorted(os.listdir(incoming))
+    ]
+
+
 @pytest.fixture
 def alarm() -> Alarm:
     test = DriftTest(500, sides=SIDES)
@@ -324,3 +341,16 @@ def test_a_termination_is_as_ctrl_c(exported_model: Path, incoming: Path, tmp_pa
     code, _, errors = stopped(arguments, lambda: len(rows_in(output)) == 60, number=signal.SIGTERM)
     assert code == 143
     assert errors.startswith("interrupted; all rows so far are in ")
+
+
+def test_what_programs_read(watch: Cli, tmp_path: Path) -> None:
+    """The log as JSON: the facts of an alarm, and the counts of all rows."""
+    (tmp_path / "noise").mkdir()
+    noise_pictures(tmp_path / "noise", 99, 40)
+    done = watch(tmp_path / "noise", "--log-format", "json")
+    entries = [json.loads(line) for line in done.stderr.splitlines()]
+    (alarm,) = [entry for entry in entries if "side" in entry]
+    assert alarm["level"] == "warning" and alarm["message"].startswith("more small p-values")
+    assert 0 < alarm["after"] <= 99 and 0 <= alarm["share"] <= 1 and 0 < alarm["distance"] <= 1
+    (counts,) = [entry for entry in entries if "rows" in entry]
+    assert counts["rows"] == 99 and counts["message"].startswith("99 new; all: 99 images: ")
