@@ -141,8 +141,11 @@ def test_names_of_files_that_are_being_written_are_not_taken(folder: Path, sourc
 def test_a_file_that_is_deleted_while_it_waits_is_forgotten(folder: Path, source: Source) -> None:
     fill(folder, ["a.png", "b.png"], even(2))
     assert looked(source) == []
-    (folder / "a.png").unlink()
+    (folder / "a.png").rename(folder / "a.png.part")
     assert looked(source) == ["b.png"]
+    (folder / "a.png.part").rename(folder / "a.png")
+    assert looked(source, lambda key: key.name == b"b.png") == []  # as if it had never been there
+    assert looked(source, lambda key: key.name == b"b.png") == ["a.png"]
 
 
 def test_a_file_that_is_deleted_or_replaced_once_it_was_taken(folder: Path, source: Source) -> None:
@@ -444,6 +447,11 @@ def test_an_output_that_was_moved_away_is_begun_anew(output: Path) -> None:
         output.rename(output.with_name(f"closed-{number}.jsonl"))
     files = sorted(output.parent.glob("*-*.jsonl"))
     assert sorted(row["n"] for row in rows_in(*files)) == [2, 3, 4, 5, 6, 7]  # type: ignore[type-var]
+    with WatchState(output, {}) as state:
+        add(state, 8)
+        add(state, 9)
+        output.rename(output.with_name("moved.jsonl"))
+    assert not output.exists()
     with WatchState(output, {}):
         pass
     assert not output.exists()
