@@ -18,7 +18,7 @@ import click
 LOGGER = "featdiff.cli"
 FORMATS = ("text", "json")
 # Beginning of a line for people -> its level.
-_LEVELS = {"Error: ": logging.ERROR, "WARNING: ": logging.WARNING}
+_LEVELS = {"Error: ": logging.ERROR, "WARNING: ": logging.WARNING, "ALARM: ": logging.WARNING}
 
 
 class JsonLines(logging.Formatter):

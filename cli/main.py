@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("train", "Learn what is normal from a folder of ordinary images."),
     "update": ("update", "Add good images to a model without training anew."),
     "score": ("score", "Score images: one row per image, with a p-value and a verdict."),
+    "watch": ("watch", "Score files as they arrive, and give an alarm once they have changed."),
     "manifest": ("manifest", "List images in a file that many machines score from."),
     "features": ("features", "Compute training features ahead of train, on many machines."),
     "merge": ("merge", "Check that a manifest is scored whole, and join its blocks."),

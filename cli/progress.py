@@ -71,7 +71,7 @@ class Lines:
             self._thread.join()
 
     def _print(self) -> None:
-        seconds = _seconds_between_lines()
+        seconds = seconds_between_lines()
         if not seconds:
             return
         pause = max(_FIRST_LINE, Lines._printed + seconds - time.monotonic())
@@ -81,7 +81,7 @@ class Lines:
             pause = seconds
 
 
-def _seconds_between_lines() -> float:
+def seconds_between_lines() -> float:
     """What the environment says, 0 for no lines; a value that is no number is as none."""
     try:
         return max(0.0, float(os.environ.get(_SECONDS, _NEXT_LINE)))
@@ -121,7 +121,7 @@ def starting(quiet: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        _started()
+        started()
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _word(text: str) -> Spinner | Lines:
     return Spinner(text, console) if _is_terminal(console) else Lines(lambda: text)
 
 
-def _started() -> None:
+def started() -> None:
     """End the word of :func:`starting`."""
     global _starting
 
@@ -243,7 +243,7 @@ class Bars:
         return {"stage": self._stage, "done": latest.done, "total": latest.total, "rate": self.rate(self._stage)}
 
     def __enter__(self) -> Self:
-        _started()
+        started()
         self._warnings.__enter__()
         for shown in (self._spinner, self._lines):
             if shown is not None:

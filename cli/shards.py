@@ -96,7 +96,7 @@ def score_manifest(context: click.Context) -> int:
     bars = Bars(options["quiet"])
 
     manifest = Manifest(options["manifest"])
-    asked = _asked(options)
+    asked = asked_of(options)
     hints = {
         "manifest": lasting(options["manifest"]),
         "model folder": lasting(options["model"]),
@@ -119,7 +119,8 @@ class Asked:
     made_with: dict[str, Any]
 
 
-def _asked(options: dict[str, Any]) -> Asked:
+def asked_of(options: dict[str, Any]) -> Asked:
+    """The model of ``-m`` and the rate, as the options say."""
     from featdiff import ExportedDetector
     from featdiff.exported.layout import is_exported
     from featdiff.verdicts.results import columns_of

@@ -37,6 +37,7 @@ SCRIPT = "with --help (test_code)"
 COMPLETION = "typed with a home of its own (cli/test_completion)"
 SBATCH = "as each task of the array (serving/test_schedulers)"
 INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
+CRON = "as cron runs it (serving/test_watch_command)"
 RAY = "on a cluster of two nodes (serving/test_ray)"
 UPDATED = "on a small model (cli/test_update)"
 API = "into a temporary folder (test_api_pages)"
@@ -72,8 +73,8 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^featdiff (train|score) .*(ddpm|--features|test_resnet|featdiff-export)", SMALL),
         (r"^featdiff (backbones|doctor|export)", SMALL),
         (r"^(FEATDIFF_\w+=\S+ )?featdiff (audit|train|score|explain|eval|bench|info|outliers|harden)", DEFAULT),
-        (r"^featdiff (manifest|merge|features|recalibrate|compare) ", DEFAULT),
-        (r"^find images ", DEFAULT),
+        (r"^featdiff (manifest|merge|features|recalibrate|compare|watch) ", DEFAULT),
+        (r"^find (images|test) ", DEFAULT),
         (r"^featdiff serve|^curl .*127\.0\.0\.1:8000", SERVER),
         (r"_FEATDIFF_COMPLETE=", COMPLETION),
     ),
@@ -90,6 +91,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "makefile": ((r"featdiff score", PIPELINE),),
     "sh": ((r"^#SBATCH ", SBATCH),),
+    "crontab": ((r"featdiff watch", CRON),),
     "yaml": ((r"^stages:", PIPELINE), (r"^kind: Job$", INDEXED_JOB)),
     "dockerfile": ((r"^FROM ", CONTAINER),),
     "toml": (
@@ -120,6 +122,7 @@ EXPECTED = {
     "featdiff score images/ -m ddpm-model --figure inpaintings.png": 3,
     "featdiff score --manifest manifest.parquet --out scored --shard 2/2 -m my-model": 3,
     "featdiff merge scored -o scores.parquet --report scores.html": 3,
+    "featdiff watch digits/ -m my-model -o strange.jsonl --once --on-alarm cat": 4,
     "find images -name '*.png' | featdiff score - --fail-on-ood": 4,  # images/ holds digits
 }
 

@@ -24,6 +24,7 @@ MAIN: click.Group = _script.load()
 WORDS = {"backbone", "view", "layers", "device", "distances", "formats", "train_from", "pattern"}
 WORDS |= {"license", "log_to", "message", "ray", "revision", "shard"}
 WORDS |= {"api_key", "host", "name"}  # of serve
+WORDS |= {"on_alarm"}  # of watch
 OTHERS = (click.Choice, click.IntRange, type(click.INT), type(click.FLOAT))
 
 

@@ -32,6 +32,7 @@ COMMANDS = [
     "train",
     "update",
     "score",
+    "watch",
     "manifest",
     "features",
     "merge",
