@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from featdiff.serving.watch_sources import Source
     from featdiff.serving.watch_state import WatchState
     from featdiff.verdicts.drift import DriftTest
+    from featdiff.verdicts.layer_drift import LayerDrift
+
+# Chance of a false alarm for an unlucky calibration set.
+_DELTA = 0.01
 
 
 @click.command("watch")
@@ -93,13 +97,13 @@ def command(source: str, output: Path, once: bool, quiet: bool, **options: Any) 
     asked = asked_of({**options, "exclude_known": False, "ray": None})
     made_with = {**asked.made_with, SOURCE: source if source == "-" else os.path.abspath(source)}
     made_with["alpha"] = options["alpha"]
-    test = _test(asked, options["alpha"], on_alarm, quiet)
+    tests = _tests(asked, options["alpha"], on_alarm, quiet)
     rotate = int((options["rotate_mb"] or 0) * 1e6)
 
     with catching_stop() as stop:
         try:
             with _open_state(output, made_with, rotate, options["restart_drift"]) as state:
-                watch = _watch(images, asked, state, test, on_alarm, stop, quiet)
+                watch = _watch(images, asked, state, tests, on_alarm, stop, quiet)
                 started()
                 before = replace(watch.counts)
                 say(f"watching {source}: {before.rows:,} rows are in {output}", quiet)
@@ -110,7 +114,7 @@ def command(source: str, output: Path, once: bool, quiet: bool, **options: Any) 
     counts = watch.counts
     new = f"{counts.rows - before.rows:,} new; all: {in_words(counts, 'images', asked.fpr)}, in {output}"
     say(new, quiet, fpr=asked.fpr, **asdict(counts))
-    if watch.test and watch.test.alarms:
+    if watch.alarms:
         return EXIT_OOD
     return EXIT_UNREADABLE if counts.unreadable + counts.failed > before.unreadable + before.failed else 0
 
@@ -148,26 +152,33 @@ def _words(on_alarm: str | None) -> list[str]:
     return words
 
 
-def _test(asked: Asked, alpha: float, on_alarm: Sequence[str], quiet: bool) -> DriftTest | None:
-    """A test of drift, if there are enough held-out images."""
+def _tests(
+    asked: Asked, alpha: float, on_alarm: Sequence[str], quiet: bool
+) -> tuple[DriftTest | None, LayerDrift | None]:
+    """Tests of drift of the whole score and of its layers, if there are enough held-out images."""
     from featdiff.verdicts.drift import FEWEST, SIDES, DriftTest
+    from featdiff.verdicts.layer_drift import LayerDrift
 
-    groups = asked.detector.calibration_.groups
+    calibration = asked.detector.calibration_
+    groups = calibration.groups
+    if groups >= FEWEST and calibration.layers:  # either has half of the chance of a false alarm
+        alpha, delta = alpha / 2, _DELTA / 2
+        return DriftTest(groups, alpha, delta, SIDES), LayerDrift(calibration, alpha, delta, SIDES)
     if groups >= FEWEST:
-        return DriftTest(groups, alpha, sides=SIDES)
+        return DriftTest(groups, alpha, _DELTA, SIDES), None
     say(
         f"WARNING: no alarms: a test of drift needs at least {FEWEST} held-out images, or groups of them, and the "
         f"model has {groups}; train it on more images",
         quiet and not on_alarm,
     )
-    return None
+    return None, None
 
 
 def _watch(
     images: Source,
     asked: Asked,
     state: WatchState,
-    test: DriftTest | None,
+    tests: tuple[DriftTest | None, LayerDrift | None],
     on_alarm: Sequence[str],
     stop: Stop,
     quiet: bool,
@@ -186,7 +197,7 @@ def _watch(
             yield part
 
     def tell(alarm: Alarm) -> None:
-        facts = {name: getattr(alarm, name) for name in ("side", "after", "share", "distance")}
+        facts = {name: getattr(alarm, name) for name in ("side", "layer", "after", "share", "distance")}
         say(f"ALARM: {alarm.in_words()}; it stays until --restart-drift", **facts)
         if not on_alarm:
             return
@@ -195,7 +206,8 @@ def _watch(
         except FeatdiffError as error:
             say(f"WARNING: --on-alarm: {error}; the watch goes on")
 
-    return Watch(images, parts, state, test, asked.fpr, tell, lambda text: say(text, quiet))
+    test, layers = tests
+    return Watch(images, parts, state, test, asked.fpr, tell, lambda text: say(text, quiet), layers)
 
 
 class _Lines:

@@ -1,5 +1,5 @@
-"""A watch of files that hold their p-value in place of a picture; all but the model is real. As a program it can kill
-itself at a chosen step.
+"""A watch of files that hold their p-value in place of a picture, and may hold the score of a layer after it; all but
+the model is real. As a program it can kill itself at a chosen step.
 
     python tests/watch_stand_in.py FOLDER OUTPUT [--rotate BYTES] [--poll SECONDS] [--once] [--kill STEP --at NUMBER]
 """
@@ -21,6 +21,7 @@ from featdiff.serving.watch import Watch
 from featdiff.serving.watch_sources import open_source
 from featdiff.serving.watch_state import WatchState
 from featdiff.verdicts.drift import SIDES, DriftTest
+from featdiff.verdicts.layer_drift import LayerDrift
 from featdiff.verdicts.results import OK, UNREADABLE, Scores
 
 HELD_OUT = 500
@@ -37,15 +38,17 @@ def score(refs: list[ImageRef]) -> Iterator[Scores]:
 
 
 def rows_of(refs: list[ImageRef]) -> Scores:
-    values = np.full(len(refs), np.nan)
+    values, layer = np.full((2, len(refs)), np.nan)
     reasons = [""] * len(refs)
     for i, ref in enumerate(refs):
         try:
-            values[i] = float(ref.read())  # type: ignore[arg-type]
-        except (OSError, ValueError) as error:
+            numbers = [float(word) for word in ref.read().split()]  # type: ignore[union-attr]
+            values[i], layer[i] = numbers[0], numbers[-1]
+        except (OSError, ValueError, IndexError) as error:
             reasons[i] = str(error)
     status = [UNREADABLE if reason else OK for reason in reasons]
-    return Scores([ref.path for ref in refs], status, reasons, -values, values, values <= 0.05, {}, 0.05)
+    paths = [ref.path for ref in refs]
+    return Scores(paths, status, reasons, -values, values, values <= 0.05, {"stage": layer}, 0.05)
 
 
 def fill(folder: Path, names: list[str], values: np.ndarray) -> None:
@@ -65,12 +68,13 @@ def run(
     tell: Callable[[str], None] = lambda text: None,
     on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     after_each: Callable[[], None] = lambda: None,
+    layers: LayerDrift | None = None,
     **options: Any,
 ) -> Watch:
     """A watch from its beginning to its end."""
     images = open_source(source, tell, poll, known=True, stdin=options.pop("stdin", None))
     with WatchState(output, {"model": "stand-in", "source": source}, rotate, **options) as state:
-        watch = Watch(images, score, state, DriftTest(HELD_OUT, sides=SIDES), 0.05, on_alarm, tell)
+        watch = Watch(images, score, state, DriftTest(HELD_OUT, sides=SIDES), 0.05, on_alarm, tell, layers)
         watch.run(once, after_each)
     return watch
 

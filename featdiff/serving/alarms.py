@@ -27,6 +27,8 @@ class Alarm:
     ----------
     side : str
         ``strange``: too many strange images; ``normal``: too few.
+    layer : str
+        The layer whose scores have changed; empty: the whole score.
     after : int
         Images in the test when its alarm came.
     counted, uncounted : int
@@ -36,14 +38,16 @@ class Alarm:
     fpr : float
         The false-alarm rate of the rows.
     share, low, high : float
-        Share of the latest images with a p-value up to ``fpr``, and its interval at 95 %, in [0, 1].
+        Share of the latest images with a p-value up to ``fpr``, and its interval at 95 %, in [0, 1]; of a layer, by the
+        p-values of its scores.
     distance : float
         Kolmogorov-Smirnov distance of their p-values from even ones, in [0, 1].
     chance : float
-        An alarm for normal images comes with at most this probability, in all time.
+        Normal images give any alarm with at most this probability, in all time.
     """
 
     side: str
+    layer: str
     after: int
     counted: int
     uncounted: int
@@ -56,11 +60,12 @@ class Alarm:
     chance: float
 
     @classmethod
-    def of(cls, test: DriftTest, side: str, fpr: float, rows: int, since: int) -> Self:
+    def of(cls, test: DriftTest, side: str, fpr: float, rows: int, since: int, chance: float, layer: str = "") -> Self:
         """The alarm of a side of a test that began after ``since`` of all ``rows``."""
         share, low, high = test.share(fpr)
         return cls(
             side=side,
+            layer=layer,
             after=test.alarms[side],
             counted=test.count,
             uncounted=rows - since - test.count,
@@ -70,7 +75,7 @@ class Alarm:
             low=low,
             high=high,
             distance=test.distance,
-            chance=test.alpha + test.delta,
+            chance=chance,
         )
 
     def in_words(self) -> str:
@@ -78,6 +83,8 @@ class Alarm:
         what = "more small p-values than normal images have"
         if self.side != STRANGE:
             what = "fewer small p-values than normal images have, as with a frozen camera or images of the training"
+        if self.layer:
+            what = f"layer {self.layer} has {what}"
         rows = "row without a p-value is" if self.uncounted == 1 else "rows without a p-value are"
         without = f"; {self.uncounted:,} {rows} not counted" if self.uncounted else ""
         share, low, high, fpr = (f"{100 * value:.1f}" for value in (self.share, self.low, self.high, self.fpr))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..report.writers import open_writer
 from ..verdicts.drift import DriftTest
+from ..verdicts.layer_drift import LayerDrift
 from ..verdicts.results import OK, UNREADABLE, Scores
 from .alarms import Alarm
 from .cluster import Score
@@ -36,12 +38,16 @@ class Watch:
         Told of each alarm once; once more if the process was killed meanwhile.
     tell : callable
         Takes a line on images without a p-value.
+    layers : LayerDrift, optional
+        Sees the scores of the layers, likewise. One alarm of a layer is told for each side, and none after that of the
+        whole score.
 
     Attributes
     ----------
     counts : Counts
         Of all rows.
     test : DriftTest, optional
+    layers : LayerDrift, optional
 
     Raises
     ------
@@ -58,6 +64,7 @@ class Watch:
         fpr: float,
         on_alarm: Callable[[Alarm], None],
         tell: Callable[[str], None],
+        layers: LayerDrift | None = None,
     ) -> None:
         self._source = source
         self._score = score
@@ -66,7 +73,12 @@ class Watch:
         self._on_alarm = on_alarm
         self._tell = tell
         self.counts = state.counts
-        self.test = DriftTest.from_json(state.drift) if test and state.drift else test
+        self.test = test
+        self.layers = layers
+        if test and state.drift:
+            self.test = DriftTest.from_json(state.drift)
+            self.layers = layers and layers.resumed(state.drift.get("layers"))
+        self._chance = sum(each.alpha + each.delta for each in self._tests.values())
 
     def run(self, once: bool = False, after_each: Callable[[], None] = lambda: None) -> None:
         """Score what comes.
@@ -111,8 +123,10 @@ class Watch:
         counted = (np.array(part.status) == OK) & (values > 0) & (values <= 1)
         if self.test:
             self.test.update(values[counted])
+        if self.layers:
+            self.layers.update(part[counted].layers)
         self.counts.add(part)
-        self._state.add(keys, _lines(part), self.counts, self.test.to_json() if self.test else None)
+        self._state.add(keys, _lines(part), self.counts, self._drift())
 
         if not counted.all():
             first = part[int(np.argmin(counted))]
@@ -121,15 +135,33 @@ class Watch:
             self._tell(f"without a p-value, so not in the test of drift: {first.path} ({reason}){others}")
         self._alarms()
 
+    def _drift(self) -> dict[str, Any] | None:
+        """The tests, as what JSON can hold."""
+        if self.test is None:
+            return None
+        layers = {"layers": self.layers.to_json()} if self.layers else {}
+        return self.test.to_json() | layers
+
+    @property
+    def alarms(self) -> list[tuple[str, str, DriftTest]]:
+        """Layer, side and test of each alarm that stands; those of the whole score come first, with an empty name."""
+        return [(layer, side, test) for layer, test in self._tests.items() for side in test.alarms]
+
+    @property
+    def _tests(self) -> dict[str, DriftTest]:
+        whole = {"": self.test} if self.test else {}
+        return whole | (self.layers.tests if self.layers else {})
+
     def _alarms(self) -> None:
         """Tell those that were not told."""
-        if self.test is None:
-            return
-        told = self._state.told
-        for side in self.test.alarms:
-            if side not in told:
-                self._on_alarm(Alarm.of(self.test, side, self._fpr, self.counts.rows, self._state.since))
-                self._state.tell(side)
+        for layer, side, test in self.alarms:
+            told = self._state.told
+            name = f"{layer}: {side}" if layer else side
+            if name in told or (layer and any(before.endswith(side) for before in told)):
+                continue
+            rows = self.counts.rows
+            self._on_alarm(Alarm.of(test, side, self._fpr, rows, self._state.since, self._chance, layer))
+            self._state.tell(name)
 
 
 def _lines(part: Scores) -> bytes:

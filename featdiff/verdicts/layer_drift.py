@@ -5,6 +5,7 @@ A change of the camera may leave the score of the whole picture nearly as it was
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -108,15 +109,15 @@ class LayerDrift:
         """All of it but the calibration, as what JSON can hold."""
         return {"version": _VERSION, "layers": {name: test.to_json() for name, test in self.tests.items()}}
 
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any], calibration: Calibration) -> Self:
-        """What :meth:`to_json` has written, behind the same calibration.
+    def resumed(self, state: Mapping[str, Any] | None) -> Self:
+        """What :meth:`to_json` has written, behind the calibration of this one.
 
         Raises
         ------
         UsageError
             It was written by another version, for other layers, or is damaged.
         """
+        state = state or {}
         try:
             if state["version"] != _VERSION:
                 raise UsageError(f"this state of layers has version {state['version']}, not {_VERSION}")
@@ -124,9 +125,9 @@ class LayerDrift:
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this is no state of layers: {error!r}") from None
 
-        drift = cls(calibration)
         held_out = {test.held_out for test in tests.values()}
-        if list(tests) != list(drift.tests) or held_out != {calibration.groups}:
+        if list(tests) != list(self.tests) or held_out != {self._calibration.groups}:
             raise UsageError("this state of layers is of another model")
-        drift.tests = tests
-        return drift
+        other = copy.copy(self)
+        other.tests = tests
+        return other

@@ -27,7 +27,10 @@ from featdiff.serving.alarms import Alarm
 from featdiff.serving.manifest import write_manifest
 from featdiff.serving.watch_sources import Source, open_source
 from featdiff.serving.watch_state import Key, WatchState
+from featdiff.verdicts.calibration import Calibration
 from featdiff.verdicts.counts import Counts
+from featdiff.verdicts.drift import SIDES
+from featdiff.verdicts.layer_drift import LayerDrift
 
 PAUSE = 0.02
 
@@ -108,6 +111,38 @@ def test_after_the_end_a_watch_finds_nothing_left(folder: Path, tmp_path: Path) 
         watch = run(str(folder), tmp_path / "rows.jsonl")
         assert watch.test and (watch.counts.rows, watch.test.count) == (70, 70)
     assert set(times(tmp_path / "rows.jsonl").values()) == {1}
+
+
+def test_a_layer_that_changes_gives_an_alarm_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """Its name is told once, before and after a restart; the whole score, which has not changed, says nothing."""
+    calibration = Calibration(np.arange(500.0), layers={"stage": np.arange(500.0)})
+    fill(folder, names_of(150), even(150))
+    for number, name in enumerate(names_of(150)):
+        value = (folder / name).read_text()
+        (folder / name).write_text(f"{value} {8 * number if number < 60 else 499.5}")
+
+    alarms: list[Alarm] = []
+    for _ in range(2):
+        layers = LayerDrift(calibration, sides=SIDES)
+        watch = run(str(folder), tmp_path / "rows.jsonl", on_alarm=alarms.append, layers=layers)
+        assert watch.test and watch.test.alarms == {}
+        assert [(layer, side) for layer, side, _ in watch.alarms] == [("stage", "strange")]
+    (alarm,) = alarms
+    assert (alarm.side, alarm.layer, alarm.chance) == ("strange", "stage", pytest.approx(0.04))
+    assert 60 < alarm.after < 90
+    assert alarm.in_words().startswith("layer stage has more small p-values than normal images have, found after ")
+    assert watch.layers and watch.layers.tests["stage"].count == 150
+
+
+def test_an_alarm_of_the_whole_score_comes_before_those_of_layers(folder: Path, tmp_path: Path) -> None:
+    calibration = Calibration(np.arange(500.0), layers={"stage": np.arange(500.0)})
+    fill(folder, names_of(90), np.full(90, 0.002))
+    for name in names_of(90):
+        (folder / name).write_text("0.002 499.5")
+    alarms: list[Alarm] = []
+    watch = run(str(folder), tmp_path / "rows.jsonl", on_alarm=alarms.append, layers=LayerDrift(calibration))
+    assert [alarm.layer for alarm in alarms] == [""]
+    assert [layer for layer, _, _ in watch.alarms] == ["", "stage"]
 
 
 # ---- files ----
@@ -243,14 +278,14 @@ def test_a_folder_that_vanishes_while_its_images_are_scored(
 
 def test_rows_without_a_p_value_are_told_and_not_counted(folder: Path, tmp_path: Path) -> None:
     fill(folder, names_of(10), even(10))
-    for name, text in (("a.png", "no number"), ("b.png", "nan"), ("c.png", "0"), ("d.png", "1.5")):
+    for name, text in (("a.png", "none"), ("b.png", "nan"), ("c.png", "0"), ("d.png", "1.5")):
         (folder / name).write_text(text)
     lines: list[str] = []
     watch = run(str(folder), tmp_path / "rows.jsonl", tell=lines.append)
     assert watch.test and (watch.counts.rows, watch.test.count) == (14, 10)
     (line,) = lines
     assert line.startswith("without a p-value, so not in the test of drift: ")
-    assert "a.png" in line and "no number" in line and line.endswith(" and 3 more")
+    assert "a.png" in line and "b'none'" in line and line.endswith(" and 3 more")
 
 
 def test_images_come_by_the_order_of_their_names(folder: Path, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_the_line_of_the_page_as_cron_runs_it(exported_model: Path, incoming: Pa
 def alarm() -> Alarm:
     test = DriftTest(500, sides=SIDES)
     test.update(np.full(400, 1.0))
-    return Alarm.of(test, NORMAL, 0.05, rows=500, since=90)
+    return Alarm.of(test, NORMAL, 0.05, rows=500, since=90, chance=0.02)
 
 
 def test_an_alarm_in_words(alarm: Alarm) -> None:
@@ -245,7 +245,8 @@ def test_an_alarm_in_words(alarm: Alarm) -> None:
     assert json.loads(alarm.as_json())["message"] == words
     strange = DriftTest(500, sides=SIDES)
     strange.update(np.full(100, 1 / 501))
-    assert Alarm.of(strange, STRANGE, 0.05, 100, 0).in_words().startswith("more small p-values than normal images have")
+    words = Alarm.of(strange, STRANGE, 0.05, 100, 0, 0.02).in_words()
+    assert words.startswith("more small p-values than normal images have")
 
 
 @pytest.mark.parametrize(

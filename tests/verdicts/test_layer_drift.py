@@ -58,7 +58,7 @@ def test_each_layer_gets_a_part_of_the_chance() -> None:
 def test_state_goes_through_json() -> None:
     drift = LayerDrift(calibration(), sides=SIDES)
     drift.update(drawn(1, 300, 1.0))
-    other = LayerDrift.from_json(json.loads(json.dumps(drift.to_json())), calibration())
+    other = LayerDrift(calibration()).resumed(json.loads(json.dumps(drift.to_json())))
     assert other.update(drawn(2, 50, 1.0)) == drift.update(drawn(2, 50, 1.0))
     assert other.evidence == drift.evidence
 
@@ -68,18 +68,18 @@ def test_state_goes_through_json() -> None:
 )
 def test_a_damaged_state_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="no state of"):
-        LayerDrift.from_json(state, calibration())
+        LayerDrift(calibration()).resumed(state)
 
 
 def test_a_state_of_others_is_refused() -> None:
     state = LayerDrift(calibration()).to_json()
     with pytest.raises(UsageError, match="version 7, not 1"):
-        LayerDrift.from_json(state | {"version": 7}, calibration())
+        LayerDrift(calibration()).resumed(state | {"version": 7})
     with pytest.raises(UsageError, match="of another model"):
-        LayerDrift.from_json(state, calibration(count=400))
+        LayerDrift(calibration(count=400)).resumed(state)
     fewer = {name: state["layers"][name] for name in NAMES[:2]}
     with pytest.raises(UsageError, match="of another model"):
-        LayerDrift.from_json(state | {"layers": fewer}, calibration())
+        LayerDrift(calibration()).resumed(state | {"layers": fewer})
 
 
 def test_what_has_no_layers_is_refused() -> None:
