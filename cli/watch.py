@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import EXIT_OOD, EXIT_UNREADABLE
+from .main import EXIT_FAILED, EXIT_OOD, EXIT_UNREADABLE
 from .options import model_option, runtime_options, weights_option
 from .progress import seconds_between_lines, started
 from .rates import rate_options
@@ -92,7 +92,7 @@ def command(source: str, output: Path, once: bool, quiet: bool, **options: Any) 
     _check_output(output)
     on_alarm = _words(options["on_alarm"])
     known = Path(f"{os.path.realpath(output)}{SUFFIX}").exists()
-    images = open_source(source, lambda text: say(text, quiet), options["poll"], known)
+    images = open_source(source, say, options["poll"], known)
     keep_freed_memory()
     asked = asked_of({**options, "exclude_known": False, "ray": None})
     made_with = {**asked.made_with, SOURCE: source if source == "-" else os.path.abspath(source)}
@@ -116,6 +116,8 @@ def command(source: str, output: Path, once: bool, quiet: bool, **options: Any) 
     say(new, quiet, fpr=asked.fpr, **asdict(counts))
     if watch.alarms:
         return EXIT_OOD
+    if images.troubled:
+        return EXIT_FAILED
     return EXIT_UNREADABLE if counts.unreadable + counts.failed > before.unreadable + before.failed else 0
 
 

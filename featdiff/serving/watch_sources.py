@@ -37,11 +37,15 @@ class Arrival:
 class Source(Protocol):
     """Where images come from.
 
-    ``pause``: seconds between two looks; ``over``: no more images will come.
+    ``pause``: seconds between two looks; ``over``: no more images will come; ``troubled``: the latest look could not
+    read all that there may be.
     """
 
     pause: float
     over: bool
+
+    @property
+    def troubled(self) -> bool: ...
 
     def look(self, is_done: IsDone) -> int:
         """Find images that have no row; how many cannot be taken before another look, 0 for none."""
@@ -103,6 +107,10 @@ class _Polled:
         except OSError:
             return readable
         return now == arrival.key
+
+    @property
+    def troubled(self) -> bool:
+        return bool(self._troubles)
 
     def _trouble(self, place: str, reason: str = "") -> None:
         """Tell once that a place cannot be read, and once that it can be again."""
@@ -213,6 +221,7 @@ class Paths:
     """Images whose paths come on a stream, one a line, as they come; nothing is waited for."""
 
     pause = 0.0
+    troubled = False
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.over = False

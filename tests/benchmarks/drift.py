@@ -114,7 +114,8 @@ def real_streams(data: Path, model: Path | None, folder: Path, streams: int) -> 
     """False alarms over halves of the held-out and test images, and delays after a change of the camera."""
     detector = Detector.from_pretrained(model) if model else Detector().fit(data / "cifar10.zip" / "train")
     pictures = list(read(data / "cifar10.zip", "test/"))
-    normal = scores_of(detector, pictures)
+    scored = detector.score(pictures)
+    normal = scored.ood_score
     pool = np.concatenate([detector.calibration_.scores, normal])
     print(f"{len(detector.calibration_):,} held-out and {len(normal):,} test images; streams of {LENGTH:,}")
     for held_out in HELD_OUT:
@@ -125,7 +126,10 @@ def real_streams(data: Path, model: Path | None, folder: Path, streams: int) -> 
             rest = pool[order[held_out:]]  # drawn again and again: their shares are those of the stream
             stream = calibration.p_values(np.random.default_rng([seed, 1]).choice(rest, LENGTH))
             alarms += bool(first_alarm(stream, held_out, SIDES))
-        print(f"{held_out:,} held out: {alarms} of {streams} streams with a false alarm, both sides", flush=True)
+        by_layer = f", of layers {layer_alarms(scored, held_out, streams)}" if held_out < len(scored) / 2 else ""
+        print(
+            f"{held_out:,} held out: {alarms} of {streams} streams with a false alarm, both sides{by_layer}", flush=True
+        )
 
     heads = "change | strength | AUROC | flagged at 0.05 | median delay, found | first layer, its median delay"
     print(f"\n| {heads} |\n{6 * '|---'}|")
@@ -142,6 +146,19 @@ def real_streams(data: Path, model: Path | None, folder: Path, streams: int) -> 
             cells = f"{100 * auroc(normal, changed.ood_score):.1f} | {(p_values <= 0.05).mean():.1%}"
             first = first_layer(detector, changed)
             print(f"| {name} | {strength:g} | {cells} | {delay_of(found)} | {first} |", flush=True)
+
+
+def layer_alarms(scored: Scores, held_out: int, streams: int) -> int:
+    """Streams of normal images with a false alarm of any layer; some of these images are held out, as the joint scores
+    of those of the model are not kept."""
+    alarms = 0
+    for seed in range(streams):
+        order = np.random.default_rng(seed).permutation(len(scored))
+        chosen = scored[order[:held_out]]
+        drift = LayerDrift(Calibration(chosen.ood_score, layers=chosen.layers), sides=SIDES)
+        rows = np.random.default_rng([seed, 2]).choice(order[held_out:], LENGTH)
+        alarms += bool(drift.update({name: scores[rows] for name, scores in scored.layers.items()}))
+    return alarms
 
 
 def first_layer(detector: Detector, changed: Scores, streams: int = 20) -> str:
@@ -169,10 +186,6 @@ def compressed(picture: Image.Image, quality: int) -> Image.Image:
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=quality)
     return Image.open(out).convert("RGB")
-
-
-def scores_of(detector: Detector, pictures: list[Image.Image]) -> np.ndarray:
-    return np.asarray(detector.score(pictures).ood_score)
 
 
 if __name__ == "__main__":

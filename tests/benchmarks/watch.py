@@ -207,6 +207,7 @@ class Drawn:
     """So many p-values, a thousand at once, in place of images."""
 
     pause = 0.0
+    troubled = False
 
     def __init__(self, rows: int) -> None:
         self._starts = iter(range(0, rows, 1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +387,28 @@ def add(state: WatchState, number: int) -> None:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
+
+
+def test_ctrl_c_between_the_state_and_the_rows(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was committed is written before the process ends, and not forgotten."""
+    transaction = WatchState._transaction
+
+    @contextlib.contextmanager
+    def interrupted(self: WatchState) -> Iterator[None]:
+        with transaction(self):
+            yield
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), WatchState(output, {}) as state:
+        add(state, 1)
+        monkeypatch.setattr(WatchState, "_transaction", interrupted)
+        add(state, 2)
+    monkeypatch.undo()
+    assert [row["n"] for row in rows_in(output)] == [1, 2]
+    with WatchState(output, {}) as state:
+        assert state.counts.rows == 2 and state.is_done(Key(b"2", 1, 1))
+        add(state, 3)
+    assert [row["n"] for row in rows_in(output)] == [1, 2, 3]
 
 
 def test_rows_of_another_model_are_refused_until_a_restart(output: Path) -> None:

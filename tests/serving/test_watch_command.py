@@ -313,7 +313,9 @@ def test_requests_that_make_no_sense(watch: Cli, featdiff_cli: Cli, incoming: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["incoming"]  # nothing is left behind
 
 
-def test_another_model_or_rate_needs_a_restart(watch: Cli, tiny_model: Path, incoming: Path, tmp_path: Path) -> None:
+def test_another_model_or_rate_needs_a_restart(
+    watch: Cli, tiny_model: Path, incoming: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of before stay, and their images are not scored again."""
     assert watch(incoming).exit_code == 0
     fails(
@@ -321,6 +323,9 @@ def test_another_model_or_rate_needs_a_restart(watch: Cli, tiny_model: Path, inc
     )
     fails(watch(incoming, "--fpr", 0.1), 2, "begun with another fpr (0.05, now 0.1)", "--restart-drift")
     fails(watch(incoming, "--alpha", 0.05), 2, "begun with another alpha (0.01, now 0.05)", "--restart-drift")
+    with monkeypatch.context() as patch:
+        patch.setattr("featdiff_cli.shards.version", lambda name: "99.0")
+        fails(watch(incoming), 2, "begun with another featdiff (", "now 99.0", "--restart-drift")
     other = tmp_path / "other"
     other.mkdir()
     fails(watch(other, "--restart-drift"), 2, "--output: ", "begun with another source (", "choose another output")
@@ -328,6 +333,18 @@ def test_another_model_or_rate_needs_a_restart(watch: Cli, tiny_model: Path, inc
     done = watch(incoming, "--restart-drift", model=tiny_model)
     assert done.exit_code == 0, done.stderr
     assert len(rows_in(tmp_path / "rows.jsonl")) == 61
+
+
+def test_a_folder_that_is_gone_when_cron_comes(watch: Cli, incoming: Path, tmp_path: Path) -> None:
+    """It was there before, so it is no wrong name; all is as it was when it is back."""
+    assert watch(incoming).exit_code == 0
+    incoming.rename(tmp_path / "away")
+    done = watch(incoming, "-q")
+    assert (done.exit_code, done.stderr) == (1, f"{incoming}: No such file or directory; waiting for it\n")
+    (tmp_path / "away").rename(incoming)
+    done = watch(incoming, "-q")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert len(rows_in(tmp_path / "rows.jsonl")) == 60
 
 
 def test_two_at_once(watch: Cli, incoming: Path, tmp_path: Path) -> None:
