@@ -75,14 +75,18 @@ def _check_free(output: Path, model: str, force: bool) -> None:
 
 
 def _load(model: str, options: dict[str, Any]) -> Detector | PixelDetector:
+    from featdiff.detectors.saved import VECTORS
     from featdiff.exceptions import UsageError
     from featdiff.exported.layout import is_exported
+    from featdiff.files.model_folder import locate, read_config
     from featdiff.hardening.layout import is_hardened
 
     if is_exported(model):
         raise UsageError(f"{model} is an exported model: recalibrate the model that it was made of, and export that")
     if is_hardened(model):
         raise UsageError(f"{model} is a hardened student, whose guard cannot be recalibrated: harden it anew")
+    if read_config(locate(model)).get("mode") == VECTORS:
+        raise UsageError(f"{model} was trained on vectors, not on images: train anew on vectors of the new place")
     return load_model(model, options).detector
 
 

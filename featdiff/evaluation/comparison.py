@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..data.groups import NONE, check_groups, label_images
+from ..data.groups import AUTO, NONE, check_groups, label_images
 from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
 from ..runtime.progress import Progress
@@ -142,6 +142,11 @@ def compare_models(
         Fewer than two images of a set that both have a score of; an ``fpr`` that a calibration cannot support.
     """
     check_groups(groups)
+    if groups == AUTO:
+        raise UsageError(
+            "groups='auto' looks at features, and each model has its own: say which images belong together",
+            argument="groups",
+        )
     models = (model_a, model_b)
     rates = [model.fpr if fpr is None else fpr for model in models]
     for model, rate in zip(models, rates, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..files.atomic import write_output
 from ..files.text import for_terminal
@@ -28,16 +29,13 @@ from .evaluations import (
 )
 from .page import json_in_html, picture_uri, render
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 # Images of either kind that are shown for each OOD set.
 _HARDEST = 6
 _ROC_SIDE = 300.0
 
 
 #: References to images (each has a ``path``) -> their pictures, None for one that cannot be read any more.
-Pictures = Callable[[Sequence[Any]], "Iterable[Image.Image | None]"]
+Pictures = Callable[[Sequence[Any]], Iterable[Image.Image | None]]
 
 
 @dataclass(frozen=True)

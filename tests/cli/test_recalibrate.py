@@ -148,4 +148,7 @@ def test_models_that_cannot_be_recalibrated(featdiff_cli: Cli, site: Path, tmp_p
     arguments = (site / "new", "-o", tmp_path / "new")
     fails(featdiff_cli("recalibrate", tmp_path / "missing", *arguments), 1, "no featdiff model at")
     model_of_vectors(tmp_path)
-    fails(featdiff_cli("recalibrate", tmp_path / "model", *arguments), 1, "trained on vectors, not on images")
+    fails(featdiff_cli("recalibrate", tmp_path / "model", *arguments), 2, "trained on vectors, not on images", "anew")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.onnx").write_bytes(b"")
+    fails(featdiff_cli("recalibrate", tmp_path / "exported", *arguments), 2, "is an exported model", "made of")
