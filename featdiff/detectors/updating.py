@@ -37,7 +37,7 @@ from .soundness import SAMPLE
 
 # Training on takes this share of the steps of a training anew, at this share of its learning rate. Set once, on
 # CIFAR-10 (tests/benchmarks/RESULTS.md).
-_STEPS = 0.25
+_STEPS = 0.125
 _RATE = 0.5
 # So often the held-out loss is measured.
 _CHECKS = 4
