@@ -65,7 +65,7 @@ def _handled(
         numbers = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
         for number in numbers:
             handler = signal.getsignal(number)
-            if handler in instead_of or (not instead_of and handler != signal.SIG_IGN):
+            if handler in instead_of or (not instead_of and handler not in (signal.SIG_IGN, None)):
                 before[number] = signal.signal(number, on_signal)
     try:
         yield before

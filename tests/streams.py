@@ -1,10 +1,13 @@
-"""Real streams on loopback, each sent by a process of its own: MPEG over TCP or UDP, and motion JPEG over HTTP."""
+"""Real streams on loopback: MPEG over TCP or UDP, sent by a process of its own, RTSP, and motion JPEG over HTTP."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import socket
+import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -12,12 +15,15 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
 
 FPS = 30
+# MPEG in RTP packets.
+_SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=camera\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:*\r\n"
 
 
 def picture(number: int) -> np.ndarray:
@@ -27,9 +33,9 @@ def picture(number: int) -> np.ndarray:
     return pixels
 
 
-def send(url: str, count: int, pause: float) -> None:
-    """Encode so many frames and send them, with a pause after each."""
-    with av.open(url, "w", format="mpegts") as container:
+def send(place: Any, count: int, pause: float = 0.0) -> None:
+    """Encode so many frames and send them to a URL or into a file, with a pause after each."""
+    with av.open(place, "w", format="mpegts") as container:
         stream = container.add_stream("mpeg2video", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.gop_size = 15
@@ -105,6 +111,55 @@ def motion_jpeg(count: int, pause: float = 0.0, rest: float = 0.0) -> Iterator[s
         over.set()
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def rtsp(count: int, account: str = "") -> Iterator[str]:
+    """A server of RTSP as cameras have it, over TCP: so many frames, for all or for ``user:password``."""
+    content = io.BytesIO()
+    send(content, count)
+    packets = content.getvalue()
+    token = "Basic " + base64.b64encode(account.encode()).decode()
+
+    class Camera(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                while lines := self.request_lines():
+                    method, url, _ = lines[0].split()
+                    fields = dict(line.split(": ", 1) for line in lines[1:])
+                    if account and fields.get("Authorization") != token:
+                        self.answer(fields, 'WWW-Authenticate: Basic realm="camera"', status="401 Unauthorized")
+                    elif method == "DESCRIBE":
+                        self.answer(fields, f"Content-Base: {url}/", "Content-Type: application/sdp", body=_SDP)
+                    elif method == "SETUP":
+                        self.answer(fields, "Transport: RTP/AVP/TCP;unicast;interleaved=0-1", "Session: 1")
+                    else:
+                        self.answer(fields, "Session: 1", "Public: OPTIONS, DESCRIBE, SETUP, PLAY, TEARDOWN")
+                    if method == "PLAY":
+                        self.play()
+                        return
+
+        def request_lines(self) -> list[str]:
+            lines = []
+            while line := self.rfile.readline().decode().strip():
+                lines.append(line)
+            return lines
+
+        def answer(self, fields: dict[str, str], *more: str, body: str = "", status: str = "200 OK") -> None:
+            head = [f"RTSP/1.0 {status}", f"CSeq: {fields['CSeq']}", *more, f"Content-Length: {len(body)}"]
+            self.wfile.write("\r\n".join([*head, "", body]).encode())
+
+        def play(self) -> None:
+            for number, start in enumerate(range(0, len(packets), 7 * 188)):
+                part = packets[start : start + 7 * 188]
+                head = struct.pack("!BBHII", 0x80, 33, number % 65536, number * 3000, 1)
+                self.wfile.write(struct.pack("!cBH", b"$", 0, len(head) + len(part)) + head + part)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Camera) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"rtsp://127.0.0.1:{server.server_address[1]}/1"
+        server.shutdown()
 
 
 def jpeg(number: int) -> bytes:

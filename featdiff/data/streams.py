@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..exceptions import UsageError, first_line
-from ..files.remote import ask, is_url, timeout
+from ..files.remote import filesystem, is_url, timeout
+from .archive_names import split_archive
 from .image_refs import HeldRef, ImageRef, MissingRef, has_image_suffix, printable
-from .videos import check_every, picture_of
+from .parquet_refs import is_parquet
+from .remote_refs import is_pattern
+from .videos import check_every, is_video, picture_of
 
 #: Scheme -> what a stream of it may open besides; nothing leads to a file or to another server.
 _SCHEMES = {
@@ -54,15 +57,17 @@ def is_stream(name: str) -> bool:
 
 
 def answers_with_stream(url: str) -> bool:
-    """Whether a web address without the ending of an image file gives a stream: it is asked once."""
+    """Whether a web address that tells nothing by its name gives a stream: it is asked once."""
     path = re.split(r"[?#]", url)[0]
-    if not url.lower().startswith(("http://", "https://")) or path.endswith("/") or has_image_suffix(path):
+    named = path.endswith("/") or has_image_suffix(path) or is_video(path) or is_parquet(path) or split_archive(path)
+    if not url.lower().startswith(("http://", "https://")) or named or is_pattern(url):
         return False
     from fsspec.asyn import sync
 
+    system, address = filesystem(url)
     try:
-        return ask(url, lambda system, path: sync(system.loop, _kind_of, system, path)) == _MULTIPART
-    except OSError:  # whoever reads it says why
+        return bool(sync(system.loop, _kind_of, system, address) == _MULTIPART)
+    except Exception:  # each client has errors of its own; whoever reads the image says why
         return False
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from helpers import FEATDIFF
-from streams import free_port, motion_jpeg, sending
+from streams import free_port, motion_jpeg, rtsp, sending
 from videos import COUNT, number_of
 
 from featdiff import Detector
@@ -52,6 +52,22 @@ def test_one_frame_in_so_many_seconds() -> None:
         refs = list(iter_images(url, every=1))
     assert [ref.path for ref in refs] == [f"{url}#t={t}.000" for t in (0, 1, 2)]
     assert all(abs(found - expected) <= 2 for found, expected in zip(numbers(refs), (0, 30, 60), strict=True))
+
+
+def test_a_camera_with_rtsp() -> None:
+    with rtsp(COUNT) as url:
+        refs = list(iter_images(url, every=0.5))
+    assert [ref.path for ref in refs] == [f"{url}#t={i / 2:.3f}" for i in range(6)]
+    assert all(abs(found - 15 * i) <= 2 for i, found in enumerate(numbers(refs)))
+
+
+def test_its_password_is_used_and_not_told() -> None:
+    with rtsp(COUNT, "me:secret") as url:
+        refs = list(iter_images(url.replace("//", "//me:secret@"), every=1))
+        assert [ref.path for ref in refs] == [f"{url}#t={t}.000" for t in (0, 1, 2)]
+        (ref,) = iter_images(url)
+    assert isinstance(ref, MissingRef)
+    assert "401" in ref.reason
 
 
 def test_frames_are_there_before_the_stream_ends(tiny_detector: Detector) -> None:
