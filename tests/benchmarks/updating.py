@@ -1,10 +1,11 @@
 """featdiff update beside training anew on everything: AUROC, false alarms and time; the table of RESULTS.md.
 
-    python tests/benchmarks/updating.py --data FOLDER [--cache FOLDER]
+    python tests/benchmarks/updating.py --data FOLDER [--cache FOLDER --seconds SECONDS] [--case same]
 
 FOLDER holds cifar10.zip and the other sets of 32 px. A model is fitted on most of the training images, and the others
 are added to it: of the same classes (every fourth image), or two classes that it has not seen. Time is that of the
-processor and includes the features, of all images for a training anew, and of the new ones for an update.
+processor and includes the features, of all images for a training anew, and of the new ones for an update. To measure
+updates again, give the cache of an earlier run and the time that its training anew took.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from featdiff.features.store import FeatureStore, FeatureTable
 FAR = ("gtsrb_32", "fashion_mnist_32", "tiny_imagenet_32", "dtd_32")
 #: The classes that are added in the second case.
 LATER = ("cat", "ship")
+CASES: dict[str, Callable[[int, ImageRef], bool]] = {
+    "same": lambda i, ref: i % 4 == 3,
+    "classes": lambda i, ref: any(f"/{name}/" in ref.path for name in LATER),
+}
 FPR = 0.05
 
 T = TypeVar("T")
@@ -38,33 +43,35 @@ T = TypeVar("T")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="features of the test images and OOD sets, whose time is not taken")
+    parser.add_argument("--cache", type=Path, help="of features, for all whose time is not taken")
+    parser.add_argument("--seconds", type=float, help="of a training anew; default: measured, in an empty cache")
+    parser.add_argument("--case", choices=CASES, help="only this one")
     parser.add_argument("--steps", type=float, default=updating._STEPS, help="share of the steps of a training anew")
     parser.add_argument("--rate", type=float, default=updating._RATE, help="share of its learning rate")
     arguments = parser.parse_args()
     updating._STEPS, updating._RATE = arguments.steps, arguments.rate
     with tempfile.TemporaryDirectory() as folder:
-        run(arguments.data, arguments.cache, Path(folder))
+        cases = [arguments.case] if arguments.case else list(CASES)
+        run(arguments.data, arguments.cache or Path(folder) / "all", arguments.seconds, cases, Path(folder))
 
 
-def run(data: Path, cache: Path | None, folder: Path) -> None:
+def run(data: Path, cache: Path, anew_seconds: float | None, cases: list[str], folder: Path) -> None:
     images = list_images(data / "cifar10.zip" / "train")
-    anew, anew_seconds = timed(lambda: Detector(cache=folder / "all").fit(images))
-    anew.save_pretrained(folder / "anew")
-    sets = Sets(data, Detector.from_pretrained(folder / "anew", cache=cache or folder / "all"))
+    if anew_seconds is None:
+        place = folder / "anew" if cache.exists() else cache
+        _, anew_seconds = timed(lambda: Detector(cache=place).fit(images))
+    anew = Detector(cache=cache).fit(images)
+    sets = Sets(data, anew)
     print("| | model | " + " | ".join(FAR) + " | mean | false alarms, test | time, s | of training anew |")
     print("|---|---|" + "---|" * (len(FAR) + 4))
     row("", "anew, on all", sets, anew, anew_seconds, anew_seconds)
 
-    cases: dict[str, Callable[[int, ImageRef], bool]] = {
-        "same classes": lambda i, ref: i % 4 == 3,
-        "two new classes": lambda i, ref: any(f"/{name}/" in ref.path for name in LATER),
-    }
-    for case, is_new in cases.items():
+    for case in cases:
+        is_new = CASES[case]
         old = [ref for i, ref in enumerate(images) if not is_new(i, ref)]
         new = [ref for i, ref in enumerate(images) if is_new(i, ref)]
         place = folder / case
-        copy_features(folder / "all", old, place)
+        copy_features(cache, old, place)
         before = Detector(cache=place).fit(old)
         row(case, "before", sets, before, 0, anew_seconds)
         before.save_pretrained(folder / "model")
@@ -78,7 +85,7 @@ def run(data: Path, cache: Path | None, folder: Path) -> None:
 
 
 def copy_features(cache: Path, images: list[ImageRef], target: Path) -> None:
-    """A cache as it is after a fit on these images, without computing their features again."""
+    """A cache as it is after a fit on these images, without computing their features again or repeating trainings."""
     extraction, store = Detector(cache=cache).read(images)
     digests = list(dict.fromkeys(extraction.digests))
     copied = FeatureStore(target / "features" / store.folder.name, store.width)
@@ -88,6 +95,8 @@ def copy_features(cache: Path, images: list[ImageRef], target: Path) -> None:
             copied.add(digest, vector)
         start += len(part)
     copied.flush()
+    for file in store.folder.glob("training-*.pt"):
+        shutil.copy(file, copied.folder)
     shutil.copytree(cache / "engines", target / "engines")
 
 

@@ -225,10 +225,17 @@ def test_detectors_that_cannot_be_updated(older: Detector, tiles: list[str]) -> 
         update(elsewhere, tiles[OLD:])
 
 
-def test_a_rate_that_too_few_images_support(older: Detector, tiles: list[str], tmp_path: Path) -> None:
-    updated, _ = update(older, tiles[OLD:])
-    updated.fpr = 1 / 79
-    assert updated.fpr == 1 / 79  # 78 held out
+def test_too_few_held_out_images_at_hand(tiles: list[str], arguments: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_images, "MOST_BYTES", 6_000)
+        few = Detector(**arguments, hidden_max=32, blocks=1).fit(tiles[:OLD])
+    assert few.kept_ is not None and len(few.kept_.chosen) < 30
+    few.save_pretrained(tmp_path / "model")
+    loaded = Detector.from_pretrained(tmp_path / "model", cache=tmp_path / "empty")
+    with pytest.raises(
+        UsageError, match=r"fpr 0.05 needs more held-out images than the \d+ that are at hand.*old=IMAGES"
+    ):
+        update(loaded, tiles[OLD:])
 
 
 # ---- what it goes on from ----
