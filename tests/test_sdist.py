@@ -54,7 +54,9 @@ def test_a_wheel_from_the_source_distribution_holds_commands_and_presets(tmp_pat
     _copy(_files(), tmp_path / "clone")
     sdist = _build("sdist", tmp_path / "clone", tmp_path / "dist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        if hasattr(tarfile, "data_filter"):  # not before Python 3.11.4
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(tmp_path / "unpacked")
     (source,) = (tmp_path / "unpacked").iterdir()
     wheel = _build("wheel", source, tmp_path / "wheels")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")

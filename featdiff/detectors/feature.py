@@ -153,6 +153,7 @@ class Detector(FeatureScoring):
 
     Examples
     --------
+    >>> import numpy as np
     >>> photos = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)  # yours go here
     >>> quick = {"epochs": 1, "min_steps": 5}
     >>> layers = ["layer1", "layer2"]
