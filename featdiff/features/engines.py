@@ -31,8 +31,13 @@ ENGINES = (AUTO, TORCH, OPENVINO, ONNXRUNTIME, COMPILE)
 # Packages that each needs, and the extra that installs them.
 _PACKAGES = {OPENVINO: ("openvino",), ONNXRUNTIME: ("onnxruntime", "onnx"), COMPILE: ()}
 _EXTRAS = {OPENVINO: "openvino", ONNXRUNTIME: "onnx"}
-# What ``auto`` tries; compiling takes a compiler and most of a minute.
+# What ``auto`` tries; compiling takes a compiler, and half a minute for each size of images.
 _TRIED = (OPENVINO, ONNXRUNTIME)
+# Sizes of images that are compiled; others run in PyTorch. One graph for all sizes is no way out: its symbolic heights
+# and widths keep the compiler busy for more than six minutes (padding as TensorFlow's, PyTorch 2.14).
+_MOST_COMPILED = 4
+# Graphs that may come of these: for one image, for several, and for so many that indices need more bits.
+_GRAPHS = 3 * _MOST_COMPILED
 # Two passes agree if no number differs by more than this share of the largest of its layer.
 _TOLERANCE = 1e-4
 _TOLERANCE_OF_BFLOAT16 = 0.2
@@ -127,7 +132,7 @@ class Engine:
         folder = forward.folder / self.label.replace(" ", "-") if forward.folder else None
         try:
             if name == COMPILE:
-                self._run = torch.compile(Traced(forward.network, forward.read), dynamic=True)
+                self._run = _compiled(Traced(forward.network, forward.read))
             else:
                 self._run = running(name, Traced(forward.network, forward.traced), example, forward.bfloat16, folder)
             agrees = self.agrees(example)
@@ -146,18 +151,34 @@ class Engine:
         with self._lock:
             if size in self._agrees:
                 return self._agrees[size]
-            if not torch.isfinite(pixels[:1]).all():  # says nothing about others of its size
+            if self.name == COMPILE and len(self._agrees) >= _MOST_COMPILED:
                 return False
-            expected = self._forward.read(pixels[:1])
+            few = pixels[: 2 if self.name == COMPILE else 1]  # for one alone a graph of its own would be compiled
+            if not torch.isfinite(few).all():  # says nothing about others of its size
+                return False
+            expected = self._forward.read(few)
             tolerance = _TOLERANCE_OF_BFLOAT16 if self._forward.bfloat16 else _TOLERANCE
             try:
-                self._agrees[size] = _alike(expected, self._outputs(pixels[:1]), tolerance)
+                self._agrees[size] = _alike(expected, self._outputs(few), tolerance)
             except Exception:  # a trace may not take this size at all
                 self._agrees[size] = False
             return self._agrees[size]
 
     def _outputs(self, pixels: Tensor) -> dict[Key, Tensor]:
         return dict(zip(self.keys, self._run(pixels.contiguous()), strict=True))
+
+
+def _compiled(traced: Traced) -> Callable[[Tensor], Sequence[Tensor]]:
+    """A pass that is compiled anew for each size of images, and for any number of them."""
+    run = torch.compile(traced, dynamic=False)
+
+    def outputs(pixels: Tensor) -> tuple[Tensor, ...]:
+        torch._dynamo.maybe_mark_dynamic(pixels, 0)
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+            found: tuple[Tensor, ...] = run(pixels)
+        return found
+
+    return outputs
 
 
 class Traced(nn.Module):

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import Conv2dSame
 from tiny_backbones import SWIN, backbone, images, one_line
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from featdiff.exceptions import UsageError
@@ -168,6 +170,26 @@ def test_a_compiled_pass_gives_what_torch_gives(precision: str) -> None:
         same(given, expected)
     assert (given - expected).abs().mean() < 0.02 * expected.abs().mean()
     torch.testing.assert_close(extractor(noise(5)[2:3]), given[2:3], rtol=0, atol=1e-6 if precision == "fp32" else 0.05)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_each_of_the_first_four_sizes_is_compiled_for_any_batch() -> None:
+    """Of a network whose padding depends on the size, one graph for all sizes would keep the compiler busy for ever."""
+    padded = nn.Sequential(Conv2dSame(3, 8, 3, stride=2), nn.ReLU(), Conv2dSame(8, 8, 3, stride=2), nn.ReLU()).eval()
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    extractor = FeatureExtractor(Backbone(padded, "own", "random", fingerprint(padded), config, to_tensor), ["1", "3"])
+    assert extractor.choose_engine(COMPILE, noise(2)).startswith("compile")
+
+    exact, graphs = [], []
+    for side in (32, 33, 47, 64, 65, 70):
+        for count in (2, 5, 3, 7):
+            images = noise(count, side, side + 1)
+            given, expected = extractor(images), extractor.in_torch()(images)
+            same(given, expected)
+            graphs.append(counters["stats"]["unique_graphs"])
+        exact.append(torch.equal(given, expected))
+    assert exact == [False] * 3 + [True] * 3  # the first of the four sizes is that of the choice
+    assert len(set(graphs)) == 3  # none for another number of images, and none after the fourth size
 
 
 @pytest.mark.parametrize("engine", BOTH)
