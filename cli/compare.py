@@ -150,9 +150,9 @@ def _print(compared: Comparison) -> None:
 
     show("")
     print_grid(grid(compared.result), width)
-    for part, name in zip([compared.result["id"], *compared.result["pairs"]], compared.sets, strict=True):
+    for part, images in zip([compared.result["id"], *compared.result["pairs"]], compared.sets, strict=True):
         for letter, key in (("A", "only_a"), ("B", "only_b")):
-            _print_changed(f"{name.name}, flagged by {letter} alone", part[key])
+            _print_changed(f"{images.name}, flagged by {letter} alone", part[key])
     show("")
     print_text(EXPLANATION, width)
 

@@ -11,6 +11,7 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import groups_option, load_model, runtime_options, weights_option
 from .progress import Bars, calibrated, list_unreadable
 from .speech import say, without_duplicates
+from .train import check_free
 
 if TYPE_CHECKING:
     from featdiff import Detector, PixelDetector
@@ -48,7 +49,7 @@ def command(
     from featdiff.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    _check_free(output, model, force)
+    _check_place(output, model, force)
     detector = _load(model, options)
     try:
         with Bars(quiet) as bars:
@@ -62,16 +63,13 @@ def command(
     return EXIT_UNREADABLE if result.unreadable else 0
 
 
-def _check_free(output: Path, model: str, force: bool) -> None:
+def _check_place(output: Path, model: str, force: bool) -> None:
     """Refuse the old model's own place: without it there is no way back."""
     from featdiff.exceptions import UsageError
-    from featdiff.files.model_folder import check_target, is_model
 
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself, which is kept: choose another folder", argument="output")
-    check_target(output)
-    if is_model(output) and not force:
-        raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
+    check_free(output, force)
 
 
 def _load(model: str, options: dict[str, Any]) -> Detector | PixelDetector:

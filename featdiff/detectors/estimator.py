@@ -349,8 +349,8 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
             The disk is full.
         """
         check_is_fitted(self)
-        calibration = torch.from_numpy(self.calibration_.scores.copy())
-        save(folder, self._config(), self.heads_.state_dict() | {"calibration": calibration})
+        calibration = {name: torch.from_numpy(array) for name, array in self.calibration_.arrays().items()}
+        save(folder, self._config(), self.heads_.state_dict() | calibration)
 
     def _config(self) -> dict[str, Any]:
         """The content of ``config.json``."""

@@ -22,11 +22,12 @@ from ..features.digests import DIGEST_BYTES
 from ..features.layout import FeatureLayout
 from ..features.store import Features
 
+#: Sides of a split, in the order in which images are kept.
+SIDES = TRAINING, VALIDATION, CALIBRATION = range(3)
 #: Bytes of the features that a model keeps.
 MOST_BYTES = 1_100_000
-_SIDES = 3
 # Of these rows, shares for those that calibrate (which need the most: they decide the threshold) and that validate.
-_CALIBRATION, _VALIDATION = 0.5, 0.1
+_CALIBRATION_SHARE, _VALIDATION_SHARE = 0.5, 0.1
 _LEVELS = 127
 _SMALLEST = torch.finfo(torch.float32).tiny
 # Tensors of a saved model.
@@ -119,13 +120,13 @@ class KeptImages:
         order = np.argsort(sides, kind="stable")
         place = np.argsort(order)[at_hand]  # where these come to stand
         by_place = np.argsort(place)
-        counts = np.bincount(sides[at_hand], minlength=_SIDES).tolist()
+        counts = np.bincount(sides[at_hand], minlength=len(SIDES)).tolist()
         chosen = by_place[_choose(counts, MOST_BYTES // (layout.width + 4 * len(layout.parts)))]
         codes, scales = _encoded(features[chosen], layout)
 
         contents = np.frombuffer(bytearray().join(digests[i] for i in order), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
         numbers = None if groups is None else groups[order].astype(np.int32)
-        training, validation, _ = np.bincount(sides, minlength=_SIDES).tolist()
+        training, validation, _ = np.bincount(sides, minlength=len(SIDES)).tolist()
         return cls(contents, training, validation, numbers, place[chosen], codes, scales)
 
     @property
@@ -140,7 +141,7 @@ class KeptImages:
 
     @property
     def sides(self) -> np.ndarray:
-        """Of each image (n,): 0 it trained, 1 it validated, 2 it calibrated."""
+        """The side of each image (n,), one of :data:`SIDES`."""
         return np.searchsorted([self.training, self.training + self.validation], np.arange(len(self.digests)), "right")
 
     def rows(self, layout: FeatureLayout) -> Tensor:
@@ -204,7 +205,7 @@ def _choose(counts: Sequence[int], most: int) -> np.ndarray:
     n = sum(counts)
     if n <= most:
         return np.arange(n)
-    wanted = [0, round(_VALIDATION * most), round(_CALIBRATION * most)]
+    wanted = [0, round(_VALIDATION_SHARE * most), round(_CALIBRATION_SHARE * most)]
     wanted[0] = most - sum(min(count, share) for count, share in zip(counts[1:], wanted[1:], strict=True))
     rng = np.random.default_rng(0)
     starts = np.cumsum([0, *counts[:-1]])

@@ -17,7 +17,8 @@ from ..features.store import Features, FeatureStore, Joined
 from ..runtime.progress import Progress
 from .feature import Detector
 from .grouping import Grouping
-from .old_images import CALIBRATION, TRAINING, VALIDATION, OldImages
+from .kept_images import CALIBRATION, TRAINING, VALIDATION
+from .old_images import OldImages
 
 #: Fewer new images cannot be divided into some that train and some that are held out.
 FEWEST = 20

@@ -13,11 +13,10 @@ from ..exceptions import UsageError
 from ..features.store import Features, FeatureStore, Rows
 from ..runtime.progress import Progress
 from .feature import Detector
+from .kept_images import CALIBRATION, TRAINING, VALIDATION
 
 #: Where features come from: the cache, images that were given again, or the model, which keeps a few.
 CACHE, GIVEN, MODEL = "cache", "given", "model"
-#: Sides of a split.
-TRAINING, VALIDATION, CALIBRATION = range(3)
 
 
 @dataclass(frozen=True, eq=False)

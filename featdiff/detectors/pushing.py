@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,31 @@ def push_model(
     UsageError, ModelError
         As for :meth:`Pushable.push_to_hub`; no model, or a damaged one.
     """
-    folder = Path(folder)
-    config, tensors = load(folder)
+    config, tensors = load(Path(folder))
+
+    def card() -> str:
+        return model_card(config, name, license=license, results=results, held=kept_images(tensors))
+
+    return push_files(Path(folder), _FILES, name, card, **options)
+
+
+def push_files(folder: Path, files: Sequence[str], name: str, card: Callable[[], str], **options: Any) -> str:
+    """Push those of these files that a folder has, and what ``card`` gives where the folder has no card.
+
+    ``options``, the result and errors are those of :meth:`Pushable.push_to_hub`.
+    """
     with tempfile.TemporaryDirectory() as place:
-        for file in _FILES:
+        for file in files:
+            target = Path(place) / file
+            target.parent.mkdir(exist_ok=True)
             if (folder / file).is_file():
-                (Path(place) / file).symlink_to((folder / file).absolute())
-        if not (Path(place) / CARD).exists():
-            text = model_card(config, name, license=license, results=results, held=kept_images(tensors))
-            (Path(place) / CARD).write_text(text, encoding="utf-8")
-        return push_folder(place, _FILES, name, refused, **options)
+                target.symlink_to((folder / file).absolute())
+        if not (folder / CARD).is_file():
+            (Path(place) / CARD).write_text(card(), encoding="utf-8")
+        return push_folder(place, files, name, _refused, **options)
 
 
-def refused(why: str) -> ModelError:
+def _refused(why: str) -> ModelError:
     """The error for what the hub says."""
     return ModelError(f"the model is not on the hub: {why}")
 

@@ -30,9 +30,9 @@ from .checks import make_recipe
 from .feature import Detector
 from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads
 from .grouping import make_checked_plan
-from .kept_images import KeptImages
+from .kept_images import CALIBRATION, TRAINING, VALIDATION, KeptImages
 from .new_images import NewImages, check_ordinary, joint_groups, read_new_images, sides_of
-from .old_images import CALIBRATION, TRAINING, VALIDATION, OldImages, find_old_images
+from .old_images import OldImages, find_old_images
 from .soundness import SAMPLE
 
 # Training on takes this share of the steps of a training anew, at this share of its learning rate. Set once, on

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..detectors.model_card import model_card
-from ..detectors.pushing import CARD, kept_images, refused
+from ..detectors.pushing import CARD, kept_images, push_files
 from ..exceptions import some_of
-from ..files.hub import push_folder
 from ..files.model_folder import CONFIG, TENSORS, load
 from .layout import GUARD, STUDENT
 from .students import load_classifier, training_facts
@@ -49,17 +47,8 @@ def push_hardened(
     UsageError, ModelError
         As there; no student and guard, or damaged ones.
     """
-    folder = Path(folder)
-    text = card_of_hardened(folder, name, license=license, results=results)
-    with tempfile.TemporaryDirectory() as place:
-        for file in _FILES:
-            target = Path(place) / file
-            target.parent.mkdir(exist_ok=True)
-            if (folder / file).is_file():
-                target.symlink_to((folder / file).absolute())
-        if not (folder / CARD).is_file():
-            (Path(place) / CARD).write_text(text, encoding="utf-8")
-        return push_folder(place, _FILES, name, refused, **options)
+    text = card_of_hardened(folder, name, license=license, results=results)  # this checks the files
+    return push_files(Path(folder), _FILES, name, lambda: text, **options)
 
 
 def card_of_hardened(
