@@ -17,11 +17,13 @@ from ..data.loaders import is_loader
 from ..data.references import list_images
 from ..data.splits import Plan
 from ..exceptions import OtherEngine
+from ..features.conversions import COMPILE
 from ..features.engines import AUTO, TORCH, installed
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.store import FeatureStore
 from ..runtime.progress import Progress
+from ..scores.compiled import CompiledHeads
 from ..scores.fused import Heads
 from ..scores.joint import GLOBAL, NAMES
 from .base import BaseDetector
@@ -70,6 +72,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     engine_: str
     bank_digests_: np.ndarray
     kept_: KeptImages | None = None
+    _compiled: CompiledHeads | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -254,13 +257,22 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         parts : dict of str to Tensor of shape (B,)
             ``global`` and ``local``, standardised, which the ``ood_score`` joins; empty without a local score.
         """
-        score, layers = self.heads_(features, own)
+        score, layers = self._run_heads(features, own)
         if self.local_ is None:
             return score, layers, {}
         column = self.extractor_.layout.local
         assert column is not None
         joined, parts = self.local_.joint(score, features[:, column.start].to(score.device))
         return joined, layers, dict(zip(NAMES, parts.T, strict=True))
+
+    def _run_heads(self, features: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The heads; compiled where the backbone is, on a GPU (on a CPU that gains nothing)."""
+        compiles = self.extractor_.engine.startswith(COMPILE) and self.heads_.mean.device.type != "cpu"
+        if not compiles:
+            return self.heads_(features, own)
+        if self._compiled is None or self._compiled.heads is not self.heads_:
+            self._compiled = CompiledHeads(self.heads_)
+        return self._compiled(features.to(self.heads_.mean.device), own)
 
     def heat_scale(self, fpr: float) -> tuple[float, float] | None:
         """What the heat of :meth:`featdiff.features.extractor.FeatureExtractor.with_heat` means.

@@ -195,6 +195,10 @@ class _WithHottestPlace:
         self.width = extractor.width + 1
 
     @property
+    def device(self) -> torch.device:
+        return self.extractor.device
+
+    @property
     def transform(self) -> Transform:
         return self.extractor.transform
 

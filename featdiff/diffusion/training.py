@@ -278,7 +278,8 @@ def start(denoiser: nn.Module, recipe: Recipe, count: int) -> TrainingState:
     """
     epochs, per_epoch = recipe.plan(count)
     parameters = list(denoiser.parameters())
-    fused = all(parameter.device.type == "cpu" for parameter in parameters)  # a fifth of the time of a small step
+    # a fifth of the time of a small step; other devices have none, or a slower one
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused or None
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,14 +14,19 @@ from ..data.batches import Batch
 from ..data.decoding import Transform
 from ..runtime.progress import Progress
 from .store import FeatureStore
+from .transfer import in_background
 
 
 class Extractor(Protocol):
     """Decoded images -> one row of numbers each.
 
     :class:`featdiff.features.extractor.FeatureExtractor` and :class:`featdiff.features.pixels.Pixels` are such.
-    ``width`` is a row's length, ``transform`` prepares a picture, ``key`` names everything that decides the numbers.
+    ``width`` is a row's length, ``transform`` prepares a picture, ``key`` names everything that decides the numbers,
+    ``device`` is where rows are computed.
     """
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def width(self) -> int: ...
@@ -115,7 +120,7 @@ def featurise(
 ) -> Iterator[tuple[Batch, FeatureBatch]]:
     """Run the backbone over batches.
 
-    To look at a result is to wait for it. A GPU has got the next batch by then, so that it never waits for the host.
+    To look at a result is to wait for it. A GPU computes the next batch by then, so that it never waits for the host.
 
     Parameters
     ----------
@@ -129,25 +134,40 @@ def featurise(
     Batch, FeatureBatch
         In order. Should ``batches`` fail, those that were begun come first.
     """
-    begun: deque[tuple[Batch, list[Tensor]]] = deque()
+    if ahead is None:
+        ahead = 1 if extractor.device.type == "cuda" else 0
+    begun: deque[_Begun] = deque()
     try:
         for batch in batches:
-            rows = [extractor(stack.pixels) for stack in batch.stacks]
-            begun.append((batch, rows))
-            while len(begun) > (any(part.is_cuda for part in rows) if ahead is None else ahead):
-                yield _looked_at(*begun.popleft())
+            begun.append(_Begun.of(batch, extractor))
+            while len(begun) > ahead:
+                yield begun.popleft().looked_at()
     except GeneratorExit:  # nobody listens any more
         raise
     except BaseException:  # Ctrl-C, too
         while begun:
-            yield _looked_at(*begun.popleft())
+            yield begun.popleft().looked_at()
         raise
     while begun:
-        yield _looked_at(*begun.popleft())
+        yield begun.popleft().looked_at()
 
 
-def _looked_at(batch: Batch, rows: list[Tensor]) -> tuple[Batch, FeatureBatch]:
-    return batch, FeatureBatch.of(batch, rows)
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that the backbone has been given; ``ready`` waits for the rows of each of its stacks."""
+
+    batch: Batch
+    rows: list[Tensor]
+    ready: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, batch: Batch, extractor: Extractor) -> _Begun:
+        with in_background(extractor.device) as ready:
+            rows = [extractor(stack.pixels) for stack in batch.stacks]
+        return cls(batch, rows, ready)
+
+    def looked_at(self) -> tuple[Batch, FeatureBatch]:
+        return self.batch, FeatureBatch.of(self.batch, [self.ready(part) for part in self.rows])
 
 
 def _finite(features: Tensor, pixels: Tensor) -> tuple[list[bool], str]:

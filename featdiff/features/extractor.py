@@ -96,6 +96,8 @@ class FeatureExtractor:
         self._given_device = torch.device(device)
         self._autocast = None if own else mixed_precision(precision, self._given_device)
         self.model = self.backbone.model.to(self._given_device)
+        if self._given_device.type == "cuda" and not own:  # a GPU's convolutions want it in half precision
+            self.model.to(memory_format=torch.channels_last)
 
         probe = self.probe()
         self._reader = make_reader(self.model, self.backbone.tag, own, layers, probe, logits)

@@ -28,6 +28,8 @@ class Pixels:
     ----------
     width : int
         Length of a row, ``channels * size * size``: channel by channel, line by line.
+    device : torch.device
+        Where rows are made: the CPU.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class Pixels:
         self.size = size
         self.channels = channels
         self.width = channels * size * size
+        self.device = torch.device("cpu")
 
     @property
     def transform(self) -> Transform:

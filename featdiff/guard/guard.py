@@ -367,7 +367,9 @@ class Guard(Pushable, nn.Module):
     def _verdict(self, logits: Tensor, features: Tensor, images: Tensor) -> Verdict:
         """Score features (B, D) of the classifier."""
         detector = self.detector
-        self._check_finite(features, images)
+        is_gpu = features.is_cuda  # which is waited for only after it has got all its work
+        if not is_gpu:
+            self._check_finite(features, images)
         with self._moving:
             if detector.heads_.mean.device != features.device:
                 detector.heads_.to(features.device)
@@ -382,6 +384,8 @@ class Guard(Pushable, nn.Module):
 
         layers = dict(zip(detector.layers, layer_scores.T, strict=True))
         p_values = detector.local_.p_values(parts) if detector.local_ else {}
+        if is_gpu:
+            self._check_finite(features, images)
         return Verdict(score, p_value, is_ood, layers, predicted, p_values)
 
     def _check_finite(self, features: Tensor, images: Tensor) -> None:

@@ -54,6 +54,11 @@ class FrozenLayers:
         """RGB image -> (3, H, W) tensor, as the classifier was trained with."""
         return self._classifier.transform
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return device_of(self.modules)
+
     def key(self, variant: str = "") -> str:
         """A short hash of everything that decides the output: frozen weights, preprocessing and ``variant``.
 

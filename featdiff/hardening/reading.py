@@ -146,6 +146,7 @@ class MeanColour:
     """An extractor of the mean colour. Without frozen layers, it serves to find out which images can be read."""
 
     width = 3
+    device = torch.device("cpu")
 
     @property
     def transform(self) -> Transform:

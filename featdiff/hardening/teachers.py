@@ -68,6 +68,11 @@ class Teacher:
         """RGB image -> (3, H, W) tensor, as the teacher was trained with."""
         return self.network.transform
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return device_of(self.network.model)
+
     def key(self, variant: str = "") -> str:
         """A short hash of everything that decides the pre-logits."""
         facts = [_VERSION, fingerprint(self.network.model), repr(self.network.model)]

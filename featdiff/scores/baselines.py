@@ -25,7 +25,7 @@ class KthNeighbor(Score):
     k = 5
     _index: Index
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Keep in-domain features (N, D).
 
@@ -41,7 +41,7 @@ class KthNeighbor(Score):
         self._index = make_index(torch.cat([self._view(chunk) for chunk in features.chunks()]))
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         return self._index.search(self._view(features), self.k)[0][:, -1]
@@ -79,7 +79,7 @@ class GaussianScore(Score):
         self.unit = unit
         self.requires_grad_(False).eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Fit on in-domain features (N, D).
 
@@ -95,7 +95,7 @@ class GaussianScore(Score):
         self.measure.fit(moments(chunks, len(self.measure.mean), device))
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), >= 0, higher = more OOD."""
         distances: Tensor = self.measure(self._view(features.to(self.measure.mean.device)))

@@ -60,7 +60,9 @@ class FixedDenoiser:
         return self._versions == self._count()
 
     def _count(self) -> list[int]:
-        """How often each tensor was changed; tensors made in inference mode do not count that."""
+        """How often each tensor was changed; tensors made in inference mode do not count that, nor do graphs."""
+        if torch.compiler.is_compiling():
+            return []
         return [0 if tensor.is_inference() else tensor._version for tensor in self._weights]
 
 

@@ -142,7 +142,7 @@ class Diffusion(nn.Module):
                 context.progress,
             )
             _round_to_half(self.denoiser)
-            with torch.inference_mode():
+            with torch.no_grad():
                 self.fit_statistics(torch.cat([self.errors(part) for part in validation.split(1024)]))
         return state
 
@@ -157,7 +157,7 @@ class Diffusion(nn.Module):
 
         return lambda indices: stages()[torch.from_numpy(indices).to(self.noise.device)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit_statistics(self, errors: Tensor) -> None:
         """Set ``mean`` and ``deviation`` from errors of held-out images (N, start times, stages)."""
         mean, deviation = log_statistics(errors)
@@ -191,10 +191,11 @@ class Diffusion(nn.Module):
 
     def _fixed(self, denoiser: LFDN | LayerwiseLFDN) -> FixedDenoiser:
         """The denoiser at the start times, prepared at its first use and again when its weights have changed."""
-        fixed = self._prepared.get(denoiser)
+        compiling = torch.compiler.is_compiling()  # then its tensors belong to a graph
+        fixed = None if compiling else self._prepared.get(denoiser)
         if fixed is None or not fixed.is_current():
             fixed = FixedDenoiser(denoiser, self.scheduler, self.start_times, self.noise)
-            if not torch.compiler.is_compiling():  # else its tensors belong to a graph
+            if not compiling:
                 self._prepared[denoiser] = fixed
         return fixed
 
@@ -271,7 +272,7 @@ class Layerwise(DiffusionScore):
 
     name = "layerwise"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         return self.model.join(self.model.layer_scores(features))
@@ -282,7 +283,7 @@ class MeanSquaredError(DiffusionScore):
 
     name = "mse"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         errors = self.model.errors(self.model.stages(features))
@@ -294,7 +295,7 @@ class CosineDistance(DiffusionScore):
 
     name = "mfsim"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         model = self.model
@@ -308,7 +309,7 @@ class LikelihoodRegret(DiffusionScore):
 
     name = "lr"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         model = self.model
@@ -335,7 +336,8 @@ DIFFUSION: dict[str, type[DiffusionScore]] = {
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Work in float32 on this tensor's device, whatever autocast the caller is in: reconstruction errors are small."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _round_to_half(network: nn.Module) -> None:

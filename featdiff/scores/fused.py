@@ -187,7 +187,7 @@ class Heads(nn.Module):
         self.fit_statistics(self.measure_all(context.validation))
         return state
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit_statistics(self, measured: Measured) -> None:
         """Set what scores are standardised with from held-out in-domain images."""
         with full_precision(self.mean):
@@ -197,7 +197,7 @@ class Heads(nn.Module):
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit_scale(self, scores: Tensor) -> None:
         """Set ``location`` and ``scale`` from :meth:`unscaled` scores of the images that calibrate (N, 1 + layers)."""
         std = scores.std(0, correction=0)
@@ -236,7 +236,7 @@ class Heads(nn.Module):
         """:meth:`measure` of many rows of features (N, D), some at a time."""
         return Measured.concatenate([self.measure(part) for part in features.chunks()])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, features: Tensor, own: Tensor | None = None) -> Measured:
         """Rows of features (B, D) -> all that scores are made of, before it is standardised."""
         features = features.to(self.mean.device)
@@ -255,7 +255,7 @@ class Heads(nn.Module):
             joined = torch.stack(members, dim=1) if members else errors[:, :0, 0]
             return Measured(errors, joined, single)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def combined(self, measured: Measured) -> Tensor:
         """What was measured of B images -> the detector's own score, then that of each layer (B, 1 + L)."""
         with full_precision(self.mean):
@@ -267,7 +267,7 @@ class Heads(nn.Module):
             further = [z[:, column, None] for column in self._columns_of_layers]
             return torch.cat([own[:, None], layers, *further], dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def contributions(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """What the detector's own score is made of.
 
@@ -318,7 +318,7 @@ class Heads(nn.Module):
         layers = self.diffusion.standardised(measured.errors)
         return torch.cat([self.diffusion.join(layers)[:, None], measured.members], dim=1), layers
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def all_scores(self, features: Tensor) -> dict[str, Tensor]:
         """Rows of features (B, D) -> each of :attr:`scores` (B,) by name."""
         features = features.to(self.mean.device)

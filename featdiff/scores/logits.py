@@ -41,7 +41,7 @@ class LogitScore(Score):
 class Energy(LogitScore):
     """-logsumexp of the logits (Liu et al., NeurIPS 2020)."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         return -self.logits(features).logsumexp(1)
@@ -62,7 +62,7 @@ class MaximumSoftmax(LogitScore):
         if self._logits.width < 2:
             raise UsageError("msp compares probabilities of classes, and this classifier gives a single logit")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         logits = self.logits(features)
@@ -103,7 +103,7 @@ class VirtualLogit(LogitScore):
         self.register_buffer("basis", torch.eye(self._pre_logits.width))
         self.register_buffer("scale", torch.ones(()))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Fit on in-domain features (N, D), for the context's classifier."""
         if context is None or context.classifier is None:
@@ -127,7 +127,7 @@ class VirtualLogit(LogitScore):
         self.scale.copy_(largest.mean().clamp_min(tiny) / residual.mean().clamp_min(tiny))
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), higher = more OOD."""
         return self.scale * self._residual(features) - self.logits(features).logsumexp(1)

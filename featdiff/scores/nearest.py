@@ -66,13 +66,13 @@ class NearestNeighbors(Score):
         self.register_buffer("scales", torch.ones(options.rows, 1))
         self._in_pairs = width >= _WIDE and width % 2 == 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Keep in-domain features (rows, D)."""
         self._keep(features, slice(None))
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit_further(
         self, older: Self, kept: np.ndarray, added: Features, bank: Features | None, context: Context | None = None
     ) -> Self:
@@ -94,12 +94,12 @@ class NearestNeighbors(Score):
         self.scales[place] = scales
         self._index = ()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> (B,), > 0, higher = more OOD."""
         return _mean_distance(self._search(features, self.k)[0])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def nearest(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The most similar kept vectors.
 
@@ -118,7 +118,7 @@ class NearestNeighbors(Score):
         """
         return self._search(features, min(count, len(self.vectors)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def without(self, features: Tensor, own: Tensor) -> Tensor:
         """As :meth:`forward`, without the kept vector of this number (B,); -1: with all."""
         wanted = min(self.k + 1, len(self.vectors))

@@ -86,6 +86,7 @@ class Bench:
         picture = next(self.pixels(backbone.transform))[:1].expand(self.batch, -1, -1, -1).contiguous()
         memory = [picture] * BATCHES
         passes: dict[str, float] = {}
+        scores: dict[str, np.ndarray] = {}
         for engine in ("torch", "compile"):
             detector.extractor_.choose_engine(engine, memory[0])
             passes = self.medians(
@@ -97,6 +98,10 @@ class Bench:
                 }
             )
             yield from self.speeds(passes, detector.extractor_.engine)
+            scores[engine] = detector.score(self.refs).ood_score
+
+        change = np.nanmax(np.abs(scores["compile"] - scores["torch"]))
+        yield "largest change of a score by `compile`, in standard deviations", f"{change:.1e}", "rounding"
 
         beyond = whole / passes["bare, files"] - 1
         yield f"`train`, {len(self.refs):,} images, beyond one bare pass", f"{beyond:.2f} x", "at most 0.25 x"

@@ -67,6 +67,8 @@ def test_batches_that_are_begun_ahead(few_images: Path, extractor: FeatureExtrac
     begun: list[int] = []
 
     class Counting:
+        device = torch.device("cpu")
+
         def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
             begun.append(len(pixels))
             return extractor(pixels)

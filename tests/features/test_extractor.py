@@ -38,6 +38,21 @@ def test_features_are_the_means_of_timm_intermediates(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["test_resnet", "test_efficientnet", "test_convnext", "test_nfnet", "test_maxvit", "test_vit", SWIN],
+)
+def test_features_do_not_depend_on_how_channels_lie_in_memory(name: str) -> None:
+    """On a GPU they come last."""
+    extractor = FeatureExtractor(backbone(name))
+    extractor.keep_maps()
+    expected, maps = extractor(images(name)), extractor.maps_of(images(name))
+    extractor.model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(extractor(images(name)), expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(extractor.maps_of(images(name)), maps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("name", "stage", "deep"),
     [
         ("test_resnet", "layer4", True),

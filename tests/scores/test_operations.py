@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from featdiff.features.layout import PRE_LOGITS, FeatureLayout, Kind
 from featdiff.scores.diffusion import Diffusion
 from featdiff.scores.fused import Heads
 from featdiff.scores.registry import Options, make_scores
+from featdiff.verdicts.calibration import Calibration
 
 #: The layers of the default backbone, a quarter as wide.
 STAGES = {"blocks.0": 4, "blocks.1": 6, "blocks.2": 10, "blocks.4": 28, "blocks.6": 80}
@@ -59,6 +63,16 @@ def fitted() -> Heads:
     return heads
 
 
+class OnOneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of several devices, but for single numbers: these would have to travel."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor) and leaf.dim()]
+        assert len({tensor.device for tensor in tensors}) <= 1, func
+        return result
+
+
 def counted(heads: Heads, rows: Tensor) -> Counted:
     with torch.inference_mode():
         heads(rows)  # builds what is kept
@@ -76,3 +90,27 @@ def test_one_image_takes_few_operations_and_no_copy_of_the_bank() -> None:
 def test_operations_do_not_grow_with_the_batch() -> None:
     heads = fitted()
     assert counted(heads, features(256, seed=1)).operations <= OPERATIONS
+
+
+def test_nothing_is_looked_at_or_copied_while_a_gpu_scores() -> None:
+    """Tensors on the device ``meta`` have no values: what would make the host wait for a GPU fails there."""
+    heads = fitted()
+    heads(features(1))  # builds the indices
+    indices = [score._index[0].to("meta") for score in heads.members]  # type: ignore[union-attr]
+    heads.to("meta")
+    for score, index in zip(heads.members, indices, strict=True):
+        score._index = (index,)  # type: ignore[assignment]
+    calibration = Calibration(np.random.default_rng(0).normal(size=200))
+    calibration.flags(torch.empty(1, device="meta"), 0.05)  # takes its scores there, once
+
+    for count in (1, 64):
+        rows = torch.empty(count, LAYOUT.width, device="meta")
+        heads(rows)  # computes constants
+        with OnOneDevice():
+            score, layers = heads(rows)
+            heads(rows, torch.empty(count, dtype=torch.int64, device="meta"))
+            _, is_ood = calibration.flags(score, 0.05)
+        assert (score.shape, layers.shape, is_ood.shape) == ((count,), (count, len(STAGES) + 1), (count,))
+
+    with pytest.raises(RuntimeError, match="meta"):  # as it should, had anything been looked at
+        bool(score.sum() > 0)
