@@ -59,6 +59,7 @@ FILES: dict[str, dict[str, set[str]]] = {
         "distances": {"residuals"},
         "logits": {"registry"},
         "nearest": {"coded", "neighbors", "registry"},
+        "compiled": {"fused"},
         "near_copies": {"fusion", "neighbors", "registry"},
         "baselines": {"gaussian", "neighbors", "registry"},
         "denoising": set(),

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -25,7 +26,7 @@ from ..features.layout import Key
 from ..features.networks import device_of, logits_of
 from ..files.model_folder import load, locate
 from ..runtime.progress import Progress
-from .recording import _precisions, _Recording, _run, _unwrapped
+from .recording import _Recording, _run, _unwrapped, check_finite
 
 #: The class that an abstaining guard predicts for flagged images.
 ABSTAINED = -1
@@ -367,9 +368,10 @@ class Guard(Pushable, nn.Module):
     def _verdict(self, logits: Tensor, features: Tensor, images: Tensor) -> Verdict:
         """Score features (B, D) of the classifier."""
         detector = self.detector
+        check = partial(check_finite, features, images, detector.extractor_.layout, self.classifier)
         is_gpu = features.is_cuda  # which is waited for only after it has got all its work
         if not is_gpu:
-            self._check_finite(features, images)
+            check()
         with self._moving:
             if detector.heads_.mean.device != features.device:
                 detector.heads_.to(features.device)
@@ -385,25 +387,8 @@ class Guard(Pushable, nn.Module):
         layers = dict(zip(detector.layers, layer_scores.T, strict=True))
         p_values = detector.local_.p_values(parts) if detector.local_ else {}
         if is_gpu:
-            self._check_finite(features, images)
+            check()
         return Verdict(score, p_value, is_ood, layers, predicted, p_values)
-
-    def _check_finite(self, features: Tensor, images: Tensor) -> None:
-        """Refuse features (B, D) with NaN or infinite values, and say where they come from (``UsageError``)."""
-        # the sum takes one pass, but may overflow where all are finite
-        if features.sum().isfinite() or features.isfinite().all():
-            return
-
-        finite = features.isfinite()
-        bad = (~finite.all(1)).nonzero().flatten().tolist()
-        where = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
-        if not torch.isfinite(images[bad[0]]).all():
-            raise UsageError(f"images with NaN or infinite pixels in the batch, rows {where}: leave them out")
-
-        column = int((~finite[bad[0]]).nonzero()[0])
-        layer = self.detector.extractor_.layout.named(column).name
-        hint = "; float16 ends at 65,504: use bfloat16" if torch.float16 in _precisions(self.classifier) else ""
-        raise UsageError(f"layer {layer!r} gives NaN or infinite values for rows {where} of the batch{hint}")
 
     # ---- save and load ----
 

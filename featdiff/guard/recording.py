@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..exceptions import UsageError, first_line
 from ..features.extractor import FeatureExtractor
-from ..features.layout import Key
+from ..features.layout import FeatureLayout, Key
 
 
 def _run(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +82,24 @@ def _unwrapped(classifier: nn.Module) -> nn.Module:
             classifier = classifier._orig_mod
         else:
             return classifier
+
+
+def check_finite(features: Tensor, images: Tensor, layout: FeatureLayout, classifier: nn.Module) -> None:
+    """Refuse features (B, D) with NaN or infinite values, and say where they come from (``UsageError``)."""
+    # the sum takes one pass, but may overflow where all are finite
+    if features.sum().isfinite() or features.isfinite().all():
+        return
+
+    finite = features.isfinite()
+    bad = (~finite.all(1)).nonzero().flatten().tolist()
+    where = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+    if not torch.isfinite(images[bad[0]]).all():
+        raise UsageError(f"images with NaN or infinite pixels in the batch, rows {where}: leave them out")
+
+    column = int((~finite[bad[0]]).nonzero()[0])
+    layer = layout.named(column).name
+    hint = "; float16 ends at 65,504: use bfloat16" if torch.float16 in _precisions(classifier) else ""
+    raise UsageError(f"layer {layer!r} gives NaN or infinite values for rows {where} of the batch{hint}")
 
 
 def _precisions(network: nn.Module) -> set[torch.dtype]:
