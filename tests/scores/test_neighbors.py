@@ -6,6 +6,7 @@ import functools
 import os
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.scores import neighbors
-from featdiff.scores.coded import CodedIndex
+from featdiff.scores.coded import CodedIndex, multiplies_whole_numbers
 from featdiff.scores.neighbors import BACKENDS, FaissIndex, Index, TorchIndex, check_backend
 from featdiff.scores.neighbors import make_index as make
 
@@ -165,7 +166,7 @@ def test_search_among_8_bit_numbers_is_exact(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(("spread", "again"), [(40.0, False), (1.0, True)])
-def test_a_few_queries_are_as_exact_as_many(spread: float, again: bool) -> None:
+def test_rounded_products_change_nothing(spread: float, again: bool) -> None:
     """Candidates come from rounded products; vectors that these cannot tell apart are searched again."""
     centres = 100 * normal(2, 64, seed=3).sign()  # far from their mean
     codes = (centres.repeat(200, 1) + spread * normal(400, 64)).round().clamp(-127, 127).to(torch.int8)
@@ -177,7 +178,33 @@ def test_a_few_queries_are_as_exact_as_many(spread: float, again: bool) -> None:
         parts = [index.search(some, 5) for some in queries.split(size)]
         assert torch.equal(torch.cat([indices for _, indices in parts]), ids)
         assert torch.equal(torch.cat([distances for distances, _ in parts]), expected)
-    assert all((index._among_rough(query[None], 5) is None) == again for query in queries)
+    assert all((index._among_rough(query[None], 5, index._in_bfloat16) is None) == again for query in queries)
+
+
+@pytest.mark.skipif(not multiplies_whole_numbers(), reason="needs a processor with VNNI")
+@pytest.mark.parametrize("count", [1, 7, 300])
+@pytest.mark.parametrize("levels", [7, 127])
+def test_products_of_whole_numbers_are_within_their_error(count: int, levels: int) -> None:
+    codes = (levels / 3 * normal(500, 96)).round().clamp(-levels, levels).to(torch.int8)
+    index, queries = CodedIndex(codes, torch.full((500, 1), 0.01)), normal(count, 96, seed=1)
+    queries[0] = 0
+    products, errors = index._in_whole_numbers(queries, queries.norm(dim=1))
+    wrong = (products.double() - queries.double() @ codes.double().T).abs() / codes.double().norm(dim=1)
+    assert (wrong <= errors[:, None]).all()
+    assert (errors <= 0.002 * queries.norm(dim=1) + 1e-30).all()
+
+    distances, indices = index.search(queries, 5)
+    expected, ids = TorchIndex(codes * 0.01).search(queries, 5)
+    assert torch.equal(distances, expected) and torch.equal(indices, ids)
+    assert index._among_rough(queries[1:] if count > 1 else queries, 5, index._in_whole_numbers) is not None
+
+
+def test_products_that_overflow_are_not_used() -> None:
+    """As on processors without VNNI, where sums of two products of 8-bit numbers are cut off at 16 bits."""
+    code = "from featdiff.scores.coded import multiplies_whole_numbers; print(multiplies_whole_numbers())"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("width", [1, 8, 24, 31, 33])

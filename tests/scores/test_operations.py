@@ -28,8 +28,8 @@ LAYOUT = FeatureLayout.of(
     }
 )
 BANK = 2000
-#: Of all heads, for one batch; views are not counted.
-OPERATIONS = 310
+#: Of all heads, for one image and for a batch of any size; views are not counted.
+OPERATIONS, OPERATIONS_OF_MANY = 320, 360
 
 
 class Counted(TorchDispatchMode):
@@ -89,7 +89,8 @@ def test_one_image_takes_few_operations_and_no_copy_of_the_bank() -> None:
 
 def test_operations_do_not_grow_with_the_batch() -> None:
     heads = fitted()
-    assert counted(heads, features(256, seed=1)).operations <= OPERATIONS
+    for count in (32, 256):
+        assert counted(heads, features(count, seed=1)).operations <= OPERATIONS_OF_MANY
 
 
 def test_nothing_is_looked_at_or_copied_while_a_gpu_scores() -> None:
