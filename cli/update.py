@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What follows the name of the old model in that of the new one.
 _ENDING = "-updated"
+# Stages of the work on a local score.
+_PLACES = ("places", "training places", "held-out places")
 # Where the features of the old images come from.
 _SOURCES = {"cache": "in the cache", "given": "computed again where they were gone", "model": "kept in the model"}
 
@@ -34,7 +36,12 @@ _SOURCES = {"cache": "in the cache", "given": "computed again where they were go
     help=f"Folder of the new model [that of the old one with {_ENDING}].",
 )
 @click.option("--accept", is_flag=True, help="Add the images though most of them are OOD to the model.")
-@click.option("--old", multiple=True, metavar="IMAGES", help="Images it was trained on, if the cache is gone; repeat.")
+@click.option(
+    "--old",
+    multiple=True,
+    metavar="IMAGES",
+    help="Images it was trained on: if it has a local score, or the cache is gone; repeat.",
+)
 @groups_option("near-copies, where there are too many for a split by chance")
 @weights_option
 @click.option("--force", is_flag=True, help="Replace a model that is already at -o.")
@@ -57,7 +64,8 @@ def command(
     trained on are left out. If most of the others are OOD to the model, nothing is done without --accept.
 
     MODEL is never changed: the new model is written whole to another folder. Features of its training images are found
-    in the cache. If that is gone, some hundred rows of features in MODEL stand for them; --old IMAGES is better.
+    in the cache. If that is gone, some hundred rows of features in MODEL stand for them; --old IMAGES is better. A
+    MODEL with a local score always needs --old: places of some of its training images are looked at again.
 
     \b
     Example: featdiff update my-model new-photos/ -o my-model-2
@@ -114,6 +122,9 @@ def _tell(detector: Detector, changes: Changes, bars: Bars, quiet: bool) -> None
         say(f"{changes.old_images:,} old images; their features are {place}", quiet)
     how = "fitted anew on these features, for the model is calibrated by folds" if changes.anew else "trained on"
     say(f"{how}: {bars.seconds.get('training', 0.0):.0f} s", quiet)
+    if changes.local:
+        spent = sum(bars.seconds.get(stage, 0.0) for stage in _PLACES)
+        say(f"local score {'fitted anew' if changes.anew else 'trained on'}: {spent:.0f} s", quiet)
 
     old, new = changes.held_out
     before, after = changes.threshold

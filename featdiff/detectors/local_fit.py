@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..exceptions import FeatdiffError
 from ..features.extractor import FeatureExtractor
 from ..runtime.progress import Progress, part_of
 from ..scores.local import RECIPE, Local, worst
+from .fitting import further
 
 #: Fewer images say too little about each place.
 FEWEST = 40
@@ -30,10 +32,13 @@ _HELD_OUT = 5
 _PLACES = 32_768
 _FEWEST_PLACES = 4
 _MOST_PLACES = 64
+# To go on from an older local score: images that train, half of them new ones; and those that say what is normal.
+_FURTHER = 160
+_COMPARED = 120
 #: Bytes that these places may take.
 MOST_BYTES = 1 << 28
 
-#: Images by number -> batches of them, and their numbers.
+#: Numbers of images, ascending -> batches of them, in that order.
 ReadBatches = Callable[[Sequence[int]], Iterator[Batch]]
 
 
@@ -80,7 +85,7 @@ class LocalFit:
     extractor : FeatureExtractor
         That keeps maps.
     read : callable
-        Numbers of images -> batches of them, in that order.
+        Numbers of images, ascending -> batches of them, in that order.
     digests : sequence of bytes
         The content that each image had.
     seed : int
@@ -124,8 +129,43 @@ class LocalFit:
         """
         parts = self._of_folds(plan) if plan.folds else self._of_split(plan.final)
         self._train(parts)
-        errors = self._errors(parts)
+        return self._scored(parts)
 
+    def fit_further(self, older: Local, split: Split, is_new: np.ndarray) -> FittedLocal:
+        """Go on from an older local score, and score the images that calibrate now.
+
+        All of these are read, but only some of the others: the older score has seen most of them.
+
+        Parameters
+        ----------
+        older : Local
+            It stays as it is.
+        split : Split
+            Of older and new images.
+        is_new : ndarray of shape (n,) of bool
+            Which images are new.
+
+        Returns
+        -------
+        FittedLocal
+
+        Raises
+        ------
+        FeatdiffError
+            As :meth:`fit`.
+        """
+        part = self._of_further(older, split, is_new)
+        _, places = self._places(part.training, _MOST_PLACES, part.local)
+        part.local.fit_further(
+            [[values.to(self.extractor.device) for values in layers] for layers in places],
+            further(RECIPE, len(places[0][0])),
+            part_of(self.progress, 0, 1, "training places"),
+        )
+        return self._scored([part])
+
+    def _scored(self, parts: Sequence[_Part]) -> FittedLocal:
+        """The end of every fit: what is normal for each place, and the scores of the images that calibrate."""
+        errors = self._errors(parts)
         scores = []
         hottest = []
         for part in parts:
@@ -157,6 +197,17 @@ class LocalFit:
         compared = np.concatenate([rows[is_held_out], split.validation])
         measured = np.concatenate([compared, split.calibration])
         return [_Part(self._new(), rows[~is_held_out], measured, split.calibration, compared)]
+
+    def _of_further(self, older: Local, split: Split, is_new: np.ndarray) -> _Part:
+        rows = np.random.default_rng(self.seed).permutation(split.training)
+        halves = [rows[is_new[rows]][: _FURTHER - _FURTHER // 2], rows[~is_new[rows]][: _FURTHER // 2]]
+        training = np.sort(np.concatenate(halves))
+        # those that trained nothing come first
+        others = np.concatenate([split.validation, rows[~np.isin(rows, training)]])
+        compared = others[:_COMPARED]
+        measured = np.concatenate([compared, split.calibration])
+        local = copy.deepcopy(older).to(self.extractor.device)
+        return _Part(local, training, measured, split.calibration, compared)
 
     def _new(self) -> Local:
         return Local(self.channels, self.seed).to(self.extractor.device)

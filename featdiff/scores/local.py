@@ -102,16 +102,29 @@ class View(nn.Module):
             vectors.append((values - mean) @ basis)
         rows = torch.cat(vectors, dim=1)
         self.scale.copy_(rows.square().mean().sqrt().clamp_min(_TINY))
-        rows = rows / self.scale
+        self._train(rows / self.scale, RECIPE, checkpoint, progress)
 
-        held_out = rows[::20]
+    def fit_further(self, places: Sequence[Tensor], recipe: Recipe, progress: Progress | None = None) -> None:
+        """Train on from where the denoiser is, on places of older and further images; directions and scale stay.
+
+        Parameters
+        ----------
+        places : sequence of Tensors of shape (n, C)
+            As for :meth:`fit`.
+        recipe : Recipe
+        progress : callable (stage, done, total), optional
+        """
+        vectors = [(values.float() - self._get("mean", i)) @ self._get("basis", i) for i, values in enumerate(places)]
+        self._train(torch.cat(vectors, dim=1) / self.scale, recipe, None, progress)
+
+    def _train(self, rows: Tensor, recipe: Recipe, checkpoint: Path | None, progress: Progress | None) -> None:
         fit_denoiser(
             self.denoiser,
             self.scheduler,
             lambda indices: rows[torch.from_numpy(indices)],
             len(rows),
-            held_out,
-            RECIPE,
+            rows[::20],
+            recipe,
             self.seed,
             checkpoint,
             progress,
@@ -217,6 +230,11 @@ class Local(nn.Module):
         for number, (view, values) in enumerate(zip(self.views, places, strict=True)):
             file = checkpoint and checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
             view.fit(values, file, part_of(progress, number, len(self.views)))
+
+    def fit_further(self, places: Sequence[Sequence[Tensor]], recipe: Recipe, progress: Progress | None = None) -> None:
+        """Train the views on from where they are; see :meth:`View.fit_further`. ``places`` as for :meth:`fit`."""
+        for number, (view, values) in enumerate(zip(self.views, places, strict=True)):
+            view.fit_further(values, recipe, part_of(progress, number, len(self.views)))
 
     @torch.inference_mode()
     def errors(self, maps: Sequence[Tensor]) -> Tensor:
