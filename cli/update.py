@@ -12,7 +12,7 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import groups_option, model_arguments, runtime_options, weights_option
 from .progress import Bars, list_unreadable
 from .speech import say, without_duplicates
-from .train import check_free
+from .train import check_apart, check_free
 
 if TYPE_CHECKING:
     from featdiff import Detector
@@ -77,8 +77,9 @@ def command(
 
     keep_freed_memory()
     target = _target(model, output)
+    check_apart(target, model)
     check_free(target, force)
-    detector = load_detector(model, **model_arguments(options))
+    detector = load_detector(_folder(model), **model_arguments(options))
     try:
         with Bars(quiet) as bars:
             updated, changes = update(
@@ -97,15 +98,32 @@ def command(
 
 
 def _target(model: str, output: Path | None) -> Path:
-    """Where the new model is written: not over the old one."""
+    """Where the new model is written."""
     from featdiff.exceptions import UsageError
 
     if output is None and not Path(model).is_dir():
         raise UsageError(f"{model} is no folder here: say where to write the new model", argument="output")
-    target = output or Path(model).with_name(Path(model).resolve().name + _ENDING)
-    if target.resolve() == Path(model).resolve():
-        raise UsageError("the old model is not replaced: choose another folder for the new one", argument="output")
-    return target
+    return output or Path(model).with_name(Path(model).resolve().name + _ENDING)
+
+
+def _folder(model: str) -> str:
+    """Where the model lies, if it is of a kind that can be updated; one on the hub is downloaded."""
+    from featdiff.detectors.saved import VECTORS
+    from featdiff.exceptions import UsageError
+    from featdiff.exported.layout import is_exported
+    from featdiff.files.model_folder import read_config
+    from featdiff.hardening.layout import find_model, is_hardened
+
+    if is_exported(model):
+        raise UsageError(f"{model} is an exported model: update the model that it was made of, and export that")
+    folder = find_model(model)
+    if is_hardened(folder):
+        raise UsageError(
+            f"{model} is a hardened student, which cannot be updated: harden it anew, on old and new images"
+        )
+    if read_config(Path(folder)).get("mode") == VECTORS:
+        raise UsageError(f"{model} was trained on vectors, and cannot be updated: train anew, on old and new rows")
+    return folder
 
 
 def _tell(detector: Detector, changes: Changes, bars: Bars, quiet: bool) -> None:

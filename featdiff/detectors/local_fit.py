@@ -33,8 +33,8 @@ _PLACES = 32_768
 _FEWEST_PLACES = 4
 _MOST_PLACES = 64
 # To go on from an older local score: images that train, half of them new ones; and those that say what is normal.
-_FURTHER = 160
-_COMPARED = 120
+_FURTHER = 120
+_COMPARED = 100
 #: Bytes that these places may take.
 MOST_BYTES = 1 << 28
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from featdiff.detectors.local_fit import LocalFit
 from featdiff.detectors.old_images import CALIBRATION, TRAINING
 from featdiff.detectors.updating import Changes, update
 from featdiff.exceptions import FeatdiffError, UsageError
+from featdiff.scores import local
 from featdiff.scores.joint import NAMES
 
 pytestmark = pytest.mark.usefixtures("decided_locally")
@@ -153,8 +155,11 @@ def test_the_global_score_is_that_of_an_update_without_places(
     assert np.allclose(updated[0].score(images).p_values["global"], expected.p_value)
 
 
-def test_by_folds_it_is_fitted_anew(old: list[Image.Image], new: list[Image.Image], options: dict[str, Any]) -> None:
-    folds = options | {"calibration": "auto"}
+def test_by_folds_it_is_fitted_anew(
+    old: list[Image.Image], new: list[Image.Image], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "RECIPE", replace(local.RECIPE, min_steps=30, max_steps=30))
+    folds = options | {"calibration": "auto", "recipe": {"epochs": 1, "min_steps": 10}, "hidden_max": 32}
     after, changes = update(Detector(**folds).fit(old[:40]), new[:20], old=old[:40])
     assert changes.anew and changes.local and changes.held_out == (40, 20)
     assert after.local_ is not None
