@@ -38,7 +38,7 @@ def listed_again(detector: Detector, images: object, old: object) -> tuple[list[
     return listed
 
 
-def join_local(
+def update_local(
     older: LocalPart,
     detector: Detector,
     past: OldImages,

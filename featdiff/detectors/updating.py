@@ -30,7 +30,7 @@ from .feature import Detector
 from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads, further
 from .grouping import make_checked_plan
 from .kept_images import CALIBRATION, TRAINING, VALIDATION, KeptImages
-from .local_update import join_local, listed_again
+from .local_update import listed_again, update_local
 from .new_images import NewImages, check_ordinary, joint_groups, read_new_images, sides_of
 from .old_images import OldImages, find_old_images
 from .soundness import SAMPLE
@@ -147,7 +147,7 @@ def update(
         fit = _fit_anew if past.by_folds else _fit_further
         plan, scores, layers = fit(after, past, fresh, numbers, report)
         if before.local_ is not None:
-            scores = join_local(before.local_, after, past, fresh, plan, scores, report)
+            scores = update_local(before.local_, after, past, fresh, plan, scores, report)
         after.calibration_ = Calibration(scores, plan.groups, layers)
         given = BankImages.of(fresh.images, fresh.extraction, _added(after, fresh), after.settings, report)
         after.bank_images_ = BankImages.together(after.bank_digests_, [before.bank_images_, given])
