@@ -135,13 +135,15 @@ def test_what_calibrates_trains_no_place(older: Detector) -> None:
     split = make_plan(images, 0.2, 0.05, 0).final
     fit = LocalFit(older.extractor_, lambda numbers: iter(()), [b""] * images, 0, Path())
     is_new = np.arange(images) >= 700
-    part = fit._of_further(older.local_.joint.local, split, is_new)  # type: ignore[union-attr]
+    part, known = fit._of_further(older.local_.joint.local, split, is_new)  # type: ignore[union-attr]
     assert np.array_equal(part.scored, split.calibration)
     for others in (part.training, part.compared):
         assert not np.intersect1d(part.scored, others).size
     assert not np.intersect1d(part.training, part.compared).size
     assert is_new[part.training].mean() == 0.5
-    assert 2 * (len(part.training) + len(part.compared)) < images
+    assert is_new[part.compared].all() and not is_new[known].any()  # what is normal for old ones is known
+    assert not np.intersect1d(known, part.scored).size
+    assert 4 * (len(part.training) + len(part.compared) + len(known)) < images
 
 
 def test_the_global_score_is_that_of_an_update_without_places(
