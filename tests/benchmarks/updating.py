@@ -1,7 +1,7 @@
 """featdiff update beside training anew on everything: AUROC, false alarms and time; the table of RESULTS.md.
 
     python tests/benchmarks/updating.py --data FOLDER [--cache FOLDER --seconds SECONDS] [--case same]
-    python tests/benchmarks/updating.py --data FOLDER --case tiles
+    python tests/benchmarks/updating.py --data FOLDER --case tiles [--split 1]
 
 FOLDER holds cifar10.zip and the other sets of 32 px. A model is fitted on most of the training images, and the others
 are added to it: of the same classes (every fourth image), or two classes that it has not seen. Time is that of the
@@ -53,13 +53,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="of features, for all whose time is not taken")
     parser.add_argument("--seconds", type=float, help="of a training anew; default: measured, in an empty cache")
     parser.add_argument("--case", choices=[*CASES, *TILE_CASES], help="only this one; without, all but tiles")
+    parser.add_argument("--split", type=int, default=0, help="of the tiles, which are divided at random")
     parser.add_argument("--steps", type=float, default=fitting._STEPS, help="share of the steps of a training anew")
     parser.add_argument("--rate", type=float, default=fitting._RATE, help="share of its learning rate")
     arguments = parser.parse_args()
     fitting._STEPS, fitting._RATE = arguments.steps, arguments.rate
     with tempfile.TemporaryDirectory() as folder:
         if arguments.case in TILE_CASES:
-            run_tiles(arguments.data, Path(folder), arguments.case)
+            run_tiles(arguments.data, Path(folder), arguments.case, arguments.split)
             return
         cases = [arguments.case] if arguments.case else list(CASES)
         run(arguments.data, arguments.cache or Path(folder) / "all", arguments.seconds, cases, Path(folder))
@@ -149,10 +150,10 @@ def row(case: str, name: str, sets: Sets, detector: Detector, seconds: float, an
 # ---- models with a local score ----
 
 
-def run_tiles(data: Path, folder: Path, case: str) -> None:
-    images, test, labels = next(iter(tile_splits(data, 1)))
+def run_tiles(data: Path, folder: Path, case: str, split: int) -> None:
+    images, test, labels = list(tile_splits(data, split + 1))[split]
     names = list(dict.fromkeys(labels))
-    chosen = {names[i] for i in np.random.default_rng(0).permutation(len(names))[: round(0.75 * len(names))]}
+    chosen = {names[i] for i in np.random.default_rng(split).permutation(len(names))[: round(0.75 * len(names))]}
     old = [ref for ref, label in zip(images, labels, strict=True) if label in chosen]
     new = [ref for ref, label in zip(images, labels, strict=True) if label not in chosen]
     sets = (test, list_images(data / "magnetic_tile.zip" / "defect"))
