@@ -160,7 +160,7 @@ def _training_facts(config: dict[str, Any]) -> dict[str, str]:
     of_groups = f" in {groups:,} groups" if groups < held_out else ""
     recalibrated = {}
     for change in config.get("recalibrations", [])[-1:]:
-        told = f"{change['images']:,} images; fpr {change['fpr']:g}: threshold {change['threshold']:.2f}"
+        told = f"{change['images']:,} {what}; fpr {change['fpr']:g}: threshold {change['threshold']:.2f}"
         if change["old_flagged"] is not None:
             share = change["old_flagged"] / change["images"]
             told += f", before {change['old_threshold']:.2f}, which flagged {share:.1%} of them"

@@ -145,6 +145,16 @@ def _save(detector: Detector | PixelDetector, output: Path) -> None:
         (output / INPAINTINGS).unlink(missing_ok=True)  # of a model that is replaced
 
 
+def check_apart(output: Path, old: str) -> None:
+    """Whether a model that is made of another may be written there: not over that one, nor inside it."""
+    from featdiff.exceptions import UsageError
+
+    if Path(old).exists():
+        place = output.resolve()
+        if any(each.exists() and each.samefile(old) for each in (place, *place.parents)):
+            raise UsageError(f"{output} is the old model, which is kept: choose another folder", argument="output")
+
+
 def check_free(output: Path, force: bool) -> None:
     """Whether a model may be written there."""
     from featdiff.exceptions import UsageError

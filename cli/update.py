@@ -12,7 +12,7 @@ from .main import EXIT_UNREADABLE, Stopped
 from .options import groups_option, model_arguments, runtime_options, weights_option
 from .progress import Bars, list_unreadable
 from .speech import say, without_duplicates
-from .train import check_free
+from .train import check_apart, check_free
 
 if TYPE_CHECKING:
     from featdiff import Detector
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What follows the name of the old model in that of the new one.
 _ENDING = "-updated"
+# Stages of the work on a local score.
+_PLACES = ("places", "training places", "held-out places")
 # Where the features of the old images come from.
 _SOURCES = {"cache": "in the cache", "given": "computed again where they were gone", "model": "kept in the model"}
 
@@ -34,7 +36,12 @@ _SOURCES = {"cache": "in the cache", "given": "computed again where they were go
     help=f"Folder of the new model [that of the old one with {_ENDING}].",
 )
 @click.option("--accept", is_flag=True, help="Add the images though most of them are OOD to the model.")
-@click.option("--old", multiple=True, metavar="IMAGES", help="Images it was trained on, if the cache is gone; repeat.")
+@click.option(
+    "--old",
+    multiple=True,
+    metavar="IMAGES",
+    help="Images it was trained on: if it has a local score, or the cache is gone; repeat.",
+)
 @groups_option("near-copies, where there are too many for a split by chance")
 @weights_option
 @click.option("--force", is_flag=True, help="Replace a model that is already at -o.")
@@ -57,7 +64,8 @@ def command(
     trained on are left out. If most of the others are OOD to the model, nothing is done without --accept.
 
     MODEL is never changed: the new model is written whole to another folder. Features of its training images are found
-    in the cache. If that is gone, some hundred rows of features in MODEL stand for them; --old IMAGES is better.
+    in the cache. If that is gone, some hundred rows of features in MODEL stand for them; --old IMAGES is better. A
+    MODEL with a local score always needs --old: places of some of its training images are looked at again.
 
     \b
     Example: featdiff update my-model new-photos/ -o my-model-2
@@ -69,8 +77,9 @@ def command(
 
     keep_freed_memory()
     target = _target(model, output)
+    check_apart(target, model)
     check_free(target, force)
-    detector = load_detector(model, **model_arguments(options))
+    detector = load_detector(_folder(model), **model_arguments(options))
     try:
         with Bars(quiet) as bars:
             updated, changes = update(
@@ -89,15 +98,32 @@ def command(
 
 
 def _target(model: str, output: Path | None) -> Path:
-    """Where the new model is written: not over the old one."""
+    """Where the new model is written."""
     from featdiff.exceptions import UsageError
 
     if output is None and not Path(model).is_dir():
         raise UsageError(f"{model} is no folder here: say where to write the new model", argument="output")
-    target = output or Path(model).with_name(Path(model).resolve().name + _ENDING)
-    if target.resolve() == Path(model).resolve():
-        raise UsageError("the old model is not replaced: choose another folder for the new one", argument="output")
-    return target
+    return output or Path(model).with_name(Path(model).resolve().name + _ENDING)
+
+
+def _folder(model: str) -> str:
+    """Where the model lies, if it is of a kind that can be updated; one on the hub is downloaded."""
+    from featdiff.detectors.saved import VECTORS
+    from featdiff.exceptions import UsageError
+    from featdiff.exported.layout import is_exported
+    from featdiff.files.model_folder import read_config
+    from featdiff.hardening.layout import find_model, is_hardened
+
+    if is_exported(model):
+        raise UsageError(f"{model} is an exported model: update the model that it was made of, and export that")
+    folder = find_model(model)
+    if is_hardened(folder):
+        raise UsageError(
+            f"{model} is a hardened student, which cannot be updated: harden it anew, on old and new images"
+        )
+    if read_config(Path(folder)).get("mode") == VECTORS:
+        raise UsageError(f"{model} was trained on vectors, and cannot be updated: train anew, on old and new rows")
+    return folder
 
 
 def _tell(detector: Detector, changes: Changes, bars: Bars, quiet: bool) -> None:
@@ -114,6 +140,9 @@ def _tell(detector: Detector, changes: Changes, bars: Bars, quiet: bool) -> None
         say(f"{changes.old_images:,} old images; their features are {place}", quiet)
     how = "fitted anew on these features, for the model is calibrated by folds" if changes.anew else "trained on"
     say(f"{how}: {bars.seconds.get('training', 0.0):.0f} s", quiet)
+    if changes.local:
+        spent = sum(bars.seconds.get(stage, 0.0) for stage in _PLACES)
+        say(f"local score {'fitted anew' if changes.anew else 'trained on'}: {spent:.0f} s", quiet)
 
     old, new = changes.held_out
     before, after = changes.threshold

@@ -1,4 +1,4 @@
-"""``--features FILE`` of ``train`` and ``score``: the same on precomputed vectors, without images."""
+"""``--features FILE`` of ``train``, ``score`` and ``recalibrate``: the same on precomputed vectors, without images."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featdiff import FeatureDiffusion, Scores
     from featdiff.data.groups import Groups
     from featdiff.data.vector_files import Arrays
+    from featdiff.detectors.recalibration import Recalibration
 
 # Options that make sense only for images.
 _OF_IMAGES = {
@@ -88,6 +89,19 @@ def train_on_vectors(
     _summary(detector, arrays, len(unreadable), output, bars, quiet)
     list_unreadable(unreadable, quiet)
     return EXIT_UNREADABLE if unreadable else 0
+
+
+def recalibrate_on_vectors(
+    file: str, images: Sequence[str], model: str, fpr: float | None, groups: str | None, options: dict[str, Any]
+) -> tuple[Recalibration[FeatureDiffusion], list[tuple[str, str]]]:
+    """Calibrate a saved model of vectors with the rows of a file; also the rows that cannot be used, and why."""
+    from featdiff.detectors.row_recalibration import recalibrate_rows
+
+    detector, arrays = open_vectors(file, images, model, options)
+    rows, names, unreadable = _good_rows(arrays)
+    with warnings.catch_warnings():  # scikit-learn asks for names of columns, which are compared already
+        warnings.filterwarnings("ignore", message="X does not have valid feature names")
+        return recalibrate_rows(detector, rows, fpr=fpr, groups=_row_groups(groups, names)), unreadable
 
 
 def open_vectors(

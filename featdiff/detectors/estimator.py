@@ -115,6 +115,8 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
         Smallest validation loss of the denoisers.
     training_seconds_ : float
         Time to train them.
+    recalibrations_ : tuple of mappings
+        What each :func:`featdiff.detectors.row_recalibration.recalibrate_rows` since the fit has changed.
 
     Examples
     --------
@@ -130,6 +132,7 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
 
     #: Which mode a saved model names.
     mode = VECTORS
+    recalibrations_: tuple[Mapping[str, Any], ...] = ()
 
     def __init__(
         self,
@@ -218,7 +221,7 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
         sample = np.sort(np.random.default_rng(seed).permutation(different)[:_SCALE_ROWS])
         heads.fit_level(rows[sample])
         features = PreparedRows(rows, different, heads)
-        self.grouping_ = _group(features, digests, heads, groups)
+        self.grouping_ = group_rows(features, digests, heads, groups)
         plan = make_plan(len(different), settings["calibration"], _VALIDATION, seed, self.grouping_.numbers)
         fpr = supported_fpr(settings["fpr"], plan.groups, settings["calibration"])
 
@@ -371,7 +374,7 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
             "feature_names": [str(name) for name in getattr(self, "feature_names_in_", ())],
             "layers": {name: part.stop - part.start for name, part in self.layers_.items()},
             "settings": self._saved_settings(),
-        }
+        } | ({"recalibrations": list(self.recalibrations_)} if self.recalibrations_ else {})
 
     def _saved_settings(self) -> dict[str, Any]:
         """Parameters as JSON can hold them."""
@@ -450,15 +453,20 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
         detector.offset_ = config["offset"]
         detector.validation_loss_ = config["validation_loss"]
         detector.training_seconds_ = config["training_seconds"]
+        detector.recalibrations_ = tuple(config.get("recalibrations", ()))
         return detector
 
 
-def _group(features: PreparedRows, digests: list[bytes], heads: VectorHeads, groups: Groups | None) -> Grouping:
-    """The group of each different row."""
+def group_rows(
+    features: PreparedRows, digests: list[bytes], heads: VectorHeads, groups: Groups | None, divided: bool = True
+) -> Grouping:
+    """The group of each different row; ``divided`` as for :meth:`featdiff.detectors.grouping.Grouping.found`."""
     if groups is None or isinstance(groups, str):
         if groups not in (None, AUTO, NONE):
             raise UsageError(f"groups of rows are 'auto', 'none', or a label for each row, not {groups!r}", "groups")
-        return Grouping() if groups == NONE else Grouping.found(features, heads.heads.layout, asked=groups == AUTO)
+        if groups == NONE:
+            return Grouping()
+        return Grouping.found(features, heads.heads.layout, asked=groups == AUTO, divided=divided)
     labels = label_images(groups, [str(i) for i in range(len(digests))])
     return Grouping.of(numbered(labels, digests), groups)
 

@@ -253,9 +253,9 @@ class Detector(FeatureScoring):
         self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
         numbers = self.grouping_.numbers if split is None else None
-        self.kept_ = (
-            None if self.local_ else KeptImages.of_split(digests, features, plan.final, numbers, self.heads_.layout)
-        )
+        self.kept_ = KeptImages.of_split(digests, features, plan.final, numbers, self.heads_.layout)
+        if self.local_ is not None:  # an update needs the images themselves
+            self.kept_ = self.kept_.without_rows()
         self.calibration_ = Calibration(scores, plan.groups, fitted.layers)
         if self.extractor_.engine != TORCH:
             self._confirm_engine(*self._some(images))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.batches import Batch
 from ..data.listing import Listing
 from ..data.loaders import is_loader
-from ..data.references import list_images
+from ..data.references import ImageRef, list_images
 from ..data.splits import Plan
 from ..exceptions import OtherEngine
 from ..features.conversions import COMPILE
@@ -29,7 +31,7 @@ from ..scores.joint import GLOBAL, NAMES
 from .base import BaseDetector
 from .config import FeatureSettings
 from .kept_images import KeptImages
-from .local_fit import LocalFit
+from .local_fit import FittedLocal, LocalFit
 from .local_part import LocalPart, decide
 
 #: Images from which on ``engine="auto"`` builds an engine, which takes some seconds.
@@ -61,7 +63,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     bank_digests_ : ndarray of shape (n, 16) of uint8
         Contents of the training images that the heads keep.
     kept_ : KeptImages, optional
-        What an update needs to know of the images it was fitted on; None with a local score, and in older models.
+        What an update needs to know of the images it was fitted on; None in older models.
     """
 
     extractor_: FeatureExtractor
@@ -184,15 +186,29 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
 
         assert isinstance(images, list)
         refs = [images[position] for position in extraction.first_positions(digests)]
-        fit = LocalFit(
-            self.extractor_,
-            lambda numbers: self.batches([refs[i] for i in numbers])[0],
-            digests,
-            self.settings.seed,
-            store.folder,
-            progress,
-        )
-        self.local_, joined = LocalPart.of(fit.fit(plan), scores, plan.groups)
+        return self.join_local(self.local_fit([refs], digests, store.folder, progress).fit(plan), scores, plan.groups)
+
+    def local_fit(
+        self, lists: Sequence[Sequence[ImageRef]], digests: Sequence[bytes], folder: Path, progress: Progress | None
+    ) -> LocalFit:
+        """What fits a local score on images of one or more lists, end to end; trainings are kept in the folder.
+
+        ``digests`` say what the images hold.
+        """
+
+        def read(numbers: Sequence[int]) -> Iterator[Batch]:
+            start = 0
+            for refs in lists:  # pictures of two lists may have the same name
+                chosen = [refs[i - start] for i in numbers if start <= i < start + len(refs)]
+                start += len(refs)
+                if chosen:
+                    yield from self.batches(chosen)[0]
+
+        return LocalFit(self.extractor_, read, digests, self.settings.seed, folder, progress)
+
+    def join_local(self, fitted: FittedLocal, scores: np.ndarray, groups: int) -> np.ndarray:
+        """Take a local score; the joint scores (n,) of the images that calibrate, given their global ones (n,)."""
+        self.local_, joined = LocalPart.of(fitted, scores, groups)
         self.local_.attach(self.extractor_)
         return joined
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.splits import Plan, Split
-from ..diffusion.training import TrainingState
+from ..diffusion.training import Recipe, TrainingState
 from ..features.store import Features, Rows
 from ..runtime.progress import part_of
 from ..scores.coreset import coreset
@@ -22,6 +22,12 @@ from .soundness import SAMPLE, check_sensitive, check_spread
 
 # Choosing among many more rows than are kept needs memory and time, and gains nothing.
 _CANDIDATES = 20
+# Training on takes this share of the steps of a training anew, at this share of its learning rate. Set once, on
+# CIFAR-10 (tests/benchmarks/RESULTS.md).
+_STEPS = 0.125
+_RATE = 0.5
+# So often the held-out loss is measured.
+_CHECKS = 4
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,20 @@ def choose_bank(
     if len(rows) > size:
         rows = rows[coreset(view(features[rows]), size, method, seed)]
     return rows
+
+
+def further(recipe: Recipe, count: int) -> Recipe:
+    """How to train on from where a training of ``count`` samples has ended."""
+    epochs, per_epoch = recipe.plan(count)
+    steps = max(1, round(_STEPS * epochs * per_epoch))
+    return replace(
+        recipe,
+        epochs=1,
+        learning_rate=_RATE * recipe.learning_rate,
+        min_steps=steps,
+        max_steps=steps,
+        epoch_steps=max(1, steps // _CHECKS),
+    )
 
 
 def as_digests(digests: list[bytes], rows: np.ndarray) -> np.ndarray:

@@ -3,13 +3,14 @@
 An update must know three things of the older images. Who was on which side of the split, so that nothing that has
 trained ever calibrates: the digests of all images say so, 16 bytes each. Which of them belong together: a number each.
 And features to train on and to calibrate with again. These lie in the cache; for the day that it is gone, the model
-keeps those of some images in 8 bits, about 1 MB of them.
+keeps those of some images in 8 bits, about 1 MB of them. With a local score it keeps none: then the images themselves
+are needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,10 @@ class KeptImages:
         numbers = None if groups is None else groups[order].astype(np.int32)
         training, validation, _ = np.bincount(sides, minlength=len(SIDES)).tolist()
         return cls(contents, training, validation, numbers, place[chosen], codes, scales)
+
+    def without_rows(self) -> KeptImages:
+        """The same without features."""
+        return replace(self, chosen=self.chosen[:0], codes=self.codes[:0], scales=self.scales[:0])
 
     @property
     def by_folds(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..exceptions import FeatdiffError
 from ..features.extractor import FeatureExtractor
 from ..runtime.progress import Progress, part_of
 from ..scores.local import RECIPE, Local, worst
+from .fitting import further
 
 #: Fewer images say too little about each place.
 FEWEST = 40
@@ -30,10 +32,15 @@ _HELD_OUT = 5
 _PLACES = 32_768
 _FEWEST_PLACES = 4
 _MOST_PLACES = 64
+# To go on from an older local score: images that train, half of them new ones; new ones that say what is normal; and
+# older ones that say how training on has moved errors.
+_FURTHER = 120
+_COMPARED = 80
+_KNOWN = 30
 #: Bytes that these places may take.
 MOST_BYTES = 1 << 28
 
-#: Images by number -> batches of them, and their numbers.
+#: Numbers of images, ascending -> batches of them, in that order.
 ReadBatches = Callable[[Sequence[int]], Iterator[Batch]]
 
 
@@ -80,7 +87,7 @@ class LocalFit:
     extractor : FeatureExtractor
         That keeps maps.
     read : callable
-        Numbers of images -> batches of them, in that order.
+        Numbers of images, ascending -> batches of them, in that order.
     digests : sequence of bytes
         The content that each image had.
     seed : int
@@ -125,11 +132,59 @@ class LocalFit:
         parts = self._of_folds(plan) if plan.folds else self._of_split(plan.final)
         self._train(parts)
         errors = self._errors(parts)
+        for part in parts:
+            part.local.fit_statistics([errors[row] for row in part.compared])
+        return self._scored(parts, errors)
 
+    def fit_further(self, older: Local, split: Split, is_new: np.ndarray) -> FittedLocal:
+        """Go on from an older local score, and score the images that calibrate now.
+
+        All of these are read, but only some of the others: the older score has seen most of them.
+
+        Parameters
+        ----------
+        older : Local
+            It stays as it is.
+        split : Split
+            Of older and new images.
+        is_new : ndarray of shape (n,) of bool
+            Which images are new.
+
+        Returns
+        -------
+        FittedLocal
+
+        Raises
+        ------
+        FeatdiffError
+            As :meth:`fit`.
+        """
+        part, known = self._of_further(older, split, is_new)
+        _, places = self._places(part.training, _MOST_PLACES, part.local)
+        part.local.fit_further(
+            [[values.to(self.extractor.device) for values in layers] for layers in places],
+            further(RECIPE, len(places[0][0])),
+            part_of(self.progress, 0, 1, "training places"),
+        )
+
+        errors: dict[int, Tensor] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for numbers, maps in self._maps(part.measured, "held-out places"):
+            found = part.local.errors(maps).cpu()
+            errors |= zip(numbers, found, strict=True)
+            own = np.flatnonzero(np.isin(numbers, known)).tolist()
+            if own:
+                pairs += zip(older.errors([values[own] for values in maps]).cpu(), found[own], strict=True)
+        beside = np.concatenate([split.training, split.validation])
+        fresh = [errors[row] for row in part.compared]
+        part.local.fit_statistics_further(older, pairs, fresh, is_new[beside].mean())
+        return self._scored([part], errors)
+
+    def _scored(self, parts: Sequence[_Part], errors: Mapping[int, Tensor]) -> FittedLocal:
+        """The end of every fit: the scores of the images that calibrate."""
         scores = []
         hottest = []
         for part in parts:
-            part.local.fit_statistics([errors[row] for row in part.compared])
             for row in part.scored:
                 heat = part.local.standardised(errors[row][None].to(part.local.mean.device))
                 scores.append(float(worst(heat)))
@@ -157,6 +212,20 @@ class LocalFit:
         compared = np.concatenate([rows[is_held_out], split.validation])
         measured = np.concatenate([compared, split.calibration])
         return [_Part(self._new(), rows[~is_held_out], measured, split.calibration, compared)]
+
+    def _of_further(self, older: Local, split: Split, is_new: np.ndarray) -> tuple[_Part, np.ndarray]:
+        """What trains on, with new images to compare with; and older ones that show what training on has changed."""
+        rows = np.random.default_rng(self.seed).permutation(split.training)
+        new, old = rows[is_new[rows]], rows[~is_new[rows]]
+        few = min(_FURTHER // 2, len(new) // 2)
+        training = np.sort(np.concatenate([new[:few], old[: _FURTHER // 2]]))
+        validating = is_new[split.validation]
+        compared = np.concatenate([split.validation[validating], new[few:]])[:_COMPARED]
+        known = np.concatenate([split.validation[~validating], old])[:_KNOWN]
+
+        measured = np.sort(np.concatenate([compared, known, split.calibration]))
+        local = copy.deepcopy(older).to(self.extractor.device)
+        return _Part(local, training, measured, split.calibration, compared), known
 
     def _new(self) -> Local:
         return Local(self.channels, self.seed).to(self.extractor.device)

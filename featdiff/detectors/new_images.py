@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,21 +31,28 @@ _FREE = 3
 
 @dataclass(frozen=True, eq=False)
 class NewImages:
-    """Different new images: what was given, what was read of it, and contents and features of those to add."""
+    """Different new images: what was given, what was read of it, and of those to add contents, features, old scores."""
 
     images: object
     extraction: Extraction
     store: FeatureStore
     digests: list[bytes]
     features: Features
+    scores: np.ndarray
     known: int
 
 
-def read_new_images(detector: Detector, images: object, past: OldImages, progress: Progress | None) -> NewImages:
-    """Features of new images; those that the detector was fitted on are left out (``UsageError`` if few are left)."""
+def read_new_images(
+    before: Detector, detector: Detector, images: object, past: OldImages, progress: Progress | None
+) -> NewImages:
+    """New images, as the detector before the update sees them, and their features, as its global scores take them.
+
+    Those that it was fitted on are left out (``UsageError`` if few are left).
+    """
     if not is_loader(images):
         images = list_images(images)
-    extraction, store = detector._extract(images, progress)
+    extraction, seen = (copy.copy(before) if before.local_ else detector)._extract(images, progress)
+    detector.unreadable_ = extraction.unreadable
     known = {*past.digests, *(digest.tobytes() for digest in detector.bank_digests_)}
     digests = [digest for digest in dict.fromkeys(extraction.digests) if digest not in known]
     count = sum(digest in known for digest in extraction.digests)
@@ -53,7 +61,20 @@ def read_new_images(detector: Detector, images: object, past: OldImages, progres
     if len(digests) < FEWEST:
         besides = f", besides {count:,} that the model was fitted on" if count else ""
         raise UsageError(f"an update needs at least {FEWEST} new images that can be read, not {len(digests)}{besides}")
-    return NewImages(images, extraction, store, digests, store.table(digests), count)
+
+    rows = seen.table(digests)
+    scores = np.concatenate([before.score_features(part) for part in rows.chunks()])
+    store = seen if before.local_ is None else _without_local_score(rows, digests, detector.feature_store())
+    return NewImages(images, extraction, store, digests, store.table(digests), scores, count)
+
+
+def _without_local_score(rows: Features, digests: list[bytes], store: FeatureStore) -> FeatureStore:
+    """The store with these rows, but for the local score that they end with."""
+    every = (row for part in rows.chunks() for row in part.numpy())
+    for digest, row in zip(digests, every, strict=True):
+        store.add(digest, row[: store.width])
+    store.flush()
+    return store
 
 
 def check_ordinary(flagged: np.ndarray, fpr: float, accept: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..data.loaders import is_loader
-from ..data.references import list_images
+from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
+from ..features.extraction import Extraction
 from ..features.store import Features, FeatureStore, Rows
 from ..runtime.progress import Progress
 from .feature import Detector
@@ -39,6 +40,8 @@ class OldImages:
         Their rows.
     source : str
         Where these come from.
+    refs : list of ImageRef
+        The images themselves (N), in the same order, where they are given again; else empty.
     """
 
     digests: list[bytes]
@@ -48,10 +51,7 @@ class OldImages:
     at_hand: np.ndarray
     features: Features
     source: str
-
-    def on(self, side: int) -> Features:
-        """Rows of one side, as far as they are at hand."""
-        return self.features.select(np.flatnonzero(self.sides[self.at_hand] == side))
+    refs: Sequence[ImageRef] = ()
 
     def share_at_hand(self, side: int) -> float:
         """Share of the images of one side that are at hand."""
@@ -95,6 +95,12 @@ def find_old_images(detector: Detector, old: object, progress: Progress | None) 
             every = np.arange(len(digests))
             return OldImages(digests, kept.sides, kept.groups, kept.by_folds, every, store.table(digests), CACHE)
 
+    if not len(kept.chosen):
+        raise UsageError(
+            "features of the images that the model was fitted on are gone from the cache, and it keeps none: give the "
+            "images again (old=IMAGES)",
+            argument="old",
+        )
     if kept.by_folds and len(kept.chosen) < len(digests):
         raise UsageError(
             f"the model is calibrated by folds, and needs features of all {len(digests):,} images that it was fitted "
@@ -109,10 +115,16 @@ def _given(detector: Detector, old: object, progress: Progress | None) -> OldIma
     """Features of images that are given again."""
     images = old if is_loader(old) else list_images(old)
     extraction, store = detector._extract(images, progress)
-    if detector.kept_ is None:
-        return _told_apart(detector, list(dict.fromkeys(extraction.digests)), store)
+    found = _known_again(detector, extraction, store)
+    if not isinstance(images, list):
+        return found
+    return replace(found, refs=[images[position] for position in extraction.first_positions(found.digests)])
 
+
+def _known_again(detector: Detector, extraction: Extraction, store: FeatureStore) -> OldImages:
     kept = detector.kept_
+    if kept is None:
+        return _told_apart(detector, list(dict.fromkeys(extraction.digests)), store)
     digests = kept.contents
     _check_all_there(set(extraction.digests), digests)
     every = np.arange(len(digests))

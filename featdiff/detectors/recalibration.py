@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,20 +35,29 @@ _LAYER = "layer "
 D = TypeVar("D", bound=BaseDetector[Any])
 
 
+class Calibrated(Protocol):
+    """A detector of images, or an estimator on rows."""
+
+    calibration_: Calibration
+
+
+C = TypeVar("C", bound=Calibrated)
+
+
 @dataclass(frozen=True)
-class Recalibration(Generic[D]):
+class Recalibration(Generic[C]):
     """A detector with a new calibration, and what changed.
 
     Attributes
     ----------
-    detector : BaseDetector
+    detector : BaseDetector or FeatureDiffusion
         The new one; the old one is as it was.
     old : Calibration
         Of the old one.
     fpr : float
         The false-alarm rate that the numbers below are for.
     flagged : int, optional
-        How many of the new images the old calibration flags; None if it does not support ``fpr``.
+        How many of the new images (or rows) the old calibration flags; None if it does not support ``fpr``.
     n_duplicates : int
         Copies that were left out.
     grouping : Grouping
@@ -57,7 +66,7 @@ class Recalibration(Generic[D]):
         Images that were left out.
     """
 
-    detector: D
+    detector: C
     old: Calibration
     fpr: float
     flagged: int | None
@@ -169,7 +178,7 @@ def recalibrate(
         _check_unknown(detector, extraction, digests)
         grouping = _group(detector, extraction, features, groups)
         count = grouping.count or len(digests)
-        _check_enough(rate, count, grouping)
+        check_enough(rate, count, grouping, "images")
         scores = _scores(detector, features, report)
 
     own = scores.pop("")
@@ -183,7 +192,7 @@ def recalibrate(
     duplicates = len(extraction.digests) - len(digests)
     result = Recalibration(other, old, rate, flagged, duplicates, grouping, extraction.unreadable)
     other.recalibrations_ = (*detector.recalibrations_, result.facts())
-    _warn(result)
+    warn_of_shift(result, "images")
     return result
 
 
@@ -251,11 +260,11 @@ def _group(
     return detector._group(extraction, features, groups)
 
 
-def _check_enough(fpr: float, count: int, grouping: Grouping) -> None:
-    """Refuse a rate that so few images, or groups, cannot support."""
+def check_enough(fpr: float, count: int, grouping: Grouping, name: str) -> None:
+    """Refuse a rate that so few images (or what they are called), or groups, cannot support."""
     if is_supported(fpr, count):
         return
-    what = "images" if grouping.count is None else "groups of images that belong together"
+    what = name if grouping.count is None else f"groups of {name} that belong together"
     raise UsageError(
         f"fpr {fpr:g} needs at least {needed_for(fpr):,} {what}, and there are {count:,}: give more, or ask for "
         f"{offered(count)}",
@@ -300,11 +309,12 @@ def _with(detector: D, own: np.ndarray, parts: dict[str, np.ndarray], groups: in
     return other
 
 
-def _warn(result: Recalibration[Any]) -> None:
+def warn_of_shift(result: Recalibration[Any], name: str) -> None:
+    """Warn, as of the caller's caller, if most images (or what they are called) are strange to the old calibration."""
     share = result.share
     if share is not None and share[0] > LARGE:
         message = (
-            f"{share[0]:.0%} of these images are strange to the old calibration: more has changed than a threshold can "
-            "make up for, and strange images will pass with them. Make sure that they are normal, or train on them"
+            f"{share[0]:.0%} of these {name} are strange to the old calibration: more has changed than a threshold can "
+            f"make up for, and strange {name} will pass with them. Make sure that they are normal, or train on them"
         )
         warnings.warn(LargeShift(message), stacklevel=3)

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..data.groups import Groups, check_groups
-from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, evenly
-from ..diffusion.training import Recipe
+from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, Plan, Split, evenly
 from ..exceptions import UsageError
-from ..features.store import Features, Joined
+from ..features.store import Joined
 from ..runtime.progress import Progress, shown
 from ..scores.fused import Heads
 from ..scores.registry import Context
@@ -28,19 +27,13 @@ from .bank_images import BankImages
 from .base import BaseDetector
 from .checks import make_recipe
 from .feature import Detector
-from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads
+from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads, further
 from .grouping import make_checked_plan
 from .kept_images import CALIBRATION, TRAINING, VALIDATION, KeptImages
+from .local_update import listed_again, update_local
 from .new_images import NewImages, check_ordinary, joint_groups, read_new_images, sides_of
 from .old_images import OldImages, find_old_images
 from .soundness import SAMPLE
-
-# Training on takes this share of the steps of a training anew, at this share of its learning rate. Set once, on
-# CIFAR-10 (tests/benchmarks/RESULTS.md).
-_STEPS = 0.125
-_RATE = 0.5
-# So often the held-out loss is measured.
-_CHECKS = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +53,8 @@ class Changes:
         Where features of the older images came from: ``cache``, ``given``, or ``model``, which keeps a few.
     old_images, at_hand : int
         Older images, and how many of them had features.
+    local : bool
+        Whether the detector has a local score, which was updated, too.
     anew : bool
         Whether the scores were fitted anew on features: what is calibrated by folds has no held-out images to keep.
     fpr : float
@@ -81,6 +76,7 @@ class Changes:
     source: str
     old_images: int
     at_hand: int
+    local: bool
     anew: bool
     fpr: float
     held_out: tuple[int, int]
@@ -103,15 +99,16 @@ def update(
     Parameters
     ----------
     detector : Detector
-        Fitted, without a local score. It stays as it is.
+        Fitted. It stays as it is.
     images : object
         At least 20 new images, as for :meth:`featdiff.Detector.fit`. Those whose contents it was fitted on are left
-        out.
+        out. For a detector with a local score, images that can be read again.
     accept : bool, default False
         Add them though most of them are out-of-distribution to the detector.
     old : object, optional
         The images it was fitted on, should their features be gone from the cache: they are computed again. Otherwise,
-        the few hundred rows of features that the detector keeps stand for them.
+        the few hundred rows of features that the detector keeps stand for them. A detector with a local score always
+        needs them, for nothing is kept of their places.
     groups : str, path, sequence or mapping, optional
         Which of the new images belong together, as for :meth:`featdiff.Detector.fit`. By default near-copies are looked
         for among older and new images.
@@ -135,22 +132,29 @@ def update(
         The cache cannot be written, or training diverged.
     """
     check_groups(groups)
-    before = _checked(detector)
-    after = copy.copy(before)
+    before = copy.copy(_checked(detector))
     began = time.monotonic()
     with shown(progress) as report:
+        if before.local_ is not None:
+            images, old = listed_again(before, images, old)
+        after = copy.copy(before.without_local())
         past = find_old_images(after, old, report)
-        fresh = read_new_images(after, images, past, report)
-        flagged = before.calibration_.flags(_scores(before, fresh.features), before.fpr)[1]
+        fresh = read_new_images(before, after, images, past, report)
+        flagged = before.calibration_.flags(fresh.scores, before.fpr)[1]
         check_ordinary(flagged, before.fpr, accept)
 
         numbers = joint_groups(after, past, fresh, groups)
         fit = _fit_anew if past.by_folds else _fit_further
-        scores, old_count, held_out = fit(after, past, fresh, numbers, report)
+        plan, scores, layers = fit(after, past, fresh, numbers, report)
+        if before.local_ is not None:
+            scores = update_local(before.local_, after, past, fresh, plan, scores, report)
+        after.calibration_ = Calibration(scores, plan.groups, layers)
         given = BankImages.of(fresh.images, fresh.extraction, _added(after, fresh), after.settings, report)
         after.bank_images_ = BankImages.together(after.bank_digests_, [before.bank_images_, given])
     after.n_images_ = len(past.digests) + len(fresh.digests)
 
+    is_old = plan.calibration < len(past.at_hand)
+    held_out = plan.calibration[~is_old] - len(past.at_hand)
     now = after.calibration_.flags(scores, after.fpr)[1]
     was = before.calibration_.flags(before.calibration_.scores, before.fpr)[1]
     changes = Changes(
@@ -161,13 +165,14 @@ def update(
         source=past.source,
         old_images=len(past.digests),
         at_hand=len(past.at_hand),
+        local=after.local_ is not None,
         anew=past.by_folds,
         fpr=after.fpr,
-        held_out=(old_count, len(scores) - old_count),
+        held_out=(len(scores) - len(held_out), len(held_out)),
         threshold=(before.calibration_.threshold(before.fpr), after.calibration_.threshold(after.fpr)),
         false_alarms={
-            "old": (_share(was), _share(now[:old_count])),
-            "new": (_share(flagged[held_out]), _share(now[old_count:])),
+            "old": (_share(was), _share(now[is_old])),
+            "new": (_share(flagged[held_out]), _share(now[~is_old])),
         },
         seconds=time.monotonic() - began,
     )
@@ -179,11 +184,6 @@ def _checked(detector: BaseDetector[Any]) -> Detector:
     detector.check_fitted()
     if not isinstance(detector, Detector):
         raise UsageError("a detector of the pixel mode cannot be updated: train anew, on old and new images")
-    if detector.local_ is not None:
-        raise UsageError(
-            "a detector with a local score cannot be updated, for the places of its old images are not kept: train "
-            "anew, on old and new images"
-        )
     if detector.recalibrations_:
         raise UsageError(
             "this detector was recalibrated, and an update would bring back its first held-out images: update "
@@ -197,24 +197,25 @@ def _checked(detector: BaseDetector[Any]) -> Detector:
 
 def _fit_further(
     detector: Detector, past: OldImages, fresh: NewImages, numbers: np.ndarray, progress: Progress | None
-) -> tuple[np.ndarray, int, np.ndarray]:
+) -> tuple[Plan, np.ndarray, dict[str, np.ndarray]]:
     """Go on from the detector's heads.
 
-    Returns scores of the images that calibrate, older ones first; how many are older; and which new images they are.
+    Returns the sides of the older images at hand and the new ones, end to end; and of those that calibrate the scores,
+    and those of each layer.
     """
     settings = detector.settings
     count = len(past.at_hand)
     sides = sides_of(past, numbers, settings.calibration, settings.validation, settings.seed)
     old_sides = past.sides[past.at_hand]
 
-    def joined(side: int, most: int) -> tuple[Features, np.ndarray]:
+    def on(side: int, most: int) -> np.ndarray:
         rows = np.flatnonzero(np.concatenate([old_sides, sides]) == side)
-        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[:most])
-        return Joined([past.features, fresh.features]).select(rows), rows
+        return np.sort(np.random.default_rng(settings.seed).permutation(rows)[:most])
 
-    training, _ = joined(TRAINING, len(numbers))
-    validation, _ = joined(VALIDATION, MOST_VALIDATION)
-    calibration, rows = joined(CALIBRATION, MOST_CALIBRATION)
+    split = Split(on(TRAINING, len(numbers)), on(VALIDATION, MOST_VALIDATION), on(CALIBRATION, MOST_CALIBRATION))
+    every = Joined([past.features, fresh.features])
+    training, validation, calibration = map(every.select, (split.training, split.validation, split.calibration))
+    rows = split.calibration
     groups = len(np.unique(numbers[rows]))
     if not is_supported(detector.fpr, groups):
         raise UsageError(
@@ -236,27 +237,10 @@ def _fit_further(
     some = training[evenly(np.arange(len(training)), SAMPLE)]
     scores, layers = calibrated(heads, heads.measure_all(calibration), some)
     detector.heads_ = heads
-    detector.calibration_ = Calibration(scores, groups, layers)
-
-    held_out = rows[rows >= count] - count
     detector.calibration_digests_ = [*(past.digests[past.at_hand[i]] for i in rows[rows < count])]
-    detector.calibration_digests_ += [fresh.digests[i] for i in held_out]
+    detector.calibration_digests_ += [fresh.digests[i - count] for i in rows[rows >= count]]
     detector.kept_ = _kept(detector, past, fresh, sides, numbers)
-    return scores, int((rows < count).sum()), held_out
-
-
-def further(recipe: Recipe, count: int) -> Recipe:
-    """How to train on from where a training of ``count`` samples has ended."""
-    epochs, per_epoch = recipe.plan(count)
-    steps = max(1, round(_STEPS * epochs * per_epoch))
-    return replace(
-        recipe,
-        epochs=1,
-        learning_rate=_RATE * recipe.learning_rate,
-        min_steps=steps,
-        max_steps=steps,
-        epoch_steps=max(1, steps // _CHECKS),
-    )
+    return Plan(split, (), groups), scores, layers
 
 
 def _heads_from(
@@ -304,7 +288,7 @@ def _kept(detector: Detector, past: OldImages, fresh: NewImages, sides: np.ndarr
 
 def _fit_anew(
     detector: Detector, past: OldImages, fresh: NewImages, numbers: np.ndarray, progress: Progress | None
-) -> tuple[np.ndarray, int, np.ndarray]:
+) -> tuple[Plan, np.ndarray, dict[str, np.ndarray]]:
     """Fit on the features of all images: by folds each image has trained, so that none is left to calibrate again.
 
     Returns as :func:`_fit_further`.
@@ -327,21 +311,12 @@ def _fit_anew(
     detector.bank_digests_ = as_digests(digests, fitted.bank)
     detector.validation_loss_ = fitted.validation_loss
     detector.training_seconds_ = fitted.seconds
-    detector.calibration_ = Calibration(fitted.calibration, plan.groups, fitted.layers)
     detector.calibration_digests_ = [digests[i] for i in plan.final.calibration]
     detector.kept_ = KeptImages.of_split(digests, features, plan.final, groups, detector.extractor_.layout)
-
-    rows = plan.calibration
-    order = np.argsort(rows >= len(past.at_hand), kind="stable")
-    held_out = rows[order][rows[order] >= len(past.at_hand)] - len(past.at_hand)
-    return fitted.calibration[order], len(rows) - len(held_out), held_out
+    return plan, fitted.calibration, fitted.layers
 
 
 # ---- small parts ----
-
-
-def _scores(detector: Detector, features: Features) -> np.ndarray:
-    return np.concatenate([detector.score_features(part) for part in features.chunks()])
 
 
 def _added(detector: Detector, fresh: NewImages) -> np.ndarray:

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from ..data.labels import list_labelled
 from ..data.references import ImageRef
+from ..detectors import Detector
 from ..detectors.run_config import Runtime
 from ..exceptions import UsageError, some_of
 from ..features.networks import fingerprint
@@ -120,6 +122,25 @@ def check_hardened_target(folder: str | os.PathLike[str], replace: bool) -> None
         raise UsageError(
             f"a hardened student is already at {folder}: replace it, or choose another folder", argument="replace"
         )
+
+
+def save_with_guard(hardened: str | os.PathLike[str], detector: Detector, folder: str | os.PathLike[str]) -> None:
+    """Write the student of a folder as it is, beside a guard with this detector; errors as of :class:`Hardened`.
+
+    Parameters
+    ----------
+    hardened : path
+        What :meth:`Hardened.save_pretrained` wrote.
+    detector : Detector
+        Of its guard, changed.
+    folder : path
+        Another one.
+    """
+    check_classifier_target(Path(folder) / STUDENT)
+    check_target(Path(folder) / GUARD)
+    with filling(Path(folder)) as place:
+        shutil.copytree(Path(hardened) / STUDENT, place / STUDENT)
+        detector.save_pretrained(place / GUARD)
 
 
 def load_hardened(folder: str | os.PathLike[str], **runtime: Any) -> tuple[Classifier, Guard]:

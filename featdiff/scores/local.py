@@ -102,16 +102,29 @@ class View(nn.Module):
             vectors.append((values - mean) @ basis)
         rows = torch.cat(vectors, dim=1)
         self.scale.copy_(rows.square().mean().sqrt().clamp_min(_TINY))
-        rows = rows / self.scale
+        self._train(rows / self.scale, RECIPE, checkpoint, progress)
 
-        held_out = rows[::20]
+    def fit_further(self, places: Sequence[Tensor], recipe: Recipe, progress: Progress | None = None) -> None:
+        """Train on from where the denoiser is, on places of older and further images; directions and scale stay.
+
+        Parameters
+        ----------
+        places : sequence of Tensors of shape (n, C)
+            As for :meth:`fit`.
+        recipe : Recipe
+        progress : callable (stage, done, total), optional
+        """
+        vectors = [(values.float() - self._get("mean", i)) @ self._get("basis", i) for i, values in enumerate(places)]
+        self._train(torch.cat(vectors, dim=1) / self.scale, recipe, None, progress)
+
+    def _train(self, rows: Tensor, recipe: Recipe, checkpoint: Path | None, progress: Progress | None) -> None:
         fit_denoiser(
             self.denoiser,
             self.scheduler,
             lambda indices: rows[torch.from_numpy(indices)],
             len(rows),
-            held_out,
-            RECIPE,
+            rows[::20],
+            recipe,
             self.seed,
             checkpoint,
             progress,
@@ -218,6 +231,11 @@ class Local(nn.Module):
             file = checkpoint and checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
             view.fit(values, file, part_of(progress, number, len(self.views)))
 
+    def fit_further(self, places: Sequence[Sequence[Tensor]], recipe: Recipe, progress: Progress | None = None) -> None:
+        """Train the views on from where they are; see :meth:`View.fit_further`. ``places`` as for :meth:`fit`."""
+        for number, (view, values) in enumerate(zip(self.views, places, strict=True)):
+            view.fit_further(values, recipe, part_of(progress, number, len(self.views)))
+
     @torch.inference_mode()
     def errors(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, h, w) of each layer -> log errors (B, views, h, w), not yet standardised."""
@@ -234,10 +252,44 @@ class Local(nn.Module):
         errors : sequence of Tensors of shape (views, h, w)
             :meth:`errors` of normal images that trained nothing, at least one.
         """
-        squares = torch.stack([_resized(values[None], (_GRID, _GRID))[0] for values in errors])
-        mean = squares.mean(0)
-        usual = (squares - mean).square().mean((0, 2, 3), keepdim=True)[0].sqrt()
-        deviation = squares.std(0, correction=0)
+        squares = _squares(errors)
+        self._set_statistics(squares.mean(0), squares.std(0, correction=0))
+
+    @torch.inference_mode()
+    def fit_statistics_further(
+        self, older: Local, pairs: Sequence[tuple[Tensor, Tensor]], fresh: Sequence[Tensor], share: float
+    ) -> None:
+        """Set them for older and further images, where the denoisers were trained on.
+
+        What the older score has is kept, for few images tell so much less: it is only moved by what training on has
+        changed, which a few older images show exactly. Then the further images are mixed in.
+
+        Parameters
+        ----------
+        older : Local
+        pairs : sequence of pairs of Tensors of shape (views, h, w)
+            Errors of older images, by the older denoisers and by these.
+        fresh : sequence of Tensors of shape (views, h, w)
+            Errors of further images that trained nothing, at least one.
+        share : float
+            Of further images among all.
+        """
+        place = self.mean.device
+        before, after = (_squares(errors).to(place) for errors in zip(*pairs, strict=True))
+        squares = _squares(fresh).to(place)
+        parts = [
+            (1 - share, older.mean.to(place) + (after - before).mean(0), older.deviation.to(place)),
+            (share, squares.mean(0), squares.std(0, correction=0)),
+        ]
+        mean = sum((weight * own for weight, own, _ in parts), torch.zeros_like(self.mean))
+        variance = sum(
+            (weight * (deviation.square() + (own - mean).square()) for weight, own, deviation in parts),
+            torch.zeros_like(self.mean),
+        )
+        self._set_statistics(mean, variance.sqrt())
+
+    def _set_statistics(self, mean: Tensor, deviation: Tensor) -> None:
+        usual = deviation.square().mean((1, 2), keepdim=True).sqrt()
         self.mean.copy_(mean)
         self.deviation.copy_(torch.maximum(deviation, _LEAST_DEVIATION * usual).clamp_min(_TINY))
 
@@ -291,6 +343,11 @@ def worst(heat: Tensor, share: float = TOP) -> Tensor:
     counted = (share * torch.ones_like(values[0]).sum()).clamp_min(1)
     weights = (counted - torch.arange(values.shape[1], device=heat.device)).clamp(0, 1)
     return (values * weights).sum(1) / weights.sum()
+
+
+def _squares(errors: Sequence[Tensor]) -> Tensor:
+    """Log errors (views, h, w) of images -> means over squares of the picture (n, views, 16, 16)."""
+    return torch.stack([_resized(values[None], (_GRID, _GRID))[0] for values in errors])
 
 
 def _smoothed(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -1,11 +1,15 @@
 """featdiff update beside training anew on everything: AUROC, false alarms and time; the table of RESULTS.md.
 
     python tests/benchmarks/updating.py --data FOLDER [--cache FOLDER --seconds SECONDS] [--case same]
+    python tests/benchmarks/updating.py --data FOLDER --case tiles [--split 1]
 
 FOLDER holds cifar10.zip and the other sets of 32 px. A model is fitted on most of the training images, and the others
 are added to it: of the same classes (every fourth image), or two classes that it has not seen. Time is that of the
 processor and includes the features, of all images for a training anew, and of the new ones for an update. To measure
 updates again, give the cache of an earlier run and the time that its training anew took.
+
+The second line needs magnetic_tile.zip: a model with a local score is fitted on the good images of three quarters of
+some tiles, and those of the other quarter are added. It is asked for defects, and for good images of other tiles.
 """
 
 from __future__ import annotations
@@ -17,13 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from folders import tile_splits
 
 from featdiff import Detector
 from featdiff.data.references import ImageRef, list_images
-from featdiff.detectors import updating
+from featdiff.detectors import fitting
 from featdiff.detectors.updating import Changes, update
 from featdiff.evaluation.metrics import auroc
 from featdiff.features.store import FeatureStore, FeatureTable
@@ -35,6 +40,8 @@ CASES: dict[str, Callable[[int, ImageRef], bool]] = {
     "same": lambda i, ref: i % 4 == 3,
     "classes": lambda i, ref: any(f"/{name}/" in ref.path for name in LATER),
 }
+#: How models with a local score are calibrated.
+TILE_CASES: dict[str, Any] = {"tiles": 0.2, "tiles-by-folds": "auto"}
 FPR = 0.05
 
 T = TypeVar("T")
@@ -45,12 +52,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="of features, for all whose time is not taken")
     parser.add_argument("--seconds", type=float, help="of a training anew; default: measured, in an empty cache")
-    parser.add_argument("--case", choices=CASES, help="only this one")
-    parser.add_argument("--steps", type=float, default=updating._STEPS, help="share of the steps of a training anew")
-    parser.add_argument("--rate", type=float, default=updating._RATE, help="share of its learning rate")
+    parser.add_argument("--case", choices=[*CASES, *TILE_CASES], help="only this one; without, all but tiles")
+    parser.add_argument("--split", type=int, default=0, help="of the tiles, which are divided at random")
+    parser.add_argument("--steps", type=float, default=fitting._STEPS, help="share of the steps of a training anew")
+    parser.add_argument("--rate", type=float, default=fitting._RATE, help="share of its learning rate")
     arguments = parser.parse_args()
-    updating._STEPS, updating._RATE = arguments.steps, arguments.rate
+    fitting._STEPS, fitting._RATE = arguments.steps, arguments.rate
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.case in TILE_CASES:
+            run_tiles(arguments.data, Path(folder), arguments.case, arguments.split)
+            return
         cases = [arguments.case] if arguments.case else list(CASES)
         run(arguments.data, arguments.cache or Path(folder) / "all", arguments.seconds, cases, Path(folder))
 
@@ -134,6 +145,49 @@ def row(case: str, name: str, sets: Sets, detector: Detector, seconds: float, an
     cells = " | ".join(f"{value:.2f}" for value in (*values, np.mean(values)))
     spent = f"{seconds:.1f} | {seconds / anew:.2f}" if seconds else "- | -"
     print(f"| {case} | {name} | {cells} | {alarms:.1%} | {spent} |", flush=True)
+
+
+# ---- models with a local score ----
+
+
+def run_tiles(data: Path, folder: Path, case: str, split: int) -> None:
+    images, test, labels = list(tile_splits(data, split + 1))[split]
+    names = list(dict.fromkeys(labels))
+    chosen = {names[i] for i in np.random.default_rng(split).permutation(len(names))[: round(0.75 * len(names))]}
+    old = [ref for ref, label in zip(images, labels, strict=True) if label in chosen]
+    new = [ref for ref, label in zip(images, labels, strict=True) if label not in chosen]
+    sets = (test, list_images(data / "magnetic_tile.zip" / "defect"))
+    print(f"{len(old)} images, {len(new)} new ones, {len(test)} of other tiles, {len(sets[1])} with defects")
+    print("| model | AUROC | global | local | false alarms | defects found | time, s | of training anew |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    settings = {"calibration": TILE_CASES[case]}
+    anew, seconds = timed(lambda: Detector(cache=folder / "anew", **settings).fit(images))
+    tile_row("anew, on all", anew, sets, seconds, seconds)
+    before = Detector(cache=folder / "before", **settings).fit(old)
+    before.save_pretrained(folder / "model")
+    shutil.copytree(folder / "before", folder / "cache")
+    tile_row("before", before, sets, 0, seconds)
+
+    def updated() -> tuple[Detector, Changes]:
+        return update(Detector.from_pretrained(folder / "model", cache=folder / "cache"), new, old=old)
+
+    (after, changes), spent = timed(updated)
+    tile_row("updated", after, sets, spent, seconds)
+    tell(changes, sum(file.stat().st_size for file in (folder / "model").iterdir()))
+
+
+def tile_row(name: str, detector: Detector, sets: tuple[list[ImageRef], ...], seconds: float, anew: float) -> None:
+    normal, strange = ([detector.measured(part) for part in detector.features(refs)[1].chunks()] for refs in sets)
+
+    def scores(parts: list[Any], which: str) -> np.ndarray:
+        return np.concatenate([(part[2][which] if which else part[0]).double().cpu().numpy() for part in parts])
+
+    values = [100 * auroc(scores(normal, which), scores(strange, which)) for which in ("", *detector.parts)]
+    flagged = [detector.calibration_.flags(scores(parts, ""), FPR)[1].mean() for parts in (normal, strange)]
+    spent = f"{seconds:.1f} | {seconds / anew:.2f}" if seconds else "- | -"
+    cells = " | ".join(f"{value:.2f}" for value in values)
+    print(f"| {name} | {cells} | {flagged[0]:.1%} | {flagged[1]:.1%} | {spent} |", flush=True)
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:

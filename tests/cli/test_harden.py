@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -196,6 +197,9 @@ def test_the_hub_and_back(hardened: Path, folders: dict[str, Path], tmp_path: Pa
         assert scored.returncode == 0, scored.stderr
         known = typed("info", "org/hard", "--json", token=READER)
         assert json.loads(known.stdout) == json.loads((hardened / "guard" / "config.json").read_text())
+        site = typed("recalibrate", "org/hard", folders["test"], "-o", tmp_path / "site", token=READER)
+        assert site.returncode == 0, site.stderr
+        assert json.loads((tmp_path / "site" / "guard" / "config.json").read_text())["images"]["calibration"] == 40
 
     pairs = {f"{part}/{file}" for part in ("student", "guard") for file in ("config.json", "model.safetensors")}
     assert set(files) == {".gitattributes", "README.md", *pairs}
@@ -218,6 +222,29 @@ def test_the_hub_and_back(hardened: Path, folders: dict[str, Path], tmp_path: Pa
     ):
         assert words in card
     assert "base_model" not in card
+
+
+def test_its_guard_is_recalibrated(hardened: Path, folders: dict[str, Path], tmp_path: Path, featdiff_cli: Cli) -> None:
+    site = tmp_path / "site"
+    given = ("recalibrate", hardened, folders["test"], "--groups", "none", "--fpr", "0.2", "-o")
+    fails(featdiff_cli(*given, hardened, "--force"), 2, "--output", "is the old model, which is kept")
+    done = featdiff_cli(*given, site)
+    assert done.exit_code == 0, done.stderr
+    assert "40 images; fpr 0.2" in done.stderr
+    for file in ("config.json", "model.safetensors"):
+        assert (site / "student" / file).read_bytes() == (hardened / "student" / file).read_bytes()
+
+    old, new = (load_hardened(folder)[1].detector for folder in (hardened, site))
+    scores = old.score(folders["test"]).ood_score
+    assert np.allclose(new.score(folders["test"]).ood_score, scores, atol=1e-5)
+    assert np.allclose(new.calibration_.scores, np.sort(scores), atol=1e-4)
+    assert new.fpr == 0.2 and new.recalibrations_[0]["old_images"] == len(old.calibration_)
+    scored = featdiff_cli("score", folders["test"], "-m", site, "--format", "jsonl", "-q")
+    flags = [json.loads(row)["is_ood"] for row in scored.stdout.splitlines()]
+    assert len(flags) == 40 and 6 <= sum(flags) <= 8
+
+    fails(featdiff_cli(*given, site), 2, "a hardened student is already at", "--force")
+    assert featdiff_cli(*given, site, "--force").exit_code == 0
 
 
 def test_the_code_of_the_card_runs(hardened: Path, folders: dict[str, Path], featdiff_cli: Cli) -> None:

@@ -12,7 +12,7 @@ from click.testing import Result
 from helpers import fails, model_of_vectors
 from PIL import Image, ImageEnhance
 
-from featdiff import Detector
+from featdiff import Detector, FeatureDiffusion
 from featdiff.verdicts.shares import interval_of_share, range_of_rate
 
 Cli = Callable[..., Result]
@@ -121,7 +121,7 @@ def test_the_old_folder_is_no_place_for_the_new_model(
     for place in ("model", "link"):
         for force in ((), ("--force",)):
             arguments = (tmp_path / "model", site / "new", "-o", tmp_path / place, *force)
-            fails(featdiff_cli("recalibrate", *arguments), 2, "is the model itself, which is kept", "--output")
+            fails(featdiff_cli("recalibrate", *arguments), 2, "is the old model, which is kept", "--output")
     arguments = (tmp_path / "model", site / "new", "-o", tmp_path / "other")
     fails(featdiff_cli("recalibrate", *arguments), 2, "a model is already at", "--force")
     assert featdiff_cli("recalibrate", *arguments, "--force").exit_code == 0
@@ -148,7 +148,57 @@ def test_models_that_cannot_be_recalibrated(featdiff_cli: Cli, site: Path, tmp_p
     arguments = (site / "new", "-o", tmp_path / "new")
     fails(featdiff_cli("recalibrate", tmp_path / "missing", *arguments), 1, "no featdiff model at")
     model_of_vectors(tmp_path)
-    fails(featdiff_cli("recalibrate", tmp_path / "model", *arguments), 2, "trained on vectors, not on images", "anew")
+    fails(featdiff_cli("recalibrate", tmp_path / "model", *arguments), 2, "--features", "trained on vectors, not on")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.onnx").write_bytes(b"")
     fails(featdiff_cli("recalibrate", tmp_path / "exported", *arguments), 2, "is an exported model", "made of")
+
+
+# ---- vectors ----
+
+
+def test_a_model_of_vectors(featdiff_cli: Cli, tmp_path: Path) -> None:
+    model_of_vectors(tmp_path)
+    model, site = tmp_path / "model", tmp_path / "site.npy"
+    rng = np.random.default_rng(3)
+    rows = 1.6 * rng.normal(size=(100, 6)).astype(np.float32)
+    rows[7] = np.nan
+    np.save(site, np.concatenate([rows, rows[:1]]))
+    before = contents(model)
+    result = featdiff_cli("recalibrate", model, "--features", site, "-o", tmp_path / "new", "--fpr", "0.1")
+    assert (result.exit_code, result.stdout) == (3, ""), result.stderr
+    assert contents(model) == before
+
+    old, new = (FeatureDiffusion.from_pretrained(each) for each in (model, tmp_path / "new"))
+    good = np.delete(rows, 7, axis=0)
+    scores = old.ood_score(good)
+    assert np.array_equal(new.ood_score(good), scores)  # only the threshold is another
+    flagged = int(old.calibration_.flags(scores, 0.1)[1].sum())
+    assert flagged > 20
+    said = lines(result)
+    assert "99 rows, 1 duplicate left out, 1 unreadable; fpr 0.1" in result.stderr
+    assert said["old calibration"].startswith(f"flags {flagged / 99:.1%} of these rows ({flagged}; 95 % interval ")
+    np.testing.assert_array_equal(new.calibration_.scores, np.sort(scores))
+    assert new.fpr_ == 0.1 and new.recalibrations_[0]["old_flagged"] == flagged
+    assert (new.predict(1.6 * rng.normal(size=(200, 6))) == -1).mean() < 0.25
+    assert "made anew   99 images" not in (info := featdiff_cli("info", tmp_path / "new").stdout)
+    assert "made anew   99 rows; fpr 0.1: threshold " in info
+
+    scored = featdiff_cli("score", "--features", site, "-m", tmp_path / "new", "--format", "csv", "-q")
+    flags = [row.split(",")[5] for row in scored.stdout.splitlines()[1:]]
+    assert flags.count("true") in (9, 10)  # of the 99 that calibrate, and a copy of one
+
+
+def test_vectors_that_cannot_calibrate(featdiff_cli: Cli, tiny_model: Path, site: Path, tmp_path: Path) -> None:
+    model_of_vectors(tmp_path)
+    new = tmp_path / "out"
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).normal(size=(15, 6)).astype(np.float32))
+    np.save(tmp_path / "wide.npy", np.zeros((40, 7), np.float32))
+    given = ("recalibrate", tmp_path / "model", "-o", new, "--features")
+    fails(featdiff_cli(*given, tmp_path / "few.npy"), 2, "--fpr 0.05 needs at least 19 rows, and there are 15")
+    fails(featdiff_cli(*given, tmp_path / "wide.npy"), 2, "has 7 columns", "trained on 6")
+    fails(featdiff_cli(*given, tmp_path / "new.npy", site / "new"), 2, "IMAGES cannot go with --features")
+    of_images = featdiff_cli("recalibrate", tiny_model, "--features", tmp_path / "new.npy", "-o", new)
+    fails(of_images, 1, "of mode feature, not vectors")
+    fails(featdiff_cli("recalibrate", tiny_model, "-o", new), 2, "name IMAGES to calibrate with")
+    assert not new.exists()

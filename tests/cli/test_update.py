@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import signal
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from helpers import FEATDIFF, fails, typed
+from defect_pictures import SIDE, plates
+from helpers import FEATDIFF, fails, model_of_vectors, typed
 from pages import UPDATED, blocks_at, commands_at
 from PIL import Image
 
@@ -86,10 +88,60 @@ def test_what_is_refused(featdiff_cli: Cli, place: Path, tmp_path: Path) -> None
     known = featdiff_cli("update", model, place / "old", "-o", out)
     fails(known, 2, "at least 20 new images that can be read, not 0, besides 240")
     for more in ([], ["--force"]):
-        over = featdiff_cli("update", model, place / "new", "-o", model, *more)
-        fails(over, 2, "Error: --output: the old model is not replaced")
+        for there in (model, model / "inside"):
+            over = featdiff_cli("update", model, place / "new", "-o", there, *more)
+            fails(over, 2, f"Error: --output: {there} is the old model, which is kept")
     fails(featdiff_cli("update", "org/name", place / "new"), 2, "Error: --output: org/name is no folder here")
     assert not out.exists()
+
+
+def test_models_that_cannot_be_updated(featdiff_cli: Cli, place: Path, tmp_path: Path) -> None:
+    model_of_vectors(tmp_path)
+    for folder in ("exported", "hardened/student", "hardened/guard"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "exported" / "model.onnx").write_bytes(b"")
+    for name, why in (
+        ("model", "trained on vectors"),
+        ("exported", "exported model"),
+        ("hardened", "hardened student"),
+    ):
+        refused = featdiff_cli("update", tmp_path / name, place / "new", "-o", tmp_path / "out")
+        fails(refused, 2, f"{tmp_path / name} ", why)
+    fails(
+        featdiff_cli("update", tmp_path / "nothing", place / "new", "-o", tmp_path / "out"), 1, "no featdiff model at"
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model``, with a local score, of 80 plates in ``old``; 30 others in ``new``, and 30 with a defect in ``bad``."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name, count, seed in (("old", 80, 0), ("new", 30, 1), ("bad", 30, 2)):
+        (folder / name).mkdir()
+        for i, picture in enumerate(plates(count, seed, defect=name == "bad")):
+            picture.save(folder / name / f"{i:02}.png")
+    quick: dict[str, Any] = {"recipe": {"epochs": 1, "min_steps": 10}, "hidden_max": 32}
+    detector = Detector(size=SIDE, calibration=0.3, fpr=0.1, local=True, **quick).fit(folder / "old")
+    detector.save_pretrained(folder / "model")
+    return folder
+
+
+def test_a_model_with_a_local_score(featdiff_cli: Cli, parts: Path, tmp_path: Path) -> None:
+    before = content(parts / "model")
+    given = ("update", parts / "model", parts / "new", "-o", tmp_path / "out")
+    fails(featdiff_cli(*given), 2, "Error: the model has a local score", "(--old IMAGES)")
+    bad = featdiff_cli("update", parts / "model", parts / "bad", "--old", parts / "old", "-o", tmp_path / "out")
+    fails(bad, 2, "--accept", "of the 30 new images are out-of-distribution")
+    assert not (tmp_path / "out").exists()
+
+    result = featdiff_cli(*given, "--old", parts / "old")
+    assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+    assert re.search(r"^local score trained on: \d+ s$", result.stderr, re.M)
+    assert "80 old images; their features are computed again where they were gone" in result.stderr
+    assert content(parts / "model") == before
+    scored = featdiff_cli("score", parts / "bad", "-m", tmp_path / "out", "--format", "jsonl", "-q")
+    rows = [json.loads(row) for row in scored.stdout.splitlines()]
+    assert len(rows) == 30 and np.mean([row["p_value_local"] <= 0.1 and row["is_ood"] for row in rows]) >= 0.9
 
 
 @pytest.mark.usefixtures("untouched")

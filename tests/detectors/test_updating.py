@@ -214,11 +214,6 @@ def test_images_that_it_knows_do_not_count(older: Detector, tiles: list[str], tm
 
 
 def test_detectors_that_cannot_be_updated(older: Detector, tiles: list[str]) -> None:
-    local = copy.copy(older)
-    local.local_ = object()  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="with a local score cannot be updated.*train anew"):
-        update(local, tiles[OLD:])
-
     elsewhere = copy.copy(older)
     elsewhere.recalibrations_ = ({"images": 40},)
     with pytest.raises(UsageError, match="recalibrated.*update the one it was made of, then recalibrate that"):
@@ -375,7 +370,7 @@ def test_rows_of_several_sets_keep_their_order() -> None:
 
 
 def test_training_on_takes_an_eighth_of_the_steps() -> None:
-    from featdiff.detectors.updating import further
+    from featdiff.detectors.fitting import further
 
     recipe = Recipe()
     for count in (500, 6_000, 200_000):

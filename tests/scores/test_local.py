@@ -81,6 +81,24 @@ def test_heat_of_normal_pictures_is_about_0_with_deviation_1(local: Local) -> No
     assert torch.equal(local(normal_maps(200, seed=3))[1], z.amax(1))
 
 
+def test_statistics_of_older_and_further_pictures_are_those_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.randn(80, 2, 16, 16, generator=generator) * (1 + torch.rand(2, 16, 16, generator=generator))
+    errors[50:] += 0.5
+    older, further, every = Local(CHANNELS), Local(CHANNELS), Local(CHANNELS)
+    older.fit_statistics(list(errors[:50]))
+    every.fit_statistics(list(errors))
+    same = [(values, values) for values in errors[:3]]
+    further.fit_statistics_further(older, same, list(errors[50:]), share=30 / 80)
+    assert torch.allclose(further.mean, every.mean, atol=1e-5)
+    assert torch.allclose(further.deviation, every.deviation, atol=1e-5)
+
+    moved = [(values, values + 0.3) for values in errors[:3]]
+    further.fit_statistics_further(older, moved, list(errors[50:] + 0.3), share=30 / 80)
+    assert torch.allclose(further.mean, every.mean + 0.3, atol=1e-5)
+    assert torch.allclose(further.deviation, every.deviation, atol=1e-5)
+
+
 def test_contrast_does_not_see_gain_and_offset(local: Local) -> None:
     maps = normal_maps(4, seed=4)
     changed = [3 * values + 7 for values in maps]
