@@ -15,9 +15,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -121,14 +121,15 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/lfs/(\w+)", self._upload),
             (r"/api/validate-yaml", self._validate),
             (r"/api/repos/create", self._create),
-            (r"/api/models/([\w.-]+/[\w.-]+)/preupload/(.+)", self._preupload),
-            (r"/api/models/([\w.-]+/[\w.-]+)/commit/(.+)", self._commit),
-            (r"/api/models/([\w.-]+/[\w.-]+)/branch/(.+)", self._branch),
-            (r"/api/models/([\w.-]+/[\w.-]+)/tree/([^/]+)/?", self._tree),
-            (r"/api/models/([\w.-]+/[\w.-]+)/revision/(.+)", self._info),
-            (r"/api/models/([\w.-]+/[\w.-]+)", self._info),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)/preupload/(.+)", self._preupload),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)/commit/(.+)", self._commit),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)/branch/(.+)", self._branch),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)/tree/([^/]+)/?(.*)", self._tree),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)/paths-info/([^/]+)", self._paths),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)/revision/(.+)", self._info),
+            (r"/api/(?:models|datasets)/([\w.-]+/[\w.-]+)", self._info),
             (r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", self._batch),
-            (r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self._file),
+            (r"/(?:datasets/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self._file),
         ):
             if match := re.fullmatch(pattern, path):
                 action(body, *match.groups())
@@ -209,12 +210,40 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": file} for file in repository.commits[sha]]
         self._json({"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings})
 
-    def _tree(self, body: bytes, name: str, revision: str) -> None:
+    def _tree(self, body: bytes, name: str, revision: str, folder: str = "") -> None:
+        entries = self._entries(name, revision)
+        if entries is None:
+            return
+        inside = [entry for path, entry in entries.items() if path.startswith(f"{folder}/" if folder else "")]
+        if folder and not inside:
+            self._refuse(404, f"{folder} does not exist", "EntryNotFound")
+            return
+        if "recursive=True" not in self.path:
+            depth = folder.count("/") + bool(folder)
+            inside = [entry for entry in inside if str(entry["path"]).count("/") == depth]
+        self._json(inside)
+
+    def _paths(self, body: bytes, name: str, revision: str) -> None:
+        entries = self._entries(name, revision)
+        if entries is not None:
+            wanted = (
+                parse_qs(body.decode()).get("paths", []) if not body.startswith(b"{") else json.loads(body)["paths"]
+            )
+            self._json([entries[path] for path in wanted if path in entries])
+
+    def _entries(self, name: str, revision: str) -> dict[str, dict[str, Any]] | None:
+        """Files and folders of a revision by path; None if the answer is given."""
         repository = self._seen(name)
         if repository is None:
-            return
-        files = repository.commits[str(repository.resolve(revision))]
-        self._json([_entry(file, data) for file, data in files.items()])
+            return None
+        sha = repository.resolve(revision)
+        if sha is None:
+            self._refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            return None
+        files = repository.commits[sha]
+        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+        entries = {path: {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)}
+        return entries | {path: _entry(path, data) for path, data in files.items()}
 
     def _file(self, body: bytes, name: str, revision: str, file: str) -> None:
         repository = self._seen(name)
@@ -229,7 +258,13 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{_entry(file, data)["oid"]}"', "X-Repo-Commit": str(sha), "Accept-Ranges": "none"}
         if _is_large(file):
             headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
-        self._send(200, data, headers)
+        first = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if first and self.command == "GET":
+            begin, end = int(first[1]), int(first[2] or len(data) - 1) + 1
+            headers["Content-Range"] = f"bytes {begin}-{min(end, len(data)) - 1}/{len(data)}"
+            self._send(206, data[begin:end], headers)
+        else:
+            self._send(200, data, headers)
 
     # ---- commits ----
 

@@ -40,6 +40,7 @@ INDEXED_JOB = "as each index of the job (serving/test_schedulers)"
 CRON = "as cron runs it (serving/test_watch_command)"
 RAY = "on a cluster of two nodes (serving/test_ray)"
 UPDATED = "on a small model (cli/test_update)"
+FIFTYONE = "with FiftyOne and its database, where they are installed (detectors/test_fiftyone)"
 API = "into a temporary folder (test_api_pages)"
 # ... or its content is checked:
 CONTAINER = "its user, health check and command (serving/test_serve_pages)"
@@ -84,6 +85,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"detectors\.updating", UPDATED),
         (r"push_to_hub", ON_HUB),
         (r"pyod_detector", SMALL),
+        (r"fiftyone_fields", FIFTYONE),
         (r"127\.0\.0\.1:8000", SERVER),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..files.atomic import filling
 from ..files.sealed import checksum, read_sealed, write_sealed
-from ..runtime.sessions import onnxruntime_session, openvino_program
+from ..runtime.sessions import OpenVinoPasses, onnxruntime_session
 
 #: What another engine may run; ``auto`` chooses among those that are installed, and ``torch`` is PyTorch as it is.
 OPENVINO = "openvino"
@@ -116,17 +115,10 @@ def _write_openvino(traced: nn.Module, example: Tensor, folder: Path) -> None:
 
 
 def _start_openvino(folder: Path, bfloat16: bool) -> Run:
-    import openvino
-
-    model = openvino.Core().read_model(folder / "model.xml")
-    program = openvino_program(model, torch.get_num_threads(), bfloat16)
-    requests = threading.local()
+    passes = OpenVinoPasses(folder / "model.xml", torch.get_num_threads(), bfloat16)
 
     def run(pixels: Tensor) -> Sequence[Tensor]:
-        if not hasattr(requests, "own"):
-            requests.own = program.create_infer_request()
-        outputs = requests.own.infer({0: pixels.numpy()})
-        return [torch.from_numpy(outputs[i]) for i in range(len(program.outputs))]
+        return [torch.from_numpy(values) for values in passes(pixels.numpy())]
 
     return run
 

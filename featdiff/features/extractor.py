@@ -23,7 +23,7 @@ from .conversions import COMPILE
 from .engines import TORCH, Choice, Engine, Pass, again, choose
 from .layers import Layers
 from .layout import LOCAL, FeatureLayout, Key, Kind
-from .networks import identity, mixed_precision
+from .networks import identity, mixed_precision, versions
 from .patches import choose_maps, map_hooks
 from .readers import ModuleReader, checked, make_reader
 from .stages import maps_with_channels_last, watch
@@ -242,8 +242,7 @@ class FeatureExtractor:
 
     def _weights(self) -> list[tuple[int, int]]:
         """Changes when a weight does: an engine holds copies of them."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        return versions(self.model)
 
     def in_torch(self, mixed: bool = True) -> FeatureExtractor:
         """The same extractor, whose passes are PyTorch's, as those of all copies are; on wish without autocast."""

@@ -12,6 +12,7 @@ from PIL import Image
 from ..data.batches import Batch, LoadedImage, iter_batches, load
 from ..data.references import HeldRef, ImageRef
 from ..exported import ExportedDetector
+from ..runtime.sessions import few_at_a_time
 from ..verdicts.calibration import Calibration
 from ..verdicts.explanation import Explanation
 from ..verdicts.results import Scores, columns_of
@@ -84,12 +85,13 @@ def open_served(settings: Settings) -> Served:
         As for :func:`featdiff.load_detector` and :class:`featdiff.ExportedDetector`; a rate that the calibration
         images cannot support.
     """
-    detector = load_model(settings.model, settings.options)
-    if isinstance(detector, ExportedDetector):
-        limits = (detector.max_pixels, detector.max_bytes)
-        served = _served(detector, settings, detector.transform, limits, detector.engine)
-    else:
-        served = _saved(detector, settings)
+    with few_at_a_time():
+        detector = load_model(settings.model, settings.options)
+        if isinstance(detector, ExportedDetector):
+            limits = (detector.max_pixels, detector.max_bytes)
+            served = _served(detector, settings, detector.transform, limits, detector.engine)
+        else:
+            served = _saved(detector, settings)
 
     grey = served.load(HeldRef("first", Image.new("RGB", _FIRST, (128, 128, 128))))
     served.score([grey])

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -65,14 +66,33 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
     """A socket at the address of a server, bound before the model is loaded (``FeatdiffError`` if it cannot be)."""
     try:
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        place = socket.socket(family, socket.SOCK_STREAM)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(address)
+        place = _bound(family, address, settings.processes > 1)
     except (OSError, OverflowError) as error:
         problem = getattr(error, "strerror", None) or error
         raise FeatdiffError(f"cannot listen on {settings.host} port {settings.port}: {problem}", "port") from None
     with place:
         yield place
+
+
+def _bound(family: int, address: Any, shared: bool) -> socket.socket:
+    place = socket.socket(family, socket.SOCK_STREAM)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared and sys.platform == "linux":
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    place.bind(address)
+    return place
+
+
+def _beside(place: socket.socket, processes: int) -> list[socket.socket]:
+    """A socket at the same address for each process.
+
+    Linux deals connections out among them. From one socket, the process that wakes first would take all that wait, and
+    a few clients that keep their connections would be served by one process. Elsewhere they share the one.
+    """
+    others = range(1, processes)
+    if sys.platform != "linux":
+        return [place, *(place.dup() for _ in others)]
+    return [place, *(_bound(place.family, place.getsockname(), True) for _ in others)]
 
 
 def many_connections() -> None:
@@ -132,15 +152,33 @@ def _run_many(settings: Settings, place: socket.socket, ready: Callable[[], None
     from .served import open_served
 
     class Supervisor(Multiprocess):
-        def terminate_all(self) -> None:
-            place.close()  # or connections would still be accepted, and never answered
-            super().terminate_all()
+        """Each process has a socket of its own, which stays when the process is started again."""
+
+        def one_by_one(self, do: Callable[[], None]) -> None:
+            everyone = self.processes
+            self.processes_num = 1
+            for i, own in enumerate(places):
+                self.sockets, self.processes = [own], everyone[i : i + 1]
+                do()
+                everyone[i : i + 1] = self.processes
+            self.processes, self.processes_num = everyone, len(everyone)
+
+        def init_processes(self) -> None:
+            self.one_by_one(super().init_processes)
+
+        def restart_all(self) -> None:
+            self.one_by_one(super().restart_all)
 
         def keep_subprocess_alive(self) -> None:
             before = {process.pid for process in self.processes}
-            super().keep_subprocess_alive()
+            self.one_by_one(super().keep_subprocess_alive)
             for dead in before - {process.pid for process in self.processes}:
                 forget_process(dead)
+
+        def terminate_all(self) -> None:
+            for own in places:
+                own.close()  # or connections would still be accepted, and never answered
+            super().terminate_all()
 
     if not any(name in os.environ for name in THREAD_COUNTS):
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // settings.processes))
@@ -151,8 +189,10 @@ def _run_many(settings: Settings, place: socket.socket, ready: Callable[[], None
         from .metrics import forget_process
 
         config = _config(settings, partial(_create, settings), factory=True, workers=settings.processes)
-        place.listen(_BACKLOG)  # who comes before the processes have loaded the model waits for them
-        supervisor = Supervisor(config, sockets=[place])
+        places = _beside(place, settings.processes)
+        for own in places:
+            own.listen(_BACKLOG)  # who comes before the processes have loaded the model waits for them
+        supervisor = Supervisor(config, sockets=places)
         ready()
         supervisor.run()
 

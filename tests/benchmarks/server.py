@@ -1,6 +1,6 @@
 """What a server costs beside scoring in one's own process, and how it holds out; the tables of RESULTS.md.
 
-    python tests/benchmarks/server.py --data FOLDER [--images 300 --rounds 3 --minutes 5 --size 256]
+    python tests/benchmarks/server.py --data FOLDER [--images 300 --rounds 3 --minutes 5 --size 256 --processes 2]
 
 FOLDER holds flowers.zip as configs/README.md describes it. The clients run on the same cores as the server: eight
 threads of another process, each with a connection of its own. Rates are taken in turns with what ``featdiff score``
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import psutil
 from PIL import Image, ImageOps
 
 from featdiff.runtime.allocator import keep_freed_memory
@@ -142,15 +143,19 @@ def serving(model: Path, *options: str) -> Iterator[tuple[int, int]]:
         process.wait()
 
 
+def family(process: int) -> list[psutil.Process]:
+    """A process and what it has started."""
+    return [psutil.Process(process), *psutil.Process(process).children()]
+
+
 def memory(process: int) -> float:
-    """MB that a process holds."""
-    return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[0]) / 1e3
+    """MB that a process holds, and those that it has started."""
+    return sum(member.memory_info().rss for member in family(process)) / 1e6
 
 
 def seconds_of(process: int) -> float:
-    """CPU time that a process has taken."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU time that a process has taken, and those that it has started."""
+    return sum(sum(member.cpu_times()[:2]) for member in family(process))
 
 
 def unpacked(data: Path, folder: Path, count: int, size: int) -> list[Path]:
@@ -185,6 +190,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="images of a round")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--minutes", type=float, default=5.0, help="of load with broken images")
+    parser.add_argument("--processes", type=int, default=1, help="of the server")
     parser.add_argument("--size", type=int, default=0, help="pixels of a side, all alike; 0: as they are")
     arguments = parser.parse_args()
 
@@ -197,7 +203,8 @@ def main() -> None:
         Detector().fit([str(file) for file in files[:FITTED]]).save_pretrained(model)
         for file in files[:FITTED]:
             file.unlink()
-        measure(model, Path(folder) / "flowers", arguments.rounds, arguments.minutes)
+        options = ["--engine", ENGINE, "--processes", str(arguments.processes)]
+        measure(model, Path(folder) / "flowers", arguments.rounds, arguments.minutes, options)
 
 
 @functools.cache
@@ -217,9 +224,9 @@ def scored(model: Path, folder: Path) -> tuple[float, list[dict[str, Any]]]:
     return len(rows) / (time.perf_counter() - begun), rows
 
 
-def measure(model: Path, folder: Path, rounds: int, minutes: float) -> None:
+def measure(model: Path, folder: Path, rounds: int, minutes: float, options: list[str]) -> None:
     spawned = multiprocessing.get_context("spawn")
-    with spawned.Pool(1) as clients, spawned.Pool(1) as scorer, serving(model, "--engine", ENGINE) as (port, process):
+    with spawned.Pool(1) as clients, spawned.Pool(1) as scorer, serving(model, *options) as (port, process):
         _, rows = scorer.apply(scored, (model, folder))
         contents = [Path(row["path"]).read_bytes() for row in rows]
         clients.apply(closed_loop, (port, contents, CLIENTS, 0.0))

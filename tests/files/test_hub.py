@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_hub import READER, WRITER, Hub, serving_hub
+from fake_hub import READER, WRITER, Hub, Repository, serving_hub
 from helpers import ROOT, fails
 from pages import ON_HUB, blocks_at, commands_at
 
@@ -179,6 +179,38 @@ def test_the_pages(hub: Hub, tiny_model: Path, few_images: Path, tmp_path: Path)
     (block,) = blocks_at(ON_HUB, language="python")
     login = f"import os; os.environ['HF_TOKEN'] = {WRITER[:6]!r} + {WRITER[6:]!r}\n"
     assert process(hub, tmp_path, login + block.text).startswith(f"{hub.url}/org/name/commit/")
+
+
+# ---- images on the hub ----
+
+
+def test_images_of_a_dataset_on_the_hub(
+    hub: Hub, tiny_model: Path, tiny_detector: Detector, few_images: Path, tmp_path: Path
+) -> None:
+    """``hf://``: a folder, a pattern, a revision, a file that is not there, and one that is private."""
+    repository = Repository(private=False)
+    files = {f"train/{file.name}": file.read_bytes() for file in few_images.iterdir()}
+    repository.commit("v1", {"README.md": b"# photos"} | files)
+    repository.commit("main", {"README.md": b"# photos", "other/a.png": files["train/a.png"]})
+    hub.repositories["org/photos"] = repository
+    closed = Repository(private=True)
+    closed.commit("main", {"a.png": files["train/a.png"]})
+    hub.repositories["org/closed"] = closed
+
+    line = ["score", "-q", "--format", "jsonl", "-m", str(tiny_model)]
+    root = "hf://datasets/org/photos"
+    sources = [f"{root}@v1/train", f"{root}@v1/train/[ab].png", f"{root}/other/a.png", f"{root}/other/none.png"]
+    told = commands(hub, tmp_path, *([*line, source] for source in [*sources, "hf://datasets/org/closed/a.png"]))
+    rows = [[json.loads(row) for row in done["out"].splitlines()] for done in told]
+
+    expected = tiny_detector.score(few_images)
+    assert [row["path"] for row in rows[0]] == [f"{root}@v1/train/{name}.png" for name in "abcdef"]
+    assert [row["ood_score"] for row in rows[0]] == pytest.approx(expected.ood_score, abs=1e-4)
+    assert [row["ood_score"] for row in rows[1]] == pytest.approx(expected.ood_score[:2], abs=1e-4)
+    assert [row["ood_score"] for row in rows[2]] == pytest.approx(expected.ood_score[:1], abs=1e-4)
+    for done, (row,), reason in zip(told[3:], rows[3:], ["no such object", "access is refused: "], strict=True):
+        assert (done["code"], row["status"]) == (3, "unreadable")
+        assert row["reason"].startswith(reason)
 
 
 # ---- what is refused ----

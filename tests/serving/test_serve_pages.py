@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
 import pytest
-from helpers import ROOT, python, shell
+from helpers import FEATDIFF, ROOT, python, shell
 from http_servers import Server
 from pages import CONTAINER, SERVER, Block, blocks_at, commands_at
+from streams import free_port
 
 (_script,) = entry_points(group="console_scripts", name="featdiff")
 MAIN: click.Group = _script.load()
@@ -79,9 +83,36 @@ def test_the_container() -> None:
     assert words[:2] == ["featdiff", "serve"]
     given = options_of(words[2:])
     assert (given["host"], given["port"], str(given["model"])) == ("0.0.0.0", int(lines["EXPOSE"]), "/model")
-    assert lines["USER"] == "featdiff" and "useradd --create-home featdiff" in block.text
+    assert lines["USER"] == "1000" and "useradd --uid 1000 --create-home featdiff" in block.text
     assert ":8000/readyz" in lines["HEALTHCHECK"]
-    json.loads(lines["HEALTHCHECK"].partition("CMD ")[2])
+    check = json.loads(lines["HEALTHCHECK"].partition("CMD ")[2])
+    assert set(re.findall(r":(\d+)/", " ".join(check))) == {lines["EXPOSE"]}
     (extras,) = re.findall(r"/src\[([\w,]+)\]", block.text)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def test_the_command_and_the_health_check_of_the_container(exported_model: Path) -> None:
+    """Both as they are written, but for the port and the place of the model."""
+    (block,) = blocks_at(CONTAINER, language="dockerfile")
+    lines = dict(re.findall(r"^([A-Z]+) (.*)$", block.text, flags=re.M))
+    port = str(free_port())
+    _, *command = [{"/model": str(exported_model), "8000": port}.get(word, word) for word in json.loads(lines["CMD"])]
+    _, *check = json.loads(lines["HEALTHCHECK"].partition("CMD ")[2])
+    check = [sys.executable, *(word.replace(":8000", f":{port}") for word in check)]
+
+    def is_healthy() -> bool:
+        return subprocess.run(check, capture_output=True, check=False).returncode == 0
+
+    assert not is_healthy()
+    server = subprocess.Popen([FEATDIFF, *command], stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 60
+        while not is_healthy():
+            assert server.poll() is None and time.monotonic() < until
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.communicate()
+    assert not is_healthy()
