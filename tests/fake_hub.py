@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if folder and not inside:
             self._refuse(404, f"{folder} does not exist", "EntryNotFound")
             return
-        if "recursive=True" not in self.path:
+        if "recursive=true" not in self.path.lower():
             depth = folder.count("/") + bool(folder)
             inside = [entry for entry in inside if str(entry["path"]).count("/") == depth]
         self._json(inside)
