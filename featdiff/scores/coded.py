@@ -15,6 +15,8 @@ from .neighbors import BLOCK, SPARE, Index, check_finite, checked, chosen_backen
 _ROUGH_SPARE = 27
 # Queries that are multiplied as whole numbers at once: more do not stay in the cache.
 _WHOLE_ROWS = 256
+# Sums of so many products of 8-bit numbers cannot overflow 32 bits.
+_WIDEST = (2**31 - 1) // 127**2
 # The second digit of such a query is that many times as fine as the first.
 _FINER = 254
 # Queries that are so few that reading the bank is what takes time; and beside products of whole numbers.
@@ -125,7 +127,7 @@ class CodedIndex(nn.Module):
         on_cpu = codes.device.type == self._rough[1].device.type == "cpu"  # a module may have been moved
         if not on_cpu or not count:
             return None
-        whole = multiplies_whole_numbers()
+        whole = codes.shape[1] <= _WIDEST and multiplies_whole_numbers()
         # PyTorch reads whole, aligned blocks of the bank
         aligned = codes.shape[1] % 32 == 0 and codes.is_contiguous() and codes.data_ptr() % 64 == 0
         if aligned and sys.platform != "win32" and count <= (_FEWEST if whole else _FEW):

@@ -199,6 +199,14 @@ def test_products_of_whole_numbers_are_within_their_error(count: int, levels: in
     assert index._among_rough(queries[1:] if count > 1 else queries, 5, index._in_whole_numbers) is not None
 
 
+@pytest.mark.skipif(not multiplies_whole_numbers(), reason="needs a processor with VNNI")
+def test_vectors_too_wide_for_sums_of_32_bits() -> None:
+    codes = torch.arange(8, 128, 6, dtype=torch.int8)[:, None].expand(-1, 140_000).clone()
+    codes[-1] = 127
+    queries = torch.full((3, 140_000), 1.27)
+    assert CodedIndex(codes, torch.full((20, 1), 0.01)).search(queries, 1)[1].tolist() == [[19]] * 3
+
+
 def test_products_that_overflow_are_not_used() -> None:
     """As on processors without VNNI, where sums of two products of 8-bit numbers are cut off at 16 bits."""
     code = "from featdiff.scores.coded import multiplies_whole_numbers; print(multiplies_whole_numbers())"
