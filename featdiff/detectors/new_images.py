@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +50,7 @@ def read_new_images(
     """
     if not is_loader(images):
         images = list_images(images)
-    extraction, seen = (copy.copy(before) if before.local_ else detector)._extract(images, progress)
+    extraction, seen = (before if before.local_ else detector)._extract(images, progress)
     detector.unreadable_ = extraction.unreadable
     known = {*past.digests, *(digest.tobytes() for digest in detector.bank_digests_)}
     digests = [digest for digest in dict.fromkeys(extraction.digests) if digest not in known]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -39,6 +40,7 @@ class Calibrated(Protocol):
     """A detector of images, or an estimator on rows."""
 
     calibration_: Calibration
+    recalibrations_: tuple[Mapping[str, Any], ...]
 
 
 C = TypeVar("C", bound=Calibrated)
@@ -187,13 +189,8 @@ def recalibrate(
     other.unreadable_ = extraction.unreadable
     other.calibration_digests_ = digests
 
-    old = detector.calibration_
-    flagged = int(old.flags(own, rate)[1].sum()) if is_supported(rate, old.groups) else None
     duplicates = len(extraction.digests) - len(digests)
-    result = Recalibration(other, old, rate, flagged, duplicates, grouping, extraction.unreadable)
-    other.recalibrations_ = (*detector.recalibrations_, result.facts())
-    warn_of_shift(result, "images")
-    return result
+    return changes(detector, other, own, rate, duplicates, grouping, extraction.unreadable, "images")
 
 
 class _WithHottestPlace:
@@ -309,8 +306,25 @@ def _with(detector: D, own: np.ndarray, parts: dict[str, np.ndarray], groups: in
     return other
 
 
-def warn_of_shift(result: Recalibration[Any], name: str) -> None:
-    """Warn, as of the caller's caller, if most images (or what they are called) are strange to the old calibration."""
+def changes(
+    before: C,
+    after: C,
+    scores: np.ndarray,
+    fpr: float,
+    n_duplicates: int,
+    grouping: Grouping,
+    unreadable: list[tuple[str, str]],
+    name: str,
+) -> Recalibration[C]:
+    """What another calibration, by these scores (n,) of images (or what they are called), has changed.
+
+    ``after`` remembers it. Warns, as of the caller's caller, if most of them are strange to the old calibration.
+    """
+    old = before.calibration_
+    flagged = int(old.flags(scores, fpr)[1].sum()) if is_supported(fpr, old.groups) else None
+    result = Recalibration(after, old, fpr, flagged, n_duplicates, grouping, unreadable)
+    after.recalibrations_ = (*before.recalibrations_, result.facts())
+
     share = result.share
     if share is not None and share[0] > LARGE:
         message = (
@@ -318,3 +332,4 @@ def warn_of_shift(result: Recalibration[Any], name: str) -> None:
             f"make up for, and strange {name} will pass with them. Make sure that they are normal, or train on them"
         )
         warnings.warn(LargeShift(message), stacklevel=3)
+    return result

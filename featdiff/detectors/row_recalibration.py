@@ -9,11 +9,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..data.groups import Groups, check_groups
 from ..exceptions import UsageError
-from ..verdicts.calibration import Calibration, check_fpr, is_supported
+from ..verdicts.calibration import Calibration, check_fpr
 from .estimator import FeatureDiffusion, group_rows
 from .estimator_checks import first_of_each, row_digest
 from .estimator_scores import PreparedRows
-from .recalibration import Recalibration, check_enough, warn_of_shift
+from .recalibration import Recalibration, changes, check_enough
 from .soundness import check_spread
 
 
@@ -85,9 +85,4 @@ def recalibrate_rows(
     other.grouping_ = grouping
     other.offset_ = other._offset(rows[different])
 
-    old = estimator.calibration_
-    flagged = int(old.flags(scores, rate)[1].sum()) if is_supported(rate, old.groups) else None
-    result = Recalibration(other, old, rate, flagged, len(rows) - len(different), grouping, [])
-    other.recalibrations_ = (*estimator.recalibrations_, result.facts())
-    warn_of_shift(result, "rows")
-    return result
+    return changes(estimator, other, scores, rate, len(rows) - len(different), grouping, [], "rows")

@@ -108,7 +108,7 @@ class FeatureExtractor:
         self._local_key = ""
         self._engine: Engine | None = None
         self._kept_in: Path | None = None
-        self._engine_weights: list[tuple[int, int]] = []
+        self._engine_weights: list[tuple[int, int]] = []  # of which an engine holds copies
 
         self._keys = self._reader.keys
         features = checked(self._read(probe), self._keys, 1)
@@ -223,7 +223,7 @@ class FeatureExtractor:
 
     def _take(self, choice: Choice) -> str:
         self._engine = choice.engine
-        self._engine_weights = self._weights()
+        self._engine_weights = versions(self.model)
         return choice.note
 
     def _for_engines(self) -> Pass:
@@ -239,10 +239,6 @@ class FeatureExtractor:
         """Whether an engine may run what this extractor is at the moment."""
         as_chosen = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
         return as_chosen and (engine == COMPILE or (self.device.type == "cpu" and self._autocast != torch.float16))
-
-    def _weights(self) -> list[tuple[int, int]]:
-        """Changes when a weight does: an engine holds copies of them."""
-        return versions(self.model)
 
     def in_torch(self, mixed: bool = True) -> FeatureExtractor:
         """The same extractor, whose passes are PyTorch's, as those of all copies are; on wish without autocast."""
@@ -371,7 +367,7 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _read(self, pixels: Tensor) -> dict[Key, Tensor]:
         """Vectors (B, C) and maps by layer and kind."""
-        if self._engine is not None and self._weights() != self._engine_weights:
+        if self._engine is not None and versions(self.model) != self._engine_weights:
             self._engine = None
         if self._engine is None or not self._fits(self._engine.name):
             return self._in_torch(pixels)
