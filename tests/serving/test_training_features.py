@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -82,8 +83,10 @@ def test_two_processes_fill_what_train_reads(
     both = [subprocess.Popen([*map(str, line), "--shard", f"{i}/2"], stderr=subprocess.PIPE, text=True) for i in (1, 2)]
     told = [process.communicate()[1].splitlines() for process in both]
     assert [process.returncode for process in both] == [3, 3]
-    assert told[0][0].startswith("96 images: features of 95 computed, 0 were there, 1 unreadable; ")
-    assert told[1][0].startswith("107 images: features of ")
+    counts = [tuple(map(int, re.findall(r"\d+", line.partition(";")[0]))) for line in (told[0][0], told[1][0])]
+    there = sum(count[2] for count in counts)
+    assert there in (0, 1)  # the first image and its copy belong to two processes: the later one may see it
+    assert [(images, computed + kept, bad) for images, computed, kept, bad in counts] == [(96, 95, 1), (107, 106, 1)]
     assert told[0][1] == f"  left out: {photos / 'broken.jpg'}: damaged image: Truncated File Read"
     assert told[1][1].startswith(f"  left out: {photos / 'z_broken.jpg'}: ")
     assert told[0][2:] == told[1][2:]
