@@ -204,6 +204,8 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
         with shown(progress) as report:
             return self._fit(X, report, groups)
 
+    @torch.inference_mode(False)  # networks train, whatever the caller's context
+    @torch.enable_grad()
     def _fit(self, X: object, progress: Progress | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)

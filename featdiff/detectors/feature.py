@@ -228,6 +228,8 @@ class Detector(FeatureScoring):
         with shown(progress) as report:
             return self._fit(images, report, split, groups)
 
+    @torch.inference_mode(False)  # networks train, whatever the caller's context
+    @torch.enable_grad()
     def _fit(self, images: object, progress: Progress | None, split: Split | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)

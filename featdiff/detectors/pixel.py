@@ -164,6 +164,8 @@ class PixelDetector(BaseDetector[PixelSettings]):
         with shown(progress) as report:
             return self._fit(images, report, groups)
 
+    @torch.inference_mode(False)  # networks train, whatever the caller's context
+    @torch.enable_grad()
     def _fit(self, images: object, progress: Progress | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)

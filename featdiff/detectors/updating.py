@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.groups import Groups, check_groups
 from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, Plan, Split, evenly
@@ -85,6 +86,8 @@ class Changes:
     seconds: float
 
 
+@torch.inference_mode(False)  # networks train, whatever the caller's context
+@torch.enable_grad()
 def update(
     detector: BaseDetector[Any],
     images: object,

@@ -21,6 +21,18 @@ from featdiff.features.store import FeatureStore
 from featdiff.files.sealed import read_sealed, write_sealed
 from featdiff.runtime import checkpoints
 
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_networks_train_in_any_context(
+    fitted: Detector, small: dict[str, Any], files: list[str], context: Callable[[], Any]
+) -> None:
+    """As where a detector is fitted in the middle of somebody's evaluation."""
+    with context():
+        detector = Detector(**small).fit(files)
+        np.testing.assert_array_equal(detector.calibration_.scores, fitted.calibration_.scores)
+        assert torch.is_grad_enabled() is False
+
+
 # ---- what may be fitted on ----
 
 
