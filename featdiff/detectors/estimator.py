@@ -19,6 +19,7 @@ from ..diffusion.training import Recipe
 from ..exceptions import ModelError, UsageError
 from ..features.store import Features
 from ..files.model_folder import load, locate, save
+from ..runtime.gradients import gradients
 from ..runtime.progress import Progress, shown
 from ..scores.fused import Heads, Measured
 from ..scores.nearest import NearestNeighbors
@@ -201,11 +202,9 @@ class FeatureDiffusion(Pushable, OutlierMixin, TransformerMixin, BaseEstimator):
         NearCopiesFound
             Near-copies were taken as groups without being asked for.
         """
-        with shown(progress) as report:
+        with shown(progress) as report, gradients():
             return self._fit(X, report, groups)
 
-    @torch.inference_mode(False)  # networks train, whatever the caller's context
-    @torch.enable_grad()
     def _fit(self, X: object, progress: Progress | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)

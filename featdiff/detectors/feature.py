@@ -26,6 +26,7 @@ from ..features.networks import device_of, identity
 from ..features.store import Features, FeatureStore, FeatureTable
 from ..features.views import settings_of
 from ..files.model_folder import load, locate
+from ..runtime.gradients import gradients
 from ..runtime.progress import Progress, shown
 from ..scores.diffusion import Diffusion
 from ..scores.fused import Heads
@@ -225,11 +226,9 @@ class Detector(FeatureScoring):
         NearCopiesFound
             Near-copies were taken as groups without being asked for.
         """
-        with shown(progress) as report:
+        with shown(progress) as report, gradients():
             return self._fit(images, report, split, groups)
 
-    @torch.inference_mode(False)  # networks train, whatever the caller's context
-    @torch.enable_grad()
     def _fit(self, images: object, progress: Progress | None, split: Split | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)

@@ -63,7 +63,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     bank_digests_ : ndarray of shape (n, 16) of uint8
         Contents of the training images that the heads keep.
     kept_ : KeptImages, optional
-        What an update needs to know of the images it was fitted on; None in older models.
+        What an update needs to know of the images it was fitted on; None where it was saved without that.
     """
 
     extractor_: FeatureExtractor

@@ -22,6 +22,7 @@ from ..features.networks import fingerprint
 from ..features.pixels import Pixels
 from ..features.store import Features, FeatureStore, FeatureTable
 from ..files.model_folder import load, locate
+from ..runtime.gradients import gradients
 from ..runtime.processes import make_accelerator
 from ..runtime.progress import Progress, shown
 from ..scores.distances import FeatureCosine
@@ -161,11 +162,9 @@ class PixelDetector(BaseDetector[PixelSettings]):
         WeightsError, FeatdiffError
             A pipeline or the weights of a distance cannot be loaded, the cache cannot be written, or training diverged.
         """
-        with shown(progress) as report:
+        with shown(progress) as report, gradients():
             return self._fit(images, report, groups)
 
-    @torch.inference_mode(False)  # networks train, whatever the caller's context
-    @torch.enable_grad()
     def _fit(self, images: object, progress: Progress | None, groups: Groups | None) -> Self:
         """The work of :meth:`fit`."""
         check_groups(groups)

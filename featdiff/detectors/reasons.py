@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..features.layout import PRE_LOGITS
 from ..scores.fused import Heads
 from ..scores.joint import GLOBAL, LOCAL
 from ..scores.nearest import NearestNeighbors
@@ -31,8 +30,6 @@ _PARTS = "shapes and parts"
 _CONTENT = "overall content"
 # What a distance to the nearest normal images looks at.
 _FAR = "distance from normal images"
-_FAR_IN_CONTENT = "distance from normal images in content"
-_FAR_IN_LAYOUT = "distance from normal images in layout"
 _SLASH = r"[/\\]"
 _ANSWER = "the classifier's answer"
 
@@ -42,7 +39,7 @@ def labels(heads: Heads) -> dict[str, str]:
     words = {f"layer_{name}": label for name, label in layer_labels(heads.layout.stage_names).items()}
     for name, score in heads.scores.items():
         if isinstance(score, NearestNeighbors):
-            words[name] = _label_of_neighbors(score)
+            words[name] = _FAR
         elif score.reads_logits:
             words[name] = _ANSWER
     return words
@@ -63,12 +60,6 @@ def layer_labels(names: Sequence[str]) -> dict[str, str]:
         depth = i / (len(names) - 1) if len(names) > 1 else 1.0
         words[name] = _TEXTURE if depth <= 1 / 3 else _PARTS if depth < 0.9 else _CONTENT
     return words
-
-
-def _label_of_neighbors(score: NearestNeighbors) -> str:
-    if score.layer == PRE_LOGITS:
-        return _FAR_IN_CONTENT
-    return _FAR_IN_LAYOUT if score.parts[0].layer == PRE_LOGITS else _FAR
 
 
 def sentences(
@@ -139,8 +130,8 @@ def _about_parts(row: Row, heads: Sequence[Contribution], nearest: Sequence[Neig
 
 def _of_layers(layers: Mapping[str, float]) -> list[Contribution]:
     """Scores of layers as they would be named among contributions, where the own score is not a sum."""
-    words = layer_labels([name for name in layers if name != PRE_LOGITS])
-    return [Contribution(name, words.get(name, _FAR_IN_CONTENT), score, score) for name, score in layers.items()]
+    words = layer_labels(list(layers))
+    return [Contribution(name, words[name], score, score) for name, score in layers.items()]
 
 
 def _highest(heads: Sequence[Contribution]) -> dict[str, float]:
@@ -159,10 +150,6 @@ def _about(label: str, score: float, nearest: Sequence[Neighbor]) -> str:
     if label == _FAR:
         among = f"; the nearest is {re.split(_SLASH, nearest[0].path)[-1]}" if nearest else ""
         return f"It is {very}unlike every normal image that the model knows{among}."
-    if label == _FAR_IN_CONTENT:
-        return f"What it shows is {very}unlike the normal images."
-    if label == _FAR_IN_LAYOUT:
-        return f"How things are spread over the picture is {very}unlike the normal images."
     verb = "are" if label in (_PARTS, _TEXTURE) else "is"
     return f"{label[0].upper()}{label[1:]} {verb} {very}unusual."
 

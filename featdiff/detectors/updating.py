@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..data.groups import Groups, check_groups
 from ..data.splits import MOST_CALIBRATION, MOST_VALIDATION, Plan, Split, evenly
 from ..exceptions import UsageError
 from ..features.store import Joined
+from ..runtime.gradients import gradients
 from ..runtime.progress import Progress, shown
 from ..scores.fused import Heads
 from ..scores.registry import Context
@@ -86,8 +86,6 @@ class Changes:
     seconds: float
 
 
-@torch.inference_mode(False)  # networks train, whatever the caller's context
-@torch.enable_grad()
 def update(
     detector: BaseDetector[Any],
     images: object,
@@ -137,7 +135,7 @@ def update(
     check_groups(groups)
     before = copy.copy(_checked(detector))
     began = time.monotonic()
-    with shown(progress) as report:
+    with shown(progress) as report, gradients():
         if before.local_ is not None:
             images, old = listed_again(before, images, old)
         after = copy.copy(before.without_local())

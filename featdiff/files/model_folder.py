@@ -22,10 +22,8 @@ from .atomic import meant_for, write_together
 from .hub import find_folder, is_repository
 from .strict_json import parse_json
 
-#: Raised when the layout of the folder changes; a newer one is refused.
-FORMAT_VERSION = 11
-#: The oldest that is read: it lacks what an update needs.
-OLDEST_VERSION = 10
+#: Raised when the layout of the folder changes; older and newer ones are refused.
+FORMAT_VERSION = 12
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 #: Key of ``config.json`` for the digest of the whole model.
@@ -261,14 +259,13 @@ def _tensors_of(data: bytes, folder: Path) -> dict[str, Tensor]:
 
 def _check_version(version: object, folder: Path) -> None:
     """Refuse older and newer formats, each with the way out."""
-    if isinstance(version, int) and version < OLDEST_VERSION:
+    if isinstance(version, int) and version < FORMAT_VERSION:
         raise ModelError(
             f"the model at {folder} has the old format {version}, this featdiff writes {FORMAT_VERSION}: train it again"
         )
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ModelError(
-            f"the model at {folder} has format {version}, this featdiff reads up to {FORMAT_VERSION}: "
-            "pip install -U featdiff"
+            f"the model at {folder} has format {version}, this featdiff reads {FORMAT_VERSION}: pip install -U featdiff"
         )
 
 

@@ -19,8 +19,8 @@ from .registry import Context, Features, Score
 
 #: The score that joins all others.
 FUSED = "fused"
-# Set once, on sets far from and near to CIFAR-10 (tests/benchmarks/RESULTS.md): a balance of the two, for all data.
-_DIFFUSION_WEIGHT = 0.75
+# Neighbours have 4.
+_DIFFUSION_WEIGHT = 1.0
 # How the names of the early denoiser's tensors begin.
 _EARLY = "diffusion.early."
 
@@ -106,8 +106,7 @@ class Heads(nn.Module):
         self.members = nn.ModuleList(members)
         self._scores: list[Score] = list(members)
         self._diffusion_scores = {name: kind(diffusion) for name, kind in DIFFUSION.items()}
-        self._columns_of_layers = [1 + i for i, score in enumerate(members) if score.layer]
-        self.layers = [*self.layout.stage_names, *(str(score.layer) for score in members if score.layer)]
+        self.layers = self.layout.stage_names
 
         joined = 1 + len(members)
         weights = torch.tensor([_DIFFUSION_WEIGHT, *(score.weight for score in members)])
@@ -260,12 +259,11 @@ class Heads(nn.Module):
         """What was measured of B images -> the detector's own score, then that of each layer (B, 1 + L)."""
         with full_precision(self.mean):
             joined, layers = self._joined(measured)
-            z = (joined - self.mean) / self.deviation
             own = measured.single
             if own is None:
+                z = (joined - self.mean) / self.deviation
                 own = weighted_sum(z, self.weights) if self.head == FUSED else joined[:, 0]
-            further = [z[:, column, None] for column in self._columns_of_layers]
-            return torch.cat([own[:, None], layers, *further], dim=1)
+            return torch.cat([own[:, None], layers], dim=1)
 
     @torch.no_grad()
     def contributions(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

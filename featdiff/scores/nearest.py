@@ -1,7 +1,8 @@
-"""Distances to the nearest in-domain vectors, one score for each space that deep features offer."""
+"""Distances to the nearest in-domain vectors, in all spaces that deep features offer."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -10,23 +11,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features.layout import PRE_LOGITS, FeatureLayout, Kind, Part, block_normalise
+from ..features.layout import PRE_LOGITS, FeatureLayout, Part, block_normalise
 from .coded import CodedIndex, make_coded_index
 from .neighbors import Index
 from .registry import Context, Features, Options, Score, register
 
-# Weights of the three spaces in the fused score: last stage, pre-logits, spatial std of the pre-logits. Set once, on
-# sets far from and near to CIFAR-10 and on magnetic tiles (tests/benchmarks/RESULTS.md).
-_WEIGHTS = (3.0, 0.5, 1.0)
+# Beside the diffusion score, which has 1. It and the two below were set once, on sets far from and near to CIFAR-10
+# (tests/benchmarks/RESULTS.md), for all data.
+_WEIGHT = 4.0
+# So many directions of most variance are shortened, by this power of their variance.
+_DIRECTIONS = 64
+_POWER = 0.125
 # Vectors of so many numbers are rounded to 4 bits: over many numbers the errors of rounding average out, and the AUROC
 # is as with 8 (tests/benchmarks/RESULTS.md). Shorter ones are rounded to 8.
 _WIDE = 256
 _LEVELS = 127
 _LEVELS_WIDE = 7
+# One level of 4 bits, in root mean squares of a vector: what is longer than 7 of them is cut off.
+_STEP_WIDE = 0.55
 
 
 class NearestNeighbors(Score):
-    """Geometric mean of the distances to the ``neighbors`` nearest in-domain vectors, in one space.
+    """Geometric mean of the distances to the ``neighbors`` nearest in-domain vectors.
+
+    A vector holds all spaces that deep features offer side by side: the last stage and its spatial standard deviations,
+    block-normalised; and of the pre-logits and of their spatial standard deviations the square root, brought to length
+    1 (their lengths and sparsity tell most, so nothing is subtracted). Each space is centred and brought to a total
+    variance of 1. In-domain images differ most in a few directions, where a distance says least. So the distance is
+    |(C + v I)^(-1/8) (x - y)|, up to a factor, with the covariance C of the vectors and the mean v of its eigenvalues:
+    the exponent is 0 for Euclidean and 1/2 for Mahalanobis distances. Only the directions of most variance are
+    shortened; for the others the factor is about the same.
 
     The mean over the first neighbours says more than the k-th alone (Sun et al., ICML 2022): it looks at the density
     near the image at several scales. Vectors are kept as whole numbers with a scale each: of 8 bits, and where they are
@@ -35,10 +49,6 @@ class NearestNeighbors(Score):
     Parameters
     ----------
     layout : FeatureLayout
-    parts : sequence of Part
-        What a vector is made of. Stages and their spatial standard deviations are block-normalised. Of pre-logits and
-        theirs the square root is taken and brought to length 1 (their lengths and sparsity tell most, so nothing is
-        subtracted).
     options : Options
         ``rows`` vectors are kept.
 
@@ -46,30 +56,44 @@ class NearestNeighbors(Score):
     ----------
     vectors : Tensor of shape (rows, width), int8
     scales : Tensor of shape (rows, 1)
+    mean : Tensor of shape (width,)
+        Of the spaces side by side.
+    stretch : Tensor of shape (spaces,)
+        What each space is multiplied with.
+    directions : Tensor of shape (width, directions)
+        Orthogonal; the square of the length of each is the share of a vector along it that is taken away.
     """
 
     log_scale = True
+    weight = _WEIGHT
     vectors: Tensor
     scales: Tensor
+    mean: Tensor
+    stretch: Tensor
+    directions: Tensor
 
-    def __init__(self, layout: FeatureLayout, parts: Sequence[Part], options: Options) -> None:
+    def __init__(self, layout: FeatureLayout, options: Options) -> None:
         super().__init__(layout)
-        self.name = f"knn_{parts[0].name}"
-        self.parts = tuple(parts)
-        self.layer = PRE_LOGITS if parts[0].kind is Kind.PRE_LOGITS else None
+        self.spaces = views(layout)
+        self.widths = [sum(part.width for part in parts) for parts in _spaces(layout)]
         self.k = min(options.neighbors, options.rows)
         self.backend = options.backend
         # in a tuple, so that a FAISS index is not taken for a submodule
         self._index: tuple[Index | CodedIndex, ...] = ()
-        width = sum(part.width for part in parts)
+        width = sum(self.widths)
         self.register_buffer("vectors", torch.zeros(options.rows, width, dtype=torch.int8))
         self.register_buffer("scales", torch.ones(options.rows, 1))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("stretch", torch.ones(len(self.widths)))
+        self.register_buffer("directions", torch.zeros(width, min(_DIRECTIONS, width)))
         self._in_pairs = width >= _WIDE and width % 2 == 0
 
     @torch.no_grad()
     def fit(self, features: Features, context: Context | None = None) -> Self:
         """Keep in-domain features (rows, D)."""
-        self._keep(features, slice(None))
+        rows = features[:].to(self.scales.device)
+        self._fit_view(rows)
+        self._keep(rows, slice(None))
         return self
 
     @torch.no_grad()
@@ -80,17 +104,37 @@ class NearestNeighbors(Score):
         rows = torch.from_numpy(kept).to(older.scales.device)
         self.vectors[: len(kept)] = older.vectors[rows]
         self.scales[: len(kept)] = older.scales[rows]
-        self._keep(added, slice(len(kept), None))
+        for name in ("mean", "stretch", "directions"):
+            getattr(self, name).copy_(getattr(older, name))
+        if len(added):
+            self._keep(added[:].to(self.scales.device), slice(len(kept), None))
         return self
 
-    def _keep(self, features: Features, place: slice) -> None:
-        """Round the vectors of rows, and put them in their place."""
-        if not len(features):
-            return
-        vectors = self.view(features[:].to(self.scales.device))
-        levels = _LEVELS_WIDE if self._in_pairs else _LEVELS
-        scales = vectors.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / levels
-        self.vectors[place] = (vectors / scales).round().to(torch.int8)
+    def _fit_view(self, features: Tensor) -> None:
+        """Set what :meth:`view` does to vectors, from in-domain rows (n, D)."""
+        spaces = [space(features) for space in self.spaces]
+        self.mean.copy_(torch.cat([vectors.mean(0) for vectors in spaces]))
+        total = torch.stack([(vectors - vectors.mean(0)).square().sum(1).mean() for vectors in spaces])
+        self.stretch.copy_(torch.where(total > 0, total.rsqrt(), 1.0))
+
+        width, count = self.directions.shape
+        directions, variances = _principal(self._side_by_side(features), min(count, len(features)))
+        mean_variance = max(int((total > 0).sum()), 1) / width
+        shortened = (1 + variances / mean_variance) ** -_POWER
+        self.directions.zero_()
+        self.directions[:, : len(variances)] = directions * (1 - shortened).sqrt()
+
+    def _keep(self, features: Tensor, place: slice) -> None:
+        """Round the vectors of rows (n, D), and put them in their place."""
+        vectors = self.view(features)
+        smallest = torch.finfo(torch.float32).tiny
+        if self._in_pairs:
+            levels = _LEVELS_WIDE
+            scales = _STEP_WIDE * vectors.square().mean(1, keepdim=True).sqrt().clamp_min(smallest)
+        else:
+            levels = _LEVELS
+            scales = vectors.abs().amax(1, keepdim=True).clamp_min(smallest) / levels
+        self.vectors[place] = (vectors / scales).round().clamp(-levels, levels).to(torch.int8)
         self.scales[place] = scales
         self._index = ()
 
@@ -135,10 +179,14 @@ class NearestNeighbors(Score):
 
     def view(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> vectors in which neighbours are searched (B, width)."""
-        vectors = self.layout.take(features, self.parts)
-        if self.parts[0].layer == PRE_LOGITS:
-            return F.normalize(vectors.sign() * vectors.abs().sqrt(), dim=1)
-        return block_normalise(vectors, [part.width for part in self.parts])
+        vectors = self._side_by_side(features)
+        return vectors - (vectors @ self.directions) @ self.directions.T
+
+    def _side_by_side(self, features: Tensor) -> Tensor:
+        """Rows of features (B, D) -> all spaces, centred, each of total variance 1 (B, width)."""
+        vectors = torch.cat([space(features) for space in self.spaces], dim=1) - self.mean
+        parts = zip(vectors.split(self.widths, dim=1), self.stretch, strict=True)
+        return torch.cat([part * stretch for part, stretch in parts], dim=1)
 
     def search_coded(self) -> None:
         """From now on search by tensor operations alone, exactly, whatever the backend; for an export."""
@@ -189,16 +237,32 @@ def _unpaired(pairs: Tensor) -> Tensor:
 @register("neighbors", head=True)
 def neighbors(layout: FeatureLayout, options: Options) -> list[Score]:
     """In the last stage, in the pre-logits, and in the spatial standard deviations of these, where there are such."""
-    scores = [NearestNeighbors(layout, parts, options) for parts in _spaces(layout)]
-    if len(scores) == len(_WEIGHTS):
-        for score, weight in zip(scores, _WEIGHTS, strict=True):
-            score.weight = weight
-    return list(scores)
+    return [NearestNeighbors(layout, options)]
 
 
 def views(layout: FeatureLayout) -> list[Callable[[Tensor], Tensor]]:
-    """Rows of features (B, D) -> vectors (B, width) of each space that :func:`neighbors` searches."""
-    return [NearestNeighbors(layout, parts, Options(rows=1)).view for parts in _spaces(layout)]
+    """Rows of features (B, D) -> vectors (B, width) of each space that neighbours are searched in."""
+    return [functools.partial(_view, layout, parts) for parts in _spaces(layout)]
+
+
+def _view(layout: FeatureLayout, parts: Sequence[Part], features: Tensor) -> Tensor:
+    """Rows of features (B, D) -> vectors of one space (B, width)."""
+    vectors = layout.take(features, parts)
+    if parts[0].layer == PRE_LOGITS:
+        return F.normalize(vectors.sign() * vectors.abs().sqrt(), dim=1)
+    return block_normalise(vectors, [part.width for part in parts])
+
+
+def _principal(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Centred vectors (n, width) -> their directions of most variance, of length 1 (width, count), and the variances.
+
+    By random projections, always the same ones (Halko et al., SIAM Review 2011).
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    _, lengths, directions = randomized_svd(vectors.cpu().numpy(), count, n_iter=4, random_state=0)
+    variances = torch.from_numpy(lengths).square() / len(vectors)
+    return torch.from_numpy(directions.T.copy()).to(vectors), variances.to(vectors)
 
 
 def _spaces(layout: FeatureLayout) -> list[list[Part]]:

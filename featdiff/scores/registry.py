@@ -103,20 +103,17 @@ class Score(nn.Module):
     name : str
         What it is called in tables; the name it was registered under, unless it sets another one.
     weight : float, default 1.0
-        Its weight in the fused score, where the diffusion score has 0.75.
+        Its weight in the fused score, where diffusion has 1 and neighbours have 4.
     log_scale : bool, default False
         Whether it is a distance (> 0) whose logarithm is what fusion standardises.
     reads_logits : bool, default False
         Whether it needs rows that hold a classifier's logits.
-    layer : str, optional
-        The layer whose score it is, where it looks at one layer alone and the diffusion scores do not cover that.
     """
 
     name: str = ""
     weight: float = 1.0
     log_scale: bool = False
     reads_logits: bool = False
-    layer: str | None = None
 
     def __init__(self, layout: FeatureLayout) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class Contribution:
     Parameters
     ----------
     name : str
-        Of the score: ``diffusion``, ``knn_stage4`` ...
+        Of the score: ``layer_layer4``, ``neighbors`` ...
     label : str
         What it looks at, in plain words.
     score : float

@@ -18,7 +18,7 @@ from featdiff import Detector
 
 Cli = Callable[..., Result]
 HEADS = [
-    *("featdiff", "layerwise", "mse", "mfsim", "knn_layer4"),  # saved models have no lr
+    *("featdiff", "layerwise", "mse", "mfsim", "neighbors"),  # saved models have no lr
     *("layer_layer1", "layer_layer2", "layer_layer4"),
 ]
 

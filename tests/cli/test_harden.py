@@ -104,7 +104,7 @@ def test_eval_prints_accuracy_and_energy_of_several_students(
     assert first["folder"] == str(hardened) and first["accuracy"] >= 0.9
     assert "accuracy" not in second
     heads = first["pairs"][0]["heads"]
-    assert {"featdiff", "energy", "knn_pre_logits"} <= set(heads)
+    assert {"featdiff", "energy", "neighbors"} <= set(heads)
     table = featdiff_cli("eval", *sets, "-m", hardened, "-q")
     assert f"accuracy of the classifier: {100 * first['accuracy']:.1f} %" in " ".join(table.stdout.split())
 

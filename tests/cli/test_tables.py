@@ -8,7 +8,7 @@ from featdiff.report.tables import Grid
 from featdiff_cli.tables import print_grid, print_text
 
 SETS = ("tiny_imagenet", "gtsrb", "fashion_mnist", "a_set_with_a_long_name")
-METHODS = ("featdiff", "baseline_mahalanobis_all", "knn_pre_logits:std")
+METHODS = ("featdiff", "baseline_mahalanobis_all", "neighbors")
 
 
 def grid() -> Grid:

@@ -62,7 +62,7 @@ def test_it_works_with_neighbours_as_an_estimator() -> None:
     model = FeatureDiffusion(recipe=QUICK, neighbors=3, bank_size=50).fit(inside(200, 0))
     (bank,) = model.heads_.heads.members
     assert bank.scales.shape == (50, 1)
-    assert list(model.heads_.heads.scores) == [*DIFFUSION, "knn_0"]
+    assert list(model.heads_.heads.scores) == [*DIFFUSION, "neighbors"]
     assert np.median(model.ood_score(outside(50))) > np.quantile(model.ood_score(inside(100, 1)), 0.95)
 
 

@@ -29,7 +29,7 @@ def test_every_head_can_be_the_score(
     pixels = torch.stack([detector.extractor_.transform(picture) for picture in pictures(fresh)])
     heads = detector.all_heads(detector.extractor_(pixels))
     named = {"layerwise", "mse", "mfsim", "lr", "layer_layer1", "layer_layer2"}
-    neighbours = {"knn_layer2"} if head == "fused" else set()  # diffusion alone keeps no bank
+    neighbours = {"neighbors"} if head == "fused" else set()  # diffusion alone keeps no bank
     assert set(heads) == (named | neighbours) - {head} | {"featdiff"}
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-4, atol=1e-5)
 
@@ -52,12 +52,12 @@ def test_every_registered_head_can_be_the_score(
 
 def test_further_heads_join_the_fused_score(small: dict[str, Any], files: list[str], fresh: list[str]) -> None:
     detector = Detector(**small, extra_heads=["pca"]).fit(files)
-    assert [score.name for score in detector.heads_.members] == ["knn_layer2", "pca"]
+    assert [score.name for score in detector.heads_.members] == ["neighbors", "pca"]
     features = detector.features(fresh)[1][:]
-    z = [detector.all_heads(features)[name] for name in ("layerwise", "knn_layer2", "pca")]
+    z = [detector.all_heads(features)[name] for name in ("layerwise", "neighbors", "pca")]
     logs = np.stack([z[0], np.log(z[1]), np.log(z[2])], 1)
     z_scores = (logs - detector.heads_.mean.numpy()) / detector.heads_.deviation.numpy()
-    weights = np.array([0.75, 1, 1])
+    weights = np.array([1, 4, 1])
     expected = z_scores @ weights / np.linalg.norm(weights)
     np.testing.assert_allclose(detector.heads_.unscaled(features)[:, 0], expected, rtol=1e-3, atol=1e-3)
 

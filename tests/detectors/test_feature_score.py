@@ -168,7 +168,7 @@ def test_heads_agree_with_rows(fitted: Detector, fresh: list[str]) -> None:
     heads = fitted.all_heads(fitted.extractor_(pixels))
     scores = fitted.score(fresh)
     assert list(heads) == [
-        *("featdiff", "layerwise", "mse", "mfsim", "lr", "knn_layer2", "layer_layer1", "layer_layer2")
+        *("featdiff", "layerwise", "mse", "mfsim", "lr", "neighbors", "layer_layer1", "layer_layer2")
     ]
     np.testing.assert_allclose(heads["featdiff"], scores.ood_score, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(heads["layer_layer2"], scores.layers["layer2"], rtol=1e-5, atol=1e-5)

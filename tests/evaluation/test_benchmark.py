@@ -132,7 +132,7 @@ def test_numbers_are_those_of_separate_evaluations(
     other = evaluate_detector(joint, *sets)["pairs"][0]["heads"]
     assert found["other_mse"] == other["featdiff"]
     assert found["other_mfsim"] == other["mfsim"]
-    assert set(found) - set(own) == {f"other_{head}" for head in DIFFUSION} | {"wider_fused", "wider_knn_layer2"} | {
+    assert set(found) - set(own) == {f"other_{head}" for head in DIFFUSION} | {"wider_fused", "wider_neighbors"} | {
         f"wider_{head}" for head in DIFFUSION
     }
 
@@ -145,15 +145,16 @@ def test_costs(result: dict[str, Any], tiny_detector: Detector) -> None:
     rows, width = len(tiny_detector.bank_digests_), 96
     assert methods["baseline_knn"]["megabytes"] == rows * width * 4 / 1e6
     assert methods["baseline_mahalanobis"]["megabytes"] == (width * width + width) * 4 / 1e6
-    assert [score.name for score in tiny_detector.heads_.members] == ["knn_layer4"]
+    assert [score.name for score in tiny_detector.heads_.members] == ["neighbors"]
     layer4 = sum(part.width for part in tiny_detector.extractor_.layout.parts if part.layer == "layer4")
-    assert methods["knn_layer4"]["megabytes"] == rows * (layer4 + 4) / 1e6
+    space = 4 * (layer4 * (1 + min(64, layer4)) + 1)  # mean and directions, and one number that it is stretched by
+    assert methods["neighbors"]["megabytes"] == (rows * (layer4 + 4) + space) / 1e6
     assert methods["lr"]["megabytes"] > methods["mse"]["megabytes"] > 0
     whole = sum(tensor.nbytes for tensor in tiny_detector.heads_.state_dict().values()) / 1e6
     assert methods["featdiff"]["megabytes"] == whole  # without what only lr needs
     assert methods["featdiff"]["training_seconds"] == tiny_detector.training_seconds_ > 0
     assert methods["other_mse"]["training_seconds"] > 0
-    assert methods["knn_layer4"]["training_seconds"] == 0
+    assert methods["neighbors"]["training_seconds"] == 0
     assert all(methods[name]["training_seconds"] > 0 for name in methods if name.startswith("baseline"))
     speeds = {name: costs["images_per_second"] for name, costs in methods.items()}
     assert all(0 < speed < 1e5 for speed in speeds.values())

@@ -18,7 +18,7 @@ from featdiff.exceptions import NotFittedError, UsageError
 from featdiff.verdicts.results import OK
 
 HEADS = {
-    *("featdiff", "layerwise", "mse", "mfsim", "lr", "knn_layer4"),
+    *("featdiff", "layerwise", "mse", "mfsim", "lr", "neighbors"),
     *("layer_layer1", "layer_layer2", "layer_layer4"),
 }
 
@@ -260,7 +260,7 @@ def test_what_scores_are_made_of_is_kept(tiny_detector: Detector, tiles: Path, s
     evaluate_detector(tiny_detector, tiles, {"sharp": sharp}, scored=scored)
     for pair in scored:
         for parts, scores in ((pair.id_contributions, pair.id_scores), (pair.ood_contributions, pair.ood_scores)):
-            assert list(parts) == ["layer_layer1", "layer_layer2", "layer_layer4", "knn_layer4"]
+            assert list(parts) == ["layer_layer1", "layer_layer2", "layer_layer4", "neighbors"]
             np.testing.assert_allclose(sum(parts.values()), scores["featdiff"], atol=1e-4)
         assert pair.labels["layer_layer4"] == "overall content"
         assert set(pair.labels) >= set(pair.id_contributions)
@@ -287,5 +287,5 @@ def test_head_of_the_detector_is_the_entry_featdiff(
     found = heads(evaluate_detector(detector, tiles, {"sharp": sharp}, ["matched"], scored=scored), "sharp", "matched")
     assert scored[0].id_contributions == scored[0].ood_contributions == {}
     before = heads(result, "sharp", "matched")
-    assert set(found) == HEADS - {"mfsim", "knn_layer4"}
+    assert set(found) == HEADS - {"mfsim", "neighbors"}
     assert found["featdiff"] == before["mfsim"]

@@ -106,7 +106,7 @@ def test_detector_of_the_bare_backbone(
     _, verdict = guard(pixels)
     expected = detector.score(iter([pixels]))
     np.testing.assert_allclose(verdict.ood_score.numpy(), expected.ood_score, rtol=1e-4, atol=1e-4)
-    assert list(verdict.layers) == ["layer2", "layer4", "pre_logits"]
+    assert list(verdict.layers) == ["layer2", "layer4"]
     detector.save_pretrained(tmp_path / "model")
     weights = tiny_arguments["weights"]
     same(Guard.from_pretrained(tmp_path / "model", classifier, weights=weights)(pixels)[1], verdict)

@@ -29,7 +29,6 @@ SETTINGS: dict[str, Any] = {
     **{"joint": False, "hidden_ratio": 2.0, "hidden_max": 16, "blocks": 1, "timesteps": 100},
     **{"start_times": (20, 60), "draws": 2, "stride": None, "seed": 0},
 }
-KNN = ["knn_last", "knn_pre_logits", "knn_pre_logits:std"]
 
 
 def features(rows: int, seed: int = 0) -> Tensor:
@@ -62,30 +61,29 @@ def test_fused_is_the_standardised_sum_of_its_scores() -> None:
 
     def raw(x: Tensor) -> np.ndarray:
         scores = heads.all_scores(x)
-        return np.stack([scores["layerwise"], *(np.log(scores[name].numpy()) for name in KNN)], 1)
+        return np.stack([scores["layerwise"], np.log(scores["neighbors"].numpy())], 1)
 
     expected = raw(held_out)
     z = (raw(queries) - expected.mean(0)) / np.maximum(expected.std(0), 0.05)
     scores = heads.all_scores(queries)
-    assert list(scores) == list(heads.scores) == ["layerwise", "mse", "mfsim", "lr", *KNN]
+    assert list(scores) == list(heads.scores) == ["layerwise", "mse", "mfsim", "lr", "neighbors"]
 
     fused, layers = heads(queries)  # not scaled yet
-    shares = np.array([0.75, 3, 0.5, 1])
+    shares = np.array([1, 4])
     np.testing.assert_allclose(fused, z @ shares / np.linalg.norm(shares), rtol=1e-3, atol=1e-4)
-    assert heads.layers == ["early", "last", "pre_logits"]
-    np.testing.assert_allclose(layers[:, 2], z[:, 2], rtol=1e-3, atol=1e-4)
+    assert heads.layers == ["early", "last"]
     weights = np.array([6, 20]) ** 0.75
-    layerwise = layers[:, :2].numpy() @ (weights / np.linalg.norm(weights))
+    layerwise = layers.numpy() @ (weights / np.linalg.norm(weights))
     np.testing.assert_allclose(scores["layerwise"], layerwise, rtol=1e-4, atol=1e-5)
 
 
 def test_held_out_images_score_about_zero() -> None:
     score = make()(features(40, seed=3))[0]
     assert abs(score.mean()) < 1e-5
-    assert 0.2 < score.std() < 2.1  # 1 if scores were independent, 2 if they were one
+    assert 0.2 < score.std() < 1.3  # 1 if scores were independent, 1.2 if they were one
 
 
-@pytest.mark.parametrize("head", [FUSED, "layerwise", "mse", "mfsim", "lr", "knn_last"])
+@pytest.mark.parametrize("head", [FUSED, "layerwise", "mse", "mfsim", "lr", "neighbors"])
 def test_scale_is_that_of_calibration_images(head: str) -> None:
     """A shift and a factor: no order changes."""
     heads = make(head=head)
@@ -94,8 +92,8 @@ def test_scale_is_that_of_calibration_images(head: str) -> None:
     heads.fit_scale(heads.unscaled(calibration))
     score, layers = heads(calibration)
     both = torch.cat([score[:, None], layers], 1)
-    torch.testing.assert_close(both.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(both.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(both.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(both.std(0, correction=0), torch.ones(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(heads.unscaled(queries), before)
     assert torch.equal(heads(queries)[0].argsort(), before[:, 0].argsort())
     by_hand = (before - heads.location) / heads.scale
@@ -104,9 +102,9 @@ def test_scale_is_that_of_calibration_images(head: str) -> None:
 
 def test_scale_of_scores_that_never_change_is_finite() -> None:
     heads = make()
-    heads.fit_scale(torch.full((5, 4), 3.0))
+    heads.fit_scale(torch.full((5, 3), 3.0))
     assert torch.isfinite(torch.cat([*(part.flatten() for part in heads(features(4)))])).all()
-    assert torch.equal(heads.scale, torch.ones(4))
+    assert torch.equal(heads.scale, torch.ones(3))
 
 
 def test_a_stranger_ranks_highest() -> None:
@@ -133,7 +131,7 @@ def test_without_neighbours_it_is_diffusion_alone() -> None:
     torch.testing.assert_close(heads(queries)[0], expected)
 
 
-@pytest.mark.parametrize("head", ["layerwise", "mse", "mfsim", "lr", "knn_pre_logits"])
+@pytest.mark.parametrize("head", ["layerwise", "mse", "mfsim", "lr", "neighbors"])
 def test_any_single_score_can_be_the_detector_s_own(head: str) -> None:
     heads, fused, queries = make(head=head), make(), features(7, seed=4)
     score, layers = heads(queries)
@@ -160,7 +158,7 @@ def test_state_dict_holds_everything_that_decides_a_score(head: str) -> None:
 
 def test_scores_of_one_name_are_refused() -> None:
     twice = [score for _ in range(2) for score in make_scores("neighbors", LAYOUT, Options(50))]
-    with pytest.raises(UsageError, match="two scores are called 'knn_last': give each a name of its own"):
+    with pytest.raises(UsageError, match="two scores are called 'neighbors': give each a name of its own"):
         Heads(Diffusion(LAYOUT, **SETTINGS), twice)
     other = LastStageMahalanobis(LAYOUT)
     other.name = "mse"

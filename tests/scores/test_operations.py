@@ -111,7 +111,7 @@ def test_nothing_is_looked_at_or_copied_while_a_gpu_scores() -> None:
             score, layers = heads(rows)
             heads(rows, torch.empty(count, dtype=torch.int64, device="meta"))
             _, is_ood = calibration.flags(score, 0.05)
-        assert (score.shape, layers.shape, is_ood.shape) == ((count,), (count, len(STAGES) + 1), (count,))
+        assert (score.shape, layers.shape, is_ood.shape) == ((count,), (count, len(STAGES)), (count,))
 
     with pytest.raises(RuntimeError, match="meta"):  # as it should, had anything been looked at
         bool(score.sum() > 0)
