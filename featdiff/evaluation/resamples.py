@@ -15,7 +15,10 @@ _AT_ONCE = 64
 
 
 def draw_counts(
-    sizes: Sequence[int], resamples: int, seed: int = 0, groups: Sequence[np.ndarray | None] | None = None
+    sizes: Sequence[int],
+    resamples: int,
+    seed: int | Sequence[int] = 0,
+    groups: Sequence[np.ndarray | None] | None = None,
 ) -> list[np.ndarray]:
     """Draw sets of images anew, each with replacement and as many as it has.
 
@@ -25,7 +28,7 @@ def draw_counts(
         Images of each set, 1 or more.
     resamples : int
         R, how often.
-    seed : int, default 0
+    seed : int or sequence of int, default 0
     groups : sequence of ndarrays of int, optional
         For each set the group of each image, 0 .. G - 1: whole groups are drawn. None: each image counts alone.
 
@@ -80,6 +83,7 @@ def resampled_fprs(
     ood_scores: np.ndarray,
     id_counts: np.ndarray,
     ood_counts: np.ndarray,
+    *,
     tpr: float = 0.95,
 ) -> np.ndarray:
     """:func:`featdiff.evaluation.metrics.fpr_at_tpr` of a score in each resample.
