@@ -20,8 +20,8 @@ COLUMNS = (
 _BETTER = {"auroc": 1, "fpr95": -1}
 _WITHIN_NOISE = "~"
 _BEYOND_NOISE = "+"
-# The column of differences.
-_DIFFERENCE = "mean - featdiff"
+# Columns of differences, by metric.
+_DIFFERENCES = {"auroc": "AUROC difference", "fpr95": "FPR95 difference"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def explanations(result: Mapping[str, Any]) -> tuple[str, str]:
     marks = (
         f"Compared with featdiff's own score: {_WITHIN_NOISE} within noise (the 95 % interval of the difference holds "
         f"0; resamples of {drawn}, the same for both), {_BEYOND_NOISE} better beyond noise, no mark: worse. "
-        f"{_DIFFERENCE}: how far the mean is from that of featdiff, and the interval."
+        f"{', '.join(_DIFFERENCES.values())}: the mean less that of featdiff, and the interval."
     )
     return cells, marks
 
@@ -178,7 +178,7 @@ def _grid(
         lines.append([name, *_results(name, pairs, means, name == methods[0]), *_costs(costs[name], default_speed)])
     lines += _published_lines(published, sets)
 
-    header = ["method", *sets, "mean", _DIFFERENCE, *COSTS]
+    header = ["method", *sets, "mean", *_DIFFERENCES.values(), *COSTS]
     if any("accuracy" in cost for cost in costs.values()):
         header.append("ID accuracy")
     lines = [(line + [""])[: len(header)] for line in lines]  # published lines have no accuracy
@@ -192,7 +192,7 @@ def _is_single_layer(method: str) -> bool:
 
 
 def _results(method: str, pairs: list[dict[str, Any]], means: Mapping[str, Any], is_own: bool) -> Iterator[str]:
-    """A cell for each set, the mean, and its difference from featdiff's own score, which itself has none."""
+    """A cell for each set, the mean, and its differences from featdiff's own score, which itself has none."""
     for pair in pairs:
         found = pair["heads"][method]
         low, high = found["auroc_ci"]
@@ -201,7 +201,8 @@ def _results(method: str, pairs: list[dict[str, Any]], means: Mapping[str, Any],
 
     mean = means["heads"][method]
     yield f"{_measured(mean, 'auroc', 2, is_own)} / {_measured(mean, 'fpr95', 2, is_own)}"
-    yield "" if is_own else f"{_difference(mean, 'auroc')} / {_difference(mean, 'fpr95')}"
+    for metric in _DIFFERENCES:
+        yield "" if is_own else _difference(mean, metric)
 
 
 def _has_spread(found: Mapping[str, Any]) -> bool:
@@ -246,7 +247,7 @@ def _published_lines(numbers: list[dict[str, Any]], sets: list[str]) -> Iterator
     for (method, source), by_set in by_source.items():
         cells = [_number(by_set.get(name)) for name in (*sets, "")]
         if any(cells):
-            yield [f"published: {method} ({source})", *cells, "", *[""] * len(COSTS)]
+            yield [f"published: {method} ({source})", *cells, *[""] * len((*_DIFFERENCES, *COSTS))]
 
 
 def _number(published: Mapping[str, Any] | None) -> str:
