@@ -79,7 +79,8 @@ def command(
     """Compare featdiff, each of its heads, DLSR's joint network and the baselines on a SUITE of image sets.
 
     SUITE is cifar10, openood-cifar10, lmd, oal, folders (train/ and test/ are in-domain, every other folder or zip is
-    an OOD set) or a TOML file. All share one extraction of features; published numbers are printed beside.
+    an OOD set) or a TOML file. All share one extraction of features; published numbers are printed beside. Tables mark
+    what is within noise of featdiff's own score (~), and what is better (+).
 
     \b
     Example: featdiff bench folders --data my-sets/ -o comparison.md
