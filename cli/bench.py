@@ -40,6 +40,13 @@ _REPORTS = {".md": "markdown", ".markdown": "markdown", ".json": "json", ".csv":
 @backbone_options
 @seed_option
 @click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Fit everything so often, with --seed, the next one and so on: means and spreads.",
+)
+@click.option(
     "--lmd",
     "lmd_config",
     metavar="NAME|FILE",
@@ -59,6 +66,7 @@ _REPORTS = {".md": "markdown", ".markdown": "markdown", ".json": "json", ".csv":
 def command(
     suite: str,
     data: Path,
+    seeds: int,
     lmd_config: str | None,
     trunk_weights: Path | None,
     download: bool,
@@ -71,7 +79,8 @@ def command(
     """Compare featdiff, each of its heads, DLSR's joint network and the baselines on a SUITE of image sets.
 
     SUITE is cifar10, openood-cifar10, lmd, oal, folders (train/ and test/ are in-domain, every other folder or zip is
-    an OOD set) or a TOML file. All share one extraction of features; published numbers are printed beside.
+    an OOD set) or a TOML file. All share one extraction of features; published numbers are printed beside. Tables mark
+    what is within noise of featdiff's own score (~), and what is better (+).
 
     \b
     Example: featdiff bench folders --data my-sets/ -o comparison.md
@@ -99,6 +108,7 @@ def command(
             download,
             bars,
             lambda line: say(line, quiet),
+            seeds,
         )
 
     _write(result, format_, output, raw_csv, quiet)
@@ -167,11 +177,13 @@ def _text(result: dict[str, Any], format_: str, raw_csv: bool) -> str:
 
 def print_grids(result: dict[str, Any]) -> None:
     """Tables for people, on standard output."""
-    from featdiff.report.tables import EXPLANATION, grids
+    from featdiff.report.tables import explanations, grids
 
     width = output_width(200)
     for grid in grids(result):
         print_grid(grid, width)
-    print_text(f"{result['suite']}. Backbone: {result['backbone']}. {EXPLANATION}", width)
+    cells, marks = explanations(result)
+    print_text(f"{result['suite']}. {cells}", width)
+    print_text(marks, width)
     for name, reason in result["left_out"].items():
         print_text(f"left out: {name}: {reason}", width)

@@ -1,13 +1,14 @@
 """A suite -> one result: the default detector and its heads, other detectors and baselines, on the same features.
 
-Each task is planned (its images are found), fitted, evaluated, and its methods are timed. Features and trained networks
-stay in the cache: a stopped run continues where it was, and a second run is quick.
+Each task is planned (its images are found), fitted, evaluated, and its methods are timed; with several seeds, it is
+fitted and evaluated again. Features and trained networks stay in the cache: a stopped run continues where it was, and a
+second run is quick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,16 @@ from ..data.references import ImageRef
 from ..detectors import MODES, BaseDetector, Detector, PixelDetector
 from ..detectors.run_config import RUNTIME
 from ..exceptions import UsageError
-from ..hardening.harden import Hardened
 from ..runtime.progress import Progress
-from .baselines import Baselines, fit_baselines
-from .costs import baseline_methods, detector_methods, measure_costs, student_methods, timed_pass
-from .protocols import evaluate_detector, measure_accuracy
-from .students import check_students, train_students
+from .seeds import merge_runs
+from .students import check_students
 from .suite_images import NotThere, everything_else, find_images
 from .suites import EVERYTHING_ELSE, Source, Suite, Task
+from .task_run import DEFAULT, Plan, TaskRun, Tell
 
-#: Name of the default detector in a result; others are named ``<name>_<head>``.
-DEFAULT = "featdiff"
 # Arguments of the command that mean the same in every mode, and those that also apply to students.
 _EVERY_MODE = ("fpr", "seed", *(name for name in RUNTIME if name != "image_batch"))
 _STUDENTS_TOO = (*_EVERY_MODE, "image_batch")
-
-Tell = Callable[[str], None]
 
 
 def run_suite(
@@ -44,6 +39,7 @@ def run_suite(
     download: bool = False,
     progress: Progress | None = None,
     tell: Tell = lambda text: None,
+    seeds: int = 1,
 ) -> dict[str, Any]:
     """Train and measure everything that a suite names; its mistakes are reported before any work.
 
@@ -60,16 +56,26 @@ def run_suite(
     progress : callable (stage, done, total), optional
     tell : callable, optional
         Gets a line for every task and detector, and for every OOD set that is left out because it is missing.
+    seeds : int, default 1
+        Fit everything so often: with its seed, the next one, and so on.
 
     Returns
     -------
     dict
-        ``{"suite", "backbone", "tasks": [{"name", "n_train", "n_bank", "methods": {name: {"images_per_second",
-        "training_seconds", "megabytes"}}, "pairs": [...]}], "published": [...], "left_out": {name: reason},
-        "unreadable": {path: reason}}``; methods of students also have an ``accuracy`` (share of the test images).
-        Pairs are those of :func:`featdiff.evaluation.protocols.evaluate_detector`. ``images_per_second`` is decoding,
-        backbone and the method together; ``training_seconds`` is the training of its networks (of a baseline: its
-        fitting); ``megabytes`` is the size of what it needs to keep. Shares are 0..1, published ones too.
+        ``{"suite", "backbone", "seeds": [..], "tasks": [{"name", "n_train", "n_bank", "methods": {name:
+        {"images_per_second", "training_seconds", "megabytes"}}, "pairs": [...], "means": [{"protocol", "ood": [..],
+        "heads"}]}], "published": [...], "left_out": {name: reason}, "unreadable": {path: reason}}``; methods of
+        students also have an ``accuracy`` (share of the test images). Shares are 0..1, published ones too.
+
+        Pairs are those of :func:`featdiff.evaluation.protocols.evaluate_detector`, means over seeds if there are
+        several. Their heads also have, for ``auroc`` and ``fpr95``, ``<metric>_std`` (the standard deviation over
+        seeds; None with one), ``<metric>_difference`` (the method - featdiff's own score) and
+        ``<metric>_difference_ci`` (its 95 % interval, by resamples of images and seeds that all methods share). So have
+        the heads of ``means``, which are over the sets that are named beside them.
+
+        Of the first seed are ``images_per_second`` (decoding, backbone and the method together), ``training_seconds``
+        (the training of its networks; of a baseline: its fitting) and ``megabytes`` (the size of what it needs to
+        keep).
 
     Raises
     ------
@@ -77,11 +83,10 @@ def run_suite(
         In-domain images are missing, no task has an OOD set, or a detector's arguments make no sense.
     """
     arguments = arguments or {}
-    detectors = _build(suite, arguments)
+    if seeds < 1:
+        raise UsageError(f"seeds must be 1 or more, not {seeds}", argument="seeds")
+    default, others = _build(suite, arguments)
     check_students(suite.students)
-    default = detectors.pop(DEFAULT)
-    if not isinstance(default, Detector):
-        raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
 
     left_out: dict[str, str] = {}
     plans = _plan_all(suite, data, download, left_out)
@@ -90,17 +95,23 @@ def run_suite(
     if not any(plan.ood for plan in plans):
         raise UsageError(f"none of the OOD sets is below {data}: {'; '.join(left_out.values())}")
 
-    students = _student_settings(suite, arguments)
     unreadable: dict[str, str] = {}
     tasks = []
     for plan in plans:
-        if plan.ood:
-            task = _TaskRun(plan, default, detectors, students, unreadable, progress, tell)
-            tasks.append(task.run())
+        if not plan.ood:
+            continue
+        runs = []
+        for later in range(seeds):
+            detectors = _build(suite, arguments, later) if later else (default, others)
+            students = _student_settings(suite, arguments, later)
+            run = TaskRun(plan, *detectors, students, unreadable, progress, tell, timed=later == 0)
+            runs.append(run.run())
+        tasks.append(merge_runs(plan.task.name, runs, DEFAULT, progress))
 
     return {
         "suite": suite.title,
         "backbone": default.name,
+        "seeds": [default.settings.seed + later for later in range(seeds)],
         "tasks": tasks,
         "published": _published_shares(suite),
         "left_out": left_out,
@@ -108,26 +119,29 @@ def run_suite(
     }
 
 
-def _build(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, BaseDetector[Any]]:
-    """The default detector and all that the suite names, unfitted."""
+def _build(suite: Suite, arguments: Mapping[str, Any], later: int = 0) -> tuple[Detector, dict[str, BaseDetector[Any]]]:
+    """The default detector and all others that the suite names, unfitted, with the seed that comes so much later."""
     settings: dict[str, Mapping[str, Any]] = {DEFAULT: {}, **suite.detectors}
     detectors: dict[str, BaseDetector[Any]] = {}
     for name, own_settings in settings.items():
-        detectors[name] = _build_one(name, own_settings, arguments)
+        detectors[name] = _build_one(name, own_settings, arguments, later)
 
     for detector in detectors.values():
         if isinstance(detector, PixelDetector):
             detector.prepare()
-    return detectors
+    default = detectors.pop(DEFAULT)
+    if not isinstance(default, Detector):
+        raise UsageError(f"the suite's detector {DEFAULT!r} is of mode {default.mode}: it must look at features")
+    return default, detectors
 
 
-def _build_one(name: str, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> BaseDetector[Any]:
+def _build_one(name: str, settings: Mapping[str, Any], arguments: Mapping[str, Any], later: int) -> BaseDetector[Any]:
     kind = MODES.get(str(settings.get("mode", Detector.mode)))
     if kind is None:
         raise UsageError(f"the suite's detector {name!r} has no mode {settings['mode']!r}; known: {', '.join(MODES)}")
 
     shared = arguments if kind is Detector else _only(arguments, _EVERY_MODE)
-    merged = {**shared, **settings}
+    merged = _with_later_seed({**shared, **settings}, later)
     merged.pop("mode", None)
     try:
         return kind(**merged)
@@ -135,10 +149,14 @@ def _build_one(name: str, settings: Mapping[str, Any], arguments: Mapping[str, A
         raise UsageError(f"the suite's detector {name!r} cannot be built: {error}") from None
 
 
-def _student_settings(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _student_settings(suite: Suite, arguments: Mapping[str, Any], later: int) -> dict[str, dict[str, Any]]:
     """Settings of each student: those of the command where the suite does not say otherwise."""
     shared = _only(arguments, _STUDENTS_TOO)
-    return {name: {**shared, **settings} for name, settings in suite.students.items()}
+    return {name: _with_later_seed({**shared, **settings}, later) for name, settings in suite.students.items()}
+
+
+def _with_later_seed(settings: dict[str, Any], later: int) -> dict[str, Any]:
+    return settings | {"seed": settings.get("seed", 0) + later} if later else settings
 
 
 def _only(arguments: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
@@ -160,17 +178,7 @@ def _published_shares(suite: Suite) -> list[dict[str, Any]]:
 # ---- plan ----
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A task with its images."""
-
-    task: Task
-    train: list[ImageRef]
-    test: list[ImageRef]
-    ood: dict[str, list[ImageRef]]
-
-
-def _plan_all(suite: Suite, data: Path, download: bool, left_out: dict[str, str]) -> list[_Plan]:
+def _plan_all(suite: Suite, data: Path, download: bool, left_out: dict[str, str]) -> list[Plan]:
     plans = [_plan(suite, task, data, download, left_out) for task in suite.tasks]
     if suite.students:  # they need classes, and a lack of them is better reported now
         for plan in plans:
@@ -178,7 +186,7 @@ def _plan_all(suite: Suite, data: Path, download: bool, left_out: dict[str, str]
     return plans
 
 
-def _plan(suite: Suite, task: Task, data: Path, download: bool, left_out: dict[str, str]) -> _Plan:
+def _plan(suite: Suite, task: Task, data: Path, download: bool, left_out: dict[str, str]) -> Plan:
     """Find a task's images; OOD sets that are missing or hold no readable image go to ``left_out``."""
     train = find_images(suite.sources[task.train], data, download)
     test = find_images(suite.sources[task.test], data, download)
@@ -192,7 +200,7 @@ def _plan(suite: Suite, task: Task, data: Path, download: bool, left_out: dict[s
             ood[name] = images
         except NotThere as error:
             left_out[name] = str(error)
-    return _Plan(task, train, test, ood)
+    return Plan(task, train, test, ood)
 
 
 def _ood_sources(suite: Suite, task: Task, data: Path) -> dict[str, Source]:
@@ -202,7 +210,7 @@ def _ood_sources(suite: Suite, task: Task, data: Path) -> dict[str, Source]:
     return sources
 
 
-def _check_classes(plan: _Plan) -> None:
+def _check_classes(plan: Plan) -> None:
     """Refuse a single class to train on, and test images of classes that are not trained (``UsageError``)."""
     _, _, train_classes = list_labelled(plan.train)
     _, _, test_classes = list_labelled(plan.test)
@@ -211,131 +219,3 @@ def _check_classes(plan: _Plan) -> None:
         raise UsageError(f"{plan.task.name}: students need two classes, and all images to train lie in {only!r}")
     if unknown := sorted({*test_classes} - {*train_classes}):
         raise UsageError(f"{plan.task.name}: no image to train is of the test images' class {unknown[0]!r}")
-
-
-# ---- fit, evaluate, cost ----
-
-
-class _TaskRun:
-    """One task: fits every detector, evaluates it on the task's sets, and measures what it costs.
-
-    Parameters
-    ----------
-    plan : _Plan
-    default : Detector
-        Its scores get the short names; baselines and students look at its features.
-    others : dict of BaseDetector
-        Further detectors by name.
-    students : dict
-        Settings of the students by name.
-    unreadable : dict
-        Filled with {path: reason}.
-    progress : callable (stage, done, total), optional
-    tell : callable
-        Gets a line for the task and for every detector.
-    """
-
-    def __init__(
-        self,
-        plan: _Plan,
-        default: Detector,
-        others: Mapping[str, BaseDetector[Any]],
-        students: Mapping[str, Mapping[str, Any]],
-        unreadable: dict[str, str],
-        progress: Progress | None,
-        tell: Tell,
-    ) -> None:
-        self.plan = plan
-        self.default = default
-        self.others = others
-        self.students = students
-        self.unreadable = unreadable
-        self.progress = progress
-        self.tell = tell
-
-        self.pairs: list[dict[str, Any]] = []
-        self.costs: dict[str, dict[str, float]] = {}
-
-    def run(self) -> dict[str, Any]:
-        """All steps -> the task's part of the result."""
-        plan = self.plan
-        self.tell(f"{plan.task.name}: {len(plan.train):,} images to train, {len(plan.test):,} to test")
-        self._fit()
-
-        self._measure_default()
-        for name, detector in self.others.items():
-            self._measure_other(name, detector)
-        for name, student in train_students(self.students, plan.train, self.default, self.progress, self.tell):
-            self._measure_student(name, student)
-
-        return {
-            "name": plan.task.name,
-            "n_train": self.default.n_images_,
-            "n_bank": len(self.default.bank_digests_),
-            "methods": self.costs,
-            "pairs": self.pairs,
-        }
-
-    def _fit(self) -> None:
-        for name, detector in {DEFAULT: self.default, **self.others}.items():
-            detector.fit(self.plan.train, self.progress)
-            self.unreadable |= dict(detector.unreadable_)
-            self.tell(f"  {name}: networks trained in {detector.training_seconds_:.0f} s")
-
-    def _measure_default(self) -> None:
-        """The default detector, each of its heads, and the baselines."""
-        baselines = fit_baselines(self.default)
-        self.pairs = self._evaluate(self.default, baselines)
-
-        methods = detector_methods(self.default)
-        own_head = _own_head(self.default)
-        named = {DEFAULT if head == own_head else head: method for head, method in methods.items()}
-        self.timed = timed_pass(self.default, self.plan.test)
-        self.costs |= measure_costs(named | baseline_methods(baselines), self.timed, self.default)
-
-    def _measure_other(self, name: str, detector: BaseDetector[Any]) -> None:
-        """Another detector; its heads are named ``<name>_<head>``."""
-        own_head = _own_head(detector)
-        for pair, other in zip(self.pairs, self._evaluate(detector), strict=True):
-            metrics = other["heads"]
-            pair["heads"][f"{name}_{own_head}"] = metrics.pop(DEFAULT)
-            for head, values in metrics.items():
-                if not head.startswith("layer_"):
-                    pair["heads"][f"{name}_{head}"] = values
-
-        same_features = detector.extractor_.key() == self.default.extractor_.key()
-        timed = self.timed if same_features else timed_pass(detector, self.plan.test)
-        methods = detector_methods(detector)
-        named = {f"{name}_{head}": method for head, method in methods.items()}
-        self.costs |= measure_costs(named, timed, detector)
-
-    def _measure_student(self, name: str, student: Hardened) -> None:
-        """A student: the energy of its logits, and its guard."""
-        detector = student.guard.detector
-        self.unreadable |= dict(student.unreadable)
-        for pair, other in zip(self.pairs, self._evaluate(detector), strict=True):
-            pair["heads"][f"{name}_energy"] = other["heads"]["energy"]
-            pair["heads"][f"{name}_guard"] = other["heads"][DEFAULT]
-
-        timed = timed_pass(detector, self.plan.test)
-        costs = measure_costs(student_methods(name, student), timed, detector)
-        accuracy = measure_accuracy(detector, self.plan.test, student.classifier.classes, self.progress)
-        for method, cost in costs.items():
-            self.costs[method] = cost | {"accuracy": accuracy}
-
-    def _evaluate(self, detector: BaseDetector[Any], baselines: Baselines | None = None) -> list[dict[str, Any]]:
-        """Metrics of all heads, for each OOD set and protocol."""
-        plan = self.plan
-        result = evaluate_detector(
-            detector, plan.test, plan.ood, plan.task.protocols, self.progress, self.unreadable, baselines
-        )
-        pairs: list[dict[str, Any]] = result["pairs"]
-        return pairs
-
-
-def _own_head(detector: BaseDetector[Any]) -> str:
-    """The head whose score is the detector's ood_score."""
-    if isinstance(detector, Detector):
-        return detector.settings.head
-    assert isinstance(detector, PixelDetector)
-    return detector.settings.distances[0]

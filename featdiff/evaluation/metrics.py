@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ..exceptions import UsageError
+from .resamples import draw_counts, percentiles, resampled_aurocs
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,6 @@ def bootstrap_auroc(
 ) -> tuple[float, float]:
     """Percentile interval of the AUROC; ID and OOD images are resampled separately.
 
-    Scores are sorted once. A resample then is a vector of counts, and its AUROC a weighted sum over ranks.
-
     Parameters
     ----------
     id_scores : ndarray of shape (n_id,)
@@ -174,28 +173,6 @@ def bootstrap_auroc(
     (float, float)
         Lower and upper end.
     """
-    rng = np.random.default_rng(seed)
-    values, ranks = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
-    id_ranks = ranks[: len(id_scores)]
-    ood_ranks = ranks[len(id_scores) :]
-
-    areas = np.empty(resamples)
-    for i in range(resamples):
-        id_counts = _resampled_counts(rng, id_ranks, len(values), id_groups)
-        ood_counts = _resampled_counts(rng, ood_ranks, len(values), ood_groups)
-        id_below = np.cumsum(id_counts) - id_counts / 2  # ties count half
-        areas[i] = id_below @ ood_counts / (id_counts.sum() * ood_counts.sum())
-
-    low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _resampled_counts(
-    rng: np.random.Generator, ranks: np.ndarray, length: int, groups: np.ndarray | None
-) -> np.ndarray:
-    """How often each rank occurs in a resample of images, or of whole groups."""
-    if groups is None:
-        return np.bincount(rng.choice(ranks, len(ranks)), minlength=length)
-    count = int(groups.max()) + 1
-    times = np.bincount(rng.integers(count, size=count), minlength=count)
-    return np.bincount(ranks, weights=times[groups], minlength=length)
+    sizes = (len(id_scores), len(ood_scores))
+    id_counts, ood_counts = draw_counts(sizes, resamples, seed, (id_groups, ood_groups))
+    return percentiles(resampled_aurocs(id_scores, ood_scores, id_counts, ood_counts), level)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..exceptions import UsageError
 from .metrics import auroc, fpr_at_tpr
+from .resamples import draw_counts, percentiles, resampled_fprs
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,12 @@ def fpr95_difference(
         As for :func:`auroc_difference`.
     """
     _check(id_scores, ood_scores)
-    rng = np.random.default_rng(seed)
-    members = [_members(len(part), groups) for part, groups in ((id_scores[0], id_groups), (ood_scores[0], ood_groups))]
-    differences = np.empty(resamples)
-    for i in range(resamples):
-        normal, strange = (_drawn(rng, each) for each in members)
-        rates = [fpr_at_tpr(id_scores[j][normal], ood_scores[j][strange]) for j in (0, 1)]
-        differences[i] = rates[1] - rates[0]
+    sizes = (len(id_scores[0]), len(ood_scores[0]))
+    counts = draw_counts(sizes, resamples, seed, (id_groups, ood_groups))
+    by_a, by_b = (resampled_fprs(*scores, *counts) for scores in zip(id_scores, ood_scores, strict=True))
 
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     values = (fpr_at_tpr(id_scores[0], ood_scores[0]), fpr_at_tpr(id_scores[1], ood_scores[1]))
-    return Difference(values, (float(low), float(high)))
+    return Difference(values, percentiles(by_b - by_a, level))
 
 
 def _check(id_scores: tuple[np.ndarray, np.ndarray], ood_scores: tuple[np.ndarray, np.ndarray]) -> None:
@@ -193,18 +189,3 @@ def _variance_of_mean(values: np.ndarray, groups: np.ndarray | None) -> float:
     if count < 2:
         raise UsageError("the images are all in one group, which says nothing of how far others would be apart")
     return float((centred**2).sum()) * count / (count - 1) / len(values) ** 2
-
-
-def _members(count: int, groups: np.ndarray | None) -> list[np.ndarray] | int:
-    """Images of each group; the number of images where each counts alone."""
-    if groups is None:
-        return count
-    order = np.argsort(groups, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-
-
-def _drawn(rng: np.random.Generator, members: list[np.ndarray] | int) -> np.ndarray:
-    """Images, or whole groups of them, drawn with replacement."""
-    if isinstance(members, int):
-        return rng.integers(members, size=members)
-    return np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])

@@ -127,6 +127,7 @@ def evaluate_detector(
     baselines: Baselines | None = None,
     groups: str | None = None,
     scored: list[ScoredPair] | None = None,
+    sets: list[tuple[ScoredSet, ScoredSet]] | None = None,
 ) -> dict[str, Any]:
     """Score an in-domain test set against OOD sets.
 
@@ -153,6 +154,9 @@ def evaluate_detector(
         resamples of whole groups. ``auto`` looks for near-copies. Default: each image counts alone.
     scored : list, optional
         Filled with a :class:`ScoredPair` for each pair of the result.
+    sets : list, optional
+        Filled with the in-domain set and the OOD set of each pair of the result: their scores alone, which cost nothing
+        more and need no false-alarm rate.
 
     Returns
     -------
@@ -192,6 +196,8 @@ def evaluate_detector(
             pairs.append(_pair(name, protocol, id_scores[id_size], ood_scores, progress))
             if scored is not None:
                 scored.append(_scored_pair(detector, name, protocol, id_scores[id_size], ood_scores))
+            if sets is not None:
+                sets.append((id_scores[id_size], ood_scores))
 
     return {"id": label_of(in_domain, len(id_set.refs)), "model": detector.name, "pairs": pairs}
 

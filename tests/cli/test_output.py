@@ -205,6 +205,8 @@ def test_tables_of_results_cannot_steer_the_terminal(capsys: pytest.CaptureFixtu
     from featdiff_cli.tables import print_evaluation
 
     metrics = {"auroc": 0.9, "auroc_ci": [0.8, 1.0], "fpr95": 0.1, "aupr_in": 0.9, "aupr_out": 0.9}
+    for name in ("auroc", "fpr95"):
+        metrics |= {f"{name}_std": None, f"{name}_difference": 0.1, f"{name}_difference_ci": [0.0, 0.2]}
     pair = {"ood": EVIL, "protocol": "matched", "n_id": 9, "n_ood": 9, "heads": {EVIL: metrics}}
     heads = {"featdiff": metrics, EVIL: metrics, f"baseline_{EVIL}": metrics}
     evaluated = {"folder": EVIL, "id": EVIL, "model": EVIL, "pairs": [pair | {"heads": heads}]}
@@ -217,8 +219,9 @@ def test_tables_of_results_cannot_steer_the_terminal(capsys: pytest.CaptureFixtu
     assert f"\n  {SHOWN} " in shown
 
     costs = {"images_per_second": 1.0, "training_seconds": 1.0, "megabytes": 1.0}
-    task = {"name": EVIL, "pairs": [pair], "methods": {EVIL: costs}, "n_train": 9, "n_bank": 9}
-    result = {"suite": EVIL, "backbone": EVIL, "tasks": [task], "published": [], "left_out": {EVIL: EVIL}}
+    means = [{"protocol": "matched", "ood": [EVIL], "heads": {EVIL: metrics}}]
+    task = {"name": EVIL, "pairs": [pair], "methods": {EVIL: costs}, "n_train": 9, "n_bank": 9, "means": means}
+    result = {"suite": EVIL, "backbone": EVIL, "seeds": [0], "tasks": [task], "published": [], "left_out": {EVIL: EVIL}}
     print_grids(result)
     shown = capsys.readouterr().out
     assert harmless(shown) and "\\x1b" in shown

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from helpers import fails
@@ -20,7 +21,7 @@ from featdiff.evaluation.benchmark import run_suite
 from featdiff.evaluation.protocols import evaluate_detector
 from featdiff.evaluation.suites import load_suite
 from featdiff.exceptions import UsageError
-from featdiff.report.tables import COLUMNS, grids, long_rows, to_csv, to_markdown
+from featdiff.report.tables import COLUMNS, explanations, grids, long_rows, to_csv, to_markdown
 
 SUITE = """
 title = "tiles"
@@ -105,8 +106,8 @@ def result(suite_file: Path, data: Path, tiny_arguments: dict[str, Any], told: l
 
 
 def test_contract(result: dict[str, Any], told: list[str]) -> None:
-    assert list(result) == ["suite", "backbone", "tasks", "published", "left_out", "unreadable"]
-    assert (result["suite"], result["backbone"]) == ("tiles", "test_resnet.r160_in1k")
+    assert list(result) == ["suite", "backbone", "seeds", "tasks", "published", "left_out", "unreadable"]
+    assert (result["suite"], result["backbone"], result["seeds"]) == ("tiles", "test_resnet.r160_in1k", [0])
     (task,) = result["tasks"]
     assert (task["name"], task["n_train"], task["n_bank"]) == ("far", 390, 292)
     assert [(pair["ood"], pair["protocol"]) for pair in task["pairs"]] == [
@@ -124,17 +125,63 @@ def test_numbers_are_those_of_separate_evaluations(
     found = result["tasks"][0]["pairs"][0]["heads"]
     sets = (data / "test", {"digits": data / "digits"}, ["matched"])
     own = evaluate_detector(tiny_detector, *sets, baselines=fit_baselines(tiny_detector))["pairs"][0]["heads"]
-    assert {name: found[name] for name in own} == own
+    assert {name: as_measured(found[name]) for name in own} == own
     short = {"epochs": 2, "min_steps": 20}
     joint = Detector(**{**tiny_arguments, "recipe": short}, joint=True, hidden_max=32, blocks=1, head="mse").fit(
         data / "train"
     )
     other = evaluate_detector(joint, *sets)["pairs"][0]["heads"]
-    assert found["other_mse"] == other["featdiff"]
-    assert found["other_mfsim"] == other["mfsim"]
+    assert as_measured(found["other_mse"]) == other["featdiff"]
+    assert as_measured(found["other_mfsim"]) == other["mfsim"]
     assert set(found) - set(own) == {f"other_{head}" for head in DIFFUSION} | {"wider_fused", "wider_neighbors"} | {
         f"wider_{head}" for head in DIFFUSION
     }
+
+
+def as_measured(head: dict[str, Any]) -> dict[str, Any]:
+    """Without what a comparison adds."""
+    return {key: value for key, value in head.items() if not key.endswith(("_std", "_difference", "_difference_ci"))}
+
+
+def test_every_method_is_compared_with_featdiff(result: dict[str, Any]) -> None:
+    for means, *pairs in zip(result["tasks"][0]["means"], result["tasks"][0]["pairs"], strict=True):
+        (pair,) = pairs
+        assert (means["protocol"], means["ood"]) == (pair["protocol"], ["digits"])
+        assert list(means["heads"]) == list(pair["heads"])
+        own = pair["heads"]["featdiff"]
+        for head in pair["heads"].values():
+            for metric in ("auroc", "fpr95"):
+                assert head[f"{metric}_difference"] == pytest.approx(head[metric] - own[metric], abs=1e-12)
+                low, high = head[f"{metric}_difference_ci"]
+                assert low <= head[f"{metric}_difference"] <= high or metric == "fpr95"  # which jumps
+        assert (own["auroc_difference"], own["auroc_difference_ci"]) == (0, [0, 0])
+
+
+def test_seeds_are_runs_of_their_own(
+    result: dict[str, Any], suite_file: Path, data: Path, tiny_arguments: dict[str, Any]
+) -> None:
+    """Means and spreads of two seeds are those of a run with either, whose networks are trained no second time."""
+    suite = load_suite(suite_file)
+    second = run_suite(suite, data, tiny_arguments | {"seed": 1})
+    assert second["seeds"] == [1]
+    stages: set[str] = set()
+    both = run_suite(suite, data, tiny_arguments, progress=lambda stage, *_: stages.add(stage), seeds=2)
+    assert both["seeds"] == [0, 1] and "training" not in stages
+
+    tasks = [each["tasks"][0] for each in (result, second, both)]
+    assert set(tasks[2]["methods"]) == set(tasks[0]["methods"])
+    spreads = []
+    for first_pair, second_pair, pair in zip(*(task["pairs"] for task in tasks), strict=True):
+        assert list(pair["heads"]) == list(first_pair["heads"])
+        for name, head in pair["heads"].items():
+            for metric in ("auroc", "fpr95"):
+                values = [each["heads"][name][metric] for each in (first_pair, second_pair)]
+                assert head[metric] == pytest.approx(np.mean(values), abs=1e-12)
+                assert head[f"{metric}_std"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+                spreads.append(head[f"{metric}_std"])
+    assert max(spreads) > 0
+    with pytest.raises(UsageError, match="seeds must be 1 or more, not 0"):
+        run_suite(suite, data, tiny_arguments, progress=no_work, seeds=0)
 
 
 def test_costs(result: dict[str, Any], tiny_detector: Detector) -> None:
@@ -246,7 +293,9 @@ def test_rows(result: dict[str, Any]) -> None:
     assert (row["task"], row["ood"], row["n_id"], row["n_ood"]) == ("far", "digits", 24, 16)
     assert (row["auroc"], row["fpr95"]) == (heads["baseline_pca"]["auroc"], heads["baseline_pca"]["fpr95"])
     assert [row["auroc_low"], row["auroc_high"]] == heads["baseline_pca"]["auroc_ci"]
-    assert row["published_in"] is None
+    assert [row["auroc_difference_low"], row["auroc_difference_high"]] == heads["baseline_pca"]["auroc_difference_ci"]
+    assert row["fpr95_difference"] == heads["baseline_pca"]["fpr95_difference"]
+    assert (row["published_in"], row["auroc_std"]) == (None, None)
     paper, board = rows[-2:]
     assert (paper["auroc"], paper["fpr95"], paper["published_in"]) == (0.875, 0.4, "Someone 2020, table 1")
     assert (board["auroc"], board["fpr95"], board["ood"]) == (0.9, None, "")
@@ -261,40 +310,115 @@ def test_csv_can_be_read_again(result: dict[str, Any]) -> None:
 def test_grids(result: dict[str, Any]) -> None:
     matched, published = grids(result)
     assert matched.title == "far, matched (390 images to train, 292 of them for baselines, 24 to test)"
-    assert matched.header == ["method", "digits", "mean", "images/s", "x time", "train", "MB"]
+    differences = ["AUROC difference", "FPR95 difference"]
+    assert matched.header == ["method", "digits", "mean", *differences, "images/s", "x time", "train", "MB"]
     lines = {line[0]: line[1:] for line in matched.lines}
-    m = result["tasks"][0]["pairs"][0]["heads"]["baseline_knn"]
+    m = result["tasks"][0]["pairs"][0]["heads"]["featdiff"]
     low, high = m["auroc_ci"]
-    assert (
-        lines["baseline_knn"][0]
-        == f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}"
-    )
-    assert lines["baseline_knn"][1] == f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}"
-    assert not any(name.startswith("layer_") or name.startswith("baseline_mahalanobis_layer") for name in lines)
-    assert lines["published: a leaderboard's (a leaderboard)"] == ["", "90.0", "", "", "", ""]
-    others = {line[0]: line[1:] for line in published.lines}
-    assert others["published: a paper's (Someone 2020, table 1)"] == ["87.5 / 40.0", "", "", "", "", ""]
-
-
-def test_mean_is_over_the_sets_of_one_task_and_protocol() -> None:
-    def pair(name: str, protocol: str, value: float) -> dict[str, Any]:
-        m = {"auroc": value, "fpr95": value / 2, "aupr_in": 1.0, "aupr_out": 1.0, "auroc_ci": [value, value]}
-        return {"ood": name, "protocol": protocol, "n_id": 1, "n_ood": 1, "heads": {"featdiff": m}}
-
-    costs = {"featdiff": {"images_per_second": 1.0, "training_seconds": 2.0, "megabytes": 3.0}}
-    pairs = [pair("a", "matched", 0.5), pair("b", "matched", 0.7), pair("a", "as-published", 1.0)]
-    tasks = [{"name": "t", "n_train": 4, "n_bank": 3, "methods": costs, "pairs": pairs}]
-    first, second = grids({"tasks": tasks, "published": []})
-    assert first.lines == [
-        ["featdiff", "50.0 [50.0, 50.0] / 25.0", "70.0 [70.0, 70.0] / 35.0", "60.00 / 30.00", "1", "1", "2.0", "3.0"]
+    assert lines["featdiff"][:4] == [
+        f"{100 * m['auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}] / {100 * m['fpr95']:.1f}",
+        f"{100 * m['auroc']:.2f} / {100 * m['fpr95']:.2f}",
+        "",
+        "",
     ]
+    assert not any(name.startswith("layer_") or name.startswith("baseline_mahalanobis_layer") for name in lines)
+    assert lines["published: a leaderboard's (a leaderboard)"] == ["", "90.0", *[""] * 6]
+    others = {line[0]: line[1:] for line in published.lines}
+    assert others["published: a paper's (Someone 2020, table 1)"] == ["87.5 / 40.0", *[""] * 7]
+
+
+def head(
+    auroc: float,
+    fpr95: float,
+    differences: tuple[list[float], list[float]] = ([0.0, 0.0], [0.0, 0.0]),
+    spreads: tuple[float | None, float | None] = (None, None),
+) -> dict[str, Any]:
+    """Numbers of a method; its differences are in the middle of their intervals."""
+    found: dict[str, Any] = {
+        "auroc": auroc,
+        "fpr95": fpr95,
+        "aupr_in": 1.0,
+        "aupr_out": 1.0,
+        "auroc_ci": [auroc, auroc],
+    }
+    for metric, interval, spread in zip(("auroc", "fpr95"), differences, spreads, strict=True):
+        found[f"{metric}_std"] = spread
+        found[f"{metric}_difference"] = sum(interval) / 2
+        found[f"{metric}_difference_ci"] = interval
+    return found
+
+
+def table(pairs: list[tuple[str, str, dict[str, Any]]], means: dict[str, dict[str, Any]], seeds: int = 1) -> Any:
+    """A result of one task, by (set, protocol, heads) and the means of each protocol."""
+    costs = {"images_per_second": 1.0, "training_seconds": 2.0, "megabytes": 3.0}
+    task = {
+        "name": "t",
+        "n_train": 4,
+        "n_bank": 3,
+        "methods": dict.fromkeys(pairs[0][2], costs),
+        "pairs": [
+            {"ood": ood, "protocol": protocol, "n_id": 1, "n_ood": 1, "heads": heads} for ood, protocol, heads in pairs
+        ],
+        "means": [{"protocol": protocol, "heads": heads} for protocol, heads in means.items()],
+    }
+    return {"suite": "s", "backbone": "b", "seeds": [*range(seeds)], "tasks": [task], "published": [], "left_out": {}}
+
+
+def test_the_mean_is_that_of_the_task_and_protocol() -> None:
+    pairs = [
+        ("a", "matched", {"featdiff": head(0.5, 0.25)}),
+        ("b", "matched", {"featdiff": head(0.7, 0.35)}),
+        ("a", "as-published", {"featdiff": head(1.0, 0.5)}),
+    ]
+    means = {"matched": {"featdiff": head(0.6, 0.3)}, "as-published": {"featdiff": head(1.0, 0.5)}}
+    first, second = grids(table(pairs, means))
+    cells = ["50.0 [50.0, 50.0] / 25.0", "70.0 [70.0, 70.0] / 35.0", "60.00 / 30.00"]
+    assert first.lines == [["featdiff", *cells, "", "", "1", "1", "2.0", "3.0"]]
     assert second.lines[0][2] == "100.00 / 50.00"
+
+
+@pytest.mark.parametrize(
+    ("auroc", "fpr95", "marks"),
+    [
+        ([-0.01, 0.02], [-0.02, 0.01], "~~"),
+        ([0.0, 0.0], [0.0, 0.0], "~~"),
+        ([0.01, 0.02], [-0.02, -0.01], "++"),
+        ([-0.02, -0.01], [0.01, 0.02], "  "),
+        ([0.01, 0.02], [0.01, 0.02], "+ "),
+        ([-0.02, -0.01], [0.0, 0.02], " ~"),
+    ],
+)
+def test_marks_say_what_is_within_noise_and_what_is_better(auroc: list[float], fpr95: list[float], marks: str) -> None:
+    other = head(0.8, 0.4, (auroc, fpr95))
+    heads = {"featdiff": head(0.8, 0.4), "other": other}
+    (grid,) = grids(table([("a", "matched", heads)], {"matched": heads}))
+    first, second = (mark.strip() for mark in marks)
+    own, line = grid.lines
+    assert own[1:5] == ["80.0 [80.0, 80.0] / 40.0", "80.00 / 40.00", "", ""]
+    assert line[1] == f"80.0{first} [80.0, 80.0] / 40.0{second}"
+    assert line[2] == f"80.00{first} / 40.00{second}"
+    between = [f"{100 * sum(ends) / 2:+.2f} [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" for ends in (auroc, fpr95)]
+    assert line[3:5] == between
+
+
+def test_tables_of_several_seeds_show_spreads() -> None:
+    heads = {
+        "featdiff": head(0.8, 0.4, spreads=(0.0012, 0.02)),
+        "other": head(0.9, 0.3, ([0.05, 0.15], [-0.3, 0.1]), (0.001, 0.0)),
+    }
+    result = table([("a", "matched", heads)], {"matched": heads}, seeds=5)
+    (grid,) = grids(result)
+    assert grid.lines[0][1:3] == ["80.0 \u00b10.1 / 40.0 \u00b12.0", "80.00 \u00b10.12 / 40.00 \u00b12.00"]
+    assert grid.lines[1][1] == "90.0+ \u00b10.1 / 30.0~ \u00b10.0"
+    for text in (*explanations(result), to_markdown(result)):
+        assert "seeds" in text
+    assert "seeds" not in to_markdown(table([("a", "matched", heads)], {"matched": heads}))
 
 
 def test_markdown(result: dict[str, Any]) -> None:
     text = to_markdown(result)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {8}
+    assert {line.count("|") for line in lines} == {10}
     assert "Left out: absent: not below" in text
     assert "test_resnet.r160_in1k" in text
 
@@ -320,6 +444,7 @@ def test_command_prints_tables_and_writes_files(bench: Cli, tmp_path: Path) -> N
         "other_mfsim",
         "published: a paper's",
         "left out: absent",
+        "~ within noise",
     ):
         assert words in " ".join(table.stdout.split())
     assert "trained in" in table.stderr
@@ -328,6 +453,16 @@ def test_command_prints_tables_and_writes_files(bench: Cli, tmp_path: Path) -> N
     rows = list(csv.DictReader((tmp_path / "x.csv").open()))
     assert {row["protocol"] for row in rows} == {"matched", "as-published"}
     assert len({row["method"] for row in rows if row["images_per_second"]}) == 21
+    assert all(row["auroc_difference"] and not row["auroc_std"] for row in rows if not row["published_in"])
+
+    file = tmp_path / "alone.toml"
+    quick = "[detectors.featdiff]\nrecipe = { epochs = 2, min_steps = 20 }\n"
+    file.write_text(SUITE.partition("[detectors.")[0] + quick)
+    done = bench("--seeds", 2, "-o", tmp_path / "two.csv", suite=file)
+    assert done.exit_code == 0, done.output
+    assert "far, seed 0: 390 images" in done.stderr and "far, seed 1: 390 images" in done.stderr
+    rows = list(csv.DictReader((tmp_path / "two.csv").open()))
+    assert rows and all(row["auroc_std"] and row["fpr95_difference_low"] for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -364,3 +499,4 @@ def test_wrong_requests_of_the_command(bench: Cli, featdiff_cli: Cli, tmp_path: 
     fails(featdiff_cli("bench", "folders", "--data", tmp_path), 2, "train or train.zip", str(tmp_path))
     fails(bench("-o", tmp_path / "no" / "x.md"), 2, "no folder", "x.md")  # said before the work, not after
     fails(bench("-o", tmp_path), 2, "is a folder")
+    fails(bench("--seeds", 0), 2, "--seeds", "0 is not in the range x>=1")

@@ -83,6 +83,23 @@ def test_accuracy_is_in_rows_and_tables(result: dict[str, Any]) -> None:
     assert by_name["featdiff"] == "" and float(by_name["plain_energy"]) >= 90
 
 
+def test_students_are_trained_with_every_seed(
+    sample_folders: dict[str, Path], tiny_arguments: dict[str, Any], seeded_backbone: Path, tmp_path: Path
+) -> None:
+    copy_labelled(sample_folders, tmp_path, train=70)
+    short = SUITE.format(weights=seeded_backbone).partition("[students.taught]")[0].replace("epochs = 2", "epochs = 1")
+    (tmp_path / "suite.toml").write_text(short)
+    told: list[str] = []
+    result = run_suite(load_suite(tmp_path / "suite.toml"), tmp_path, tiny_arguments, tell=told.append, seeds=2)
+    steps = [line.split(":")[0].strip() for line in told]
+    assert steps == ["tiles, seed 0", "featdiff", "plain", "tiles, seed 1", "featdiff", "plain"]
+    (task,) = result["tasks"]
+    assert task["methods"]["plain_guard"]["images_per_second"] > 0
+    assert 0 < task["methods"]["plain_guard"]["accuracy"] <= 1
+    heads = task["pairs"][0]["heads"]
+    assert heads["plain_energy"]["auroc_std"] > 0 and heads["plain_guard"]["auroc_std"] > 0
+
+
 @pytest.mark.parametrize(
     ("part", "classes", "words"),
     [

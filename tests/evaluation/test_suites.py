@@ -70,11 +70,18 @@ def test_suite_of_start_times_compares_like_with_like() -> None:
 
 
 def test_class_splits_of_cifar10_are_disjoint_and_whole() -> None:
-    sources = load_suite(SUITES[0]).sources
-    for i in (1, 2, 3):
-        inside, outside = set(sources[f"in{i}_test"].classes), set(sources[f"out{i}"].classes)
+    suite = load_suite(SUITES[0])
+    tasks = {task.name: task for task in suite.tasks}
+    assert list(tasks) == ["far", *(f"near {i}" for i in range(1, 6)), "resolution"]
+    splits = set()
+    for i in range(1, 6):
+        task = tasks[f"near {i}"]
+        assert (task.train, task.test, task.ood) == (f"in{i}_train", f"in{i}_test", (f"out{i}",))
+        inside, outside = set(suite.sources[task.test].classes), set(suite.sources[task.ood[0]].classes)
         assert (len(inside), len(outside), len(inside | outside)) == (6, 4, 10)
-        assert set(sources[f"in{i}_train"].classes) == inside
+        assert set(suite.sources[task.train].classes) == inside
+        splits.add(frozenset(inside))
+    assert len(splits) == 5
 
 
 def test_a_single_string_stands_for_a_list(tmp_path: Path) -> None:
