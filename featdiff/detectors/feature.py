@@ -434,7 +434,7 @@ class Detector(FeatureScoring):
         """The heads, the calibration scores, and what identifies and shows the images in the bank."""
         bank = {"bank_digests": torch.from_numpy(self.bank_digests_)} | self.bank_images_.tensors()
         local = self.local_.tensors() if self.local_ else {}
-        kept = self.kept_.tensors() if self.kept_ else {}
+        kept = self.kept_.tensors()
         return self.heads_.state_dict() | bank | local | kept | super().tensors()
 
     def config(self) -> dict[str, Any]:

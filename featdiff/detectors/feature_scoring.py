@@ -62,8 +62,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         What ran it when it was fitted: ``torch``, or another engine and its version.
     bank_digests_ : ndarray of shape (n, 16) of uint8
         Contents of the training images that the heads keep.
-    kept_ : KeptImages, optional
-        What an update needs to know of the images it was fitted on; None where it was saved without that.
+    kept_ : KeptImages
+        What an update needs to know of the images it was fitted on.
     """
 
     extractor_: FeatureExtractor
@@ -73,7 +73,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     engine_note_: str = ""
     engine_: str
     bank_digests_: np.ndarray
-    kept_: KeptImages | None = None
+    kept_: KeptImages
     _compiled: CompiledHeads | None = None
 
     @property

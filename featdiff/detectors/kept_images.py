@@ -170,12 +170,10 @@ class KeptImages:
     @classmethod
     def take(
         cls, tensors: dict[str, Tensor], layout: FeatureLayout, images: Mapping[str, int], folder: Path
-    ) -> KeptImages | None:
-        """Remove them from a saved model's tensors, and check them (``ModelError``); None if there are none."""
+    ) -> KeptImages:
+        """Remove them from a saved model's tensors, and check them (``ModelError``)."""
         names = (_DIGESTS, _COUNTS, _GROUPS, _CHOSEN, _CODES, _SCALES)
         digests, counts, groups, chosen, codes, scales = (tensors.pop(name, None) for name in names)
-        if all(value is None for value in (digests, counts, groups, chosen, codes, scales)):
-            return None
         if digests is None or counts is None or chosen is None or codes is None or scales is None:
             raise _damaged(folder)
 

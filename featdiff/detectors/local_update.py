@@ -82,6 +82,5 @@ def update_local(
     else:
         fitted = fit.fit_further(older.joint.local, plan.final, np.arange(len(digests)) >= len(past.digests))
 
-    assert detector.kept_ is not None
     detector.kept_ = detector.kept_.without_rows()
     return detector.join_local(fitted, scores, plan.groups)

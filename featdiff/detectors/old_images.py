@@ -14,7 +14,6 @@ from ..features.extraction import Extraction
 from ..features.store import Features, FeatureStore, Rows
 from ..runtime.progress import Progress
 from .feature import Detector
-from .kept_images import CALIBRATION, TRAINING, VALIDATION
 
 #: Where features come from: the cache, images that were given again, or the model, which keeps a few.
 CACHE, GIVEN, MODEL = "cache", "given", "model"
@@ -82,13 +81,6 @@ def find_old_images(detector: Detector, old: object, progress: Progress | None) 
     if old is not None:
         return _given(detector, old, progress)
     kept = detector.kept_
-    if kept is None:
-        raise UsageError(
-            "the model was saved by an older featdiff and does not say which images it was fitted on: give them again "
-            "(old=IMAGES)",
-            argument="old",
-        )
-
     digests = kept.contents
     for store in (detector.training_store(), detector.feature_store()):
         if all(digest in store for digest in digests):
@@ -123,33 +115,10 @@ def _given(detector: Detector, old: object, progress: Progress | None) -> OldIma
 
 def _known_again(detector: Detector, extraction: Extraction, store: FeatureStore) -> OldImages:
     kept = detector.kept_
-    if kept is None:
-        return _told_apart(detector, list(dict.fromkeys(extraction.digests)), store)
     digests = kept.contents
     _check_all_there(set(extraction.digests), digests)
     every = np.arange(len(digests))
     return OldImages(digests, kept.sides, kept.groups, kept.by_folds, every, store.table(digests), GIVEN)
-
-
-def _told_apart(detector: Detector, digests: list[bytes], store: FeatureStore) -> OldImages:
-    """The sides of images of a model that does not keep them.
-
-    Its bank holds those that trained, if it has space for more; the others did not. Which of these validated is not
-    known, so they are shared out by chance: what has validated has trained nothing.
-    """
-    bank = {digest.tobytes() for digest in detector.bank_digests_}
-    _check_all_there(set(digests), list(bank))
-    if len(bank) >= detector.settings.bank_size:
-        raise UsageError(
-            "the model was saved by an older featdiff, and its bank does not hold all images that trained it, so that "
-            "nobody knows which may calibrate: train anew, on old and new images"
-        )
-
-    by_folds = len(detector.calibration_) + len(bank) > detector.n_images_
-    sides = np.array([TRAINING if digest in bank else CALIBRATION for digest in digests])
-    held_out = np.random.default_rng(detector.settings.seed).permutation(np.flatnonzero(sides == CALIBRATION))
-    sides[held_out[len(detector.calibration_) :]] = VALIDATION
-    return OldImages(digests, sides, None, by_folds, np.arange(len(digests)), store.table(digests), GIVEN)
 
 
 def _check_all_there(given: set[bytes], wanted: Sequence[bytes]) -> None:

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from defect_pictures import SIDE, plates
-from model_mutations import reseal
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_backbones import one_line
 
 from featdiff import Detector
 from featdiff.data.splits import make_plan
+from featdiff.detectors.kept_images import CALIBRATION
 from featdiff.detectors.local_fit import LocalFit
-from featdiff.detectors.old_images import CALIBRATION, TRAINING
 from featdiff.detectors.updating import Changes, update
 from featdiff.exceptions import FeatdiffError, UsageError
 from featdiff.scores import local
@@ -197,26 +196,6 @@ def test_it_keeps_digests_and_no_features(updated: tuple[Detector, Changes], tmp
     loaded = Detector.from_pretrained(tmp_path / "model", cache=tmp_path / "empty")
     with pytest.raises(UsageError, match="gone from the cache, and it keeps none: .*old=IMAGES"):
         update(loaded.without_local(), plates(20, seed=12))
-
-
-def test_a_model_of_an_older_featdiff(
-    older: Detector, old: list[Image.Image], new: list[Image.Image], tmp_path: Path
-) -> None:
-    older.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors = {name: each for name, each in tensors.items() if not name.startswith("kept_")}
-    save_file(tensors, tmp_path / "model.safetensors")
-    reseal(tmp_path)
-    loaded = Detector.from_pretrained(tmp_path, cache=older.settings.cache)
-    assert loaded.kept_ is None and older.kept_ is not None
-    after, changes = update(loaded, new, old=old)
-    assert changes.held_out == (24, 12) and after.kept_ is not None
-    side = dict(zip(after.kept_.contents, after.kept_.sides, strict=True))
-    assert all(
-        side[digest] == TRAINING
-        for digest, was in zip(older.kept_.contents, older.kept_.sides, strict=True)
-        if was == TRAINING
-    )
 
 
 # ---- what is refused ----

@@ -167,8 +167,9 @@ def test_scores_of_one_name_are_refused() -> None:
 
 
 def test_a_group_of_scores_cannot_be_the_detector_s_own() -> None:
-    with pytest.raises(UsageError, match="'neighbors' stands for several scores") as caught:
-        unfitted(head="neighbors")
+    each = make_scores("mahalanobis_stages", LAYOUT, Options(50))
+    with pytest.raises(UsageError, match="'mahalanobis_stages' stands for several scores") as caught:
+        Heads(Diffusion(LAYOUT, **SETTINGS), each, "mahalanobis_stages")
     assert caught.value.argument == "head"
 
 
