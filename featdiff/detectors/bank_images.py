@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ _QUALITY = 70
 MOST_BYTES = 16_000_000
 # Where the pictures would not fit, the side is smaller: bytes that one of SIDE pixels needs, about.
 _USUAL_BYTES = 3_500
+# Bytes of a path as they are written, at most.
+_LONGEST_PATH = 1 << 16
 # Tensors of a saved model.
 _PATHS = "bank_paths"
 _PICTURES = "bank_thumbnails"
@@ -118,7 +121,7 @@ class BankImages:
         """As they are stored."""
         tensors = {}
         if self.paths:
-            tensors[_PATHS] = _as_tensor(json.dumps(self.paths).encode())
+            tensors[_PATHS] = _as_tensor(zlib.compress(json.dumps(self.paths).encode(), 9))  # they are much alike
         if self.thumbnails:
             tensors[_PICTURES] = _as_tensor(b"".join(self.thumbnails))
             tensors[_ENDS] = torch.tensor([len(data) for data in self.thumbnails]).cumsum(0)
@@ -271,9 +274,11 @@ def _as_tensor(data: bytes) -> Tensor:
 
 
 def _paths_in(stored: Tensor | None, rows: int, folder: Path) -> tuple[str, ...]:
+    reader = zlib.decompressobj()
     try:
-        paths = parse_json(_bytes_of(stored))
-    except ValueError:
+        text = reader.decompress(_bytes_of(stored), rows * _LONGEST_PATH)
+        paths = parse_json(text) if reader.eof else None
+    except (ValueError, zlib.error):
         paths = None
     if not isinstance(paths, list) or len(paths) != rows or not all(isinstance(path, str) for path in paths):
         raise ModelError(f"the model at {folder} is damaged: the paths of its bank are not those it was saved with")

@@ -61,7 +61,10 @@ class NearestNeighbors(Score):
     stretch : Tensor of shape (spaces,)
         What each space is multiplied with.
     directions : Tensor of shape (width, directions)
-        Orthogonal; the square of the length of each is the share of a vector along it that is taken away.
+        Orthogonal; the square of the length of each is the share of a vector along it that is taken away. They are
+        saved with 8 bits.
+    steps : Tensor of shape (directions,)
+        What the numbers of each direction are multiples of.
     """
 
     log_scale = True
@@ -71,6 +74,7 @@ class NearestNeighbors(Score):
     mean: Tensor
     stretch: Tensor
     directions: Tensor
+    steps: Tensor
 
     def __init__(self, layout: FeatureLayout, options: Options) -> None:
         super().__init__(layout)
@@ -85,7 +89,9 @@ class NearestNeighbors(Score):
         self.register_buffer("scales", torch.ones(options.rows, 1))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("stretch", torch.ones(len(self.widths)))
-        self.register_buffer("directions", torch.zeros(width, min(_DIRECTIONS, width)))
+        count = min(_DIRECTIONS, width)
+        self.register_buffer("directions", torch.zeros(width, count))
+        self.register_buffer("steps", torch.ones(count))
         self._in_pairs = width >= _WIDE and width % 2 == 0
 
     @torch.no_grad()
@@ -104,7 +110,7 @@ class NearestNeighbors(Score):
         rows = torch.from_numpy(kept).to(older.scales.device)
         self.vectors[: len(kept)] = older.vectors[rows]
         self.scales[: len(kept)] = older.scales[rows]
-        for name in ("mean", "stretch", "directions"):
+        for name in ("mean", "stretch", "directions", "steps"):
             getattr(self, name).copy_(getattr(older, name))
         if len(added):
             self._keep(added[:].to(self.scales.device), slice(len(kept), None))
@@ -121,8 +127,13 @@ class NearestNeighbors(Score):
         directions, variances = _principal(self._side_by_side(features), min(count, len(features)))
         mean_variance = max(int((total > 0).sum()), 1) / width
         shortened = (1 + variances / mean_variance) ** -_POWER
+        directions = directions * (1 - shortened).sqrt()
         self.directions.zero_()
-        self.directions[:, : len(variances)] = directions * (1 - shortened).sqrt()
+        self.steps.fill_(1.0)
+        self.steps[: len(variances)] = directions.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny) / _LEVELS
+        # as they are saved
+        self.directions[:, : len(variances)] = directions
+        self.directions.copy_((self.directions / self.steps).round() * self.steps)
 
     def _keep(self, features: Tensor, place: slice) -> None:
         """Round the vectors of rows (n, D), and put them in their place."""
@@ -196,14 +207,17 @@ class NearestNeighbors(Score):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "directions"] = (self.directions / self.steps).round().to(torch.int8)
         if self._in_pairs:
             destination[prefix + "vectors"] = _paired(self.vectors)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        name = prefix + "vectors"
-        pairs = state_dict.get(name)
-        if self._in_pairs and pairs is not None and pairs.dtype == torch.uint8:
-            state_dict[name] = _unpaired(pairs)  # a copy that load_state_dict has made
+        # the state dict is a copy that load_state_dict has made
+        directions, vectors, steps = (state_dict.get(prefix + name) for name in ("directions", "vectors", "steps"))
+        if directions is not None and steps is not None and directions.dtype == torch.int8:
+            state_dict[prefix + "directions"] = directions * steps
+        if self._in_pairs and vectors is not None and vectors.dtype == torch.uint8:
+            state_dict[prefix + "vectors"] = _unpaired(vectors)
         super()._load_from_state_dict(state_dict, prefix, *others)
         self._index = ()
 

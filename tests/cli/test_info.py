@@ -114,7 +114,7 @@ def test_newer_format(featdiff_cli: Cli, model: Path) -> None:
         featdiff_cli("info", model),
         1,
         f"has format {FORMAT_VERSION + 1}",
-        f"reads up to {FORMAT_VERSION}",
+        f"reads {FORMAT_VERSION}",
         "pip install -U featdiff",
     )
 

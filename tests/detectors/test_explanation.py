@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,9 @@ def test_thumbnails_without_paths_are_refused() -> None:
         lambda t: t.pop("bank_paths"),
         lambda t: t.update(bank_paths=t["bank_paths"][:-5]),
         lambda t: t.update(bank_paths=t["bank_paths"].float()),
-        lambda t: t.update(bank_paths=torch.tensor(list(b'["a.png"]'), dtype=torch.uint8)),
-        lambda t: t.update(bank_paths=torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+        lambda t: t.update(bank_paths=torch.tensor(list(b'["a.png"]'), dtype=torch.uint8)),  # not compressed
+        lambda t: t.update(bank_paths=torch.tensor(list(zlib.compress(b'["a.png"]')), dtype=torch.uint8)),
+        lambda t: t.update(bank_paths=torch.tensor(list(zlib.compress(b"[1]")), dtype=torch.uint8)),
         lambda t: t.update(bank_thumbnails=t["bank_thumbnails"][1:]),
         lambda t: t.pop("bank_thumbnails"),
         lambda t: t.pop("bank_thumbnail_ends"),

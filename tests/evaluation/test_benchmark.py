@@ -194,7 +194,7 @@ def test_costs(result: dict[str, Any], tiny_detector: Detector) -> None:
     assert methods["baseline_mahalanobis"]["megabytes"] == (width * width + width) * 4 / 1e6
     assert [score.name for score in tiny_detector.heads_.members] == ["neighbors"]
     layer4 = sum(part.width for part in tiny_detector.extractor_.layout.parts if part.layer == "layer4")
-    space = 4 * (layer4 * (1 + min(64, layer4)) + 1)  # mean and directions, and one number that it is stretched by
+    space = layer4 * (4 + 64) + 4 * (64 + 1)  # mean and directions, their steps, and one number to stretch it by
     assert methods["neighbors"]["megabytes"] == (rows * (layer4 + 4) + space) / 1e6
     assert methods["lr"]["megabytes"] > methods["mse"]["megabytes"] > 0
     whole = sum(tensor.nbytes for tensor in tiny_detector.heads_.state_dict().values()) / 1e6

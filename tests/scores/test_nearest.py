@@ -89,7 +89,7 @@ def test_distances_are_geometric_means_over_the_nearest() -> None:
     assert score.name == "neighbors"
     known, asked = side_by_side(spaces(bank.numpy()), spaces(queries.numpy()))
     known, asked = (shortened(known, vectors, 64) for vectors in (known, asked))
-    np.testing.assert_allclose(score.view(queries), asked, atol=1e-4)
+    np.testing.assert_allclose(score.view(queries), asked, atol=5e-3)  # directions of 8 bits
     np.testing.assert_allclose(score(queries), geometric_means(known, asked, 3), rtol=1e-2)
 
 
@@ -118,7 +118,7 @@ def test_long_vectors_are_kept_with_4_bits() -> None:
     score.fit(bank)  # type: ignore[arg-type]
     state = score.state_dict()
     assert state["vectors"].shape == (200, 256) and state["vectors"].dtype == torch.uint8
-    assert score.nbytes == 200 * (256 + 4) + 4 * (512 * (64 + 1) + 1)
+    assert score.nbytes == 200 * (256 + 4) + 512 * (64 + 4) + 4 * (64 + 1)
 
     other = make(200, 5, layout=layout)
     other(queries)
