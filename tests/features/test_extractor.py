@@ -27,7 +27,8 @@ def test_features_are_the_means_of_timm_intermediates(name: str) -> None:
     extractor = FeatureExtractor(found)
     features = extractor(images(name))
     with torch.inference_mode():
-        maps = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)
+        options = {"output_fmt": "NCHW", "intermediates_only": True, "norm": name == "test_vit"}
+        maps = found.model.forward_intermediates(images(name), **options)
         seen = found.model.forward_head(found.model.forward_features(images(name)), pre_logits=True)
     assert extractor.layers == (*(info["module"] for info in found.model.feature_info), "pre_logits")
     assert widths(extractor) == (*(info["num_chs"] for info in found.model.feature_info), seen.shape[1])
