@@ -138,8 +138,8 @@ def final_norm(model: nn.Module) -> str:
 
     Blocks of such a transformer add to one stream, so a few channels may be hundreds of times larger than the others,
     and hide them. The final norm brings channels to one scale. It is applied to all blocks that are read, as timm's
-    ``forward_intermediates(norm=True)`` does, and not to the last alone: what is compared is then on one scale. CNNs and
-    Swin change width from stage to stage, and have no norm for all of them.
+    ``forward_intermediates(norm=True)`` does, and not to the last alone: what is compared is then on one scale.
+    CNNs and Swin change width from stage to stage, and have no norm for all of them.
     """
     if len(stage_names(model)) < 2 or not isinstance(getattr(model, "norm", None), nn.Module):
         return ""

@@ -81,7 +81,8 @@ class BackboneReader(Reader):
 
     Stages come from ``forward_intermediates`` (as maps (B, C, H, W) for CNN, ViT and Swin alike) and pre-logits from
     ``forward_head``; the classifier never runs. Of tokens, the mean of the patches is kept: class tokens and registers
-    stand for no place. What the head sees of them (a class token, or attention pooling) is in the pre-logits. Layers inside a stage are read by hooks in a pass of their own.
+    stand for no place. What the head sees of them (a class token, or attention pooling) is in the pre-logits. Layers
+    inside a stage are read by hooks in a pass of their own.
 
     Parameters
     ----------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import inspect
-import tomllib
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
