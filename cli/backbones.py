@@ -10,19 +10,38 @@ from .speech import say, show
 
 @click.command("backbones")
 @click.argument("pattern", default="")
-def command(pattern: str) -> int:
+@click.option("--recommended", is_flag=True, help="Only a few to choose from, with size, cost and licence.")
+def command(pattern: str, recommended: bool) -> int:
     """List backbones with pretrained weights whose name fits PATTERN, and where the weights come from.
 
     \b
     Example: featdiff backbones 'convnext*'
     """
     from featdiff.features.backbones import list_backbones
+    from featdiff.features.recommended import RECOMMENDED
 
     backbones = list_backbones(pattern)
+    if recommended:
+        backbones = sorted((row for row in backbones if row[0] in RECOMMENDED), key=lambda r: RECOMMENDED.index(r[0]))
     if not backbones:
         say(f"no backbone fits {pattern!r}")
         return EXIT_FAILED
 
+    if recommended:
+        _show_facts(backbones)
+        return 0
     for name, source in backbones:
         show(f"{name:<60} {source}")
     return 0
+
+
+def _show_facts(backbones: list[tuple[str, str]]) -> None:
+    from featdiff.features.backbones import DEFAULT_BACKBONE
+    from featdiff.features.recommended import facts_of
+
+    usual = facts_of(DEFAULT_BACKBONE).gmacs
+    show(f"{'name':<40} {'weights':<9} {'params':>8} {'size':>8} {'input':>7} {'GMACs':>7} {'cost':>6}  licence")
+    for name, source in backbones:
+        facts = facts_of(name)
+        numbers = f"{facts.parameters:>6.1f} M {facts.megabytes:>5.0f} MB {facts.size:>4} px {facts.gmacs:>7.2f}"
+        show(f"{name:<40} {source:<9} {numbers} {facts.gmacs / usual:>5.0f}x  {facts.license}")

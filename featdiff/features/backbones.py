@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..data.decoding import Transform
 from ..data.preprocessing import INTERPOLATIONS
 from ..exceptions import UsageError, WeightsError, did_you_mean, first_line
 from .networks import fingerprint
+from .recommended import defaults_of
 from .views import PictureTransform, check_view, preprocessing, takes_size
 from .weights import DEFAULT_BACKBONE, EMBEDDED_TAG, is_embedded, is_finite, load_embedded, load_weights
 
@@ -85,7 +87,8 @@ def load_backbone(
         found out by trying. ``crop``: timm's own resize and centre crop, which leave out a quarter of a square picture
         and more of a long one.
     size : int, optional
-        Side of the square input in pixels; a rectangle has about its area. Default: the network's own. A network that
+        Side of the square input in pixels; a rectangle has about its area. Default: the network's own, or the one of
+        :func:`featdiff.features.recommended.defaults_of` (DINOv2: 224, not 518). A network that
         takes one size only is built for this one, if it can be.
 
     Returns
@@ -108,12 +111,17 @@ def load_backbone(
     check_name(name)
     check_view(view, size)
     overrides = _check_transform(transform or {}, view, size)
-    args = {"num_classes": 0, **(model_args or {})}
+    tag = _resolved_tag(name)
+    own_args, own_size = defaults_of(tag)
+    if own_size and size is None and "img_size" not in (model_args or {}) and "input_size" not in overrides:
+        size = own_size
+        overrides["input_size"] = (3, size, size)
+
+    args = {"num_classes": 0, **own_args, **(model_args or {})}
     model, source = _load_model(name, args, weights, pretrained)
-    if size is not None and not _fits(model, size):
+    if size is not None and not _fits(model, size) and not _resized(model, size):
         model = _load_for_size(name, args, weights, pretrained, size)
 
-    tag = _resolved_tag(name)
     config = preprocessing(model, _own_config(model) | overrides, view, tag)
     return Backbone(
         model=model,
@@ -136,19 +144,42 @@ def _fits(model: nn.Module, size: int) -> bool:
     return _own_config(model)["input_size"] == (3, size, size) or takes_size(model, size, size)
 
 
+def _resized(model: nn.Module, size: int) -> bool:
+    """Bring a transformer's positions to images of another side, if it can do that; its weights are loaded already."""
+    patch = _patch_side(model)
+    if not hasattr(model, "set_input_size") or size % patch:
+        return False
+    try:
+        model.set_input_size(img_size=(size, size))  # type: ignore[operator]
+    except Exception:  # windows that do not fit are refused in many ways
+        return False
+    model.requires_grad_(False)  # positions may be new parameters
+    return takes_size(model, size, size)
+
+
+def _patch_side(model: nn.Module) -> int:
+    """Side of a transformer's patches in pixels; 1 for other networks."""
+    side = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return int(side[0] if isinstance(side, tuple) else side)
+
+
 def _load_for_size(
     name: str, args: dict[str, Any], weights: str | os.PathLike[str] | None, pretrained: bool, size: int
 ) -> nn.Module:
     """A network that takes one size only, built for this one (``UsageError`` if it cannot be)."""
-    try:
-        model, _ = _load_model(name, args | {"img_size": size}, weights, pretrained)
-    except (UsageError, WeightsError):
-        model = None
+    network = _create(name, args)
+    patch = _patch_side(network)
+    model = None
+    if size % patch == 0:  # else a border would be left out without a word
+        with suppress(UsageError, WeightsError):
+            model, _ = _load_model(name, args | {"img_size": size}, weights, pretrained)
     if model is not None and takes_size(model, size, size):
         return model
 
-    _, height, width = _own_config(_create(name, args))["input_size"]
-    raise UsageError(f"{name} takes images of {height} x {width} pixels, not of {size} x {size}", argument="size")
+    _, height, width = _own_config(network)["input_size"]
+    hint = f": the side must be a multiple of {patch}" if size % patch else ""
+    problem = f"{name} takes images of {height} x {width} pixels, not of {size} x {size}{hint}"
+    raise UsageError(problem, argument="size")
 
 
 def _load_model(

@@ -34,7 +34,7 @@ AUTOCAST = " autocast"
 #: Maps (B, C, h, w), the finest first -> a score of each image (B,), and of each of its places (B, h, w).
 OfMaps = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 #: Raised when the numbers that an extractor gives for the same weights change.
-FEATURE_VERSION = 3
+FEATURE_VERSION = 4
 
 
 class FeatureExtractor:

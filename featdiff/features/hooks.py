@@ -39,6 +39,8 @@ class Hook:
         Its map is (B, H, W, C), whatever the module declares.
     keeps_map : bool, default False
         Whether the map itself is kept, too; tokens must fill a square.
+    norm : str, default ""
+        Name of a module that its output goes through first (:func:`featdiff.features.layers.final_norm`).
     """
 
     module: str
@@ -49,6 +51,7 @@ class Hook:
     skip: int = 0
     channels_last: bool = False
     keeps_map: bool = False
+    norm: str = ""
 
     @property
     def key(self) -> Key | None:
@@ -142,6 +145,9 @@ class Hooks:
 
         with torch.no_grad():
             activation = first_tensor(args if hook.input else output)
+            if hook.norm:
+                # not as a call of the module: hooks on it would take this for the network's own
+                activation = self.model.get_submodule(hook.norm).forward(activation)
             if hook.channels_last and activation.dim() == 4:
                 activation = activation.permute(0, 3, 1, 2)
             else:

@@ -131,3 +131,18 @@ def stage_names(model: nn.Module) -> list[str]:
     if not hasattr(model, "forward_intermediates"):
         return []
     return [info["module"] for info in model.feature_info]  # type: ignore[union-attr]
+
+
+def final_norm(model: nn.Module) -> str:
+    """Name of the norm that a plain timm transformer applies after its last block; empty for other networks.
+
+    Blocks of such a transformer add to one stream, so a few channels may be hundreds of times larger than the others,
+    and hide them. The final norm brings channels to one scale. It is applied to all blocks that are read, as timm's
+    ``forward_intermediates(norm=True)`` does, and not to the last alone: what is compared is then on one scale.
+    CNNs and Swin change width from stage to stage, and have no norm for all of them.
+    """
+    if len(stage_names(model)) < 2 or not isinstance(getattr(model, "norm", None), nn.Module):
+        return ""
+    shapes = {(info["num_chs"], info["reduction"]) for info in model.feature_info}  # type: ignore[union-attr]
+    is_plain = len(shapes) == 1 and hasattr(model, "blocks")
+    return "norm" if is_plain and not isinstance(model.norm, nn.Identity) else ""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from .hooks import Hook
+from .layers import final_norm, stage_names
 from .layout import PRE_LOGITS
 from .stages import CHANGE, Output
 
@@ -66,5 +67,6 @@ def map_hooks(
     for name in names:
         skip = tokens if len(outputs[name].shape) == 2 else 0
         is_last = name in channels_last
-        hooks.append(Hook(name, name, pooled=None, skip=skip, channels_last=is_last, keeps_map=True))
+        norm = final_norm(model) if name in stage_names(model) else ""
+        hooks.append(Hook(name, name, pooled=None, skip=skip, channels_last=is_last, keeps_map=True, norm=norm))
     return hooks

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..exceptions import UsageError, first_line
 from .hooks import Hook, Hooks, channels_first, find_module, pool, spatial_std
-from .layers import Layers, is_auto, resolve_layers, stage_names
+from .layers import Layers, final_norm, is_auto, resolve_layers, stage_names
 from .layout import LOGITS, PRE_LOGITS, Key, Kind
 from .networks import evaluating, logits_of
 from .stages import Output, find_stages, maps_with_channels_last, watch
@@ -80,7 +80,9 @@ class BackboneReader(Reader):
     """Reads a timm model that was loaded by name.
 
     Stages come from ``forward_intermediates`` (as maps (B, C, H, W) for CNN, ViT and Swin alike) and pre-logits from
-    ``forward_head``; the classifier never runs. Layers inside a stage are read by hooks in a pass of their own.
+    ``forward_head``; the classifier never runs. Of tokens, the mean of the patches is kept: class tokens and registers
+    stand for no place. What the head sees of them (a class token, or attention pooling) is in the pre-logits. Layers
+    inside a stage are read by hooks in a pass of their own.
 
     Parameters
     ----------
@@ -99,6 +101,7 @@ class BackboneReader(Reader):
         self._stages = {name: self.stage_names.index(name) for name in self.layers if name in self.stage_names}
         inner = [name for name in self.layers if name not in self._stages and name != PRE_LOGITS]
         self.hooks = Hooks(model, [Hook(name, name, spatial_std=name == self.last_stage) for name in inner])
+        self._norm = final_norm(model)
         self._maps = Hooks(model, [])
 
     def keep_maps(self, hooks: Sequence[Hook]) -> None:
@@ -119,7 +122,7 @@ class BackboneReader(Reader):
     def _intermediates(self, pixels: Tensor) -> dict[Key, Tensor]:
         features: dict[Key, Tensor] = {}
         indices = sorted(set(self._stages.values())) or [0]  # timm returns them in this order, and needs one
-        options = {"indices": indices, "output_fmt": "NCHW", "norm": False}
+        options = {"indices": indices, "output_fmt": "NCHW", "norm": bool(self._norm)}
         run: Any = self.model.forward_intermediates
 
         if PRE_LOGITS in self.layers:
@@ -234,7 +237,9 @@ class ModuleReader(Reader):
             # stages of a timm model are what forward_intermediates would give, without class tokens
             tokens = getattr(self.model, "num_prefix_tokens", 0) if name in self.stage_names else 0
             is_last = name == self.last_stage
-            hooks.append(Hook(name, name, spatial_std=is_last, skip=tokens, channels_last=name in channels_last))
+            norm = final_norm(self.model) if name in self.stage_names else ""
+            last = name in channels_last
+            hooks.append(Hook(name, name, spatial_std=is_last, skip=tokens, channels_last=last, norm=norm))
 
         if PRE_LOGITS in self.layers and self._last_linear:
             hooks.append(Hook(self._last_linear, PRE_LOGITS, Kind.PRE_LOGITS, input=True))

@@ -236,6 +236,15 @@ def test_backbones_of_a_part_of_a_name(featdiff_cli: Cli) -> None:
     assert [source for _, source in rows].count("embedded") == 1
 
 
+def test_recommended_backbones(featdiff_cli: Cli) -> None:
+    """Size, cost and licence."""
+    header, row = featdiff_cli("backbones", "--recommended", "vit_small*dinov2*").stdout.splitlines()
+    assert header.split()[-1] == "licence"
+    name, source, *numbers, licence = row.split()
+    assert (name, source, licence) == ("vit_small_patch14_reg4_dinov2.lvd142m", "hub", "apache-2.0")
+    assert numbers == ["21.6", "M", "87", "MB", "224", "px", "6.23", "16x"]
+
+
 def test_all_backbones(featdiff_cli: Cli) -> None:
     lines = featdiff_cli("backbones").stdout.splitlines()
     assert len(lines) > 1000

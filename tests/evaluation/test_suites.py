@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import inspect
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from featdiff.evaluation.students import check_students
 from featdiff.evaluation.suite_images import NotThere, everything_else, find_images
 from featdiff.evaluation.suites import Source, load_suite
 from featdiff.exceptions import UsageError
+from featdiff.features.backbones import check_name
 
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.toml"))
 GOOD = """
@@ -47,7 +49,13 @@ def picture(file: Path, shade: int = 0) -> None:
 def test_shipped_suites_are_whole(file: Path) -> None:
     suite = load_suite(file)
     assert suite.tasks
-    detectors = {"lmd": {"lmd"}, "oal": set(), "folders": {"featdiff", "dlsr_joint"}}
+    detectors = {
+        "lmd": {"lmd"},
+        "oal": set(),
+        "folders": {"featdiff", "dlsr_joint"},
+        "dlsr": {"dlsr_efficientnet_b4", "dlsr_resnet50"},
+        "openood-imagenet200": {"resnet50", "dinov2_small"},
+    }
     assert set(suite.detectors) == detectors.get(file.stem, {"dlsr_joint"})
     check_students(suite.students)
     assert bool(suite.students) == (file.stem == "oal")
@@ -55,7 +63,38 @@ def test_shipped_suites_are_whole(file: Path) -> None:
 
 
 def test_shipped_suites_are_these() -> None:
-    assert [file.stem for file in SUITES] == ["cifar10", "folders", "lmd", "oal", "openood-cifar10"]
+    assert [file.stem for file in SUITES] == [
+        *("cifar10", "dlsr", "folders", "lmd", "oal", "openood-cifar10", "openood-imagenet200")
+    ]
+
+
+@pytest.mark.parametrize("name", ["dlsr", "openood-imagenet200"])
+def test_detectors_of_large_suites_can_be_made(name: str) -> None:
+    for arguments in load_suite(ROOT / "configs" / "suites" / f"{name}.toml").detectors.values():
+        check_name(arguments["backbone"])
+        assert Detector(**arguments).settings.backbone == arguments["backbone"]
+
+
+def test_dlsr_suite_has_the_denoiser_of_the_preset() -> None:
+    preset = tomllib.loads((ROOT / "configs" / "dlsr_paper.toml").read_text())["detector"]
+    detectors = load_suite(ROOT / "configs" / "suites" / "dlsr.toml").detectors
+    assert detectors["dlsr_efficientnet_b4"] == preset
+    assert detectors["dlsr_resnet50"] == preset | {"backbone": "resnet50.tv_in1k"}
+
+
+def test_imagenet200_reads_lists_in_openoods_layout(tmp_path: Path) -> None:
+    suite = load_suite(ROOT / "configs" / "suites" / "openood-imagenet200.toml")
+    for name, source in suite.sources.items():
+        picture(tmp_path / source.root / name / "a.png")
+        listed = tmp_path / source.imglist
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text(f"{name}/a.png 0\n")
+
+    for name, source in suite.sources.items():
+        (image,) = find_images(source, tmp_path)
+        assert image.path.endswith(f"{source.root}/{name}/a.png")
+        assert image.read()
+    assert [task.ood for task in suite.tasks] == [("ssb_hard", "ninco"), ("inaturalist", "textures", "openimage_o")]
 
 
 def test_suite_of_start_times_compares_like_with_like() -> None:

@@ -27,7 +27,8 @@ def test_features_are_the_means_of_timm_intermediates(name: str) -> None:
     extractor = FeatureExtractor(found)
     features = extractor(images(name))
     with torch.inference_mode():
-        maps = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)
+        options = {"output_fmt": "NCHW", "intermediates_only": True, "norm": name == "test_vit"}
+        maps = found.model.forward_intermediates(images(name), **options)
         seen = found.model.forward_head(found.model.forward_features(images(name)), pre_logits=True)
     assert extractor.layers == (*(info["module"] for info in found.model.feature_info), "pre_logits")
     assert widths(extractor) == (*(info["num_chs"] for info in found.model.feature_info), seen.shape[1])
@@ -66,7 +67,8 @@ def test_deep_layers_come_with_their_spatial_std(name: str, stage: str, deep: bo
     found = backbone(name)
     extractor = FeatureExtractor(found)
     with torch.inference_mode():
-        last = found.model.forward_intermediates(images(name), output_fmt="NCHW", intermediates_only=True)[-1]
+        options = {"output_fmt": "NCHW", "intermediates_only": True, "norm": name == "test_vit"}
+        last = found.model.forward_intermediates(images(name), **options)[-1]
         final = found.model.forward_features(images(name))
     names = [*extractor.layers, f"{stage}:std", *(["pre_logits:std"] if deep else [])]
     where = columns(extractor)
@@ -105,7 +107,9 @@ def test_vit_auto_takes_evenly_spaced_blocks_to_the_last() -> None:
     extractor = FeatureExtractor(found)
     assert extractor.layers == (*(f"blocks.{i}" for i in (1, 3, 4, 6, 8)), "pre_logits")
     with torch.inference_mode():
-        maps = found.model.forward_intermediates(images("test_vit3"), output_fmt="NCHW", intermediates_only=True)
+        maps = found.model.forward_intermediates(
+            images("test_vit3"), output_fmt="NCHW", intermediates_only=True, norm=True
+        )
     expected = torch.cat([maps[i].mean((2, 3)) for i in (1, 3, 4, 6, 8)], 1)
     found_means = extractor(images("test_vit3"))[:, : expected.shape[1]]
     torch.testing.assert_close(found_means, expected, rtol=1e-4, atol=1e-5)
