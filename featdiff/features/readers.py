@@ -139,9 +139,11 @@ class BackboneReader(Reader):
         return features
 
     def _pre_logits(self, final: Tensor) -> dict[Key, Tensor]:
-        """Pre-logits, and the spatial standard deviation of the map before them."""
+        """Pre-logits, and the spatial standard deviation of the map or of the patches before them."""
         head: Any = self.model.forward_head
         features: dict[Key, Tensor] = {(PRE_LOGITS, Kind.PRE_LOGITS): pool(head(final, pre_logits=True), PRE_LOGITS)}
+        if final.dim() == 3:
+            final = final[:, getattr(self.model, "num_prefix_tokens", 0) :]
         if (std := spatial_std(channels_first(final, self.model, self.model))) is not None:
             features[PRE_LOGITS, Kind.SPATIAL_STD] = std
         return features
@@ -244,7 +246,8 @@ class ModuleReader(Reader):
         if PRE_LOGITS in self.layers and self._last_linear:
             hooks.append(Hook(self._last_linear, PRE_LOGITS, Kind.PRE_LOGITS, input=True))
         if PRE_LOGITS in self.layers and (final := self._find_final_map(probe)):
-            hooks.append(Hook(final, PRE_LOGITS, pooled=None, spatial_std=True))
+            tokens = getattr(self.model, "num_prefix_tokens", 0)
+            hooks.append(Hook(final, PRE_LOGITS, pooled=None, spatial_std=True, skip=tokens))
         return hooks
 
     def _find_last_linear(self, probe: Tensor) -> str:

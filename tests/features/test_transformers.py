@@ -81,6 +81,8 @@ def test_pre_logits_are_what_the_head_sees(name: str) -> None:
     with torch.no_grad():
         expected = model.attn_pool(tokens) if name == SIGLIP else tokens[:, 0]
     torch.testing.assert_close(part(extractor, rows, PRE_LOGITS, Kind.PRE_LOGITS), expected)
+    std = part(extractor, rows, PRE_LOGITS, Kind.SPATIAL_STD)  # of the patches alone
+    torch.testing.assert_close(std, tokens[:, TOWERS[name][1] :].std(1, correction=0))
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -102,6 +104,9 @@ def test_a_module_of_ones_own_gives_the_same_stages(name: str) -> None:
     for i in range(3):
         layer = f"blocks.{i}"
         torch.testing.assert_close(part(own, own_rows, layer, Kind.MEAN), part(extractor, rows, layer, Kind.MEAN))
+    for layer in ("blocks.2", PRE_LOGITS):
+        both = (part(own, own_rows, layer, Kind.SPATIAL_STD), part(extractor, rows, layer, Kind.SPATIAL_STD))
+        torch.testing.assert_close(*both)
 
 
 def test_dinov2_looks_at_224_pixels_unless_told() -> None:
