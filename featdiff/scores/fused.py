@@ -19,7 +19,7 @@ from .registry import Context, Features, Score
 
 #: The score that joins all others.
 FUSED = "fused"
-# Neighbours have 4.
+# Neighbours have 4, in three spaces.
 _DIFFUSION_WEIGHT = 1.0
 # How the names of the early denoiser's tensors begin.
 _EARLY = "diffusion.early."

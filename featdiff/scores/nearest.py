@@ -16,12 +16,14 @@ from .coded import CodedIndex, make_coded_index
 from .neighbors import Index
 from .registry import Context, Features, Options, Score, register
 
-# Beside the diffusion score, which has 1. It and the two below were set once, on sets far from and near to CIFAR-10
+# Beside the diffusion score, which has 1. It and the three below were set once, on sets far from and near to CIFAR-10
 # (tests/benchmarks/RESULTS.md), for all data.
-_WEIGHT = 4.0
+_WEIGHT_OF_A_SPACE = 4 / 3
+# The total variance of the last stage; that of the other spaces is 1.
+_LAST_STAGE = 2.0
 # So many directions of most variance are shortened, by this power of their variance.
 _DIRECTIONS = 64
-_POWER = 0.125
+_POWER = 1 / 16
 # Vectors of so many numbers are rounded to 4 bits: over many numbers the errors of rounding average out, and the AUROC
 # is as with 8 (tests/benchmarks/RESULTS.md). Shorter ones are rounded to 8.
 _WIDE = 256
@@ -37,8 +39,8 @@ class NearestNeighbors(Score):
     A vector holds all spaces that deep features offer side by side: the last stage and its spatial standard deviations,
     block-normalised; and of the pre-logits and of their spatial standard deviations the square root, brought to length
     1 (their lengths and sparsity tell most, so nothing is subtracted). Each space is centred and brought to a total
-    variance of 1. In-domain images differ most in a few directions, where a distance says least. So the distance is
-    |(C + v I)^(-1/8) (x - y)|, up to a factor, with the covariance C of the vectors and the mean v of its eigenvalues:
+    variance of 1, the last stage to 2. In-domain images differ most in a few directions, where a distance says least. So the distance is
+    |(C + v I)^(-1/16) (x - y)|, up to a factor, with the covariance C of the vectors and the mean v of its eigenvalues:
     the exponent is 0 for Euclidean and 1/2 for Mahalanobis distances. Only the directions of most variance are
     shortened; for the others the factor is about the same.
 
@@ -68,7 +70,6 @@ class NearestNeighbors(Score):
     """
 
     log_scale = True
-    weight = _WEIGHT
     vectors: Tensor
     scales: Tensor
     mean: Tensor
@@ -80,6 +81,7 @@ class NearestNeighbors(Score):
         super().__init__(layout)
         self.spaces = views(layout)
         self.widths = [sum(part.width for part in parts) for parts in _spaces(layout)]
+        self.weight = _WEIGHT_OF_A_SPACE * len(self.spaces)
         self.k = min(options.neighbors, options.rows)
         self.backend = options.backend
         # in a tuple, so that a FAISS index is not taken for a submodule
@@ -121,11 +123,13 @@ class NearestNeighbors(Score):
         spaces = [space(features) for space in self.spaces]
         self.mean.copy_(torch.cat([vectors.mean(0) for vectors in spaces]))
         total = torch.stack([(vectors - vectors.mean(0)).square().sum(1).mean() for vectors in spaces])
-        self.stretch.copy_(torch.where(total > 0, total.rsqrt(), 1.0))
+        wanted = torch.ones_like(total)
+        wanted[0] = _LAST_STAGE
+        self.stretch.copy_(torch.where(total > 0, (wanted / total).sqrt(), 1.0))
 
         width, count = self.directions.shape
         directions, variances = _principal(self._side_by_side(features), min(count, len(features)))
-        mean_variance = max(int((total > 0).sum()), 1) / width
+        mean_variance = float(wanted[total > 0].sum() / width) or 1.0
         shortened = (1 + variances / mean_variance) ** -_POWER
         directions = directions * (1 - shortened).sqrt()
         self.directions.zero_()

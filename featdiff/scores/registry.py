@@ -103,7 +103,7 @@ class Score(nn.Module):
     name : str
         What it is called in tables; the name it was registered under, unless it sets another one.
     weight : float, default 1.0
-        Its weight in the fused score, where diffusion has 1 and neighbours have 4.
+        Its weight in the fused score, where diffusion has 1 and neighbours have 4 (3 spaces).
     log_scale : bool, default False
         Whether it is a distance (> 0) whose logarithm is what fusion standardises.
     reads_logits : bool, default False

@@ -57,7 +57,7 @@ def test_further_heads_join_the_fused_score(small: dict[str, Any], files: list[s
     z = [detector.all_heads(features)[name] for name in ("layerwise", "neighbors", "pca")]
     logs = np.stack([z[0], np.log(z[1]), np.log(z[2])], 1)
     z_scores = (logs - detector.heads_.mean.numpy()) / detector.heads_.deviation.numpy()
-    weights = np.array([1, 4, 1])
+    weights = np.array([1, 4 / 3, 1])
     expected = z_scores @ weights / np.linalg.norm(weights)
     np.testing.assert_allclose(detector.heads_.unscaled(features)[:, 0], expected, rtol=1e-3, atol=1e-3)
 

@@ -57,12 +57,12 @@ def spaces(x: np.ndarray) -> list[np.ndarray]:
 
 
 def side_by_side(bank: list[np.ndarray], asked: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Each space centred and brought to unit total variance; of the bank, and of what is asked."""
+    """Each space centred and brought to unit total variance, the first to 2; of the bank, and of what is asked."""
     both = []
     for vectors in (bank, asked):
         parts = []
-        for known, part in zip(bank, vectors, strict=True):
-            total = ((known - known.mean(0)) ** 2).sum(1).mean()
+        for i, (known, part) in enumerate(zip(bank, vectors, strict=True)):
+            total = ((known - known.mean(0)) ** 2).sum(1).mean() / (2 if i == 0 else 1)
             parts.append((part - known.mean(0)) / np.sqrt(total))
         both.append(np.concatenate(parts, 1))
     return both[0], both[1]
@@ -75,9 +75,9 @@ def geometric_means(bank: np.ndarray, asked: np.ndarray, k: int) -> np.ndarray:
 
 
 def shortened(bank: np.ndarray, vectors: np.ndarray, count: int) -> np.ndarray:
-    """Vectors times (C + v I)^(-1/8) v^(1/8), of which only the first ``count`` directions differ from 1."""
+    """Vectors times (C + v I)^(-1/16) v^(1/16), of which only the first ``count`` directions differ from 1."""
     values, directions = np.linalg.eigh(np.cov(bank.T, bias=True))
-    factors = ((values + values.mean()) / values.mean()) ** -0.125
+    factors = ((values + values.mean()) / values.mean()) ** -0.0625
     factors[: len(values) - count] = 1
     return vectors @ (directions * factors) @ directions.T
 
@@ -104,7 +104,7 @@ def test_directions_in_which_in_domain_vectors_differ_most_count_less() -> None:
     after = score.view(bank).square().mean(0)
     shares = after / after.sum() / (before / before.sum())
     assert before[:4].sum() / before.sum() > 0.8
-    assert shares[:4].max() < 0.9 < 1.2 < shares[4:].min()
+    assert shares[:4].max() < 0.97 < 1.1 < shares[4:].min()
 
 
 def test_long_vectors_are_kept_with_4_bits() -> None:
@@ -132,7 +132,7 @@ def test_long_vectors_are_kept_with_4_bits() -> None:
     known, asked = side_by_side([normal(bank.numpy())], [normal(queries.numpy())])
     expected = geometric_means(shortened(known, known, 64), shortened(known, asked, 64), 5)
     ratio = score(queries).numpy() / expected
-    assert ratio.min() > 0.95 and ratio.max() < 1.05
+    assert ratio.min() > 0.98 and ratio.max() < 1.06  # rounding adds to a distance
     assert np.corrcoef(score(queries).numpy(), expected)[0, 1] > 0.99
 
 
