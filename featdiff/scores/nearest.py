@@ -39,10 +39,10 @@ class NearestNeighbors(Score):
     A vector holds all spaces that deep features offer side by side: the last stage and its spatial standard deviations,
     block-normalised; and of the pre-logits and of their spatial standard deviations the square root, brought to length
     1 (their lengths and sparsity tell most, so nothing is subtracted). Each space is centred and brought to a total
-    variance of 1, the last stage to 2. In-domain images differ most in a few directions, where a distance says least. So the distance is
-    |(C + v I)^(-1/16) (x - y)|, up to a factor, with the covariance C of the vectors and the mean v of its eigenvalues:
-    the exponent is 0 for Euclidean and 1/2 for Mahalanobis distances. Only the directions of most variance are
-    shortened; for the others the factor is about the same.
+    variance of 1, the last stage to 2. In-domain images differ most in a few directions, where a distance says least.
+    So the distance is |(C + v I)^(-1/16) (x - y)|, up to a factor, with the covariance C of the vectors and the mean v
+    of its eigenvalues: the exponent is 0 for Euclidean and 1/2 for Mahalanobis distances. Only the directions of most
+    variance are shortened; for the others the factor is about the same.
 
     The mean over the first neighbours says more than the k-th alone (Sun et al., ICML 2022): it looks at the density
     near the image at several scales. Vectors are kept as whole numbers with a scale each: of 8 bits, and where they are
