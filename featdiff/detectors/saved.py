@@ -47,6 +47,7 @@ _KINDS: dict[str, dict[str, Any]] = {
         "layers": dict,
         "images.bank": int,
     },
+    "joined": {"encoders": list, "images.bank": int},
     "pixel": {"unet": dict, "scheduler": dict, "features": str},
     VECTORS: {
         "layers": dict,
