@@ -106,7 +106,10 @@ def backbone_options(function: F) -> F:
         click.option("--size", type=click.IntRange(1), help="Look at about SIZE x SIZE pixels [the backbone's own]."),
         click.option("--view", help="whole: the whole picture; crop: what is left of the backbone's own crop [whole]."),
         weights_option,
-        click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0]."),
+        click.option(
+            "--backbone",
+            help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0]; train joins several, A,B.",
+        ),
     ):
         function = option(function)
     return function

@@ -40,7 +40,7 @@ INPAINTINGS = "inpaintings.png"
 @groups_option("near-copies, where there are too many for a split by chance")
 @backbone_options
 @seed_option
-@click.option("--join", metavar="HOW", help="Of backbones named with commas: z-sum or min-p [z-sum].")
+@click.option("--join", type=click.Choice(["z-sum", "min-p"]), help="How scores of several backbones join [z-sum].")
 @click.option(
     "--mode",
     type=click.Choice(["feature", "pixel"]),

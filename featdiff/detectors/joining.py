@@ -75,5 +75,6 @@ def _strangeness(z: np.ndarray, calibration: Calibration, calibrates: bool) -> n
     step = np.diff(ranks, prepend=0.0)  # from each p-value to the next smaller one
 
     inside = step[reached] * (0.5 + 0.5 * np.tanh(z / 2))
-    beyond = np.logaddexp(0.0, z)  # smaller than the smallest p-value: no end
+    with np.errstate(invalid="ignore"):  # a failed computation stays NaN
+        beyond = np.logaddexp(0.0, z)  # smaller than the smallest p-value: no end
     return math.log1p(groups) - ranks[reached] + np.where(reached > 0, inside, beyond)
