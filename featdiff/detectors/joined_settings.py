@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence  # noqa: F401  (Mapping, Recipe, Transform and Layers: in inherited fields)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.decoding import Transform  # noqa: F401
+from ..diffusion.training import Recipe  # noqa: F401
 from ..exceptions import UsageError
 from ..features.engines import AUTO, TORCH
+from ..features.layers import Layers  # noqa: F401
 from .checks import check_choice, is_list
 from .config import EncoderSettings, FeatureSettings
 from .joining import JOINS, Z_SUM
