@@ -18,7 +18,8 @@ from .speech import say
 from .tables import print_evaluation
 
 if TYPE_CHECKING:
-    from featdiff import Detector, PixelDetector
+    from featdiff import Detector
+    from featdiff.detectors import ImageDetector
     from featdiff.evaluation.baselines import Baselines
     from featdiff.evaluation.protocols import ScoredPair
 
@@ -148,7 +149,7 @@ def command(
 
 
 def print_result(
-    detector: Detector | PixelDetector, result: dict[str, Any], scored: Sequence[ScoredPair], all_heads: bool
+    detector: ImageDetector, result: dict[str, Any], scored: Sequence[ScoredPair], all_heads: bool
 ) -> None:
     """The verdict in words, and the table."""
     flagged = [(int(pair.id_flags.sum()), int(pair.ood_flags.sum())) for pair in scored]
@@ -158,7 +159,7 @@ def print_result(
 def _draw(
     folder: Path,
     models: Sequence[str],
-    detectors: Sequence[Detector | PixelDetector],
+    detectors: Sequence[ImageDetector],
     results: Sequence[dict[str, Any]],
     pairs: Sequence[Sequence[ScoredPair]],
     quiet: bool,
@@ -178,7 +179,7 @@ def _draw(
     say(f"written: {len(files)} pictures in {folder}", quiet)
 
 
-def _baselines(detector: Detector | PixelDetector, wanted: bool | None, as_json: bool, quiet: bool) -> Baselines | None:
+def _baselines(detector: ImageDetector, wanted: bool | None, as_json: bool, quiet: bool) -> Baselines | None:
     """The fitted baselines; unless they are asked for, only where the cache has what they need."""
     from featdiff.evaluation.baselines import fit_baselines
     from featdiff.exceptions import UsageError

@@ -16,8 +16,8 @@ from .progress import Bars
 from .speech import say, show
 
 if TYPE_CHECKING:
-    from featdiff import Detector
     from featdiff.data.references import ImageRef
+    from featdiff.detectors import Detector, JoinedDetector
     from featdiff.verdicts.explanation import Explanation
 
 #: Where explanations are written unless ``-o`` says otherwise.
@@ -161,7 +161,7 @@ class _Told:
         self.without_heat += explanation.heat is None
         self.without_picture += any(other.thumbnail is None for other in explanation.nearest)
 
-    def summary(self, detector: Detector, output: Path, quiet: bool) -> None:
+    def summary(self, detector: Detector | JoinedDetector, output: Path, quiet: bool) -> None:
         """What was written, and what the model could not show."""
         bad = f", {self.failed:,} without a score" if self.failed else ""
         images = "image" if self.count == 1 else "images"

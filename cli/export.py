@@ -14,7 +14,8 @@ from .progress import Bars, list_unreadable
 from .speech import say
 
 if TYPE_CHECKING:
-    from featdiff import Detector, Guard, PixelDetector
+    from featdiff import Guard
+    from featdiff.detectors import ImageDetector
     from featdiff.export.verify import Agreement
 
 FOLDER = "featdiff-export"
@@ -78,7 +79,7 @@ def command(
     options["device"] = options["device"] or "cpu"
     loaded = load_model(model, options)
     detector = check_exportable(loaded.detector)
-    exported: Detector | PixelDetector | Guard = loaded.guard or loaded.detector
+    exported: ImageDetector | Guard = loaded.guard or loaded.detector
     refs = list_images(list(images)) if images else []
 
     say(f"exporting {detector.name}, which takes about a minute", quiet)

@@ -47,7 +47,8 @@ def command(model: str, as_json: bool) -> None:
         click.echo(json.dumps(config, indent=2))
         return
 
-    describe = {"pixel": _pixel_facts, "vectors": _vector_facts}.get(str(config.get("mode")), _feature_facts)
+    others = {"joined": _joined_facts, "pixel": _pixel_facts, "vectors": _vector_facts}
+    describe = others.get(str(config.get("mode")), _feature_facts)
     try:
         lines = _shared_facts(folder, config) | describe(config, tensors) | _training_facts(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -96,6 +97,20 @@ def _feature_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[s
         "score": f"{settings['head']}, start times {settings['start_times']}, "
         f"{settings['draws']} stored noise samples each",
     }
+
+
+def _joined_facts(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What each encoder is, its number behind each name."""
+    shared = {name.removeprefix("0."): value for name, value in tensors.items() if name.startswith("0.bank_")}
+    facts = {"encoders": f"{len(config['encoders'])}, joined by {config['settings']['join']}"}
+    kept = ""
+    for i, encoder in enumerate(config["encoders"]):
+        own = {name.removeprefix(f"{i}."): value for name, value in tensors.items() if name.startswith(f"{i}.")}
+        of_this = _feature_facts(encoder, shared | own)
+        of_this.pop("local score")
+        kept = of_this.pop("keeps")
+        facts |= {f"{name} {i + 1}": value for name, value in of_this.items()}
+    return facts | {"keeps": kept}
 
 
 def _local(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:

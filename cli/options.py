@@ -14,7 +14,8 @@ from .output import output_file
 from .progress import starting
 
 if TYPE_CHECKING:
-    from featdiff import Detector, Guard, PixelDetector
+    from featdiff import Guard
+    from featdiff.detectors import ImageDetector
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,7 +50,7 @@ def log_to_option(function: F) -> F:
 class Model(NamedTuple):
     """What is in a folder: a detector, and where it belongs to a hardened student, the guard and its classes."""
 
-    detector: Detector | PixelDetector
+    detector: ImageDetector
     guard: Guard | None = None
     classes: tuple[str, ...] = ()
 
@@ -92,7 +93,8 @@ def weights_option(function: F) -> F:
     return click.option(
         "--weights",
         type=click.Path(path_type=Path),
-        help="Weights of the backbone (pixel mode: of what lpips looks through), a safetensors or state-dict file.",
+        help="Weights of the backbone (pixel mode: of what lpips looks through), a safetensors or state-dict file; of "
+        "several backbones one for each, separated by commas.",
     )(function)
 
 
@@ -104,7 +106,10 @@ def backbone_options(function: F) -> F:
         click.option("--size", type=click.IntRange(1), help="Look at about SIZE x SIZE pixels [the backbone's own]."),
         click.option("--view", help="whole: the whole picture; crop: what is left of the backbone's own crop [whole]."),
         weights_option,
-        click.option("--backbone", help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0]."),
+        click.option(
+            "--backbone",
+            help="A timm name, hf-hub:ORG/NAME or local-dir:PATH [tf_efficientnet_lite0]; train joins several, A,B.",
+        ),
     ):
         function = option(function)
     return function
@@ -124,7 +129,16 @@ def detector_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, as arguments of a saved detector that is loaded."""
-    return ({"weights": options["weights"]} if options["weights"] else {}) | runtime_arguments(options)
+    given = options["weights"]
+    return ({"weights": weights_in(given)} if given else {}) | runtime_arguments(options)
+
+
+def weights_in(given: Path) -> Path | list[Path | None]:
+    """What ``--weights`` names: a file, or one for each of several backbones, separated by commas."""
+    names = str(given).split(",")
+    if len(names) == 1 or given.exists():
+        return given
+    return [Path(name) if name else None for name in names]
 
 
 def file_option(help: str) -> Callable[[F], F]:

@@ -17,8 +17,9 @@ from .speech import say
 if TYPE_CHECKING:
     from PIL import Image
 
-    from featdiff import Detector, FeatureDiffusion, PixelDetector
+    from featdiff import FeatureDiffusion
     from featdiff.data.references import ImageRef
+    from featdiff.detectors import ImageDetector
     from featdiff.evaluation.comparison import Comparison
     from featdiff.evaluation.protocols import ScoredPair
     from featdiff.report.rows import ReportRows
@@ -76,9 +77,9 @@ class Source:
     explain: Callable[[list[int]], Iterable[Explanation]] | None = None
 
 
-def source_of_images(detector: Detector | PixelDetector, refs: Sequence[ImageRef], model: str, fpr: float) -> Source:
+def source_of_images(detector: ImageDetector, refs: Sequence[ImageRef], model: str, fpr: float) -> Source:
     """For images that a detector scores."""
-    from featdiff import Detector
+    from featdiff.detectors import PixelDetector
 
     held_out = len(detector.calibration_)
     compared = "all of them" if held_out == detector.n_images_ else f"{held_out:,} of them"
@@ -88,7 +89,7 @@ def source_of_images(detector: Detector | PixelDetector, refs: Sequence[ImageRef
         "Trained on": f"{detector.n_images_:,} normal images; scores are compared with {compared}",
     }
     explain = None
-    if isinstance(detector, Detector):
+    if not isinstance(detector, PixelDetector):
         looking = detector  # the type is known inside the function below
 
         def explain(positions: list[int]) -> Iterable[Explanation]:
@@ -134,7 +135,7 @@ def write_report(
 def write_evaluation(
     file: Path,
     models: Sequence[str],
-    detectors: Sequence[Detector | PixelDetector],
+    detectors: Sequence[ImageDetector],
     results: Sequence[dict[str, Any]],
     pairs: Sequence[list[ScoredPair]],
     unreadable: dict[str, str],

@@ -23,7 +23,8 @@ from .speech import say
 from .summary import in_words
 
 if TYPE_CHECKING:
-    from featdiff import Detector, ExportedDetector, PixelDetector
+    from featdiff import ExportedDetector
+    from featdiff.detectors import ImageDetector
     from featdiff.serving.cluster import Run
     from featdiff.serving.ray_pool import Cluster
     from featdiff.verdicts.counts import Counts
@@ -112,7 +113,7 @@ def score_manifest(context: click.Context) -> int:
 class Asked:
     """The model, the rate, and what decides the rows, by a name for people."""
 
-    detector: Detector | PixelDetector | ExportedDetector
+    detector: ImageDetector | ExportedDetector
     arguments: dict[str, Any]
     fpr: float
     exclude_known: bool
@@ -127,7 +128,7 @@ def asked_of(options: dict[str, Any]) -> Asked:
 
     here = options | ({"device": "cpu"} if options["ray"] else {})  # the GPUs are those of the workers
     model = options["model"]
-    detector: Detector | PixelDetector | ExportedDetector
+    detector: ImageDetector | ExportedDetector
     if is_exported(model):
         detector = open_exported(model, here)
         arguments = exported_arguments(model, here)

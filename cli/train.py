@@ -16,6 +16,7 @@ from .options import (
     log_to_option,
     runtime_options,
     seed_option,
+    weights_in,
 )
 from .progress import Bars, calibrated, list_unreadable
 from .speech import is_first_process, say, without_duplicates
@@ -24,7 +25,8 @@ from .vectors import features_option, train_on_vectors
 if TYPE_CHECKING:
     from PIL import Image
 
-    from featdiff import Detector, PixelDetector
+    from featdiff import Detector
+    from featdiff.detectors import ImageDetector
     from featdiff.runtime.progress import Progress
 
     from .config import Config
@@ -38,6 +40,7 @@ INPAINTINGS = "inpaintings.png"
 @groups_option("near-copies, where there are too many for a split by chance")
 @backbone_options
 @seed_option
+@click.option("--join", type=click.Choice(["z-sum", "min-p"]), help="How scores of several backbones join [z-sum].")
 @click.option(
     "--mode",
     type=click.Choice(["feature", "pixel"]),
@@ -82,6 +85,7 @@ def command(
 
     \b
     Example: featdiff train photos/ --backbone resnet50 -o my-model
+    Example: featdiff train photos/ --backbone tf_efficientnet_lite0,tf_efficientnet_lite2 -o my-model
     Example: featdiff train --features embeddings.npy -o my-model
     """
     from featdiff.runtime.allocator import keep_freed_memory
@@ -128,7 +132,7 @@ def _sample_set() -> list[Image.Image]:
     return list(train_tiles.values())
 
 
-def _save(detector: Detector | PixelDetector, output: Path) -> None:
+def _save(detector: ImageDetector, output: Path) -> None:
     """Write the model, and in pixel mode a picture of inpaintings."""
     from featdiff.detectors import PixelDetector
     from featdiff.files.atomic import filling
@@ -165,10 +169,11 @@ def check_free(output: Path, force: bool) -> None:
         raise UsageError(f"a model is already at {output}: add --force to replace it, or choose another folder with -o")
 
 
-def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) -> Detector | PixelDetector:
+def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) -> ImageDetector:
     """What the config and the options ask for, of the mode that either names."""
-    from featdiff.detectors import Detector, PixelDetector
+    from featdiff.detectors import Detector, JoinedDetector, PixelDetector
     from featdiff.detectors.config import FeatureSettings, PixelSettings
+    from featdiff.detectors.joined_settings import JoinedSettings
     from featdiff.exceptions import UsageError
 
     mode = options["mode"] or config.mode
@@ -198,10 +203,26 @@ def _new_detector(config: Config, no_pretrained: bool, options: dict[str, Any]) 
     values = config.detector | given
     if mode == PixelDetector.mode:
         return PixelDetector.from_settings(PixelSettings.of(values))
+    if several := _several(values, options["join"]):
+        return JoinedDetector.from_settings(JoinedSettings.of(several))
     return Detector.from_settings(FeatureSettings.of(values))
 
 
-def _tell_where(bars: Bars, detector: Detector | PixelDetector, quiet: bool) -> Progress:
+def _several(values: dict[str, Any], how: str | None) -> dict[str, Any]:
+    """Arguments for several backbones, if that is what is named; else none."""
+    from featdiff.exceptions import UsageError
+
+    backbone = values.get("backbone")
+    names = backbone.split(",") if isinstance(backbone, str) else backbone
+    if not isinstance(names, list) or len(names) < 2:
+        if how:
+            raise UsageError("there is nothing to join: name several backbones, like --backbone A,B", argument="join")
+        return {}
+    weights = {"weights": weights_in(Path(values["weights"]))} if isinstance(values.get("weights"), str | Path) else {}
+    return values | {"backbone": names} | weights | ({"join": how} if how else {})
+
+
+def _tell_where(bars: Bars, detector: ImageDetector, quiet: bool) -> Progress:
     """``bars``, and a word on where the loss and samples of a long training run can be seen."""
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -213,8 +234,8 @@ def _tell_where(bars: Bars, detector: Detector | PixelDetector, quiet: bool) -> 
     return progress
 
 
-def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet: bool) -> None:
-    from featdiff.detectors import Detector, PixelDetector
+def _summary(detector: ImageDetector, output: Path, bars: Bars, quiet: bool) -> None:
+    from featdiff.detectors import Detector, JoinedDetector, PixelDetector
     from featdiff.features.views import in_words
 
     duplicates = without_duplicates(detector.n_duplicates_)
@@ -239,7 +260,10 @@ def _summary(detector: Detector | PixelDetector, output: Path, bars: Bars, quiet
         say("training found complete in the cache", quiet)
 
     say(calibrated(detector.calibration_, detector.grouping_, "images"), quiet)
-    if isinstance(detector, PixelDetector):
+    if isinstance(detector, JoinedDetector):
+        how = detector.settings.join
+        say(f"{len(detector.encoders)} encoders, joined by {how}: {', '.join(detector.encoders)}", quiet)
+    elif isinstance(detector, PixelDetector):
         say(f"the least and the most strange of them: {output / INPAINTINGS}", quiet)
     else:
         check_itself(detector, quiet)

@@ -19,8 +19,9 @@ from .vectors import open_vectors, score_vectors
 if TYPE_CHECKING:
     import numpy as np
 
-    from featdiff import Detector, PixelDetector, Scores
+    from featdiff import Scores
     from featdiff.data.references import ImageRef
+    from featdiff.detectors import ImageDetector
 
 
 @dataclass
@@ -82,7 +83,7 @@ def work_on_images(
     exclude_known: bool,
 ) -> Work:
     """Images, by a saved model; they are looked for when the model and the rate are fine."""
-    from featdiff import Detector
+    from featdiff.detectors import PixelDetector
     from featdiff.verdicts.results import columns_of
 
     images.check()
@@ -110,7 +111,7 @@ def work_on_images(
         _figure(detector, refs, figure) if figure else None,
         exclude_known,
         refs,
-        isinstance(detector, Detector) and not images.stream,
+        not isinstance(detector, PixelDetector) and not images.stream,
     )
 
 
@@ -137,9 +138,7 @@ def work_of_exported(images: Named, model: str, asked: Rate, options: dict[str, 
     )
 
 
-def _figure(
-    detector: Detector | PixelDetector, refs: Sequence[ImageRef], file: Path
-) -> Callable[[list[np.ndarray]], None]:
+def _figure(detector: ImageDetector, refs: Sequence[ImageRef], file: Path) -> Callable[[list[np.ndarray]], None]:
     """A function of all scores that draws the least and the most strange images; checked before the long work."""
     from featdiff.detectors import PixelDetector
     from featdiff.exceptions import UsageError

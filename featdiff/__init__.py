@@ -6,6 +6,7 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from .detectors import Detector as Detector
+    from .detectors import JoinedDetector as JoinedDetector
     from .detectors import PixelDetector as PixelDetector
     from .detectors import load_detector as load_detector
     from .detectors.audit import audit as audit
@@ -27,6 +28,7 @@ _HOMES = {
     "FeatureDiffusion": "detectors.estimator",
     "FeatureExtractor": "features.extractor",
     "Guard": "guard.guard",
+    "JoinedDetector": "detectors",
     "PixelDetector": "detectors",
     "Scores": "verdicts.results",
     "Verdict": "guard.guard",
@@ -41,6 +43,7 @@ __all__ = [
     "FeatureDiffusion",
     "FeatureExtractor",
     "Guard",
+    "JoinedDetector",
     "PixelDetector",
     "Scores",
     "Verdict",

@@ -87,6 +87,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"pyod_detector", SMALL),
         (r"fiftyone_fields", FIFTYONE),
         (r"127\.0\.0\.1:8000", SERVER),
+        (r"JoinedDetector", SMALL),
         (r"featdiff\.audit\(|groups=rows", DEFAULT),
         (r"load_detector|hardened/student", DEFAULT),
         (r"squeezenet1_1|ddpm/|embeddings\.npy|featdiff-export", SMALL),

@@ -51,7 +51,8 @@ class LoadedImage:
     digest : bytes
         A hash of its content, 16 bytes; empty when nothing could be read.
     pixels : Tensor, optional
-        (3, H, W); an array, if the transform gives arrays. None if the image is unreadable, or if its digest was known.
+        (3, H, W); an array, if the transform gives arrays; a tuple of these, if it prepares for several networks. None
+        if the image is unreadable, or if its digest was known.
     reason : str
         Why it is unreadable; empty if it is not.
     note : str
@@ -75,7 +76,7 @@ class Stack:
     Attributes
     ----------
     pixels : Tensor of shape (B, C, H, W)
-        Or an array, if the transform gives arrays.
+        Or an array, if the transform gives arrays; a tuple, if it gives tuples.
     positions : list of int
         Where in the batch these images stand, ascending.
     """
@@ -296,11 +297,11 @@ def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
     Batch
     """
     group: list[LoadedImage] = []
-    by_shape: dict[tuple[int, ...], list[int]] = {}
+    by_shape: dict[tuple[Any, ...], list[int]] = {}
     decoded = 0
     for item in loaded:
         if item.pixels is not None:
-            by_shape.setdefault(tuple(item.pixels.shape), []).append(len(group))
+            by_shape.setdefault(_shape_of(item.pixels), []).append(len(group))
             decoded += 1
         group.append(item)
 
@@ -314,7 +315,7 @@ def iter_batches(loaded: Iterator[LoadedImage], size: int) -> Iterator[Batch]:
         yield _batch(group, by_shape, size)
 
 
-def _batch(group: list[LoadedImage], by_shape: Mapping[tuple[int, ...], list[int]], size: int) -> Batch:
+def _batch(group: list[LoadedImage], by_shape: Mapping[tuple[Any, ...], list[int]], size: int) -> Batch:
     """Images as a batch; ``group`` gives up their pixels, so that they are held once."""
     stacks = []
     for positions in by_shape.values():
@@ -327,8 +328,15 @@ def _batch(group: list[LoadedImage], by_shape: Mapping[tuple[int, ...], list[int
     return Batch(group, stacks)
 
 
-def _stacked(images: list[Tensor]) -> Tensor:
-    """Images (C, H, W) -> (B, C, H, W); of arrays an array."""
+def _shape_of(pixels: Any) -> tuple[Any, ...]:
+    """The shape of an image; of a tuple that of each."""
+    return tuple(map(_shape_of, pixels)) if isinstance(pixels, tuple) else tuple(pixels.shape)
+
+
+def _stacked(images: list[Any]) -> Any:
+    """Images (C, H, W) -> (B, C, H, W); of arrays an array, of tuples a tuple."""
+    if isinstance(images[0], tuple):
+        return tuple(_stacked(list(part)) for part in zip(*images, strict=True))
     if not is_tensor(images[0]):
         arrays: Any = np.stack(images)
         return arrays

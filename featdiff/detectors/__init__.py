@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..exceptions import ModelError
 from ..files.model_folder import load, locate
 from .base import BaseDetector
 from .feature import Detector
+from .joined import JoinedDetector
 from .pixel import PixelDetector
 from .pushing import Pushable
 from .saved import VECTORS, saved_mode
 
-__all__ = ["MODES", "BaseDetector", "Detector", "PixelDetector", "Pushable", "load_detector"]
+__all__ = [
+    "MODES",
+    "BaseDetector",
+    "Detector",
+    "ImageDetector",
+    "JoinedDetector",
+    "PixelDetector",
+    "Pushable",
+    "load_detector",
+]
 
+#: Any detector of images.
+ImageDetector: TypeAlias = Detector | JoinedDetector | PixelDetector
 #: Detectors of images by mode, as saved models name it.
-MODES: dict[str, type[Detector] | type[PixelDetector]] = {Detector.mode: Detector, PixelDetector.mode: PixelDetector}
+MODES: dict[str, type[Detector] | type[JoinedDetector] | type[PixelDetector]] = {
+    kind.mode: kind for kind in (Detector, JoinedDetector, PixelDetector)
+}
 
 
 def load_detector(
@@ -26,7 +40,7 @@ def load_detector(
     revision: str | None = None,
     token: str | bool | None = None,
     **options: Any,
-) -> Detector | PixelDetector:
+) -> ImageDetector:
     """Load a saved detector of images, of any mode.
 
     Parameters

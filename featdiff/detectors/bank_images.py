@@ -27,7 +27,7 @@ from ..features.extraction import Extraction
 from ..files.strict_json import parse_json
 from ..runtime.progress import Progress
 from ..verdicts.explanation import Neighbor
-from .config import FeatureSettings
+from .config import EncoderSettings
 
 #: Longest side of a small picture that a model keeps, in pixels, and the quality of its JPEG.
 SIDE = 96
@@ -68,7 +68,7 @@ class BankImages:
         images: object,
         extraction: Extraction,
         digests: np.ndarray,
-        settings: FeatureSettings,
+        settings: EncoderSettings,
         progress: Progress | None = None,
     ) -> BankImages:
         """What these settings keep of the images of a bank.
@@ -82,7 +82,7 @@ class BankImages:
             What was read of them.
         digests : ndarray of shape (n, 16)
             Contents of the bank.
-        settings : FeatureSettings
+        settings : EncoderSettings
         progress : callable (stage, done, total), optional
         """
         if not settings.keep_paths:
@@ -129,7 +129,7 @@ class BankImages:
 
     @classmethod
     def take(
-        cls, tensors: dict[str, Tensor], digests: np.ndarray, settings: FeatureSettings, folder: Path
+        cls, tensors: dict[str, Tensor], digests: np.ndarray, settings: EncoderSettings, folder: Path
     ) -> BankImages:
         """Remove them from a saved model's tensors, and check them (``ModelError``).
 
@@ -138,7 +138,7 @@ class BankImages:
         tensors : dict
         digests : ndarray of shape (n, 16)
             Contents of the bank.
-        settings : FeatureSettings
+        settings : EncoderSettings
             Which say what is kept.
         folder : Path
             Of the model, for messages.
@@ -152,7 +152,7 @@ class BankImages:
             thumbnails = _thumbnails_in(tensors.pop(_PICTURES, None), tensors.pop(_ENDS, None), rows, folder)
         return cls(digests, paths, thumbnails)
 
-    def neighbor(self, row: int, distance: float, settings: FeatureSettings) -> Neighbor:
+    def neighbor(self, row: int, distance: float, settings: EncoderSettings) -> Neighbor:
         """An image of the bank, with a small picture: the one that is kept, or one made of the file at its path.
 
         A file that holds something else by now is not shown.
@@ -161,7 +161,7 @@ class BankImages:
         ----------
         row : int
         distance : float
-        settings : FeatureSettings
+        settings : EncoderSettings
             Limits on what is read.
         """
         path = self.paths[row] if self.paths else f"image {row + 1}"
@@ -176,7 +176,7 @@ class BankImages:
 
 
 def make_thumbnails(
-    refs: Sequence[ImageRef], digests: np.ndarray, settings: FeatureSettings, progress: Progress | None = None
+    refs: Sequence[ImageRef], digests: np.ndarray, settings: EncoderSettings, progress: Progress | None = None
 ) -> list[bytes]:
     """Decode these images once more, and make a JPEG file of at most 96 pixels a side of each.
 
@@ -187,7 +187,7 @@ def make_thumbnails(
     refs : sequence of ImageRef
     digests : ndarray of shape (n, 16)
         Contents that they had when they were read first.
-    settings : FeatureSettings
+    settings : EncoderSettings
         Threads, and limits on what is read.
     progress : callable (stage, done, total), optional
 
@@ -242,7 +242,7 @@ def _open(data: bytes) -> Image.Image | None:
         return None
 
 
-def _picture_at(path: str, digest: bytes, settings: FeatureSettings) -> Image.Image | None:
+def _picture_at(path: str, digest: bytes, settings: EncoderSettings) -> Image.Image | None:
     """A small picture of the file at a path, or in a zip archive, if it holds this content still."""
     pictures: list[Image.Image] = []
 

@@ -20,7 +20,7 @@ from ..data.loaders import is_loader, read_batches
 from ..data.splits import Plan, Split
 from ..exceptions import KnownImages, NotFittedError, UsageError
 from ..features.extraction import Extraction, Extractor, FeatureBatch, extract, featurise
-from ..features.store import FeatureStore, FeatureTable
+from ..features.store import Features, FeatureStore, FeatureTable
 from ..files.model_folder import save
 from ..runtime.progress import Progress, shown
 from ..verdicts.calibration import Calibration, check_supported
@@ -292,7 +292,7 @@ class BaseDetector(Pushable, Generic[S]):
         self.calibration_digests_ = [unique[i] for i in plan.final.calibration]
         return unique, features, plan
 
-    def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
+    def _group(self, extraction: Extraction, features: Features, groups: Groups | None) -> Grouping:
         """The group of each different image, where groups are given."""
         if groups is None:
             return Grouping()

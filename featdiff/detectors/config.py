@@ -128,11 +128,11 @@ class Settings(Runtime):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureSettings(Settings):
-    """Settings of :class:`featdiff.Detector`, which documents them."""
+class EncoderSettings(Settings):
+    """What detectors that look through one or more encoders have in common; :class:`featdiff.Detector` documents it."""
 
-    backbone: str | nn.Module = field(default=DEFAULT_BACKBONE, kw_only=False)
-    weights: str | os.PathLike[str] | None = None
+    backbone: Any = field(default=DEFAULT_BACKBONE, kw_only=False)
+    weights: Any = None
     pretrained: bool = True
     model_args: Mapping[str, Any] | None = None
     transform: Mapping[str, Any] | Transform | None = None
@@ -165,11 +165,8 @@ class FeatureSettings(Settings):
             check_whole(name, getattr(self, name))
         check_whole("stride", self.stride, optional=True)
         check_positive("hidden_ratio", self.hidden_ratio)
-        if not isinstance(self.backbone, str | nn.Module):
-            raise UsageError(f"backbone must be a name or a module, not {self.backbone!r}", argument="backbone")
         check_bool("joint", self.joint)
         check_bool("pretrained", self.pretrained)
-        check_path("weights", self.weights)
         check_table("model_args", self.model_args)
         check_table("transform", self.transform, or_callable=True)
         check_times("start_times", self.start_times, self.timesteps - 1)
@@ -220,6 +217,22 @@ class FeatureSettings(Settings):
             )
         if names and self.head != FUSED:
             raise UsageError("extra_heads are joined by head='fused' only", argument="extra_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings(EncoderSettings):
+    """Settings of :class:`featdiff.Detector`, which documents them."""
+
+    backbone: str | nn.Module = field(default=DEFAULT_BACKBONE, kw_only=False)
+    weights: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if is_list(self.backbone):
+            raise UsageError("Detector looks through one backbone: featdiff.JoinedDetector joins several", "backbone")
+        if not isinstance(self.backbone, str | nn.Module):
+            raise UsageError(f"backbone must be a name or a module, not {self.backbone!r}", argument="backbone")
+        check_path("weights", self.weights)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

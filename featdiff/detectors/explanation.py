@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,18 +17,15 @@ from ..data.loaders import batches_from_stream, is_loader
 from ..data.references import ImageRef, list_images
 from ..exceptions import UsageError
 from ..features.extraction import FeatureBatch
-from ..features.extractor import FeatureExtractor
 from ..features.geometry import Box, onto_picture, probed_box, seen_box
 from ..runtime.progress import Progress
-from ..scores.fused import Heads
-from ..scores.nearest import NearestNeighbors
 from ..verdicts.calibration import Calibration
 from ..verdicts.explanation import PICTURE_SIDE, Contribution, Explanation, Neighbor
 from ..verdicts.results import OK, Scores
 from .bank_images import BankImages, shrunk
 from .checks import check_whole
-from .config import FeatureSettings
-from .reasons import labels, sentences
+from .config import EncoderSettings
+from .reasons import sentences
 
 __all__ = ["Contribution", "Explanation", "Neighbor", "explain_each", "explain_one"]
 
@@ -39,14 +36,26 @@ _MOST_SHOWN = 1000
 class Explainable(Protocol):
     """What an explanation needs of a fitted detector; :class:`featdiff.Detector` is such."""
 
-    settings: FeatureSettings
-    extractor_: FeatureExtractor
-    heads_: Heads
-    bank_images_: BankImages
     calibration_: Calibration
 
     @property
+    def settings(self) -> EncoderSettings: ...
+
+    @property
+    def extractor_(self) -> Any: ...
+
+    @property
+    def bank_images_(self) -> BankImages: ...
+
+    @property
     def fpr(self) -> float: ...
+
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+
+    def contributions(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]: ...
+
+    def nearest(self, features: Tensor, count: int) -> tuple[Tensor, Tensor] | None: ...
 
     def check_fitted(self) -> None: ...
 
@@ -123,6 +132,24 @@ def explain_each(
     return _Explainer(detector, rate, nearest).refs(refs, progress)
 
 
+class Explaining:
+    """A mix-in for detectors whose scores can be explained."""
+
+    def explain(self: Explainable, image: object, fpr: float | None = None, nearest: int = 5) -> Explanation:
+        """Why an image is judged as it is; see :func:`explain_one`."""
+        return explain_one(self, image, fpr, nearest)
+
+    def iter_explanations(
+        self: Explainable,
+        images: object,
+        fpr: float | None = None,
+        nearest: int = 5,
+        progress: Progress | None = None,
+    ) -> Iterator[Explanation]:
+        """The same for many images, one after the other; see :func:`explain_each`."""
+        return explain_each(self, images, fpr, nearest, progress)
+
+
 @dataclass(frozen=True)
 class _Original:
     """A picture before the network's preprocessing: small enough to be shown, and the size that it had."""
@@ -159,12 +186,11 @@ class _Explainer:
 
     def __init__(self, detector: Explainable, fpr: float, nearest: int) -> None:
         self.detector = detector
-        self.heads = detector.heads_
         self.fpr = fpr
         self.count = nearest
         self.threshold = detector.calibration_.threshold(fpr)
         self.heat_scale = detector.heat_scale(fpr)
-        self.labels = labels(self.heads)
+        self.labels = detector.labels
         # of the images that were read and are not explained yet, in their order
         self._originals: deque[_Original | None] = deque()
         self._shown: dict[int, Neighbor] = {}
@@ -279,7 +305,7 @@ class _Explainer:
 
     def _contributions(self, features: FeatureBatch) -> dict[int, list[Contribution]]:
         """What the score of each image is made of, by its position."""
-        by_name = self.heads.contributions(features.features)
+        by_name = self.detector.contributions(features.features)
         values = {name: (z.double().cpu().numpy(), part.double().cpu().numpy()) for name, (z, part) in by_name.items()}
         found = {}
         for k, position in enumerate(features.positions):
@@ -292,10 +318,10 @@ class _Explainer:
 
     def _nearest(self, features: FeatureBatch) -> dict[int, list[Neighbor]]:
         """The nearest images of the bank, by position; none for a model that compares with none."""
-        search = next((score for score in self.heads.scores.values() if isinstance(score, NearestNeighbors)), None)
-        if search is None:
+        pairs_of_each = self.detector.nearest(features.features, self.count)
+        if pairs_of_each is None:
             return {}
-        distances, rows = search.nearest(features.features, self.count)
+        distances, rows = pairs_of_each
         found = {}
         for k, position in enumerate(features.positions):
             pairs = zip(distances[k].tolist(), rows[k].tolist(), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,14 +16,14 @@ from ..data.decoding import Transform
 from ..data.groups import AUTO, Groups, check_groups, is_word
 from ..data.loaders import is_loader, peek_size
 from ..data.references import list_images
-from ..data.splits import Split
+from ..data.splits import Plan, Split
 from ..exceptions import ModelError, UsageError
 from ..features.backbones import load_backbone
 from ..features.engines import TORCH
 from ..features.extraction import Extraction
 from ..features.extractor import FeatureExtractor
 from ..features.networks import device_of, identity
-from ..features.store import Features, FeatureStore, FeatureTable
+from ..features.store import Features, FeatureStore
 from ..features.views import settings_of
 from ..files.model_folder import load, locate
 from ..runtime.gradients import gradients
@@ -36,9 +36,8 @@ from .bank_images import BankImages
 from .checks import make_recipe
 from .config import FeatureSettings
 from .constructors import takes
-from .explanation import Explanation, explain_each, explain_one
 from .feature_scoring import FeatureScoring
-from .fitting import Bank, as_digests, fit_heads
+from .fitting import Bank, Fitted, as_digests, fit_heads
 from .grouping import Grouping
 from .kept_images import KeptImages
 from .local_part import LocalPart, saved_maps
@@ -169,7 +168,6 @@ class Detector(FeatureScoring):
     mode = "feature"
     # on few rows the heads would mostly wait for memory
     batches_at_once = 4
-    bank_images_: BankImages
     precision_: str
 
     @takes(FeatureSettings)
@@ -239,19 +237,8 @@ class Detector(FeatureScoring):
         digests, features, plan = self._divide(extraction, store, split, groups)
 
         # features -> scores -> calibration
-        settings = self.settings
-        fitted = fit_heads(
-            features,
-            plan,
-            Bank(settings.bank_size, settings.coreset, settings.seed),
-            self._make_heads,
-            lambda part: self._context(features, digests, part, store, progress),
-        )
-        self.heads_ = fitted.heads
-        self.validation_loss_ = fitted.validation_loss
-        self.training_seconds_ = fitted.seconds
-        self.bank_digests_ = as_digests(digests, fitted.bank)
-        self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, settings, progress)
+        fitted = self.fit_rows(features, digests, plan, store.folder, progress)
+        self.bank_images_ = BankImages.of(images, extraction, self.bank_digests_, self.settings, progress)
         scores = self._fit_local(images, extraction, digests, store, plan, fitted.calibration, progress)
         numbers = self.grouping_.numbers if split is None else None
         self.kept_ = KeptImages.of_split(digests, features, plan.final, numbers, self.heads_.layout)
@@ -262,7 +249,43 @@ class Detector(FeatureScoring):
             self._confirm_engine(*self._some(images))
         return self
 
-    def _group(self, extraction: Extraction, features: FeatureTable, groups: Groups | None) -> Grouping:
+    def fit_rows(
+        self, features: Features, digests: list[bytes], plan: Plan, folder: Path, progress: Progress | None
+    ) -> Fitted:
+        """The second step of :meth:`fit`: the scores.
+
+        Parameters
+        ----------
+        features : Features
+            Rows (N, D) of the extractor, of different images.
+        digests : list of bytes
+            Their contents.
+        plan : Plan
+            Which of them train, validate and calibrate.
+        folder : Path
+            Where trainings are kept.
+        progress : callable (stage, done, total), optional
+
+        Returns
+        -------
+        Fitted
+            Scores of the rows that calibrate among it.
+        """
+        settings = self.settings
+        fitted = fit_heads(
+            features,
+            plan,
+            Bank(settings.bank_size, settings.coreset, settings.seed),
+            self._make_heads,
+            lambda part: self._context(features, digests, part, folder, progress),
+        )
+        self.heads_ = fitted.heads
+        self.validation_loss_ = fitted.validation_loss
+        self.training_seconds_ = fitted.seconds
+        self.bank_digests_ = as_digests(digests, fitted.bank)
+        return fitted
+
+    def _group(self, extraction: Extraction, features: Features, groups: Groups | None) -> Grouping:
         """The group of each different image: given, or found in the features."""
         asked = is_word(groups, AUTO)
         if groups is None or asked:
@@ -303,7 +326,7 @@ class Detector(FeatureScoring):
         return images, self.settings.input_size
 
     def _context(
-        self, features: Features, digests: list[bytes], split: Split, store: FeatureStore, progress: Progress | None
+        self, features: Features, digests: list[bytes], split: Split, folder: Path, progress: Progress | None
     ) -> Context:
         key = self._training_key(digests, split, _TRAINING_VERSION, _TRAINING_SETTINGS)
         return Context(
@@ -312,7 +335,7 @@ class Detector(FeatureScoring):
             recipe=make_recipe(self.settings.recipe),
             seed=self.settings.seed,
             classifier=self._classifier(),
-            checkpoint=store.folder / f"training-{key}.pt",
+            checkpoint=folder / f"training-{key}.pt",
             progress=progress,
         )
 
@@ -415,18 +438,6 @@ class Detector(FeatureScoring):
         for name in learned:
             setattr(other, name, getattr(self, name))
         return other
-
-    # ---- explain ----
-
-    def explain(self, image: object, fpr: float | None = None, nearest: int = 5) -> Explanation:
-        """Why an image is judged as it is; see :func:`featdiff.detectors.explanation.explain_one`."""
-        return explain_one(self, image, fpr, nearest)
-
-    def iter_explanations(
-        self, images: object, fpr: float | None = None, nearest: int = 5, progress: Progress | None = None
-    ) -> Iterator[Explanation]:
-        """The same for many images, one after the other; see :func:`featdiff.detectors.explanation.explain_each`."""
-        return explain_each(self, images, fpr, nearest, progress)
 
     # ---- save and load ----
 

@@ -28,11 +28,15 @@ from ..runtime.progress import Progress
 from ..scores.compiled import CompiledHeads
 from ..scores.fused import Heads
 from ..scores.joint import GLOBAL, NAMES
+from ..scores.nearest import NearestNeighbors
+from .bank_images import BankImages
 from .base import BaseDetector
 from .config import FeatureSettings
+from .explanation import Explaining
 from .kept_images import KeptImages
 from .local_fit import FittedLocal, LocalFit
 from .local_part import LocalPart, decide
+from .reasons import labels
 
 #: Images from which on ``engine="auto"`` builds an engine, which takes some seconds.
 WORTH_AN_ENGINE = 1000
@@ -43,7 +47,7 @@ _MOST_CHANGE = 1e-4
 _MOST_ERROR = 0.1
 
 
-class FeatureScoring(BaseDetector[FeatureSettings]):
+class FeatureScoring(Explaining, BaseDetector[FeatureSettings]):
     """What :class:`featdiff.Detector` does with rows of features.
 
     Attributes
@@ -62,6 +66,8 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
         What ran it when it was fitted: ``torch``, or another engine and its version.
     bank_digests_ : ndarray of shape (n, 16) of uint8
         Contents of the training images that the heads keep.
+    bank_images_ : BankImages
+        What is kept to show them.
     kept_ : KeptImages
         What an update needs to know of the images it was fitted on.
     """
@@ -73,6 +79,7 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
     engine_note_: str = ""
     engine_: str
     bank_digests_: np.ndarray
+    bank_images_: BankImages
     kept_: KeptImages
     _compiled: CompiledHeads | None = None
 
@@ -305,6 +312,20 @@ class FeatureScoring(BaseDetector[FeatureSettings]):
             None in place of both for a detector without a local score.
         """
         return self.local_.scale_of_heat(fpr) if self.local_ else None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What each of :meth:`contributions` looks at, by name, in plain words."""
+        return labels(self.heads_)
+
+    def contributions(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the global score of rows is made of; see :meth:`featdiff.scores.fused.Heads.contributions`."""
+        return self.heads_.contributions(features)
+
+    def nearest(self, features: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+        """Distances (B, count) to the nearest rows of the bank, and which these are; None where none are looked up."""
+        search = next((score for score in self.heads_.scores.values() if isinstance(score, NearestNeighbors)), None)
+        return None if search is None else search.nearest(features, count)
 
     def all_heads(self, features: Tensor) -> dict[str, np.ndarray]:
         """Rows of features (B, D) -> scores (B,) by name: ``featdiff`` (ood_score), other heads, ``layer_<name>``."""

@@ -78,6 +78,7 @@ Nothing is known here. `featdiff eval --id TEST/ --ood NAME=OTHERS/ -m {{ name }
 # What a detector looks at, and how it is loaded, by mode.
 _WORDS = {
     "feature": {"things": "images", "given": "IMAGES", "kind": "Detector", "source": "backbone"},
+    "joined": {"things": "images", "given": "IMAGES", "kind": "JoinedDetector", "source": "backbones"},
     "pixel": {"things": "images", "given": "IMAGES", "kind": "PixelDetector", "source": "diffusion model"},
     "vectors": {
         "things": "rows",
@@ -206,7 +207,13 @@ def _facts(config: Mapping[str, Any], origin: Mapping[str, Any], student: Mappin
             "paper of the backbone": _text(origin.get("papers")),
             "SHA-256 of its weights": backbone["fingerprint"],
         }
-    if config["mode"] == "pixel":
+    for i, encoder in enumerate(config.get("encoders", ())):
+        backbone = encoder["backbone"]
+        facts[f"backbone {i + 1}"] = f"{backbone['tag']} ({backbone['source']}), SHA-256 {backbone['fingerprint']}"
+        facts[f"layers {i + 1}"] = ", ".join(f"{name} ({width})" for name, width in encoder["layers"].items())
+    if config["mode"] == "joined":
+        facts["joined by"] = f"{config['settings']['join']}; the backbones' weights are not in this repository"
+    elif config["mode"] == "pixel":
         facts["diffusion model"] = _text(config["settings"].get("pretrained")) or "trained on these images"
     else:
         facts["layers"] = ", ".join(f"{name} ({width})" for name, width in config["layers"].items())

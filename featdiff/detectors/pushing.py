@@ -149,5 +149,6 @@ def _refused(why: str) -> ModelError:
 
 def kept_images(tensors: Mapping[str, Any]) -> str:
     """What a model holds of its training images beside features, in words; empty if there is nothing of the kind."""
-    held = [what for name, what in (("bank_paths", "paths"), ("bank_thumbnails", "small pictures")) if name in tensors]
+    names = {name.removeprefix("0.") for name in tensors}  # several encoders share those of the first
+    held = [what for name, what in (("bank_paths", "paths"), ("bank_thumbnails", "small pictures")) if name in names]
     return " and ".join(held)

@@ -97,7 +97,7 @@ def sentences(
     is_local = row.p_values.get(LOCAL, 1.0) < row.p_values.get(GLOBAL, 0.0)
     if is_local and row.is_ood:
         about_places.insert(0, "Places in the picture are stranger than the picture as a whole.")
-    about_parts = _about_parts(row, heads, nearest, bool(row.p_values))
+    about_parts = _about_parts(row, heads, nearest, LOCAL in row.p_values)
     found = [_verdict(row), *(about_places + about_parts if is_local else about_parts + about_places)]
     if known:
         found.append("It was among the training images, so it looks more ordinary than it would otherwise.")

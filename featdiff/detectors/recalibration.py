@@ -174,6 +174,8 @@ def recalibrate(
     """
     check_groups(groups)
     detector.check_fitted()
+    if detector.mode == "joined":
+        raise UsageError("a model of several encoders cannot be recalibrated yet: train one for the new place")
     rate = detector.fpr if fpr is None else check_fpr(fpr)
     with shown(progress) as report:
         extraction, digests, features = _read(detector, images, report)

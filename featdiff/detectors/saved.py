@@ -47,6 +47,7 @@ _KINDS: dict[str, dict[str, Any]] = {
         "layers": dict,
         "images.bank": int,
     },
+    "joined": {"encoders": list, "images.bank": int},
     "pixel": {"unet": dict, "scheduler": dict, "features": str},
     VECTORS: {
         "layers": dict,
@@ -93,6 +94,11 @@ def check_config(config: dict[str, Any], folder: Path, mode: str) -> None:
         wrong_kind = not isinstance(value, kind) or isinstance(value, bool)
         if wrong_kind or (path in _LEAST and value < _LEAST[path]):
             raise _damaged(folder, f"config.json lacks {path}, or it is not what it should be")
+
+    for encoder in config.get("encoders", []):
+        if not isinstance(encoder, dict):
+            raise _damaged(folder, "config.json: encoders are not what they should be")
+        check_config(encoder, folder, "feature")
 
     changes = config.get("recalibrations", [])
     if not isinstance(changes, list) or not all(isinstance(change, dict) for change in changes):

@@ -28,7 +28,7 @@ from .bank_images import BankImages
 from .base import BaseDetector
 from .checks import make_recipe
 from .feature import Detector
-from .fitting import Bank, as_digests, calibrated, choose_bank, fit_heads, further
+from .fitting import as_digests, calibrated, choose_bank, further
 from .grouping import make_checked_plan
 from .kept_images import CALIBRATION, TRAINING, VALIDATION, KeptImages
 from .local_update import listed_again, update_local
@@ -184,7 +184,7 @@ def _checked(detector: BaseDetector[Any]) -> Detector:
     """The detector, if it is one that can be updated."""
     detector.check_fitted()
     if not isinstance(detector, Detector):
-        raise UsageError("a detector of the pixel mode cannot be updated: train anew, on old and new images")
+        raise UsageError(f"a detector of the {detector.mode} mode cannot be updated: train anew, on old and new images")
     if detector.recalibrations_:
         raise UsageError(
             "this detector was recalibrated, and an update would bring back its first held-out images: update "
@@ -301,17 +301,7 @@ def _fit_anew(
     plan = make_checked_plan(
         len(digests), settings.calibration, settings.validation, settings.seed, groups, detector.fpr
     )
-    fitted = fit_heads(
-        features,
-        plan,
-        Bank(settings.bank_size, settings.coreset, settings.seed),
-        detector._make_heads,
-        lambda part: detector._context(features, digests, part, fresh.store, progress),
-    )
-    detector.heads_ = fitted.heads
-    detector.bank_digests_ = as_digests(digests, fitted.bank)
-    detector.validation_loss_ = fitted.validation_loss
-    detector.training_seconds_ = fitted.seconds
+    fitted = detector.fit_rows(features, digests, plan, fresh.store.folder, progress)
     detector.calibration_digests_ = [digests[i] for i in plan.final.calibration]
     detector.kept_ = KeptImages.of_split(digests, features, plan.final, groups, detector.extractor_.layout)
     return plan, fitted.calibration, fitted.layers

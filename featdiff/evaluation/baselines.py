@@ -62,7 +62,7 @@ def fit_baselines(detector: BaseDetector[Any]) -> Baselines:
     """
     detector.check_fitted()
     if not isinstance(detector, Detector):
-        raise UsageError("baselines look at features, and this model at pixels: train one of mode feature")
+        raise UsageError(f"baselines look at features of one backbone, and this model is of mode {detector.mode}")
 
     detector = detector.without_local()  # baselines look at pooled features, as training left them
     store = detector.training_store()

@@ -17,7 +17,7 @@ import numpy as np
 from ..data.decoding import short_sides
 from ..data.labels import list_labelled
 from ..data.references import ImageRef
-from ..detectors import MODES, BaseDetector, Detector, PixelDetector
+from ..detectors import BaseDetector, Detector, PixelDetector
 from ..detectors.run_config import RUNTIME
 from ..exceptions import UsageError
 from ..runtime.progress import Progress
@@ -28,6 +28,8 @@ from .suites import EVERYTHING_ELSE, Source, Suite, Task
 from .task_run import DEFAULT, Plan, TaskRun, Tell
 
 # Arguments of the command that mean the same in every mode, and those that also apply to students.
+# Detectors that a suite may name, by mode.
+_KINDS: dict[str, type[Detector] | type[PixelDetector]] = {Detector.mode: Detector, PixelDetector.mode: PixelDetector}
 _EVERY_MODE = ("fpr", "seed", *(name for name in RUNTIME if name != "image_batch"))
 _STUDENTS_TOO = (*_EVERY_MODE, "image_batch")
 
@@ -136,9 +138,9 @@ def _build(suite: Suite, arguments: Mapping[str, Any], later: int = 0) -> tuple[
 
 
 def _build_one(name: str, settings: Mapping[str, Any], arguments: Mapping[str, Any], later: int) -> BaseDetector[Any]:
-    kind = MODES.get(str(settings.get("mode", Detector.mode)))
+    kind = _KINDS.get(str(settings.get("mode", Detector.mode)))
     if kind is None:
-        raise UsageError(f"the suite's detector {name!r} has no mode {settings['mode']!r}; known: {', '.join(MODES)}")
+        raise UsageError(f"the suite's detector {name!r} has no mode {settings['mode']!r}; known: {', '.join(_KINDS)}")
 
     shared = arguments if kind is Detector else _only(arguments, _EVERY_MODE)
     merged = _with_later_seed({**shared, **settings}, later)

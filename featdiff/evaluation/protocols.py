@@ -14,8 +14,7 @@ from ..data.decoding import Downscale, short_sides
 from ..data.groups import AUTO, NONE, check_groups, label_images
 from ..data.labels import list_labelled
 from ..data.references import ImageRef, list_images
-from ..detectors import BaseDetector, Detector
-from ..detectors.reasons import labels
+from ..detectors import BaseDetector, Detector, JoinedDetector
 from ..exceptions import UsageError, did_you_mean, some_of
 from ..features.extraction import Extraction, extract
 from ..features.store import FeatureTable
@@ -310,9 +309,9 @@ def _score_set(
 
 def _contributions(detector: BaseDetector[Any], features: Tensor) -> dict[str, np.ndarray]:
     """What the own score of each row is made of, by name; empty where it is no sum."""
-    if not isinstance(detector, Detector):
+    if not isinstance(detector, Detector | JoinedDetector):
         return {}
-    parts = detector.heads_.contributions(features)
+    parts = detector.contributions(features)
     return {name: amount.double().cpu().numpy() for name, (_, amount) in parts.items()}
 
 
@@ -350,7 +349,7 @@ def _scored_pair(
         ood_refs=ood.refs,
         id_contributions=in_domain.contributions,
         ood_contributions=ood.contributions,
-        labels=labels(detector.heads_) if isinstance(detector, Detector) else {},
+        labels=detector.labels if isinstance(detector, Detector | JoinedDetector) else {},
     )
 
 

@@ -177,6 +177,8 @@ def detector_of(model: BaseDetector[Any] | Guard) -> BaseDetector[Any]:
 def check_exportable(model: BaseDetector[Any] | Guard) -> Detector:
     """Refuse what is not fitted, of the pixel mode, or not on the CPU (``NotFittedError``, ``UsageError``)."""
     detector = detector_of(model)
+    if detector.mode == "joined":
+        raise UsageError("a model of several encoders cannot be exported yet: train one on a single backbone")
     if detector.mode != "feature":
         raise UsageError(
             "only detectors of the default mode can be exported: the pixel mode draws its noise from each image's "

@@ -12,10 +12,10 @@ from ..verdicts.results import Scores
 from .cluster import Score
 
 if TYPE_CHECKING:
-    from ..detectors import Detector, PixelDetector
+    from ..detectors import ImageDetector
 
 
-def load_model(name: str, arguments: Mapping[str, Any]) -> Detector | PixelDetector | ExportedDetector:
+def load_model(name: str, arguments: Mapping[str, Any]) -> ImageDetector | ExportedDetector:
     """A saved detector, the guard's of a hardened student, or an exported one.
 
     Parameters
@@ -44,7 +44,7 @@ def load_model(name: str, arguments: Mapping[str, Any]) -> Detector | PixelDetec
     return load_detector(folder, **arguments)
 
 
-def scoring(detector: Detector | PixelDetector | ExportedDetector, fpr: float, exclude_known: bool = False) -> Score:
+def scoring(detector: ImageDetector | ExportedDetector, fpr: float, exclude_known: bool = False) -> Score:
     """What :meth:`featdiff.serving.cluster.Run.score` asks for the rows of a block.
 
     Parameters

@@ -20,7 +20,7 @@ from .models import load_model
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..detectors import Detector, PixelDetector
+    from ..detectors import ImageDetector
 
 # The picture with which a model runs once before it is asked.
 _FIRST = (256, 256)
@@ -98,7 +98,7 @@ def open_served(settings: Settings) -> Served:
     return served
 
 
-def _saved(detector: Detector | PixelDetector, settings: Settings) -> Served:
+def _saved(detector: ImageDetector, settings: Settings) -> Served:
     from ..detectors import Detector
 
     engine = "torch"
@@ -117,7 +117,7 @@ def _saved(detector: Detector | PixelDetector, settings: Settings) -> Served:
 
 
 def _served(
-    detector: Detector | PixelDetector | ExportedDetector,
+    detector: ImageDetector | ExportedDetector,
     settings: Settings,
     transform: Any,
     limits: tuple[int, int],
