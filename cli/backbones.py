@@ -36,8 +36,8 @@ def command(pattern: str, recommended: bool) -> int:
 
 
 def _show_facts(backbones: list[tuple[str, str]]) -> None:
-    from featdiff.features.backbones import DEFAULT_BACKBONE
     from featdiff.features.recommended import facts_of
+    from featdiff.features.weights import DEFAULT_BACKBONE
 
     usual = facts_of(DEFAULT_BACKBONE).gmacs
     show(f"{'name':<40} {'weights':<9} {'params':>8} {'size':>8} {'input':>7} {'GMACs':>7} {'cost':>6}  licence")
