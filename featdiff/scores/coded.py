@@ -13,8 +13,8 @@ from .neighbors import BLOCK, SPARE, Index, check_finite, checked, chosen_backen
 
 # Candidates beyond k by products that are rounded.
 _ROUGH_SPARE = 27
-# Queries that are multiplied as whole numbers at once: more do not stay in the cache.
-_WHOLE_ROWS = 256
+# Numbers of queries that are multiplied as whole numbers at once: more do not stay in the cache.
+_WHOLE_NUMBERS = 1 << 18
 # Sums of so many products of 8-bit numbers cannot overflow 32 bits.
 _WIDEST = (2**31 - 1) // 127**2
 # The second digit of such a query is that many times as fine as the first.
@@ -100,7 +100,7 @@ class CodedIndex(nn.Module):
 
         queries = checked(queries, self.codes, k)
         multiply = self._rough_products(len(queries))
-        size = _WHOLE_ROWS if multiply else max(1, BLOCK // len(self.codes))
+        size = max(1, _WHOLE_NUMBERS // queries.shape[1] if multiply else BLOCK // len(self.codes))
         parts = [self._nearest(some, k, multiply) for some in queries.split(size)]
         if len(parts) == 1:
             return parts[0]
