@@ -22,7 +22,8 @@ def command(pattern: str, recommended: bool) -> int:
 
     backbones = list_backbones(pattern)
     if recommended:
-        backbones = sorted((row for row in backbones if row[0] in RECOMMENDED), key=lambda r: RECOMMENDED.index(r[0]))
+        sources = dict(backbones)
+        backbones = [(name, sources[name]) for name in RECOMMENDED if name in sources]
     if not backbones:
         say(f"no backbone fits {pattern!r}")
         return EXIT_FAILED

@@ -36,7 +36,7 @@ S = TypeVar("S", bound=Settings)
 class BaseDetector(Pushable, Generic[S]):
     """A detector is fitted on ordinary images and scores others.
 
-    A subclass says how rows of its extractor become scores: :meth:`fit`, :meth:`layer_scores`, :meth:`all_heads`,
+    A subclass says how rows of its extractor become scores: :meth:`fit`, ``_measured``, :meth:`all_heads`,
     :meth:`config` and :meth:`tensors`; the rest is here.
 
     Parameters
@@ -144,11 +144,22 @@ class BaseDetector(Pushable, Generic[S]):
         return self.layer_scores(features)[0]
 
     def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of ``extractor_`` (B, D) -> ood_score (B,), and a score for each layer (B, L).
+        """Rows of features -> scores.
 
-        ``own`` (B,) names a row of the bank that each is not compared with; -1: none.
+        Parameters
+        ----------
+        features : Tensor of shape (B, D)
+            Of ``extractor_``, on any device.
+        own : ndarray of shape (B,) of int, optional
+            The row of the bank that each is not compared with; -1: none.
+
+        Returns
+        -------
+        ood_score : ndarray of shape (B,)
+        layer_scores : ndarray of shape (B, L)
+            Both higher = more OOD, about 0 +- 1 for in-domain images.
         """
-        raise NotImplementedError
+        return self._measured(features, own)[:2]
 
     def rows_in_bank(self, digests: Sequence[bytes]) -> np.ndarray | None:
         """Which row of the bank of training images holds each content (B,), -1: none; None if there is no bank."""
@@ -455,7 +466,7 @@ class BaseDetector(Pushable, Generic[S]):
         self, features: Tensor, own: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """:meth:`layer_scores`, and a p-value (B,) of each of :attr:`parts` by name."""
-        return *self.layer_scores(features, own), {}
+        raise NotImplementedError
 
     def check_fitted(self) -> None:
         """Raise ``NotFittedError`` unless there is something to score with."""

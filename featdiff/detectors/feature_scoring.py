@@ -237,25 +237,6 @@ class FeatureScoring(Explaining, BaseDetector[FeatureSettings]):
         rows = _row_of_each(self.bank_digests_.tobytes())
         return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
 
-    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of features -> scores.
-
-        Parameters
-        ----------
-        features : Tensor of shape (B, D)
-            Of ``extractor_``, on any device.
-        own : ndarray of shape (B,) of int, optional
-            The row of the bank that each is not compared with; -1: none.
-
-        Returns
-        -------
-        ood_score : ndarray of shape (B,)
-        layer_scores : ndarray of shape (B, L)
-            Both higher = more OOD, about 0 +- 1 for in-domain images.
-        """
-        score, layers, _ = self._measured(features, own)
-        return score, layers
-
     def _measured(
         self, features: Tensor, own: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

@@ -78,11 +78,6 @@ class JoinedScoring(Explaining, BaseDetector[JoinedSettings]):
         """Which row of the bank holds each content (B,), -1: none; it is the same for all encoders."""
         return self.members_[0].rows_in_bank(digests)
 
-    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of ``extractor_`` (B, D) -> ood_score (B,), and a score for each layer (B, L)."""
-        score, layers, _ = self._measured(features, own)
-        return score, layers
-
     def _measured(
         self, features: Tensor, own: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -107,10 +102,9 @@ class JoinedScoring(Explaining, BaseDetector[JoinedSettings]):
         for (name, member), part in zip(self._named(), self.extractor_.split(features), strict=True):
             own = member.all_heads(part)
             z.append(own.pop("featdiff"))
-            layers = {f"layer_{layer}" for layer in member.layers}
             heads[name] = z[-1]
             for head, values in own.items():
-                heads[_of_encoder(name, head) if head in layers else f"{name}/{head}"] = values
+                heads[_of_encoder(name, head)] = values
 
         columns = np.stack(z, axis=1)
         joined = {how: join(how, columns, self._calibrations) for how in JOINS}

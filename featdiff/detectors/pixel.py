@@ -275,8 +275,10 @@ class PixelDetector(BaseDetector[PixelSettings]):
     # ---- score ----
 
     @torch.inference_mode()
-    def layer_scores(self, features: Tensor, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of pixels (B, D) -> (ood_score (B,), no layer scores (B, 0)), higher = more OOD."""
+    def _measured(
+        self, features: Tensor, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Rows of pixels (B, D) -> ood_score (B,), higher = more OOD; no scores of layers (B, 0), and no parts."""
         self.check_fitted()
         own_distance = self.heads_.names[:1]
         parts = []
@@ -285,7 +287,7 @@ class PixelDetector(BaseDetector[PixelSettings]):
             parts.append(self.heads_.scores(distances))
 
         scores = torch.cat(parts)
-        return scores[:, 0].double().cpu().numpy(), np.empty((len(scores), 0))
+        return scores[:, 0].double().cpu().numpy(), np.empty((len(scores), 0)), {}
 
     def score_features(self, features: Tensor) -> np.ndarray:
         """Rows of pixels (B, D) -> ood_score (B,), higher = more OOD; stored distances are reused."""

@@ -27,9 +27,9 @@ from .suite_images import NotThere, everything_else, find_images
 from .suites import EVERYTHING_ELSE, Source, Suite, Task
 from .task_run import DEFAULT, Plan, TaskRun, Tell
 
-# Arguments of the command that mean the same in every mode, and those that also apply to students.
 # Detectors that a suite may name, by mode.
 _KINDS: dict[str, type[Detector] | type[PixelDetector]] = {Detector.mode: Detector, PixelDetector.mode: PixelDetector}
+# Arguments of the command that mean the same in every mode, and those that also apply to students.
 _EVERY_MODE = ("fpr", "seed", *(name for name in RUNTIME if name != "image_batch"))
 _STUDENTS_TOO = (*_EVERY_MODE, "image_batch")
 

@@ -120,7 +120,7 @@ def load_backbone(
     args = {"num_classes": 0, **own_args, **(model_args or {})}
     model, source = _load_model(name, args, weights, pretrained)
     if size is not None and not _fits(model, size) and not _resized(model, size):
-        model = _load_for_size(name, args, weights, pretrained, size)
+        model = _load_for_size(model, name, args, weights, pretrained, size)
 
     config = preprocessing(model, _own_config(model) | overrides, view, tag)
     return Backbone(
@@ -164,11 +164,15 @@ def _patch_side(model: nn.Module) -> int:
 
 
 def _load_for_size(
-    name: str, args: dict[str, Any], weights: str | os.PathLike[str] | None, pretrained: bool, size: int
+    usual: nn.Module,
+    name: str,
+    args: dict[str, Any],
+    weights: str | os.PathLike[str] | None,
+    pretrained: bool,
+    size: int,
 ) -> nn.Module:
-    """A network that takes one size only, built for this one (``UsageError`` if it cannot be)."""
-    network = _create(name, args)
-    patch = _patch_side(network)
+    """A network of one size, in place of the ``usual`` one, built for this size (``UsageError`` if it cannot be)."""
+    patch = _patch_side(usual)
     model = None
     if size % patch == 0:  # else a border would be left out without a word
         with suppress(UsageError, WeightsError):
@@ -176,7 +180,7 @@ def _load_for_size(
     if model is not None and takes_size(model, size, size):
         return model
 
-    _, height, width = _own_config(network)["input_size"]
+    _, height, width = _own_config(usual)["input_size"]
     hint = f": the side must be a multiple of {patch}" if size % patch else ""
     problem = f"{name} takes images of {height} x {width} pixels, not of {size} x {size}{hint}"
     raise UsageError(problem, argument="size")

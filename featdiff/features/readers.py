@@ -230,6 +230,8 @@ class ModuleReader(Reader):
     def _make_hooks(self, probe: Tensor) -> list[Hook]:
         # timm models declare their layout
         channels_last = set() if self.stage_names else maps_with_channels_last(self._watch(probe))
+        prefix = getattr(self.model, "num_prefix_tokens", 0)
+        of_stages = final_norm(self.model)
         hooks = []
         for name in self.layers:
             if name == PRE_LOGITS:
@@ -237,17 +239,15 @@ class ModuleReader(Reader):
             if name in self.stage_names and name not in self.module_names:
                 raise UsageError(f"layer {name!r} of {self.tag} is no module of its own; name other layers")
             # stages of a timm model are what forward_intermediates would give, without class tokens
-            tokens = getattr(self.model, "num_prefix_tokens", 0) if name in self.stage_names else 0
+            tokens, norm = (prefix, of_stages) if name in self.stage_names else (0, "")
             is_last = name == self.last_stage
-            norm = final_norm(self.model) if name in self.stage_names else ""
             last = name in channels_last
             hooks.append(Hook(name, name, spatial_std=is_last, skip=tokens, channels_last=last, norm=norm))
 
         if PRE_LOGITS in self.layers and self._last_linear:
             hooks.append(Hook(self._last_linear, PRE_LOGITS, Kind.PRE_LOGITS, input=True))
         if PRE_LOGITS in self.layers and (final := self._find_final_map(probe)):
-            tokens = getattr(self.model, "num_prefix_tokens", 0)
-            hooks.append(Hook(final, PRE_LOGITS, pooled=None, spatial_std=True, skip=tokens))
+            hooks.append(Hook(final, PRE_LOGITS, pooled=None, spatial_std=True, skip=prefix))
         return hooks
 
     def _find_last_linear(self, probe: Tensor) -> str:

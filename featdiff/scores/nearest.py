@@ -120,15 +120,16 @@ class NearestNeighbors(Score):
 
     def _fit_view(self, features: Tensor) -> None:
         """Set what :meth:`view` does to vectors, from in-domain rows (n, D)."""
-        spaces = [space(features) for space in self.spaces]
-        self.mean.copy_(torch.cat([vectors.mean(0) for vectors in spaces]))
-        total = torch.stack([(vectors - vectors.mean(0)).square().sum(1).mean() for vectors in spaces])
+        vectors = self._side_by_side(features)
+        self.mean.copy_(vectors.mean(0))
+        centred = (vectors - self.mean).split(self.widths, dim=1)
+        total = torch.stack([part.square().sum(1).mean() for part in centred])
         wanted = torch.ones_like(total)
         wanted[0] = _LAST_STAGE
         self.stretch.copy_(torch.where(total > 0, (wanted / total).sqrt(), 1.0))
 
         width, count = self.directions.shape
-        directions, variances = _principal(self._side_by_side(features), min(count, len(features)))
+        directions, variances = _principal(self._scaled(vectors), min(count, len(features)))
         mean_variance = float(wanted[total > 0].sum() / width) or 1.0
         shortened = (1 + variances / mean_variance) ** -_POWER
         directions = directions * (1 - shortened).sqrt()
@@ -194,13 +195,16 @@ class NearestNeighbors(Score):
 
     def view(self, features: Tensor) -> Tensor:
         """Rows of features (B, D) -> vectors in which neighbours are searched (B, width)."""
-        vectors = self._side_by_side(features)
+        vectors = self._scaled(self._side_by_side(features))
         return vectors - (vectors @ self.directions) @ self.directions.T
 
     def _side_by_side(self, features: Tensor) -> Tensor:
-        """Rows of features (B, D) -> all spaces, centred, each of total variance 1 (B, width)."""
-        vectors = torch.cat([space(features) for space in self.spaces], dim=1) - self.mean
-        parts = zip(vectors.split(self.widths, dim=1), self.stretch, strict=True)
+        """Rows of features (B, D) -> all spaces, as they are (B, width)."""
+        return torch.cat([space(features) for space in self.spaces], dim=1)
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """Spaces side by side (B, width) -> the same centred, each of its total variance (B, width)."""
+        parts = zip((vectors - self.mean).split(self.widths, dim=1), self.stretch, strict=True)
         return torch.cat([part * stretch for part, stretch in parts], dim=1)
 
     def search_coded(self) -> None:

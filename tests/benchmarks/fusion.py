@@ -90,13 +90,13 @@ def run(suite: Suite, task: Task, data: Path, methods: Methods, **settings: Any)
             ood[name] = find_images(suite.sources[name], data, False)
         except NotThere:
             continue
-    scored: list[Any] = []
+    sets: list[Any] = []
     test = find_images(suite.sources[task.test], data, False)
-    pairs = evaluate_detector(detector, test, ood, ["matched"], scored=scored)["pairs"]
+    pairs = evaluate_detector(detector, test, ood, ["matched"], sets=sets)["pairs"]
 
     scores = []
-    for pair in scored:
-        normal, strange = methods(detector, pair.id_scores), methods(detector, pair.ood_scores)
+    for both in sets:
+        normal, strange = (methods(detector, each.scores) for each in both)
         scores.append({name: (normal[name], strange[name]) for name in normal})
     print(f"  {detector.name}, {task.name}, seed {detector.settings.seed}", flush=True)
     return measured(Run(detector.n_images_, len(detector.bank_digests_), {}, pairs, []), scores)
